@@ -1,0 +1,261 @@
+"""Every option of a run, with its unit and default. The tree is frozen: a run never changes its own configuration.
+
+Each class checks its own fields when it is made; `RunConfig` checks what fields mean together. A wrong value is a
+`UserError` that names the option as the user writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from colm_scale.errors import UserError
+
+Method = Literal["colm", "stratified", "random", "full"]
+EstimatorName = Literal["last_layer", "zeroth_order"]
+Metric = Literal["l1", "l2", "cosine"]
+
+
+def _require(condition: bool, option: str, value: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"--{option} is {value!r}, but must be {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str | None = None
+    """Hub id or folder of a causal language model. Default: the small base model in the package."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub model."""
+    trust_remote_code: bool = False
+    """Run code that a hub repository brings along. Off: such a model is refused."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation. auto: what the model picks (sdpa nearly everywhere)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the examples come from and how a row becomes tokens."""
+
+    train: list[str] | None = None
+    """Files (.jsonl, .json, .parquet, .csv, .xlsx) or hub data sets (ORG/NAME or ORG/NAME:SPLIT), one or more.
+    Default: the built-in mixture of maths problems."""
+    eval: list[str] | None = None
+    """Held-out data, the same kinds. Default: the built-in held-out split with built-in training data, else none."""
+    source_column: str = "source"
+    """Column with an example's source. A file without it: the file's name is the source."""
+    instruction_column: str = "instruction"
+    """Column with the prompt (with `output_column`)."""
+    output_column: str = "output"
+    """Column with the text to learn (with `instruction_column`)."""
+    prompt_column: str = "prompt"
+    """Column with the prompt (with `completion_column`)."""
+    completion_column: str = "completion"
+    """Column with the text to learn (with `prompt_column`)."""
+    messages_column: str = "messages"
+    """Column with a chat: a list of {role, content}. Loss on the assistant's turns only."""
+    template: str = "{instruction}\n"
+    """How a prompt is written before it is tokenised; `{instruction}` is the row's prompt."""
+    max_length: int | None = None
+    """Longest example in tokens. Default: the model's context, at most 2,048."""
+    overlong: Literal["drop", "cut"] = "drop"
+    """What happens to a longer example: dropped, or cut at the end. Both are counted per source."""
+
+    def __post_init__(self) -> None:
+        _require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
+        _require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which candidates are trained on."""
+
+    method: Method = "colm"
+    """colm: kept sources, quotas, facility location on gradient sketches. stratified: the same kept sources and quotas,
+    random within. random: uniform. full: every candidate, in accumulated micro-batches."""
+    preset: Literal["none", "paper"] = "none"
+    """paper: one zeroth-order probe, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580), whatever the options
+    below say."""
+    candidates: int = 64
+    """Candidates per optimizer step, over all ranks (n)."""
+    budget: int = 32
+    """Coreset per optimizer step, over all ranks (b)."""
+    estimator: EstimatorName = "last_layer"
+    """last_layer: exact per-example gradient of the probe tensor. zeroth_order: finite differences along probes."""
+    num_probes: int = 1
+    """Random directions of the zeroth-order estimator (K)."""
+    perturbation: float = 1e-3
+    """Step of the zeroth-order finite difference (eps)."""
+    columns: int = 512
+    """Columns of the probe tensor's gradient that are compared, per source (h)."""
+    metric: Metric = "l1"
+    """Distance between sketches."""
+    weights: Literal["uniform", "cluster"] = "uniform"
+    """Weight of a coreset example: 1, or the number of candidates it stands for."""
+    kept_sources: list[str] | None = None
+    """Sources whose candidates are all trained on. Default: those with fewer examples than the average source.
+    `[]`: none."""
+    probe: str | None = None
+    """Name of the linear layer whose LoRA B matrix is the probe. Default: found by structure (V projection of the last
+    block)."""
+
+    def __post_init__(self) -> None:
+        _require(self.candidates >= 1, "selection.candidates", self.candidates, "at least 1")
+        _require(self.budget >= 1, "selection.budget", self.budget, "at least 1")
+        _require(
+            self.budget <= self.candidates,
+            "selection.budget",
+            self.budget,
+            f"at most --selection.candidates ({self.candidates})",
+        )
+        _require(self.num_probes >= 1, "selection.num_probes", self.num_probes, "at least 1")
+        _require(self.perturbation > 0, "selection.perturbation", self.perturbation, "positive")
+        _require(self.columns >= 1, "selection.columns", self.columns, "at least 1")
+
+    def resolved(self) -> SelectionConfig:
+        """With the preset written out."""
+        if self.preset == "none":
+            return self
+        return dataclasses.replace(
+            self,
+            preset="none",
+            estimator="zeroth_order",
+            num_probes=1,
+            perturbation=1e-3,
+            columns=2560,
+            metric="l1",
+            weights="uniform",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapters (made by peft)."""
+
+    rank: int = 16
+    """Rank r of every adapter."""
+    alpha: float = 32.0
+    """Scale: an adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout before every adapter, while training; the sketch never drops."""
+    targets: list[str] | None = None
+    """Names of the linear layers that get adapters. Default: every linear layer of the blocks."""
+    adapter: str | None = None
+    """Folder or hub id of an existing adapter to start from; its own rank, alpha and targets are used."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer, schedule and batch arithmetic."""
+
+    steps: int | None = None
+    """Optimizer steps. Default: `epochs` where given, else 60."""
+    epochs: float | None = None
+    """Passes over the training data as candidates; instead of `steps`."""
+    seed: int = 0
+    """Seed of every random draw of the run."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW. Default: 4e-3 for the built-in base, 2e-4 for any other model."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates; the selection's moments use the same ones."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon; the selection's too."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which the gradient is scaled down. 0: no clipping."""
+    loss: Literal["example", "token"] = "example"
+    """example: weighted mean of the examples' mean token losses (CoLM). token: weighted mean over all label tokens."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen weights and of the computation; the adapters are float32."""
+    micro_batch_tokens: int = 1024
+    """Most tokens (padding included) of one micro-batch per rank, while sketching and training. A longer example forms
+    a micro-batch of its own."""
+    threads: int | None = None
+    """CPU threads per rank. Default: the machine's cores shared out among its ranks."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
+        _require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "positive")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(f"--train.steps {self.steps} and --train.epochs {self.epochs} exclude each other: give one")
+        _require(
+            self.learning_rate is None or self.learning_rate > 0, "train.learning_rate", self.learning_rate, "positive"
+        )
+        _require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two numbers in [0, 1)")
+        _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "positive")
+        _require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 or more")
+        _require(self.micro_batch_tokens >= 1, "train.micro_batch_tokens", self.micro_batch_tokens, "at least 1")
+        _require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out loss and exact match, per source."""
+
+    every: int = 0
+    """Steps between evaluations. 0: only before and after."""
+    generate: int = 24
+    """Examples per source whose answer is generated and compared. 0: loss only."""
+    max_new_tokens: int = 64
+    """Longest generated answer, in tokens."""
+    limit: int = 1000
+    """Most held-out examples per source. What is left out is counted."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "eval.every", self.every, "0 or more")
+        _require(self.generate >= 0, "eval.generate", self.generate, "0 or more")
+        _require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(self.limit >= 1, "eval.limit", self.limit, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What a run measures about itself."""
+
+    floor_every: int = 20
+    """Steps between re-runs of the bare floor (costs one step each). 0: never."""
+    display: Literal["auto", "live", "plain", "off"] = "auto"
+    """live: a display that updates in place. plain: a line per step. auto: live on a terminal, else plain."""
+
+    def __post_init__(self) -> None:
+        _require(self.floor_every >= 0, "profile.floor_every", self.floor_every, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Fine-tune a causal language model with LoRA on mini-batch coresets (CoLM)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    output_dir: str | None = None
+    """Folder of the run. Default: runs/ and the date and time."""
+    ds_config: str | None = None
+    """DeepSpeed configuration (JSON): ZeRO stage, offload, communication; nothing that the run decides."""
+    engine: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """What shards the model. auto: deepspeed with --ds_config, else ddp with several ranks, else single."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "deepspeed" and self.ds_config is None:
+            raise UserError("--engine deepspeed needs --ds_config FILE, for instance ds_configs/zero2.json")
+        if self.ds_config is not None and self.engine in ("single", "ddp"):
+            raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")

@@ -1,0 +1,155 @@
+"""The ranks of a run, and the few collectives the step needs. With one rank every operation is the identity.
+
+Only this folder talks to torch.distributed. All exchanges are of fixed-size tensors, never of pickled objects, and
+each adds the bytes of its payload to `Group.traffic` under the label of the stage that asked for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from colm_scale.errors import UserError
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed and has said why; this one only has to end."""
+
+
+@dataclass(slots=True)
+class Group:
+    """One rank's view of the run.
+
+    Attributes:
+        rank, world_size: Place among all ranks.
+        local_rank, local_world_size: Place among the ranks of this machine.
+        device: Where this rank computes.
+        traffic: Payload bytes per label since the last `take_traffic`: what a gather returns, what a reduction
+            takes in, what a broadcast carries. Equal on every rank.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    traffic: Counter = field(default_factory=Counter)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def all_gather(self, tensor: Tensor, label: str) -> Tensor:
+        """``[...]`` on each rank -> ``[W, ...]`` on all."""
+        if self.world_size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
+        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        self._count(label, gathered)
+        return gathered.view(self.world_size, *tensor.shape)
+
+    def reduce_scatter(self, tensor: Tensor, label: str) -> Tensor:
+        """``[W * k, ...]`` on each rank -> the sum's rows ``[k, ...]`` that this rank owns."""
+        if self.world_size == 1:
+            return tensor
+        own = tensor.new_empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]))
+        dist.reduce_scatter_tensor(own, tensor.contiguous())
+        self._count(label, tensor)
+        return own
+
+    def all_reduce(self, tensor: Tensor, label: str, *, largest: bool = False) -> Tensor:
+        """The elementwise sum (or largest value) over ranks."""
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.contiguous().clone()
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        self._count(label, tensor)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, label: str, source: int = 0) -> Tensor:
+        """``source``'s tensor on every rank; the others pass one of the same shape and type."""
+        if self.world_size == 1:
+            return tensor
+        tensor = tensor.contiguous().clone()
+        dist.broadcast(tensor, src=source)
+        self._count(label, tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            self.all_reduce(torch.zeros(1, device=self.device), "control")
+
+    def agree(self, value: str, what: str) -> None:
+        """Raise on every rank unless all ranks hold the same short text (up to 256 bytes), such as a digest."""
+        row = torch.zeros(256, dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(value.encode()[:256]), dtype=torch.uint8)
+        row[: len(encoded)] = encoded
+        rows = self.all_gather(row.to(self.device), "control").cpu()
+        different = (rows != rows[0]).any(1).nonzero().flatten().tolist()
+        if different:
+            raise UserError(f"rank {different[0]} has a different {what} than rank 0: every rank must read the same input")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block in which a `UserError` on any rank ends the run on all: the lowest such rank raises its own error
+        and the others `PeerFailed`, so that one message is printed and nobody waits for a rank that is gone."""
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        failed = self.all_gather(torch.tensor([error is not None], dtype=torch.int32, device=self.device), "control")
+        if failed.any():
+            first = int(failed.flatten().argmax())
+            if error is not None and self.rank == first:
+                raise error
+            raise PeerFailed(f"rank {first} failed")
+
+    def take_traffic(self) -> dict[str, int]:
+        """Payload bytes per label since the last call."""
+        taken, self.traffic = dict(self.traffic), Counter()
+        return taken
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _count(self, label: str, tensor: Tensor) -> None:
+        self.traffic[label] += tensor.numel() * tensor.element_size()
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, deepspeed, Slurm's template) started this process as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def connect() -> Group:
+    """Join the ranks that the launcher named in the environment; a lone process is a group of one."""
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start fewer processes "
+                f"or unset CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a lone machine may have no name that resolves
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return Group(rank, world_size, local_rank, local_world_size, device)

@@ -1,0 +1,125 @@
+"""The loss of an example: the mean over its own label tokens, computed only where labels are (DESIGN 2.1, hook 3).
+
+The output embedding is the widest layer of the model, so two things are kept from it: positions that carry no loss,
+and a micro-batch's logits all at once. A forward-pre-hook on the output embedding sees the final hidden states, takes
+the rows whose shifted label counts, and computes their cross-entropy chunk by chunk; the layer itself is then left a
+single row to multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK_BYTES = 64 * 2**20
+"""Most bytes of float32 logits alive at a time."""
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of ``post(hidden @ weight.T + bias)`` per row, for a head that is not trained.
+
+    A frozen head needs no gradient of its own, so the gradient with respect to the hidden states can be formed chunk
+    by chunk in the forward pass: ``[N, hidden]`` numbers are kept instead of ``[N, vocabulary]``, nothing is computed
+    twice, and the backward pass needs no weight (which a sharded engine would have to gather again).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post, chunk: int) -> Tensor:
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            with torch.enable_grad():
+                raw = F.linear(hidden[rows], weight, bias).detach().float().requires_grad_(True)
+                nll = F.cross_entropy(post(raw), targets[rows], reduction="none")
+            losses[rows] = nll.detach()
+            if gradient is not None:
+                (raw_gradient,) = torch.autograd.grad(nll.sum(), raw)
+                gradient[rows] = raw_gradient.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, output_gradient: Tensor):
+        (gradient,) = ctx.saved_tensors
+        scaled = gradient.float() * output_gradient.unsqueeze(1)
+        return scaled.to(gradient.dtype), None, None, None, None, None
+
+
+def _post_processing(config) -> Callable[[Tensor], Tensor]:
+    """What the model does to its logits after the head (Gemma-2 caps them, Cohere and Granite scale them)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+
+    def post(logits: Tensor) -> Tensor:
+        logits = logits * scale if scale != 1.0 else logits
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    return post
+
+
+class ExampleLoss(nn.Module):
+    """A causal language model whose forward returns one loss per example. This is what an engine wraps.
+
+    ``forward(input_ids [B, T], attention_mask [B, T], labels [B, T]) -> [branches * B]`` float32 mean token losses;
+    ``branches`` is 1 unless a sketch repeats the micro-batch at the last block. An example without a label (a padding
+    row) has loss 0.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        head = model.get_output_embeddings()
+        frozen = not any(parameter.requires_grad for parameter in head.parameters())
+        self._fused = frozen and type(head) is nn.Linear
+        self._post = _post_processing(model.config.get_text_config())
+        self._pass: _Pass | None = None
+        head.register_forward_pre_hook(self._before_head)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        current = self._pass = _Pass(labels[:, 1:])
+        try:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        finally:
+            self._pass = None
+        if current.losses is None:
+            current.losses = F.cross_entropy(logits[0].float(), current.targets, reduction="none")
+        return _mean_per_example(current.losses, current.rows)
+
+    def _before_head(self, head: nn.Linear, args: tuple):
+        current = self._pass
+        if current is None:  # the model is used by itself, to generate
+            return None
+        hidden = args[0]
+        wanted = current.shifted != -100
+        branches = hidden.shape[0] // wanted.shape[0]
+        current.rows = wanted.repeat(branches, 1)
+        current.targets = current.shifted[wanted].repeat(branches)
+        taken = hidden[:, :-1][current.rows]
+        if not self._fused:
+            return (taken.unsqueeze(0), *args[1:])
+        chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
+        current.losses = _FrozenHeadCrossEntropy.apply(
+            taken, head.weight, head.bias, current.targets, self._post, chunk
+        )
+        return (hidden[:1, :1], *args[1:])
+
+
+class _Pass:
+    """What one forward leaves at the head: label rows ``[branches * B, T-1]``, their targets and losses ``[N]``."""
+
+    def __init__(self, shifted: Tensor):
+        self.shifted = shifted
+        self.rows: Tensor | None = None
+        self.targets: Tensor | None = None
+        self.losses: Tensor | None = None
+
+
+def _mean_per_example(token_losses: Tensor, rows: Tensor) -> Tensor:
+    """``[branches * B]`` mean token loss of each row of ``rows``; 0 where a row has none."""
+    spread = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    return spread.masked_scatter(rows, token_losses).sum(1) / rows.sum(1).clamp(min=1)

@@ -1,0 +1,178 @@
+"""What the stages of one step hand to each other: one frozen record per arrow.
+
+Shape legend, used in every file of the package:
+
+    n   candidates of a step, over all ranks        b   size of the coreset (the budget)
+    s   candidates that are sketched (s <= n)       Q   sources in the training data
+    W   ranks                                       h   columns of the candidate matrix
+    r   rank of the LoRA adapters                   d   numbers in the probe tensor, d_out * r
+    K   probes of the zeroth-order estimator        T   padded tokens of a micro-batch
+
+A *position* is an index into the step's candidates, 0..n-1. An *index* is an index into the training examples that
+survived tokenisation. An *id* is the row's position in the training data as the user gave it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The large mini-batch of one optimizer step. Equal on every rank; all tensors are int64 on the CPU.
+
+    Attributes:
+        step: The optimizer step, from 1.
+        indices: ``[n]`` indices of the training examples.
+        ids: ``[n]`` rows of the user's training data.
+        sources: ``[n]`` source of each candidate, 0..Q-1.
+        lengths: ``[n]`` tokens of each candidate.
+    """
+
+    step: int
+    indices: Tensor
+    ids: Tensor
+    sources: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """How the budget is shared out before anything is ranked (DESIGN: kept sources, then quotas).
+
+    Attributes:
+        kept: ``[k]`` positions that enter the coreset whatever their sketch says, ascending.
+        per_source: ``[Q]`` how many to pick from each source that is not kept.
+        overflow: Candidates of kept sources that did not fit into the budget.
+    """
+
+    kept: Tensor
+    per_source: Tensor
+    overflow: int = 0
+
+    def to_sketch(self, sources: Tensor) -> Tensor:
+        """Positions ``[s]`` whose sketch can change the selection: not kept, and of a source with a quota.
+
+        A source whose quota equals the candidates it has needs no ranking, yet its rows still move the moments,
+        so it is sketched.
+        """
+        wanted = self.per_source[sources] > 0
+        wanted[self.kept] = False
+        return wanted.nonzero().flatten()
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateMatrix:
+    """The all-gathered sketches, in the coordinates that are compared: rows of the Adam-like update.
+
+    Attributes:
+        positions: ``[s]`` the candidate of each row, ascending.
+        rows: ``[s, h]`` float32; row i holds its source's h columns. Rows that are not ``valid`` are zero.
+        valid: ``[s]`` bool; False where a candidate's loss or sketch was not finite (it is never selected).
+        losses: ``[s]`` float32 mean token loss of each sketched candidate.
+    """
+
+    positions: Tensor
+    rows: Tensor
+    valid: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The coreset of one step.
+
+    Attributes:
+        positions: ``[b]`` int64 candidates to train on: kept ones first, then source by source.
+        weights: ``[b]`` float32, positive; what each one's loss counts for.
+        kept: How many of the leading positions were kept rather than picked.
+        overflow: Kept-source candidates left out because they alone exceed the budget.
+        invalid: Candidates left out because their loss or sketch was not finite.
+    """
+
+    positions: Tensor
+    weights: Tensor
+    kept: int = 0
+    overflow: int = 0
+    invalid: int = 0
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def picked(self) -> Tensor:
+        """``[b - kept]`` positions that were selected rather than kept: the rows the moments learn from."""
+        return self.positions[self.kept :]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which rank trains which candidate, in which micro-batch. Equal on every rank.
+
+    Attributes:
+        micro_batches: ``micro_batches[rank][j]`` is a tuple of positions; every rank has the same number of
+            micro-batches, and an empty tuple stands for a zero-weight one that only keeps the collectives in step.
+        tokens: ``tokens[rank]`` real tokens (without padding) each rank trains on.
+        padded_tokens: The same with padding, which is what is computed.
+    """
+
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    tokens: tuple[int, ...]
+    padded_tokens: tuple[int, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """Tokens of the busiest rank over the mean; 1.0 is perfect balance."""
+        total = sum(self.tokens)
+        return max(self.tokens) * len(self.tokens) / total if total else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A padded micro-batch on the device.
+
+    Attributes:
+        input_ids: ``[B, T]`` int64.
+        attention_mask: ``[B, T]`` int64, 1 on real tokens (right padded).
+        labels: ``[B, T]`` int64, the token itself where it carries loss, else -100.
+        positions: ``[B]`` int64 on the CPU, the candidate of each row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step leaves behind: one row of metrics.jsonl and one of selection.jsonl."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    candidates: Candidates
+    selection: Selection
+    seconds: dict[str, float]
+    """Seconds per phase on the slowest rank."""
+    peak_bytes: tuple[int, ...]
+    """Peak memory of the step on each rank."""
+    exchanged_bytes: dict[str, int]
+    """Bytes each collective of the selection put on the wire per rank, by phase; the gradient reduction excluded."""
+    imbalance: float
+    padding_share: dict[str, float] = field(default_factory=dict)
+    """Share of computed tokens that are padding, by phase (sketch, train)."""
+    floor: float | None = None
+    """Measured step seconds / bare-floor seconds on the same tokens, on the steps where it was taken."""
+
+
+def long_tensor(values) -> Tensor:
+    """A CPU int64 tensor of ``values``."""
+    return torch.as_tensor(values, dtype=torch.int64)

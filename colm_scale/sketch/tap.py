@@ -1,0 +1,167 @@
+"""The hooks on the last decoder block: branch it, read it, never write a weight (DESIGN 2.1).
+
+Everything below the last block runs once per candidate. From the block on, the tap either repeats the micro-batch once
+per branch and adds a different change to the probe's output in each (`zeroth_order`), or switches autograd on so that
+the probe's output has a gradient (`last_layer`). The hooks act on activations, so a sharded, offloaded or quantised
+weight looks like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from colm_scale.errors import UserError
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import Probe
+from colm_scale.records import Batch
+
+
+class Tap:
+    """The last block and the probe of one model.
+
+    Args:
+        model: The loss module around the adapted model.
+        probe: Where the probe is, named as in the base model.
+
+    Raises:
+        UserError: The probe's layer has no LoRA adapter, or an adapter that does not go through a ``lora_B`` module.
+    """
+
+    def __init__(self, model: ExampleLoss, probe: Probe):
+        self.model = model
+        base = model.model.get_base_model() if hasattr(model.model, "get_base_model") else model.model
+        self.block = base.get_submodule(probe.block)
+        self.lora_b = _lora_b(base.get_submodule(probe.layer), probe.layer)
+        self.rows = probe.rows
+        self.rank = self.lora_b.weight.shape[1] if self.lora_b.weight.ndim == 2 else self.lora_b.in_features
+        self.shape = (len(probe.rows), self.rank)
+        """``[d_out, r]`` of the probe tensor."""
+        self._all_rows = len(probe.rows) == self.lora_b.out_features
+        self._batched = self._find_batched_arguments()
+
+    @property
+    def size(self) -> int:
+        """Numbers in the probe tensor, d."""
+        return self.shape[0] * self.shape[1]
+
+    def branched_losses(self, batch: Batch, changes: Tensor) -> Tensor:
+        """Losses with the probe tensor changed, without changing it.
+
+        Args:
+            batch: ``B`` examples.
+            changes: ``[branches, d_out, r]`` what is added to the probe tensor in each branch, in float32.
+
+        Returns:
+            ``[branches, B]`` float32.
+        """
+        branches = len(changes)
+
+        def branch(_block, args, kwargs):
+            return self._repeat(args, kwargs, branches)
+
+        def change(_module, args, output: Tensor) -> Tensor:
+            a = args[0].reshape(branches, -1, self.rank)
+            added = torch.bmm(a, changes.to(a).transpose(1, 2)).reshape(*output.shape[:-1], self.shape[0])
+            if self._all_rows:
+                return output + added
+            return output.index_add(-1, self.rows.to(output.device), added)
+
+        with torch.no_grad(), _hooks(
+            self.block.register_forward_pre_hook(branch, with_kwargs=True), self.lora_b.register_forward_hook(change)
+        ):
+            losses = self.model(batch.input_ids, batch.attention_mask, batch.labels)
+        return losses.view(branches, -1)
+
+    def factors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The exact per-example gradient of the probe tensor, as factors: ``G_i = delta_i.T @ a_i``.
+
+        One forward, and one backward from the losses to the output of ``lora_B`` only.
+
+        Returns:
+            losses ``[B]``, delta ``[B, T, d_out]``, a ``[B, T, r]``; padding has delta 0.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def start_graph(_block, _args, _kwargs):
+            torch.set_grad_enabled(True)  # until the no_grad block around the forward ends
+
+        def read(_module, args, output: Tensor) -> None:
+            seen["a"], seen["out"] = args[0].detach(), output
+
+        with torch.no_grad(), _hooks(
+            self.block.register_forward_pre_hook(start_graph, with_kwargs=True),
+            self.lora_b.register_forward_hook(read),
+        ):
+            losses = self.model(batch.input_ids, batch.attention_mask, batch.labels)
+        (delta,) = torch.autograd.grad(losses.sum(), [seen["out"]])
+        shape = batch.input_ids.shape
+        delta = delta.reshape(*shape, -1)
+        if not self._all_rows:
+            delta = delta[..., self.rows.to(delta.device)]
+        return losses.detach(), delta.float(), seen["a"].reshape(*shape, -1).float()
+
+    def bare_losses(self, batch: Batch) -> Tensor:
+        """``[B]`` losses by a forward without any hook of the tap."""
+        with torch.no_grad():
+            return self.model(batch.input_ids, batch.attention_mask, batch.labels)
+
+    def _repeat(self, args, kwargs, branches: int):
+        leaves, structure = pytree.tree_flatten_with_path((args, kwargs))
+        repeated = [
+            leaf.repeat(branches, *[1] * (leaf.ndim - 1)) if pytree.keystr(path) in self._batched else leaf
+            for path, leaf in leaves
+        ]
+        return pytree.tree_unflatten(repeated, structure)
+
+    def _find_batched_arguments(self) -> frozenset[str]:
+        """Which tensor arguments of the block carry the micro-batch in their first dimension.
+
+        A first dimension can equal the micro-batch by coincidence (as many examples as tokens), so the question is put
+        to two micro-batches of different size: an argument is repeated only if its first dimension follows.
+        """
+        shapes: list[dict[str, int]] = []
+
+        def record(_block, args, kwargs):
+            leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
+            shapes.append(
+                {pytree.keystr(path): leaf.shape[0] for path, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim}
+            )
+
+        device = next(self.model.parameters()).device
+        with torch.no_grad(), _hooks(self.block.register_forward_pre_hook(record, with_kwargs=True)):
+            for count in (2, 3):
+                tokens = torch.arange(1, 8, device=device).repeat(count, 1)
+                mask = torch.ones_like(tokens)
+                mask[-1, -3:] = 0  # padding, so that models which drop an empty mask keep it
+                self.model(tokens, mask, tokens.masked_fill(mask == 0, -100))
+        return frozenset(path for path, size in shapes[0].items() if size == 2 and shapes[1].get(path) == 3)
+
+
+@contextmanager
+def _hooks(*handles) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _lora_b(layer: nn.Module, name: str) -> nn.Module:
+    adapters = getattr(layer, "lora_B", None)
+    if not adapters:
+        raise UserError(
+            f"the probe {name} has no LoRA adapter: add it to --lora.targets, or name an adapted layer of the last "
+            f"block with --selection.probe"
+        )
+    active = layer.active_adapters[0] if hasattr(layer, "active_adapters") else next(iter(adapters))
+    if getattr(layer, "use_dora", {}).get(active):
+        raise UserError(
+            f"the adapter of {name} is DoRA, whose output does not pass through lora_B alone: use plain LoRA, "
+            f"or --selection.method stratified, which needs no sketch"
+        )
+    return adapters[active]
