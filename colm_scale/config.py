@@ -57,6 +57,8 @@ class DataConfig:
     """Column with the text to learn (with `prompt_column`)."""
     messages_column: str = "messages"
     """Column with a chat: a list of {role, content}. Loss on the assistant's turns only."""
+    chat_template: str | None = None
+    """File with a Jinja chat template for `messages`. Default: the tokenizer's own."""
     template: str = "{instruction}\n"
     """How a prompt is written before it is tokenised; `{instruction}` is the row's prompt."""
     max_length: int | None = None
@@ -178,7 +180,7 @@ class TrainConfig:
     """Global gradient norm above which the gradient is scaled down. 0: no clipping."""
     loss: Literal["example", "token"] = "example"
     """example: weighted mean of the examples' mean token losses (CoLM). token: weighted mean over all label tokens."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen weights and of the computation; the adapters are float32."""
     micro_batch_tokens: int = 1024
     """Most tokens (padding included) of one micro-batch per rank, while sketching and training. A longer example forms

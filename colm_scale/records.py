@@ -68,6 +68,34 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True)
+class SketchPlan:
+    """Who is sketched where. Equal on every rank.
+
+    Attributes:
+        positions: ``[s]`` candidates to sketch, ascending.
+        groups: ``[s]`` 0..num_groups-1 for the source of each if that source is ranked, else -1 (its quota takes all).
+        num_groups: How many sources are ranked.
+        shares: ``shares[rank][j]`` is a micro-batch, a tuple of positions; an empty one stands for a forward whose
+            result is dropped, so that every rank runs as many.
+    """
+
+    positions: Tensor
+    groups: Tensor
+    num_groups: int
+    shares: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def rows_of(self, rank: int) -> Tensor:
+        """Rows of the candidate matrix that ``rank`` computes, in the order in which it does."""
+        mine = long_tensor([position for micro_batch in self.shares[rank] for position in micro_batch])
+        return torch.searchsorted(self.positions, mine)
+
+    @property
+    def most_rows(self) -> int:
+        """The largest number of candidates that any rank sketches."""
+        return max((sum(map(len, share)) for share in self.shares), default=0)
+
+
+@dataclass(frozen=True, slots=True)
 class CandidateMatrix:
     """The all-gathered sketches, in the coordinates that are compared: rows of the Adam-like update.
 
@@ -164,6 +192,8 @@ class StepReport:
     """Seconds per phase on the slowest rank."""
     peak_bytes: tuple[int, ...]
     """Peak memory of the step on each rank."""
+    phase_peak_bytes: dict[str, tuple[int, ...]]
+    """Peak memory of each phase, on each rank."""
     exchanged_bytes: dict[str, int]
     """Bytes each collective of the selection put on the wire per rank, by phase; the gradient reduction excluded."""
     imbalance: float

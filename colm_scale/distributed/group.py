@@ -20,6 +20,9 @@ from torch import Tensor
 from colm_scale.errors import UserError
 
 _TIMEOUT = timedelta(minutes=10)
+# torch 2.13 renamed these two and warns about the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class PeerFailed(RuntimeError):
@@ -54,7 +57,7 @@ class Group:
         if self.world_size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(gathered, tensor.contiguous())
+        _all_gather(gathered, tensor.contiguous())
         self._count(label, gathered)
         return gathered.view(self.world_size, *tensor.shape)
 
@@ -63,7 +66,7 @@ class Group:
         if self.world_size == 1:
             return tensor
         own = tensor.new_empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]))
-        dist.reduce_scatter_tensor(own, tensor.contiguous())
+        _reduce_scatter(own, tensor.contiguous())
         self._count(label, tensor)
         return own
 

@@ -37,7 +37,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
                 nll = F.cross_entropy(post(raw), targets[rows], reduction="none")
             losses[rows] = nll.detach()
             if gradient is not None:
-                (raw_gradient,) = torch.autograd.grad(nll.sum(), raw)
+                (raw_gradient,) = torch.autograd.grad(nll, raw, torch.ones_like(nll))
                 gradient[rows] = raw_gradient.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return losses

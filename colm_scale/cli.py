@@ -1,0 +1,177 @@
+"""The command line: ``colm-scale train ...``, which is also ``launchers/train.py``.
+
+Options come from the dataclasses in `colm_scale.config`: their docstrings are the help, a YAML file sets any of them
+(``--config FILE``), and what stands on the command line wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, get_type_hints
+
+import yaml
+from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
+
+from colm_scale.config import RunConfig
+from colm_scale.errors import UserError
+
+_USAGE = """usage: colm-scale COMMAND [OPTIONS]
+
+commands:
+  train   fine-tune a model with LoRA on mini-batch coresets; see colm-scale train --help
+"""
+_HINT = "see --help for all options"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The ``colm-scale`` console command."""
+    command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    if command == "train":
+        train(rest[:-1])
+    if command in ("", "-h", "--help"):
+        print(_USAGE, end="")
+        sys.exit(0 if command else 2)
+    _fail(f"unknown command {command!r}: the only command is train")
+
+
+def train(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Parse the options of a run, run it, and exit: 0 done, 1 training failed, 2 wrong input."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else list(arguments))
+    except UserError as error:
+        _fail(str(error))
+    from colm_scale.trainer import run  # after parsing, so that --help and a typo answer at once
+
+    run(config)
+    sys.exit(0)
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """The configuration that a command line asks for.
+
+    Raises:
+        UserError: An option is unknown (names the closest) or has a value it cannot have.
+        SystemExit: After ``--help`` or ``--print_config``.
+    """
+    _check_config_files(arguments)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog="colm-scale train", description=RunConfig.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with options; the command line overrides it.")
+    parser.add_argument("--local_rank", help=SUPPRESS)  # the DeepSpeed launcher passes it
+    parser.add_class_arguments(RunConfig)
+    given = parser.parse_args(_join_lists(arguments))
+    return RunConfig(**{f.name: getattr(parser.instantiate(given), f.name) for f in dataclasses.fields(RunConfig)})
+
+
+def as_yaml(config: RunConfig) -> str:
+    """A configuration as a file that ``--config`` reads back to the same configuration."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def option_types(config_class: type = RunConfig, prefix: str = "") -> dict[str, str]:
+    """Every option (without dashes) and the type it takes, e.g. ``{"train.steps": "int | None"}``."""
+    types: dict[str, str] = {}
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            types |= option_types(hint, f"{prefix}{field.name}.")
+        else:
+            types[prefix + field.name] = str(field.type)
+    return types
+
+
+class _Parser(ArgumentParser):
+    """Says in one line what is wrong, instead of the usage of sixty options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(_explained(message, ex))
+
+
+def _explained(message: str, error: Exception | None) -> str:
+    if found := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"unknown option {found[1].split('=')[0]}{_closest(found[1].split('=')[0].lstrip('-'))}"
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+        return f"unknown option {found[1]}.{found[2]}{_closest(f'{found[1]}.{found[2]}')}"
+    if found := re.search(r"(?:Parser|Validation) key \"?([\w.]+)\"?:", message):
+        name, types = found[1], option_types()
+        value = re.search(r"(?:Given|Got) value: (.*)", message)
+        if name in types and value:
+            return f"--{name} is {value[1].strip()!r}, but must be {_readable(types[name])}"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return f"{'; '.join(lines)} ({_HINT})"
+
+
+def _closest(name: str) -> str:
+    near = difflib.get_close_matches(name, [*option_types(), "config"], n=1, cutoff=0.5)
+    return f": did you mean --{near[0]}? ({_HINT})" if near else f" ({_HINT})"
+
+
+def _readable(type_name: str) -> str:
+    from colm_scale import config
+
+    alias = getattr(config, type_name, None)
+    text = str(alias) if alias is not None else type_name
+    choices = re.search(r"Literal\[(.*)\]", text)
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    plain = text.replace(" | None", "")
+    return f"one of {choices[1]}" if choices else words.get(plain, plain)
+
+
+def _check_config_files(arguments: Sequence[str]) -> None:
+    """Say which file and line is wrong, which the parser does not."""
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            continue
+        path = value if equals else following
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = yaml.safe_load(file)
+        except OSError as error:
+            raise UserError(f"--config {path}: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--config {path} is not a UTF-8 text file") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" line {mark.line + 1}" if mark else ""
+            raise UserError(f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--config {path} holds a {type(content).__name__}, but must hold options as in --print_config")
+
+
+def _join_lists(arguments: Sequence[str]) -> list[str]:
+    """Let list options take several words, ``--data.train a.jsonl b.jsonl``, as people write them."""
+    types = {f"--{name}": type_name for name, type_name in option_types().items()}
+    joined: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if not types.get(name, "").startswith(("list[", "tuple[")):
+            joined.append(word)
+            continue
+        values = [value] if equals else []
+        while waiting and not waiting[0].startswith("--"):
+            values.append(waiting.pop(0))
+        if len(values) == 1 and (values[0][:1] == "[" or values[0] == "null"):
+            joined += [name, values[0]]
+        elif types[name].startswith("tuple["):
+            joined += [name, f"[{', '.join(values)}]"]
+        else:
+            joined += [name, json.dumps(values)]
+    return joined
+
+
+def _fail(message: str) -> NoReturn:
+    """Exit with 2; the first rank of each run says why."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

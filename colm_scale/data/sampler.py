@@ -1,0 +1,47 @@
+"""Which examples are the candidates of a step: a pure function of the step, so that a run resumes anywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colm_scale.data.examples import Examples
+from colm_scale.errors import UserError
+from colm_scale.randomness import generator
+from colm_scale.records import Candidates
+
+
+class CandidateSampler:
+    """Cuts an endless stream of examples, one seeded permutation after the other, into steps of ``count``.
+
+    Every example is a candidate once per epoch, whatever ``count`` is; a step across the end of an epoch may hold an
+    example twice. Rank-equal.
+
+    Raises:
+        UserError: There are fewer than ``count`` examples.
+    """
+
+    def __init__(self, examples: Examples, count: int, seed: int):
+        if count > len(examples):
+            raise UserError(
+                f"--selection.candidates is {count}, but only {len(examples)} training examples are there "
+                f"({sum(examples.dropped.values())} were dropped): give at most {len(examples)}"
+            )
+        self._ids, self._sources, self._lengths = examples.ids, examples.sources, examples.lengths
+        self._size, self._count, self._seed = len(examples), count, seed
+        self._permutations: dict[int, Tensor] = {}
+
+    def __call__(self, step: int) -> Candidates:
+        """The candidates of a step, from 1."""
+        start = (step - 1) * self._count
+        first, last = start // self._size, (start + self._count - 1) // self._size
+        self._permutations = {epoch: self._permutation(epoch) for epoch in range(first, last + 1)}
+        stream = torch.cat(list(self._permutations.values()))
+        indices = stream[start - first * self._size :][: self._count]
+        return Candidates(step, indices, self._ids[indices], self._sources[indices], self._lengths[indices])
+
+    def _permutation(self, epoch: int) -> Tensor:
+        """``[N]``, drawn unless the step before has used it too."""
+        if epoch in self._permutations:
+            return self._permutations[epoch]
+        return torch.randperm(self._size, generator=generator(self._seed, "shuffle", epoch))

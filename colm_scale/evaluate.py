@@ -1,0 +1,159 @@
+"""Held-out loss and exact match per source, shared out over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colm_scale.config import EvalConfig
+from colm_scale.data.answers import is_correct
+from colm_scale.data.batching import collate
+from colm_scale.data.examples import Examples
+from colm_scale.distributed.group import Group
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.randomness import generator
+from colm_scale.records import long_tensor
+from colm_scale.reporting.summary import Evaluation
+from colm_scale.selection.route import deal, form_micro_batches
+
+_TOKENS_PER_TRAINED = 4
+"""A forward without a graph fits more tokens than one that is trained: this many times as many."""
+
+
+class Evaluator:
+    """Evaluates one model on the held-out examples; the same examples every time.
+
+    Args:
+        examples: Held-out examples; sources are numbered as in the training data, unseen ones after them.
+        train_sizes: ``[Q]`` training examples per source, for the mean over the natural mixture.
+        small: ``[Q]`` bool, the sources reported as small (by the default kept-source rule).
+        micro_batch_tokens: Token budget of a training micro-batch.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        train_sizes: Tensor,
+        small: Tensor,
+        tokenizer,
+        config: EvalConfig,
+        group: Group,
+        micro_batch_tokens: int,
+        seed: int,
+    ):
+        self._examples, self._tokenizer, self._config, self._group = examples, tokenizer, config, group
+        self._train_sizes, self._small = train_sizes, small
+        self._budget = _TOKENS_PER_TRAINED * micro_batch_tokens
+        chosen = [self._sample(source, config.limit, seed) for source in range(len(examples.source_names))]
+        self._scored = torch.cat(chosen).sort().values
+        self._generated = torch.cat([of_source[: config.generate] for of_source in chosen]).sort().values
+        self.left_out = {
+            name: int(size) - len(of_source)
+            for name, size, of_source in zip(examples.source_names, examples.sizes, chosen)
+            if size > len(of_source)
+        }
+        """Held-out examples per source above ``--eval.limit``."""
+
+    def __call__(self, module: ExampleLoss, step: int) -> Evaluation:
+        """Loss of every scored example, and greedy answers where they are asked for."""
+        was_training = module.training
+        module.eval()
+        with torch.no_grad():
+            losses = self._losses(module)
+            correct = self._correct(module)
+        module.train(was_training)
+        return self._evaluation(step, losses, correct)
+
+    def _losses(self, module: ExampleLoss) -> Tensor:
+        """``[N]`` float64 losses, NaN where not scored."""
+        losses = torch.zeros(len(self._examples), device=self._group.device)
+        shares = deal(
+            form_micro_batches(self._examples.lengths, self._scored, self._budget),
+            self._examples.lengths,
+            self._group.world_size,
+        )
+        for indices in shares[self._group.rank]:
+            batch = self._batch(indices or (int(self._scored[0]),))
+            found = module(batch.input_ids, batch.attention_mask, batch.labels)
+            if indices:
+                losses[batch.positions.to(losses.device)] = found
+        return self._combined(losses, self._scored)
+
+    def _correct(self, module: ExampleLoss) -> Tensor:
+        """``[N]`` float64: 1 if the generated answer is right, 0 if not, NaN where none was asked for."""
+        correct = torch.zeros(len(self._examples), device=self._group.device)
+        if len(self._generated):
+            prompts = {int(i): self._examples.prompt_and_reference(int(i)) for i in self._generated}
+            lengths = torch.zeros(len(self._examples), dtype=torch.int64)
+            lengths[self._generated] = long_tensor([len(prompts[int(i)][0]) for i in self._generated])
+            lengths += self._config.max_new_tokens
+            micro_batches = form_micro_batches(lengths, self._generated, self._budget)
+            for indices in deal(micro_batches, lengths, self._group.world_size)[self._group.rank]:
+                if not indices:
+                    continue
+                answers = self._generate(module, [prompts[i][0] for i in indices])
+                for index, answer in zip(indices, answers):
+                    reference = self._tokenizer.decode(prompts[index][1], skip_special_tokens=True)
+                    correct[index] = is_correct(answer, reference)
+        return self._combined(correct, self._generated)
+
+    def _generate(self, module: ExampleLoss, prompts: list[list[int]]) -> list[str]:
+        """Greedy completions of prompts, which are padded on the left."""
+        longest = max(map(len, prompts))
+        pad_id = self._tokenizer.pad_token_id
+        tokens = torch.full((len(prompts), longest), pad_id)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        generated = module.model.generate(
+            input_ids=tokens.to(self._group.device),
+            attention_mask=mask.to(self._group.device),
+            max_new_tokens=self._config.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad_id,
+            eos_token_id=self._tokenizer.eos_token_id,
+        )
+        return self._tokenizer.batch_decode(generated[:, longest:].cpu(), skip_special_tokens=True)
+
+    def _evaluation(self, step: int, losses: Tensor, correct: Tensor) -> Evaluation:
+        names, sources = self._examples.source_names, self._examples.sources
+        present = [q for q in range(len(names)) if (sources[self._scored] == q).any()]
+        loss = {q: float(losses[sources == q].nanmean()) for q in present}
+        accuracy = {q: _mean_or_none(correct[sources == q]) for q in present}
+        sizes = [int(self._train_sizes[q]) if q < len(self._train_sizes) else 0 for q in present]
+        small = [q for q in present if q < len(self._small) and self._small[q]]
+        known = [value for value in accuracy.values() if value is not None]
+        return Evaluation(
+            step=step,
+            losses={names[q]: loss[q] for q in present},
+            accuracies={names[q]: accuracy[q] for q in present},
+            counts={names[q]: int((sources[self._scored] == q).sum()) for q in present},
+            loss=sum(loss[q] * size for q, size in zip(present, sizes)) / sum(sizes) if sum(sizes) else None,
+            loss_by_source=sum(loss.values()) / len(present),
+            small_loss=sum(loss[q] for q in small) / len(small) if small else None,
+            accuracy=sum(known) / len(known) if known else None,
+        )
+
+    def _batch(self, indices: tuple[int, ...]):
+        chosen = long_tensor(indices)
+        return collate(self._examples, chosen, chosen, self._tokenizer.pad_token_id, self._group.device)
+
+    def _sample(self, source: int, limit: int, seed: int) -> Tensor:
+        """Up to ``limit`` examples of a source, drawn once."""
+        of_source = (self._examples.sources == source).nonzero().flatten()
+        order = torch.randperm(len(of_source), generator=generator(seed, "eval", source))
+        return of_source[order[:limit]]
+
+    def _combined(self, values: Tensor, where: Tensor) -> Tensor:
+        """Every rank's share added up; NaN outside ``where``."""
+        total = self._group.all_reduce(values, "eval").cpu().double()
+        result = torch.full_like(total, float("nan"))
+        result[where] = total[where]
+        return result
+
+
+def _mean_or_none(values: Tensor) -> float | None:
+    known = values[~values.isnan()]
+    return float(known.mean()) if len(known) else None

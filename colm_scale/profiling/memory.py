@@ -1,0 +1,218 @@
+"""How much memory a phase of a step needs on this rank: what the device holds, not only what the allocator handed out.
+
+On a GPU two numbers are taken. The allocator's peak is exact but leaves out the CUDA context, NCCL's buffers and
+fragments; NVML sees all of that, by sampling. On the CPU the kernel keeps the peak resident memory itself. No reading
+synchronises the device: memory is claimed by the host when it launches work, so host-side phases are the right ones.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import pynvml
+import torch
+
+_SAMPLE_SECONDS = 0.02
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+class MemoryMeter(Protocol):
+    """Peaks between `start` and `stop`; phases do not overlap.
+
+    Attributes:
+        primary: The kind of peak that is reported, a key of what `stop` returns.
+        label: What the primary kind is, for people.
+        device_name: What the memory belongs to.
+    """
+
+    primary: str
+    label: str
+    device_name: str
+
+    def start(self) -> None:
+        """Begin a phase."""
+
+    def stop(self) -> dict[str, int]:
+        """End the phase; its peak bytes by kind: ``resident``, or ``allocator`` and, where it answers, ``nvml``."""
+
+
+def memory_meter(device: torch.device) -> MemoryMeter:
+    """The meter of the memory ``device`` computes in. Make it when the model is on the device."""
+    return GpuMeter(device) if device.type == "cuda" else ResidentMeter()
+
+
+def cpu_name() -> str:
+    """The processor's model."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", _CPU_INFO.read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+class ResidentMeter:
+    """The process's resident memory: its peak where the kernel lets us restart the count, else its value at the end."""
+
+    primary = "resident"
+
+    def __init__(self):
+        self._has_peak = _restart_peak() and _peak_resident() is not None
+        self.label = "resident memory (CPU)" if self._has_peak else "resident memory (CPU, at the end of a phase)"
+        self.device_name = cpu_name()
+
+    def start(self) -> None:
+        if self._has_peak:
+            _restart_peak()
+
+    def stop(self) -> dict[str, int]:
+        return {"resident": _peak_resident() if self._has_peak else psutil.Process().memory_info().rss}
+
+
+def _restart_peak() -> bool:
+    """Set the kernel's VmHWM to what is resident now (``man 5 proc_pid_clear_refs``). False if that is not allowed."""
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident() -> int | None:
+    """VmHWM in bytes, or None where the kernel does not report it."""
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return None
+
+
+class GpuMeter:
+    """A GPU's memory by torch's allocator and, if there is a driver to ask, by NVML."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._gauge = _nvml_gauge(device)
+        self._peak: SampledPeak | None = None
+        self.primary = "nvml" if self._gauge else "allocator"
+        self.label = self._gauge.label if self._gauge else "GPU memory (torch allocator)"
+        self.device_name = torch.cuda.get_device_name(device)
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        if self._gauge:
+            self._peak = SampledPeak(self._gauge.read)
+
+    def stop(self) -> dict[str, int]:
+        peaks = {"allocator": torch.cuda.max_memory_allocated(self._device)}
+        if self._peak:
+            peaks["nvml"] = self._peak.stop()
+        return peaks
+
+
+class SampledPeak:
+    """The largest of the readings taken now, every 20 ms by a thread of its own, and at `stop`."""
+
+    def __init__(self, read: Callable[[], int]):
+        self._read = read
+        self._largest = read()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="colm_scale-memory", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._ended.set()
+        self._thread.join()
+        return max(self._largest, self._read())
+
+    def _sample(self) -> None:
+        with suppress(pynvml.NVMLError):  # the reading at `stop` raises it where it can be seen
+            while not self._ended.wait(_SAMPLE_SECONDS):
+                self._largest = max(self._largest, self._read())
+
+
+class NvmlGauge:
+    """Memory in use on one device, by NVML: this process's own, or all of it if the driver does not tell them apart.
+
+    Inside a container the driver may list processes under the numbers they have outside of it, and some drivers list
+    no sizes; then the number includes other processes on the device, and the label says so.
+    """
+
+    def __init__(self, handle: object):
+        self._handle = handle
+        self._own = self._used_by_process() is not None
+        self.label = "GPU memory (NVML)" if self._own else "GPU memory (NVML, all processes on the device)"
+
+    def read(self) -> int:
+        """Bytes in use now."""
+        if self._own:
+            return self._used_by_process() or 0
+        return pynvml.nvmlDeviceGetMemoryInfo(self._handle).used
+
+    def _used_by_process(self) -> int | None:
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        sizes = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
+        return None if not sizes or None in sizes else sum(sizes)
+
+
+def _nvml_gauge(device: torch.device) -> NvmlGauge | None:
+    """None where NVML has no library, no driver, or no such device (ROCm)."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    try:
+        pynvml.nvmlInit()
+        return NvmlGauge(find_device(uuid, _visible_as(device)))
+    except pynvml.NVMLError:
+        return None
+
+
+def _visible_as(device: torch.device) -> str:
+    """The device's entry in CUDA_VISIBLE_DEVICES; empty without one."""
+    entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    index = device.index or 0
+    return entries[index].strip() if index < len(entries) else ""
+
+
+def find_device(uuid: str, visible: str) -> object:
+    """NVML's handle of a CUDA device.
+
+    NVML numbers devices as if CUDA_VISIBLE_DEVICES did not exist, so only the UUID identifies one. Under MIG, CUDA
+    reports the slice's UUID or, by its older interface, that of the whole GPU.
+
+    Args:
+        uuid: What CUDA reports, without a prefix.
+        visible: The device's entry in CUDA_VISIBLE_DEVICES: an index, a UUID or the beginning of one, or empty.
+
+    Raises:
+        pynvml.NVMLError: NVML does not know the device.
+    """
+    named = [visible] if visible.startswith("MIG-") else []
+    for name in [*named, f"GPU-{uuid}"]:
+        with suppress(pynvml.NVMLError):
+            return _shown_part(pynvml.nvmlDeviceGetHandleByUUID(name), visible)
+    return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
+
+
+def _shown_part(device: object, visible: str) -> object:
+    """Of a GPU in MIG mode the slice that CUDA shows: the one that is named, else the first. Else the device itself."""
+    slices = _mig_slices(device)
+    named = [part for part in slices if pynvml.nvmlDeviceGetUUID(part).startswith(visible)]
+    return (named or slices or [device])[0]
+
+
+def _mig_slices(gpu: object) -> list[object]:
+    """A GPU's MIG devices; none of a slice, nor of a GPU that is not in MIG mode or has no such mode."""
+    slices: list[object] = []
+    with suppress(pynvml.NVMLError):
+        current, _ = pynvml.nvmlDeviceGetMigMode(gpu)
+        count = pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu) if current == pynvml.NVML_DEVICE_MIG_ENABLE else 0
+        for index in range(count):
+            with suppress(pynvml.NVMLError):  # places without a slice
+                slices.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
+    return slices

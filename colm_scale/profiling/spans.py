@@ -1,0 +1,94 @@
+"""How long each phase of a step takes, and how much memory it needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from colm_scale.profiling.memory import MemoryMeter
+
+STEP = "step"
+"""The phase that stands for the whole step."""
+
+
+class Spans:
+    """The phases of one step on this rank, one after the other: ``with spans("sketch"): ...``.
+
+    On a GPU a phase lies between two events on the current stream, which are read when the step is over: measuring
+    does not make the host wait inside the step.
+    """
+
+    def __init__(self, device: torch.device, meter: MemoryMeter):
+        self._clock = _StreamClock(device) if device.type == "cuda" else _HostClock()
+        self._meter = meter
+        self._reset()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        assert self._open is None, f"phase {phase!r} inside of {self._open!r}"
+        assert phase != STEP, "the whole step is measured anyway"
+        if self._began is None:
+            self._began = time.perf_counter()
+        self._open = phase
+        self._meter.start()
+        start = self._clock.mark()
+        try:
+            yield
+        finally:
+            self._marks.append((phase, start, self._clock.mark()))
+            peak = self._meter.stop()[self._meter.primary]
+            self._peaks[phase] = max(self._peaks.get(phase, 0), peak)
+            self._open = None
+
+    def finish(self) -> tuple[dict[str, float], dict[str, int]]:
+        """End the step: seconds and peak bytes (of the meter's primary kind) by phase, in the order they ran.
+
+        A phase that ran twice has the sum of its seconds and the larger of its peaks. ``step`` is the wall clock from
+        the first phase to now, when the device has finished, and the largest peak.
+        """
+        assert self._began is not None, "a step without a phase"
+        assert self._open is None, f"the step ends inside of {self._open!r}"
+        self._clock.wait()
+        seconds: dict[str, float] = {}
+        for phase, start, end in self._marks:
+            seconds[phase] = seconds.get(phase, 0.0) + self._clock.seconds(start, end)
+        seconds[STEP] = time.perf_counter() - self._began
+        peaks = {**self._peaks, STEP: max(self._peaks.values())}
+        self._reset()
+        return seconds, peaks
+
+    def _reset(self) -> None:
+        self._open: str | None = None
+        self._began: float | None = None
+        self._marks: list[tuple] = []
+        self._peaks: dict[str, int] = {}
+
+
+class _HostClock:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def wait(self) -> None:
+        """What the CPU was told to do is done."""
+
+
+class _StreamClock:
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return start.elapsed_time(end) / 1000
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self._device)

@@ -1,0 +1,88 @@
+"""What a run ran on: enough to explain its numbers, nothing that names the machine or its user."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import pynvml
+import torch
+
+from colm_scale.profiling.memory import cpu_name
+
+_PACKAGES = ("colm_scale", "torch", "transformers", "peft", "deepspeed", "numpy")
+
+
+def environment(device: torch.device, world_size: int, engine: str, **extra: object) -> dict[str, object]:
+    """What ``environment.json`` holds, plus ``extra``. The host's name and environment variables are left out."""
+    return {
+        "versions": _versions(),
+        "devices": _devices(device),
+        "world_size": world_size,
+        "engine": engine,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "host_memory_bytes": psutil.virtual_memory().total,
+        "platform": platform.platform(),
+        "commit": _commit(Path(__file__)),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **extra,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "driver": _driver(),
+    }
+
+
+def _version(package: str) -> str | None:
+    """None for a package that runs from its source without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+
+
+def _devices(device: torch.device) -> list[dict[str, object]]:
+    """The devices that this machine's ranks compute on."""
+    if device.type != "cuda":
+        return [{"name": cpu_name(), "memory_bytes": psutil.virtual_memory().total}]
+    visible = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"name": properties.name, "memory_bytes": properties.total_memory} for properties in visible]
+
+
+def _commit(file: Path) -> dict[str, object] | None:
+    """The commit that ``file`` belongs to and whether the checkout differs from it; None outside of a checkout.
+
+    A package installed somewhere below a repository of the user's is not part of it.
+    """
+    with suppress(OSError, subprocess.SubprocessError):
+        _git(file, "ls-files", "--error-unmatch", file.name)
+        changes = _git(file, "status", "--porcelain", "--untracked-files=no")
+        return {"id": _git(file, "rev-parse", "HEAD"), "dirty": bool(changes)}
+    return None
+
+
+def _git(file: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(file.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

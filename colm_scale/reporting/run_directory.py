@@ -1,0 +1,109 @@
+"""The files a run leaves behind. Each line of a ``.jsonl`` file is valid JSON; numbers that are not finite are null."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from colm_scale.errors import UserError
+from colm_scale.records import StepReport
+from colm_scale.reporting.summary import Evaluation
+
+
+class RunDirectory:
+    """A run's folder. Only rank 0 has one.
+
+    Args:
+        path: The folder; by default ``runs/`` and the date and time. Nothing is written before `create`.
+
+    Raises:
+        UserError: The folder holds a run already.
+    """
+
+    def __init__(self, path: str | None = None):
+        self.path = Path(path or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
+        self.adapter = self.path / "adapter"
+        self.log = self.path / "log.txt"
+        self.metrics = self.path / "metrics.jsonl"
+        self._selection = self.path / "selection.jsonl"
+        self._evaluations = self.path / "evaluations.jsonl"
+        if self.metrics.exists():
+            raise UserError(f"--output_dir {self.path} holds a run already ({self.metrics.name}): give another folder")
+
+    def create(self, config_yaml: str, environment: Mapping[str, object]) -> None:
+        """Make the folder, claim it for this run, and write ``config.yaml`` and ``environment.json``.
+
+        Raises:
+            UserError: The folder cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.metrics.touch(exist_ok=False)
+            (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            (self.path / "environment.json").write_text(json.dumps(_finite(environment), indent=2), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+
+    def report(self, report: StepReport, source_names: Sequence[str]) -> None:
+        """Append a step to ``metrics.jsonl`` and ``selection.jsonl``."""
+        _append(self.metrics, metrics_row(report))
+        _append(self._selection, selection_row(report, source_names))
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Append to ``evaluations.jsonl``: the fields of `Evaluation`."""
+        _append(self._evaluations, dataclasses.asdict(evaluation))
+
+
+def metrics_row(report: StepReport) -> dict[str, object]:
+    """A step's line of ``metrics.jsonl``; lists are by rank, dicts by phase."""
+    selection = report.selection
+    return {
+        "step": report.step,
+        "loss": report.loss,
+        "learning_rate": report.learning_rate,
+        "gradient_norm": report.gradient_norm,
+        "seconds": report.seconds,
+        "measured_over_floor": report.floor,
+        "peak_bytes": report.peak_bytes,
+        "phase_peak_bytes": report.phase_peak_bytes,
+        "exchanged_bytes": report.exchanged_bytes,
+        "padding_share": report.padding_share,
+        "imbalance": report.imbalance,
+        "candidates": len(report.candidates),
+        "selected": len(selection),
+        "kept": selection.kept,
+        "invalid": selection.invalid,
+        "overflow": selection.overflow,
+    }
+
+
+def selection_row(report: StepReport, source_names: Sequence[str]) -> dict[str, object]:
+    """A step's line of ``selection.jsonl``: candidates are ids, ``sources`` names the source of each of them."""
+    candidates, selection = report.candidates, report.selection
+    return {
+        "step": report.step,
+        "candidates": candidates.ids.tolist(),
+        "sources": [source_names[source] for source in candidates.sources.tolist()],
+        "selected": candidates.ids[selection.positions].tolist(),
+        "weights": selection.weights.tolist(),
+        "kept": selection.kept,
+    }
+
+
+def _append(path: Path, row: Mapping[str, object]) -> None:
+    """Opened for each row, so that a run that is killed leaves whole lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_finite(row), allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _finite(value: object) -> object:
+    """``value`` with null for every float that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

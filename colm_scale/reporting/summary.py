@@ -1,0 +1,202 @@
+"""What a run did, in tables: per source, per rank, and in a few lines at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from colm_scale.records import StepReport
+
+_FORWARD_BACKWARD = ("sketch", "train")
+"""Phases that are forwards and backwards of the model; everything else is overhead or the optimizer."""
+_NONE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The held-out data at one step (0: before training).
+
+    Attributes:
+        losses: Mean loss of each source's examples.
+        accuracies: Share of each source's generated answers that are right; None where none was generated.
+        counts: Scored examples of each source.
+        loss: Mean over the natural mixture, sources weighted by their training examples; None if no source has any.
+        loss_by_source: Mean over sources.
+        small_loss: Mean over the small sources; None without one.
+        accuracy: Mean over the sources that have one.
+    """
+
+    step: int
+    losses: dict[str, float]
+    accuracies: dict[str, float | None]
+    counts: dict[str, int]
+    loss: float | None
+    loss_by_source: float
+    small_loss: float | None
+    accuracy: float | None
+
+
+class RunSummary:
+    """Adds up the reports and evaluations of a run.
+
+    Args:
+        source_names: Name of each source, 0..Q-1.
+        sizes: ``[Q]`` training examples.
+        small: ``[Q]`` bool, the sources reported as small.
+        memory_label: What the reports' peaks are, for people.
+        dropped: Examples of each source that were too long and left out.
+        cut: Examples of each source that were too long and cut.
+    """
+
+    def __init__(
+        self,
+        source_names: Sequence[str],
+        sizes: Tensor,
+        small: Tensor,
+        memory_label: str,
+        dropped: Mapping[str, int] | None = None,
+        cut: Mapping[str, int] | None = None,
+    ):
+        self._names, self._small, self._memory_label = list(source_names), small, memory_label
+        self.sizes = sizes
+        self.candidates, self.selected, self.kept = torch.zeros(3, len(source_names), dtype=torch.int64).unbind()
+        self._too_long = {"dropped": dropped or {}, "cut": cut or {}}
+        self._evaluations: list[Evaluation] = []
+        self._seconds: list[float] = []
+        self._outside: list[float] = []
+        self._floors: list[float] = []
+        self._exchanged: Counter[str] = Counter()
+        self._peaks: dict[str, list[int]] = {}
+
+    def report(self, report: StepReport) -> None:
+        """Add one step."""
+        sources, selection = report.candidates.sources, report.selection
+        self.candidates += self._per_source(sources)
+        self.selected += self._per_source(sources[selection.positions])
+        self.kept += self._per_source(sources[selection.positions[: selection.kept]])
+        total = report.seconds["step"]
+        inside = sum(report.seconds.get(phase, 0.0) for phase in _FORWARD_BACKWARD)
+        self._seconds.append(total)
+        # Each phase is that of its slowest rank, so they can add up to a little more than the step.
+        self._outside.append(max(0.0, 1 - inside / total))
+        if report.floor is not None:
+            self._floors.append(report.floor)
+        self._exchanged.update(report.exchanged_bytes)
+        for phase, peaks in report.phase_peak_bytes.items():
+            self._peaks[phase] = list(map(max, peaks, self._peaks.get(phase, peaks)))
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Add one evaluation; the first and the last are compared."""
+        self._evaluations.append(evaluation)
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a step."""
+        return median(self._seconds)
+
+    @property
+    def share_outside(self) -> float:
+        """Median share of a step outside of the model's forwards and backwards."""
+        return median(self._outside)
+
+    @property
+    def measured_over_floor(self) -> float | None:
+        """Median step over bare floor; None if no floor was taken."""
+        return median(self._floors) if self._floors else None
+
+    @property
+    def exchanged_bytes(self) -> dict[str, float]:
+        """Mean bytes of a step, by phase."""
+        return {phase: count / len(self._seconds) for phase, count in self._exchanged.items()}
+
+    def render(self, places: Mapping[str, Path]) -> Group:
+        """All tables; ``places`` says where things are, e.g. ``{"adapter": ..., "metrics": ..., "log": ...}``."""
+        return Group(self.source_table(), self.rank_table(), self.closing_table(places))
+
+    def source_table(self) -> Table:
+        """One row per source, then totals. Sources that left no training example have a row too."""
+        too_long = {title: counts for title, counts in self._too_long.items() if any(counts.values())}
+        table = _table("source", "examples", "candidates", "selected", "kept", *too_long, "held-out loss", "accuracy")
+        held_out = [evaluation.losses for evaluation in self._evaluations[-1:]]
+        names = dict.fromkeys(chain(self._names, *too_long.values(), *held_out))
+        for source, name in enumerate(names):
+            counts = self._counts(slice(source, source + 1))
+            lengths = [f"{counted.get(name, 0):,}" for counted in too_long.values()]
+            loss = self._change(lambda e, name=name: e.losses.get(name), ".3f")
+            accuracy = self._change(lambda e, name=name: e.accuracies.get(name), ".1%")
+            _add_row(table, name, *counts, *lengths, loss, accuracy)
+        table.add_section()
+        self._add_totals(table, [f"{sum(counted.values()):,}" for counted in too_long.values()])
+        return table
+
+    def rank_table(self) -> Table:
+        """Peak memory of the run: a row per rank, a column per phase."""
+        table = _table("rank", *self._peaks, title=f"peak {self._memory_label}, GiB")
+        for rank, peaks in enumerate(zip(*self._peaks.values())):
+            _add_row(table, str(rank), *map(gib, peaks))
+        return table
+
+    def closing_table(self, places: Mapping[str, Path]) -> Table:
+        """Where things are and what a step cost."""
+        floor = self.measured_over_floor
+        exchanged = self.exchanged_bytes
+        by_phase = ", ".join(f"{phase} {count:,.0f}" for phase, count in exchanged.items())
+        table = Table.grid(padding=(0, 2))
+        for name, path in places.items():
+            _add_row(table, name, str(path))
+        _add_row(table, "seconds per step", f"{self.seconds:.3f} (median of {len(self._seconds)})")
+        _add_row(table, "outside forward and backward", f"{self.share_outside:.1%} of a step (median)")
+        if floor is not None:
+            _add_row(table, "step / bare floor", f"{floor:.3f} (median of {len(self._floors)})")
+        _add_row(table, "exchanged bytes per step", f"{sum(exchanged.values()):,.0f} ({by_phase or 'one rank'})")
+        return table
+
+    def _add_totals(self, table: Table, too_long: list[str]) -> None:
+        blank = [_NONE] * len(too_long)
+        natural = self._change(lambda e: e.loss, ".3f")
+        by_source = self._change(lambda e: e.loss_by_source, ".3f")
+        accuracy = self._change(lambda e: e.accuracy, ".1%")
+        small = self._change(lambda e: e.small_loss, ".3f")
+        _add_row(table, "mean over examples", *self._counts(slice(None)), *too_long, natural, _NONE)
+        _add_row(table, "mean over sources", *[_NONE] * 4, *blank, by_source, accuracy)
+        _add_row(table, "small sources", *self._counts(self._small), *blank, small, _NONE)
+
+    def _counts(self, which: slice | Tensor) -> list[str]:
+        columns = (self.sizes, self.candidates, self.selected, self.kept)
+        return [f"{int(column[which].sum()):,}" for column in columns]
+
+    def _change(self, value: Callable[[Evaluation], float | None], form: str) -> str:
+        """A number of the first evaluation and, if there are two, of the last."""
+        evaluations = [*self._evaluations[:1], *self._evaluations[1:][-1:]]
+        known = [number for number in map(value, evaluations) if number is not None]
+        return " -> ".join(format(number, form) for number in known) or _NONE
+
+    def _per_source(self, sources: Tensor) -> Tensor:
+        return torch.bincount(sources, minlength=len(self._names))
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB."""
+    return f"{count / 2**30:.2f}"
+
+
+def _table(first: str, *numbers: str, title: str | None = None) -> Table:
+    table = Table(first, box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    table.add_row(*map(Text, cells))  # as text, for a name with brackets in it is not markup

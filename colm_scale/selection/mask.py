@@ -1,0 +1,67 @@
+"""Which columns are compared: per source the h with the largest mean update (DESIGN 2.3, step 4).
+
+The sums are taken in fixed point. Integer addition does not depend on order, so the columns depend neither on how rows
+are spread over ranks nor on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 16.0
+"""Larger entries of an update count as this much. With Adam's usual betas an entry stays below 4."""
+
+
+def to_fixed(u: Tensor, count: int) -> Tensor:
+    """``u`` as int32 of the finest power-of-two unit in which ``count`` such numbers can be added without overflow."""
+    one = 2.0 ** (27 - count.bit_length())  # count * LARGEST * one < 2**31
+    return (u.clamp(-LARGEST, LARGEST) * one).round().to(torch.int32)
+
+
+def source_sums(u: Tensor, groups: Tensor, num_groups: int, count: int) -> Tensor:
+    """Fixed-point sum of the updates of each source.
+
+    Args:
+        u: ``[s, d]`` finite updates.
+        groups: ``[s]`` 0..G-1, the source of each row.
+        num_groups: G.
+        count: Rows over all calls and ranks whose results are added up; sets the unit.
+
+    Returns:
+        int32 ``[G, d]``.
+    """
+    sums = torch.zeros(num_groups, u.shape[1], dtype=torch.int32, device=u.device)
+    return sums.index_add_(0, groups, to_fixed(u, count))
+
+
+def top_columns(sums: Tensor, h: int) -> Tensor:
+    """The ``h`` columns with the largest absolute sum of each source; the lowest column wins ties.
+
+    Args:
+        sums: int32 ``[G, d]``.
+
+    Returns:
+        int64 ``[G, min(h, d)]``, ascending.
+    """
+    return _best(sums, torch.arange(sums.shape[1], device=sums.device).expand(sums.shape), h)
+
+
+def merge_proposals(values: Tensor, columns: Tensor, h: int) -> Tensor:
+    """`top_columns` of the whole, from the best columns of each owner of a part.
+
+    Args:
+        values: int32 ``[W, G, k]`` sums of the columns each of W owners proposes, k at least h or all it owns.
+        columns: int64 ``[W, G, k]`` their numbers in the whole.
+
+    Returns:
+        int64 ``[G, min(h, W * k)]``, ascending.
+    """
+    return _best(values.transpose(0, 1).flatten(1), columns.transpose(0, 1).flatten(1), h)
+
+
+def _best(values: Tensor, columns: Tensor, h: int) -> Tensor:
+    # One distinct key per column: a larger |value| outweighs any column number, a lower column decides between equals.
+    keys = (values.abs().long() << 31) - columns
+    best = keys.topk(min(h, keys.shape[1])).indices
+    return columns.gather(1, best).sort().values

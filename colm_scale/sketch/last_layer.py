@@ -1,0 +1,161 @@
+"""The exact per-example gradient of the probe tensor, of which only a few columns ever leave the rank (DESIGN 2.2).
+
+The gradient of example i is ``G_i = delta_i.T @ a_i``. A rank keeps its own examples' gradients as these factors (or
+multiplied out, where that is smaller) and answers three questions about them: the sum of the normalised rows per
+source, the rows at given columns, and the sums that the moments learn from. The sums are taken in fixed point: integer
+addition does not depend on order, so the answers do not depend on which rank holds which example.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colm_scale.records import Batch
+from colm_scale.selection.mask import to_fixed
+from colm_scale.selection.moments import Moments
+from colm_scale.sketch.tap import Tap
+
+BLOCK_NUMBERS = 2**22
+"""Most numbers of a temporary ``[B, columns]`` block of multiplied-out gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """The probe tensor's gradients of one micro-batch, as factors or multiplied out, whichever holds fewer numbers.
+
+    Attributes:
+        rows: ``[B]`` row of each example in the candidate matrix.
+        delta: ``[B, T, d_out]`` and
+        a: ``[B, T, r]`` the factors, or None.
+        product: ``[B, d_out, r]`` the gradients, or None.
+    """
+
+    rows: Tensor
+    delta: Tensor | None
+    a: Tensor | None
+    product: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
+        tokens, d_out = delta.shape[1:]
+        if tokens * (d_out + a.shape[2]) < d_out * a.shape[2]:
+            return cls(rows, delta, a, None)
+        return cls(rows, None, None, delta.transpose(1, 2) @ a)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, r)``."""
+        return tuple(self.product.shape[1:]) if self.product is not None else (self.delta.shape[2], self.a.shape[2])
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are held."""
+        return self.product.numel() if self.product is not None else self.delta.numel() + self.a.numel()
+
+    def blocks(self):
+        """Yield ``(columns, [B, columns])`` over all d columns, a few output rows of the probe at a time."""
+        d_out, r = self.shape
+        step = max(1, BLOCK_NUMBERS // (len(self.rows) * r))
+        for start in range(0, d_out, step):
+            out = slice(start, min(start + step, d_out))
+            block = (
+                self.product[:, out] if self.product is not None else self.delta[:, :, out].transpose(1, 2) @ self.a
+            )
+            yield slice(out.start * r, out.stop * r), block.flatten(1)
+
+    def at(self, columns: Tensor) -> Tensor:
+        """Entries ``[B, h]`` of the gradients; ``columns`` ``[B, h]`` are each example's own."""
+        if self.product is not None:
+            return self.product.flatten(1).gather(1, columns)
+        tokens, r = self.a.shape[1:]
+        delta = self.delta.gather(2, (columns // r).unsqueeze(1).expand(-1, tokens, -1))
+        a = self.a.gather(2, (columns % r).unsqueeze(1).expand(-1, tokens, -1))
+        return (delta * a).sum(1)
+
+
+def sketch(tap: Tap, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Gradients]:
+    """One forward and one backward of the last block.
+
+    Returns:
+        losses ``[B]``; the largest entry of each gradient ``[B]``, NaN or infinite where the gradient is not finite;
+        the gradients.
+    """
+    losses, delta, a = tap.factors(batch)
+    gradients = Gradients.of(rows, delta, a)
+    largest = torch.stack([block.abs().amax(1) for _, block in gradients.blocks()]).amax(0)
+    return losses, largest, gradients
+
+
+def source_sums(held: list[Gradients], groups: Tensor, num_groups: int, moments: Moments, valid: Tensor) -> Tensor:
+    """Fixed-point sums of the normalised rows of this rank's examples, per ranked source.
+
+    Args:
+        held: This rank's gradients.
+        groups: ``[s]`` ranked source of each row of the candidate matrix, or -1.
+        valid: ``[s]`` bool, rows whose gradient is finite.
+
+    Returns:
+        int32 ``[num_groups, d]``.
+    """
+    sums = torch.zeros(num_groups, len(moments.first), dtype=torch.int32, device=moments.first.device)
+    for gradients in held:
+        counted = (groups[gradients.rows] >= 0) & valid[gradients.rows]
+        of = groups[gradients.rows][counted]
+        for columns, block in gradients.blocks():
+            fixed = to_fixed(moments.normalise(block[counted], columns), len(groups))
+            sums[:, columns].index_add_(0, of, fixed)
+    return sums
+
+
+def rows_at(held: list[Gradients], columns: Tensor, groups: Tensor, moments: Moments) -> Tensor:
+    """The normalised rows of this rank's examples at their source's columns.
+
+    Args:
+        columns: ``[num_groups, h]``.
+        groups: ``[s]``.
+
+    Returns:
+        ``[examples of this rank, h]`` in the order they were sketched; zero where no ranking is needed.
+    """
+    rows = [columns.new_zeros(0, columns.shape[1], dtype=torch.float32)]
+    for gradients in held:
+        group = groups[gradients.rows]
+        own = columns[group.clamp(min=0)]
+        rows.append(moments.normalise(gradients.at(own), own) * (group >= 0).unsqueeze(1))
+    return torch.cat(rows)
+
+
+def moment_sums(held: list[Gradients], picked: Tensor, d: int, exponent: int) -> Tensor:
+    """Fixed-point sums of ``g`` and ``g^2`` over this rank's picked examples.
+
+    Args:
+        picked: ``[s]`` bool.
+        d: Numbers in the probe tensor.
+        exponent: Every entry of a picked gradient is below ``2**exponent`` in size.
+
+    Returns:
+        int64 ``[2, d]``; `from_moment_sums` undoes the scaling.
+    """
+    one = 2.0 ** _moment_bits(len(picked))
+    sums = torch.zeros(2, d, dtype=torch.int64, device=picked.device)
+    for gradients in held:
+        chosen = picked[gradients.rows]
+        for columns, block in gradients.blocks():
+            scaled = block[chosen].double() * 2.0**-exponent
+            sums[0, columns] += (scaled * one).round().long().sum(0)
+            sums[1, columns] += (scaled.square() * one).round().long().sum(0)
+    return sums
+
+
+def from_moment_sums(sums: Tensor, rows: int, count: int, exponent: int) -> tuple[Tensor, Tensor]:
+    """``mean(g)`` and ``mean(g^2)`` ``[d]`` float32 over ``count`` picked of ``rows`` sketched examples."""
+    means = sums.double() / (2.0 ** _moment_bits(rows) * count)
+    return (means[0] * 2.0**exponent).float(), (means[1] * 2.0 ** (2 * exponent)).float()
+
+
+def _moment_bits(rows: int) -> int:
+    """Fraction bits with which the sum over ``rows`` numbers below 1 fits into int64 (a double has 53)."""
+    return 62 - max(1, rows - 1).bit_length()

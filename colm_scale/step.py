@@ -1,0 +1,215 @@
+"""One optimizer step: sample, sketch, gather, select, broadcast, route, train, report (DESIGN section 2).
+
+Data flows one way, in frozen records. What runs on this rank alone and what all ranks do together is the business of
+the estimator, the exchange and the engine; nothing here asks how many ranks there are or what shards the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colm_scale.config import RunConfig
+from colm_scale.data.batching import collate
+from colm_scale.data.examples import Examples
+from colm_scale.data.sampler import CandidateSampler
+from colm_scale.distributed.engine import Engine
+from colm_scale.distributed.estimators import Estimator
+from colm_scale.distributed.exchange import share_selection
+from colm_scale.distributed.group import Group
+from colm_scale.errors import TrainingError
+from colm_scale.profiling.spans import Spans
+from colm_scale.records import Batch, Candidates, Selection, StepReport, long_tensor
+from colm_scale.selection.route import route
+from colm_scale.selection.rule import SelectionRule, loss_shares
+from colm_scale.sketch.plan import plan_sketch
+
+PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer")
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A batch to train on, and ``[B]`` what each of its losses counts for (zero in one that only keeps step)."""
+
+    batch: Batch
+    shares: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The batches of a step on this rank, kept so that the bare floor can run the same tokens again."""
+
+    sketched: list[Batch]
+    trained: list[MicroBatch]
+
+
+class CoresetStep:
+    """Everything one step needs; call it with the step's number (from 1) and learning rate."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        examples: Examples,
+        sampler: CandidateSampler,
+        rule: SelectionRule,
+        estimator: Estimator | None,
+        engine: Engine,
+        group: Group,
+        spans: Spans,
+        pad_id: int,
+    ):
+        self._config, self._examples, self._sampler, self._rule = config, examples, sampler, rule
+        self._estimator, self._engine, self._group, self._spans = estimator, engine, group, spans
+        self._pad_id = pad_id
+        self._label_tokens = examples.label_counts
+        self._shortest = int(examples.lengths.argmin())
+
+    def __call__(self, step: int, learning_rate: float) -> tuple[StepReport, Work]:
+        """Train one step.
+
+        Raises:
+            TrainingError: On every rank, before the weights change: a loss of the coreset is not finite (names step and
+                ids), or ranks disagree.
+        """
+        spans, group, rule, estimator = self._spans, self._group, self._rule, self._estimator
+        budget_tokens = self._config.train.micro_batch_tokens
+        matrix, sketched = None, []
+
+        with spans("sample"):
+            candidates = self._sampler(step)
+            quota = rule.quota(candidates)
+            if estimator is not None:
+                plan = plan_sketch(candidates, quota, group.world_size, budget_tokens)
+                sketched = self._batches(candidates, plan.shares[group.rank])
+        if estimator is not None:
+            with spans("sketch"):
+                estimator.sketch(plan, sketched)
+            with spans("gather"):
+                matrix = estimator.gather()
+        with spans("select"):
+            selection = rule.select(candidates, quota, matrix) if group.is_first else None
+        with spans("broadcast"):
+            selection = share_selection(selection, rule.most_selected, candidates, group)
+        if estimator is not None:
+            with spans("learn"):
+                estimator.learn(selection)
+        with spans("route"):
+            routed = route(candidates.lengths, selection.positions, group.world_size, budget_tokens)
+            trained = self._micro_batches(candidates, selection, routed.micro_batches[group.rank])
+        with spans("train"):
+            losses = self._train(trained, len(candidates))
+            loss = self._step_loss(candidates, selection, losses)
+        with spans("optimizer"):
+            norm = self._engine.step(learning_rate)
+
+        seconds, peaks = spans.finish()
+        padding = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}
+        if estimator is not None:
+            padding["sketch"] = padding_share(candidates.lengths, plan.shares)
+        seconds, peak_bytes, phase_peak_bytes = self._over_ranks(seconds, peaks)
+        report = StepReport(
+            step=step,
+            loss=loss,
+            learning_rate=learning_rate,
+            gradient_norm=norm,
+            candidates=candidates,
+            selection=selection,
+            seconds=seconds,
+            peak_bytes=peak_bytes,
+            phase_peak_bytes=phase_peak_bytes,
+            exchanged_bytes=group.take_traffic(),
+            imbalance=routed.imbalance,
+            padding_share=padding,
+        )
+        return report, Work(sketched, trained)
+
+    def bare_floor_seconds(self, work: Work) -> float:
+        """Seconds of the slowest rank for the least any implementation must do with a step's tokens (DESIGN section 3).
+
+        One forward of the sketched candidates, then forward, backward and optimizer of the coreset, without a hook of
+        ours; afterwards the adapters and the optimizer are as they were.
+        """
+        restore = self._engine.snapshot()
+        self._group.barrier()
+        started = self._now()
+        with torch.no_grad():
+            for batch in work.sketched:
+                self._engine.module(batch.input_ids, batch.attention_mask, batch.labels)
+        for number, micro_batch in enumerate(work.trained, 1):
+            losses = self._engine.forward(micro_batch.batch)
+            self._engine.backward((losses * micro_batch.shares).sum(), last=number == len(work.trained))
+        self._engine.step(0.0)
+        seconds = torch.tensor([self._now() - started], dtype=torch.float64, device=self._group.device)
+        restore()
+        slowest = self._group.all_reduce(seconds, "floor", largest=True)
+        self._group.take_traffic()
+        return float(slowest)
+
+    def _train(self, micro_batches: Sequence[MicroBatch], n: int) -> Tensor:
+        """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""
+        losses = torch.zeros(n, device=self._group.device)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            own = self._engine.forward(micro_batch.batch)
+            self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
+            positions = micro_batch.batch.positions
+            losses[positions.to(losses.device)] = own.detach()[: len(positions)]
+        return self._group.all_reduce(losses, "report").cpu()
+
+    def _step_loss(self, candidates: Candidates, selection: Selection, losses: Tensor) -> float:
+        losses = losses[selection.positions]
+        bad = ~losses.isfinite()
+        if bad.any():
+            ids = candidates.ids[selection.positions[bad]].tolist()
+            raise TrainingError(
+                f"step {candidates.step}: the training loss of {len(ids)} selected example(s) is not finite, "
+                f"ids {ids[:8]}{' ...' if len(ids) > 8 else ''}; the adapter was not changed by this step. "
+                f"Try a smaller --train.learning_rate, or look at these rows of the data"
+            )
+        return float((losses * self._shares(candidates, selection)).sum())
+
+    def _shares(self, candidates: Candidates, selection: Selection) -> Tensor:
+        label_tokens = self._label_tokens[candidates.indices[selection.positions]]
+        return loss_shares(selection, label_tokens, self._config.train.loss)
+
+    def _micro_batches(
+        self, candidates: Candidates, selection: Selection, share: Sequence[tuple[int, ...]]
+    ) -> list[MicroBatch]:
+        shares = torch.zeros(len(candidates))
+        shares[selection.positions] = self._shares(candidates, selection)
+        batches = self._batches(candidates, share)
+        weights = [shares[batch.positions] if len(batch.positions) else torch.zeros(1) for batch in batches]
+        return [MicroBatch(batch, weight.to(self._group.device)) for batch, weight in zip(batches, weights)]
+
+    def _batches(self, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
+        """A rank's micro-batches on its device; an empty one holds the shortest example, at no position."""
+        batches = []
+        for positions in map(long_tensor, share):
+            indices = candidates.indices[positions] if len(positions) else long_tensor([self._shortest])
+            batches.append(collate(self._examples, indices, positions, self._pad_id, self._group.device))
+        return batches
+
+    def _over_ranks(self, seconds: dict[str, float], peaks: dict[str, int]):
+        """Seconds of the slowest rank per phase, and every rank's memory peaks."""
+        phases = sorted(seconds)
+        row = torch.tensor([*(seconds[p] for p in phases), *(float(peaks.get(p, 0)) for p in phases)], dtype=torch.float64)
+        rows = self._group.all_gather(row.to(self._group.device), "report").cpu()
+        slowest = dict(zip(phases, rows[:, : len(phases)].amax(0).tolist()))
+        memory = rows[:, len(phases) :].long()
+        by_phase = {phase: tuple(memory[:, i].tolist()) for i, phase in enumerate(phases)}
+        return slowest, tuple(memory.amax(1).tolist()), by_phase
+
+    def _now(self) -> float:
+        if self._group.device.type == "cuda":
+            torch.cuda.synchronize(self._group.device)
+        return time.perf_counter()
+
+
+def padding_share(lengths: Tensor, shares: Sequence[Sequence[tuple[int, ...]]]) -> float:
+    """Share of the tokens of some micro-batches that is padding."""
+    groups = [lengths[list(positions)] for share in shares for positions in share if positions]
+    padded = sum(len(group) * int(group.max()) for group in groups)
+    return 1 - sum(int(group.sum()) for group in groups) / padded if padded else 0.0

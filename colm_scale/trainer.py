@@ -1,0 +1,229 @@
+"""A run from its configuration to its adapter: check everything, load, evaluate, step, evaluate, save.
+
+Whatever can be wrong with the input is found out in the order of what it costs: options, files, tokens, model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from colm_scale.config import RunConfig, TrainConfig
+from colm_scale.data.examples import Examples, tokenise
+from colm_scale.data.readers import builtin_as_rows, read_rows
+from colm_scale.data.sampler import CandidateSampler
+from colm_scale.distributed.engine import Engine, TorchEngine
+from colm_scale.distributed.estimators import Estimator, make_estimator
+from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.distributed.watch import Watch
+from colm_scale.errors import TrainingError, UserError
+from colm_scale.evaluate import Evaluator
+from colm_scale.modeling.load import add_adapters, check_model, context_length, load_model, load_tokenizer
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import find_probe
+from colm_scale.profiling.memory import memory_meter
+from colm_scale.profiling.spans import Spans
+from colm_scale.selection.quota import kept_sources
+from colm_scale.selection.rule import SelectionRule
+from colm_scale.sketch.tap import Tap
+from colm_scale.step import CoresetStep
+from colm_scale.reporting.session import Session
+
+_DEFAULT_STEPS = 60
+_BUILTIN_LEARNING_RATE, _LEARNING_RATE = 4e-3, 2e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads before it loads a model."""
+
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train: Examples
+    eval: Examples | None
+    kept: Tensor
+    """``[Q]`` bool."""
+    ds_config: dict | None
+
+
+def run(config: RunConfig) -> None:
+    """Run ``config`` on this rank.
+
+    Ends the process with 2 (wrong input) or 1 (training failed) if it cannot be completed; then one rank says why, and
+    every other rank ends too.
+    """
+    watch = None
+    try:
+        group = connect()
+        watch = Watch(group)
+        _train(resolve(config), group)
+    except BaseException as error:
+        _end(error, watch)
+    watch.close()
+    group.close()
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """With presets and defaults that depend on other options written out."""
+    train = config.train
+    if train.learning_rate is None:
+        rate = _BUILTIN_LEARNING_RATE if config.model.name is None else _LEARNING_RATE
+        train = dataclasses.replace(train, learning_rate=rate)
+    return dataclasses.replace(config, train=train, selection=config.selection.resolved())
+
+
+def read_inputs(config: RunConfig, group: Group) -> Inputs:
+    """Read and check everything that can be wrong, before a model is loaded.
+
+    Raises:
+        UserError: On the rank that found it; see `Group.together`.
+    """
+    from colm_scale.distributed.zero import read_ds_config
+
+    with group.together():
+        n = config.selection.candidates
+        if n % group.world_size:
+            raise UserError(
+                f"--selection.candidates is {n}, which {group.world_size} ranks cannot share evenly: "
+                f"give a multiple of {group.world_size}"
+            )
+        ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
+        model_config = check_model(config.model)
+        tokenizer = load_tokenizer(config.model)
+        longest = config.data.max_length or context_length(model_config)
+        train = _read(config, "train", tokenizer, longest, config.train.seed)
+        CandidateSampler(train, n, config.train.seed)
+        kept = kept_sources(train.sizes, train.source_names, config.selection.kept_sources)
+        held_out = None
+        if config.data.eval or not config.data.train:
+            held_out = _read(config, "eval", tokenizer, longest, config.train.seed, train.source_names)
+    group.agree(train.digest(), "training data")
+    return Inputs(model_config, tokenizer, train, held_out, kept, ds_config)
+
+
+def _read(config: RunConfig, split: str, tokenizer, longest: int, seed: int, names=None) -> Examples:
+    specs = getattr(config.data, split)
+    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
+    return tokenise(rows, tokenizer, config.data, longest, names)
+
+
+def build_model(config: RunConfig, inputs: Inputs, group: Group) -> tuple[ExampleLoss, Tap | None]:
+    """The adapted model on this rank's device, and the tap on its probe where the method sketches."""
+    with group.together():
+        base = load_model(config.model, getattr(torch, config.train.dtype), group.device)
+        sketches = config.selection.method == "colm"
+        probe = find_probe(base, config.selection.probe) if sketches else None
+        module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
+        return module, Tap(module, probe) if sketches else None
+
+
+def build_engine(config: RunConfig, inputs: Inputs, module: ExampleLoss, group: Group) -> Engine:
+    """The engine that ``--engine`` and ``--ds_config`` ask for."""
+    if inputs.ds_config is not None:
+        from colm_scale.distributed.zero import ZeroEngine
+
+        return ZeroEngine(module, config.train, group, inputs.ds_config)
+    return TorchEngine(module, config.train, group)
+
+
+def total_steps(config: RunConfig, examples: int) -> int:
+    """Optimizer steps of a run; an epoch shows every example once as a candidate."""
+    if config.train.epochs is not None:
+        return max(1, math.ceil(config.train.epochs * examples / config.selection.candidates))
+    return config.train.steps or _DEFAULT_STEPS
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The rate of a step (from 1): linear warm-up to the peak, then cosine or linear to 0, or constant."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    done = (step - 1 - warmup) / max(1, steps - warmup)
+    match config.schedule:
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            return config.learning_rate * (1 - done)
+        case "constant":
+            return config.learning_rate
+
+
+def _train(config: RunConfig, group: Group) -> None:
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
+    inputs = read_inputs(config, group)
+    steps = total_steps(config, len(inputs.train))
+    module, tap = build_model(config, inputs, group)
+    engine = build_engine(config, inputs, module, group)
+    step = build_step(config, inputs, engine, tap, group)
+    evaluator = _evaluator(config, inputs, group)
+    session = Session(config, inputs, engine, evaluator, group, steps)
+
+    with session:
+        session.evaluate(0)
+        for number in range(1, steps + 1):
+            report, work = step(number, learning_rate(config.train, number, steps))
+            if config.profile.floor_every and number % config.profile.floor_every == 0:
+                floor = report.seconds["step"] / step.bare_floor_seconds(work)
+                report = dataclasses.replace(report, floor=floor)
+            session.report(report)
+            if number == steps or (config.eval.every and number % config.eval.every == 0):
+                session.evaluate(number)
+        session.finish()
+
+
+def build_step(config: RunConfig, inputs: Inputs, engine: Engine, tap: Tap | None, group: Group) -> CoresetStep:
+    """One step's parts, put together."""
+    estimator: Estimator | None = None
+    if tap is not None:
+        estimator = make_estimator(tap, config.selection, config.train, group)
+    return CoresetStep(
+        config=config,
+        examples=inputs.train,
+        sampler=CandidateSampler(inputs.train, config.selection.candidates, config.train.seed),
+        rule=SelectionRule(config.selection, inputs.kept, config.train.seed),
+        estimator=estimator,
+        engine=engine,
+        group=group,
+        spans=Spans(group.device, memory_meter(group.device)),
+        pad_id=inputs.tokenizer.pad_token_id,
+    )
+
+
+def _evaluator(config: RunConfig, inputs: Inputs, group: Group) -> Evaluator | None:
+    if inputs.eval is None:
+        return None
+    small = kept_sources(inputs.train.sizes, inputs.train.source_names, None)
+    return Evaluator(
+        inputs.eval,
+        inputs.train.sizes,
+        small,
+        inputs.tokenizer,
+        config.eval,
+        group,
+        config.train.micro_batch_tokens,
+        config.train.seed,
+    )
+
+
+def _end(error: BaseException, watch: Watch | None) -> None:
+    """Say what went wrong, unless another rank has said it, and end this process without waiting for the others."""
+    code = 2 if isinstance(error, UserError) else 1
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        code = error.code
+    said_elsewhere = isinstance(error, PeerFailed) or (watch is not None and not watch.failed(str(error)))
+    if not said_elsewhere:
+        if isinstance(error, (UserError, TrainingError)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not sys.exit: closing collectives that a peer is still in would wait for it

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+
+from colm_scale.errors import UserError
+from colm_scale.records import Candidates, Selection, StepReport, long_tensor
+from colm_scale.reporting.run_directory import RunDirectory
+from colm_scale.reporting.summary import Evaluation
+
+REPORT = StepReport(
+    step=3,
+    loss=2.5,
+    learning_rate=1e-3,
+    gradient_norm=math.inf,
+    candidates=Candidates(
+        step=3,
+        indices=long_tensor([5, 6, 7, 8]),
+        ids=long_tensor([50, 60, 70, 80]),
+        sources=long_tensor([0, 1, 1, 0]),
+        lengths=long_tensor([9, 9, 9, 9]),
+    ),
+    selection=Selection(long_tensor([3, 1]), long_tensor([1, 2]).float(), kept=1, overflow=4, invalid=5),
+    seconds={"sketch": 0.25, "step": 1.0},
+    peak_bytes=(10, 20),
+    phase_peak_bytes={"sketch": (10, 15), "step": (10, 20)},
+    exchanged_bytes={"gather": 128},
+    imbalance=1.5,
+    padding_share={"train": math.nan},
+    floor=None,
+)
+EVALUATION = Evaluation(
+    step=0,
+    losses={"algebra": 2.0, "ζ": math.nan},
+    accuracies={"algebra": 0.5, "ζ": None},
+    counts={"algebra": 4, "ζ": 1},
+    loss=2.0,
+    loss_by_source=math.nan,
+    small_loss=None,
+    accuracy=0.5,
+)
+
+
+def rows(path) -> list[dict]:
+    def refuse(word: str):
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def directory(tmp_path) -> RunDirectory:
+    directory = RunDirectory(str(tmp_path / "deep" / "run"))
+    directory.create("train:\n  steps: 3\n", {"engine": "single", "load": math.nan})
+    return directory
+
+
+def test_a_step_is_a_row_of_metrics_and_one_of_selection(directory):
+    directory.report(REPORT, ["algebra", "ζ"])
+    assert rows(directory.path / "metrics.jsonl") == [
+        {
+            "step": 3,
+            "loss": 2.5,
+            "learning_rate": 1e-3,
+            "gradient_norm": None,
+            "seconds": {"sketch": 0.25, "step": 1.0},
+            "measured_over_floor": None,
+            "peak_bytes": [10, 20],
+            "phase_peak_bytes": {"sketch": [10, 15], "step": [10, 20]},
+            "exchanged_bytes": {"gather": 128},
+            "padding_share": {"train": None},
+            "imbalance": 1.5,
+            "candidates": 4,
+            "selected": 2,
+            "kept": 1,
+            "invalid": 5,
+            "overflow": 4,
+        }
+    ]
+    assert rows(directory.path / "selection.jsonl") == [
+        {
+            "step": 3,
+            "candidates": [50, 60, 70, 80],
+            "sources": ["algebra", "ζ", "ζ", "algebra"],
+            "selected": [80, 60],
+            "weights": [1.0, 2.0],
+            "kept": 1,
+        }
+    ]
+
+
+def test_rows_are_appended_in_order_and_are_there_at_once(directory):
+    for count in (1, 2, 3):
+        directory.report(REPORT, ["algebra", "ζ"])
+        assert len(rows(directory.path / "metrics.jsonl")) == count
+        assert len(rows(directory.path / "selection.jsonl")) == count
+
+
+def test_an_evaluation_is_a_row(directory):
+    directory.evaluation(EVALUATION)
+    assert rows(directory.path / "evaluations.jsonl") == [
+        {
+            "step": 0,
+            "losses": {"algebra": 2.0, "ζ": None},
+            "accuracies": {"algebra": 0.5, "ζ": None},
+            "counts": {"algebra": 4, "ζ": 1},
+            "loss": 2.0,
+            "loss_by_source": None,
+            "small_loss": None,
+            "accuracy": 0.5,
+        }
+    ]
+
+
+def test_configuration_and_environment(directory):
+    assert (directory.path / "config.yaml").read_text() == "train:\n  steps: 3\n"
+    assert json.loads((directory.path / "environment.json").read_text()) == {"engine": "single", "load": None}
+    assert (directory.adapter, directory.log) == (directory.path / "adapter", directory.path / "log.txt")
+
+
+def test_a_folder_with_a_run_is_refused(directory):
+    with pytest.raises(UserError, match=rf"--output_dir {re.escape(str(directory.path))} holds a run already"):
+        RunDirectory(str(directory.path))
+
+
+def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path):
+    first, second = RunDirectory(str(tmp_path)), RunDirectory(str(tmp_path))
+    first.create("", {})
+    with pytest.raises(UserError, match=r"--output_dir .* cannot be written: File exists"):
+        second.create("", {})
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output_dir .*/file/run cannot be written: Not a directory"):
+        RunDirectory(str(tmp_path / "file" / "run")).create("", {})
+
+
+def test_nothing_is_written_before_the_run_is_created(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = RunDirectory()
+    assert re.fullmatch(r"runs/\d{8}-\d{6}", str(directory.path))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from colm_scale.records import Candidates, Selection, StepReport, long_tensor
+from colm_scale.reporting.summary import Evaluation, RunSummary
+
+GIB = 2**30
+NAMES = ["algebra", "[bold]odd", "tiny"]
+
+
+def report(
+    step: int,
+    sources: list[int],
+    positions: list[int],
+    kept: int,
+    seconds: dict[str, float],
+    floor: float | None,
+    exchanged: dict[str, int],
+    peaks: dict[str, tuple[int, ...]],
+) -> StepReport:
+    indices = torch.arange(len(sources))
+    return StepReport(
+        step=step,
+        loss=1.0,
+        learning_rate=1e-3,
+        gradient_norm=1.0,
+        candidates=Candidates(step, indices, indices, long_tensor(sources), indices),
+        selection=Selection(long_tensor(positions), torch.ones(len(positions)), kept=kept),
+        seconds=seconds,
+        peak_bytes=peaks["step"],
+        phase_peak_bytes=peaks,
+        exchanged_bytes=exchanged,
+        imbalance=1.0,
+        floor=floor,
+    )
+
+
+def evaluation(step: int, algebra: float, tiny: float, right: float | None) -> Evaluation:
+    return Evaluation(
+        step=step,
+        losses={"algebra": algebra, "tiny": tiny, "unseen": 9.0},
+        accuracies={"algebra": right, "tiny": None, "unseen": None},
+        counts={"algebra": 4, "tiny": 2, "unseen": 1},
+        loss=algebra + 0.001,
+        loss_by_source=algebra + 0.002,
+        small_loss=tiny,
+        accuracy=right,
+    )
+
+
+@pytest.fixture
+def summary() -> RunSummary:
+    small = torch.tensor([False, False, True])
+    summary = RunSummary(NAMES, long_tensor([1200, 30, 4]), small, "memory (test)", dropped={"algebra": 6, "gone": 2})
+    summary.evaluation(evaluation(0, 2.5, 3.5, 0.25))
+    summary.report(
+        report(
+            1,
+            [0, 0, 1, 2, 0, 2],
+            [3, 5, 0],
+            2,
+            {"sketch": 2.0, "train": 3.0, "select": 5.0, "step": 10.0},
+            None,
+            {"gather": 100, "broadcast": 10},
+            {"sketch": (GIB, 4 * GIB), "step": (GIB, 4 * GIB)},
+        )
+    )
+    summary.report(
+        report(
+            2,
+            [1, 1, 0, 2],
+            [3, 0, 2],
+            1,
+            {"sketch": 1.0, "train": 1.0, "step": 2.0},
+            1.25,
+            {"gather": 300},
+            {"sketch": (3 * GIB, 2 * GIB), "step": (3 * GIB, 5 * GIB)},
+        )
+    )
+    summary.report(
+        report(3, [0, 0], [1], 0, {"train": 2.0, "step": 4.0}, 1.75, {}, {"sketch": (0, 0), "step": (2 * GIB, 2 * GIB)})
+    )
+    return summary
+
+
+def lines(renderable) -> list[list[str]]:
+    """The words of each printed line; cells are two or more blanks apart."""
+    file = io.StringIO()
+    Console(file=file, width=160, force_terminal=False, color_system=None).print(renderable)
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in file.getvalue().splitlines()]
+
+
+def test_sources_are_counted_from_the_reports(summary):
+    assert summary.candidates.tolist() == [6, 3, 3]
+    assert summary.selected.tolist() == [3, 1, 3]
+    assert summary.kept.tolist() == [0, 0, 3]
+
+
+def test_what_a_step_cost(summary):
+    assert summary.seconds == 4.0  # of 10, 2 and 4
+    assert summary.share_outside == 0.5  # of 0.5, 0 and 0.5
+    assert summary.measured_over_floor == 1.5  # of 1.25 and 1.75
+    assert summary.exchanged_bytes == {"gather": 400 / 3, "broadcast": 10 / 3}
+
+
+def test_source_table(summary):
+    summary.evaluation(evaluation(2, 2.2, 3.2, 0.125))
+    summary.evaluation(evaluation(3, 2.25, 3.0, 0.5))
+    table = lines(summary.source_table())
+    assert ["algebra", "1,200", "6", "3", "0", "6", "2.500 -> 2.250", "25.0% -> 50.0%"] in table
+    assert ["[bold]odd", "30", "3", "1", "0", "0", "-", "-"] in table
+    assert ["tiny", "4", "3", "3", "3", "0", "3.500 -> 3.000", "-"] in table
+    assert ["gone", "0", "0", "0", "0", "2", "-", "-"] in table
+    assert ["unseen", "0", "0", "0", "0", "0", "9.000 -> 9.000", "-"] in table
+    assert ["mean over examples", "1,234", "12", "7", "3", "8", "2.501 -> 2.251", "-"] in table
+    assert ["mean over sources", "-", "-", "-", "-", "-", "2.502 -> 2.252", "25.0% -> 50.0%"] in table
+    assert ["small sources", "4", "3", "3", "3", "-", "3.500 -> 3.000", "-"] in table
+
+
+def test_source_table_after_one_evaluation_has_nothing_to_compare(summary):
+    table = lines(summary.source_table())
+    assert ["tiny", "4", "3", "3", "3", "0", "3.500", "-"] in table
+
+
+def test_source_table_without_evaluation_and_without_long_examples():
+    summary = RunSummary(["only"], long_tensor([5]), torch.tensor([False]), "memory")
+    summary.report(report(1, [0, 0], [1], 0, {"step": 1.0}, None, {}, {"step": (1,)}))
+    table = lines(summary.source_table())
+    assert not any("dropped" in line or "cut" in line for line in table)
+    assert ["only", "5", "2", "1", "0", "-", "-"] in table
+
+
+def test_rank_table_has_the_largest_peak_of_each_phase(summary):
+    table = lines(summary.rank_table())
+    assert ["peak memory (test), GiB"] in table
+    assert ["rank", "sketch", "step"] in table
+    assert ["0", "3.00", "3.00"] in table
+    assert ["1", "4.00", "5.00"] in table
+
+
+def test_closing_table(summary):
+    table = lines(summary.closing_table({"adapter": Path("runs/a/adapter"), "log": Path("runs/a/log.txt")}))
+    assert ["adapter", "runs/a/adapter"] in table
+    assert ["log", "runs/a/log.txt"] in table
+    assert ["seconds per step", "4.000 (median of 3)"] in table
+    assert ["outside forward and backward", "50.0% of a step (median)"] in table
+    assert ["step / bare floor", "1.500 (median of 2)"] in table
+    assert ["exchanged bytes per step", "137 (gather 133, broadcast 3)"] in table
+
+
+def test_render_has_all_tables(summary):
+    everything = lines(summary.render({"adapter": Path("x")}))
+    for table in (summary.source_table(), summary.rank_table(), summary.closing_table({"adapter": Path("x")})):
+        assert all(line in everything for line in lines(table))

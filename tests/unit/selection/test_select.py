@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from colm_scale.records import CandidateMatrix, Quota, long_tensor
+from colm_scale.selection.select import select_coreset
+
+# Position:              0  1  2  3  4  5  6  7  8  9
+SOURCES = long_tensor([2, 0, 1, 2, 1, 0, 2, 1, 1, 1])
+# Source 1 has candidates 2, 4, 7, 8, 9 at 0, 1, 2, 9, 11; source 2 has 0, 3, 6 at 0, 5, 5.5. Source 0 is kept.
+PLACE = {0: 0.0, 3: 5.0, 6: 5.5, 2: 0.0, 4: 1.0, 7: 2.0, 8: 9.0, 9: 11.0}
+KEPT = long_tensor([1, 5])
+
+
+def matrix(quota: Quota, invalid: tuple[int, ...] = ()) -> CandidateMatrix:
+    positions = quota.to_sketch(SOURCES)
+    valid = ~torch.isin(positions, long_tensor(invalid))
+    rows = torch.tensor([[PLACE[position]] for position in positions.tolist()]) * valid.unsqueeze(1)
+    return CandidateMatrix(positions, rows, valid, torch.zeros(len(positions)))
+
+
+def select(quota: Quota, invalid: tuple[int, ...] = (), weights="uniform", metric="l1"):
+    return select_coreset(matrix(quota, invalid), SOURCES, quota, metric, weights)
+
+
+def test_kept_first_then_medoids_source_by_source_in_the_order_of_picking():
+    selection = select(Quota(KEPT, long_tensor([0, 2, 1]), overflow=4))
+    # Source 1: 2.0 is the median (7), then 9.0 (8) gains 5 + 2. Source 2: 5.0 (3).
+    assert selection.positions.tolist() == [1, 5, 7, 8, 3]
+    assert selection.weights.tolist() == [1, 1, 1, 1, 1]
+    assert (selection.kept, selection.overflow, selection.invalid) == (2, 4, 0)
+    assert selection.picked.tolist() == [7, 8, 3]
+    assert selection.positions.dtype == torch.int64
+    assert selection.weights.dtype == torch.float32
+
+
+def test_cluster_weights_count_the_candidates_a_medoid_stands_for():
+    selection = select(Quota(KEPT, long_tensor([0, 2, 1])), weights="cluster")
+    assert selection.positions.tolist() == [1, 5, 7, 8, 3]
+    assert selection.weights.tolist() == [1, 1, 3, 2, 3]
+
+
+def test_a_source_whose_quota_is_what_it_has_enters_whole():
+    selection = select(Quota(KEPT, long_tensor([0, 1, 3])), weights="cluster")
+    assert selection.positions.tolist() == [1, 5, 7, 0, 3, 6]
+    assert selection.weights.tolist() == [1, 1, 5, 1, 1, 1]
+
+
+def test_a_source_without_quota_is_left_out():
+    assert select(Quota(KEPT, long_tensor([0, 0, 2]))).positions.tolist() == [1, 5, 3, 0]
+
+
+def test_invalid_candidates_are_not_picked_and_counted():
+    selection = select(Quota(KEPT, long_tensor([0, 2, 1])), invalid=(7, 3), weights="cluster")
+    # Source 1 now has 0, 1, 9, 11: 1 (4) is the first of the middle pair, then 9 (8). Source 2 has 0 and 5.5: a tie.
+    assert selection.positions.tolist() == [1, 5, 4, 8, 0]
+    assert selection.weights.tolist() == [1, 1, 2, 2, 2]
+    assert selection.invalid == 2
+
+
+def test_what_a_source_lacks_goes_to_another():
+    selection = select(Quota(KEPT, long_tensor([0, 2, 2])), invalid=(3, 6))
+    assert selection.positions.tolist() == [1, 5, 7, 8, 2, 0]
+
+
+def test_what_no_source_has_is_left_out():
+    selection = select(Quota(KEPT, long_tensor([0, 5, 3])), invalid=(3, 6, 8))
+    assert selection.positions.tolist() == [1, 5, 2, 4, 7, 9, 0]
+    assert selection.invalid == 3
+
+
+def test_nothing_but_kept_candidates():
+    selection = select(Quota(KEPT, long_tensor([0, 0, 0])))
+    assert selection.positions.tolist() == [1, 5]
+    assert len(selection.picked) == 0
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2", "cosine"])
+def test_the_same_matrix_gives_the_same_bits(metric):
+    quota = Quota(KEPT, long_tensor([0, 3, 2]))
+    first, second = (select(quota, weights="cluster", metric=metric) for _ in range(2))
+    assert torch.equal(first.positions, second.positions)
+    assert torch.equal(first.weights, second.weights)
