@@ -69,12 +69,6 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     return RunConfig(**{f.name: getattr(parser.instantiate(given), f.name) for f in dataclasses.fields(RunConfig)})
 
 
-def as_yaml(config: RunConfig) -> str:
-    """A configuration as a file that ``--config`` reads back to the same configuration."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-
-
 def option_types(config_class: type = RunConfig, prefix: str = "") -> dict[str, str]:
     """Every option (without dashes) and the type it takes, e.g. ``{"train.steps": "int | None"}``."""
     types: dict[str, str] = {}

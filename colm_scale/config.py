@@ -7,8 +7,11 @@ Each class checks its own fields when it is made; `RunConfig` checks what fields
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Literal
+
+import yaml
 
 from colm_scale.errors import UserError
 
@@ -261,3 +264,9 @@ class RunConfig:
             raise UserError("--engine deepspeed needs --ds_config FILE, for instance ds_configs/zero2.json")
         if self.ds_config is not None and self.engine in ("single", "ddp"):
             raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
+
+
+def as_yaml(config: RunConfig) -> str:
+    """A configuration as a file that ``--config`` reads back to the same configuration."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

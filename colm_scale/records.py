@@ -192,8 +192,8 @@ class StepReport:
     """Seconds per phase on the slowest rank."""
     peak_bytes: tuple[int, ...]
     """Peak memory of the step on each rank."""
-    phase_peak_bytes: dict[str, tuple[int, ...]]
-    """Peak memory of each phase, on each rank."""
+    phase_peak_bytes: dict[str, dict[str, tuple[int, ...]]]
+    """Peak memory by kind (the headline's first: ``nvml``, ``allocator`` or ``resident``) and phase, on each rank."""
     exchanged_bytes: dict[str, int]
     """Bytes each collective of the selection put on the wire per rank, by phase; the gradient reduction excluded."""
     imbalance: float

@@ -110,7 +110,7 @@ class CoresetStep:
         padding = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}
         if estimator is not None:
             padding["sketch"] = padding_share(candidates.lengths, plan.shares)
-        seconds, peak_bytes, phase_peak_bytes = self._over_ranks(seconds, peaks)
+        seconds, phase_peak_bytes = self._over_ranks(seconds, peaks)
         report = StepReport(
             step=step,
             loss=loss,
@@ -119,7 +119,7 @@ class CoresetStep:
             candidates=candidates,
             selection=selection,
             seconds=seconds,
-            peak_bytes=peak_bytes,
+            peak_bytes=next(iter(phase_peak_bytes.values()))["step"],
             phase_peak_bytes=phase_peak_bytes,
             exchanged_bytes=group.take_traffic(),
             imbalance=routed.imbalance,
@@ -192,15 +192,15 @@ class CoresetStep:
             batches.append(collate(self._examples, indices, positions, self._pad_id, self._group.device))
         return batches
 
-    def _over_ranks(self, seconds: dict[str, float], peaks: dict[str, int]):
-        """Seconds of the slowest rank per phase, and every rank's memory peaks."""
-        phases = sorted(seconds)
-        row = torch.tensor([*(seconds[p] for p in phases), *(float(peaks.get(p, 0)) for p in phases)], dtype=torch.float64)
-        rows = self._group.all_gather(row.to(self._group.device), "report").cpu()
-        slowest = dict(zip(phases, rows[:, : len(phases)].amax(0).tolist()))
-        memory = rows[:, len(phases) :].long()
-        by_phase = {phase: tuple(memory[:, i].tolist()) for i, phase in enumerate(phases)}
-        return slowest, tuple(memory.amax(1).tolist()), by_phase
+    def _over_ranks(
+        self, seconds: dict[str, float], peaks: dict[str, dict[str, int]]
+    ) -> tuple[dict[str, float], dict[str, dict[str, tuple[int, ...]]]]:
+        """Seconds of the slowest rank per phase, and every rank's memory peaks by kind and phase."""
+        row = [*seconds.values(), *(float(peak) for of_kind in peaks.values() for peak in of_kind.values())]
+        rows = self._group.all_gather(torch.tensor(row, dtype=torch.float64, device=self._group.device), "report").cpu()
+        slowest = dict(zip(seconds, rows[:, : len(seconds)].amax(0).tolist()))
+        columns = iter(rows[:, len(seconds) :].long().T.tolist())
+        return slowest, {kind: {phase: tuple(next(columns)) for phase in of_kind} for kind, of_kind in peaks.items()}
 
     def _now(self) -> float:
         if self._group.device.type == "cuda":

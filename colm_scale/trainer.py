@@ -6,17 +6,20 @@ Whatever can be wrong with the input is found out in the order of what it costs:
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from colm_scale.config import RunConfig, TrainConfig
+from colm_scale.config import RunConfig, TrainConfig, as_yaml
 from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler
@@ -31,11 +34,13 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
+from colm_scale.reporting.environment import environment
+from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
+from colm_scale.session import Session
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
-from colm_scale.reporting.session import Session
 
 _DEFAULT_STEPS = 60
 _BUILTIN_LEARNING_RATE, _LEARNING_RATE = 4e-3, 2e-4
@@ -62,6 +67,7 @@ def run(config: RunConfig) -> None:
     """
     watch = None
     try:
+        _quieten()
         group = connect()
         watch = Watch(group)
         _train(resolve(config), group)
@@ -69,6 +75,13 @@ def run(config: RunConfig) -> None:
         _end(error, watch)
     watch.close()
     group.close()
+
+
+def _quieten() -> None:
+    """Keep the libraries' remarks to their developers out of the user's terminal."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -115,7 +128,7 @@ def _read(config: RunConfig, split: str, tokenizer, longest: int, seed: int, nam
     return tokenise(rows, tokenizer, config.data, longest, names)
 
 
-def build_model(config: RunConfig, inputs: Inputs, group: Group) -> tuple[ExampleLoss, Tap | None]:
+def build_model(config: RunConfig, group: Group) -> tuple[ExampleLoss, Tap | None]:
     """The adapted model on this rank's device, and the tap on its probe where the method sketches."""
     with group.together():
         base = load_model(config.model, getattr(torch, config.train.dtype), group.device)
@@ -158,28 +171,61 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 def _train(config: RunConfig, group: Group) -> None:
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
+    directory = _open_directory(config, group)
     inputs = read_inputs(config, group)
     steps = total_steps(config, len(inputs.train))
-    module, tap = build_model(config, inputs, group)
+    module, tap = build_model(config, group)
     engine = build_engine(config, inputs, module, group)
-    step = build_step(config, inputs, engine, tap, group)
-    evaluator = _evaluator(config, inputs, group)
-    session = Session(config, inputs, engine, evaluator, group, steps)
+    meter = memory_meter(group.device)
+    step = build_step(config, inputs, engine, tap, Spans(group.device, meter), group)
+    small = kept_sources(inputs.train.sizes, inputs.train.source_names, None)
+    evaluator = _evaluator(config, inputs, small, group)
+    if directory is not None:
+        facts = {"device_name": meter.device_name, "memory": meter.label}
+        directory.create(as_yaml(config), environment(group.device, group.world_size, engine.name, **facts))
 
-    with session:
+    with Session(config, directory, inputs.train, small, engine, evaluator, group, meter) as session:
+        session.start(steps, _facts(config, inputs, engine, group))
         session.evaluate(0)
         for number in range(1, steps + 1):
             report, work = step(number, learning_rate(config.train, number, steps))
             if config.profile.floor_every and number % config.profile.floor_every == 0:
-                floor = report.seconds["step"] / step.bare_floor_seconds(work)
-                report = dataclasses.replace(report, floor=floor)
-            session.report(report)
+                report = dataclasses.replace(report, floor=report.seconds["step"] / step.bare_floor_seconds(work))
+            session.step(report)
             if number == steps or (config.eval.every and number % config.eval.every == 0):
                 session.evaluate(number)
-        session.finish()
+        session.finish(steps)
 
 
-def build_step(config: RunConfig, inputs: Inputs, engine: Engine, tap: Tap | None, group: Group) -> CoresetStep:
+def _open_directory(config: RunConfig, group: Group) -> RunDirectory | None:
+    """Rank 0's run directory, checked before anything is computed."""
+    with group.together():
+        return RunDirectory(config.output_dir) if group.is_first else None
+
+
+def _facts(config: RunConfig, inputs: Inputs, engine: Engine, group: Group) -> list[str]:
+    """What a user wants to know before the first step."""
+    train, selection = inputs.train, config.selection
+    kept = [name for name, is_kept in zip(train.source_names, inputs.kept.tolist()) if is_kept]
+    facts = [
+        f"model {config.model.name or 'built-in base'} in {config.train.dtype}, engine {engine.name} on "
+        f"{group.world_size} rank(s), {group.device.type}",
+        f"{len(train):,} examples of {len(train.source_names)} sources",
+        f"method {selection.method}: {selection.budget if selection.method != 'full' else selection.candidates} of "
+        f"{selection.candidates} candidates per step",
+    ]
+    if selection.method in ("colm", "stratified"):
+        facts.append(f"kept sources ({len(kept)}): {', '.join(kept) or 'none'}")
+    for what, counts in (("dropped", train.dropped), ("cut", train.cut)):
+        if counts:
+            by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
+            facts.append(f"longer than the longest allowed, {what}: {sum(counts.values())} ({by_source})")
+    return facts
+
+
+def build_step(
+    config: RunConfig, inputs: Inputs, engine: Engine, tap: Tap | None, spans: Spans, group: Group
+) -> CoresetStep:
     """One step's parts, put together."""
     estimator: Estimator | None = None
     if tap is not None:
@@ -192,15 +238,14 @@ def build_step(config: RunConfig, inputs: Inputs, engine: Engine, tap: Tap | Non
         estimator=estimator,
         engine=engine,
         group=group,
-        spans=Spans(group.device, memory_meter(group.device)),
+        spans=spans,
         pad_id=inputs.tokenizer.pad_token_id,
     )
 
 
-def _evaluator(config: RunConfig, inputs: Inputs, group: Group) -> Evaluator | None:
+def _evaluator(config: RunConfig, inputs: Inputs, small: Tensor, group: Group) -> Evaluator | None:
     if inputs.eval is None:
         return None
-    small = kept_sources(inputs.train.sizes, inputs.train.source_names, None)
     return Evaluator(
         inputs.eval,
         inputs.train.sizes,

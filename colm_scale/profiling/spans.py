@@ -39,12 +39,13 @@ class Spans:
             yield
         finally:
             self._marks.append((phase, start, self._clock.mark()))
-            peak = self._meter.stop()[self._meter.primary]
-            self._peaks[phase] = max(self._peaks.get(phase, 0), peak)
+            for kind, peak in self._meter.stop().items():
+                of_kind = self._peaks.setdefault(kind, {})
+                of_kind[phase] = max(of_kind.get(phase, 0), peak)
             self._open = None
 
-    def finish(self) -> tuple[dict[str, float], dict[str, int]]:
-        """End the step: seconds and peak bytes (of the meter's primary kind) by phase, in the order they ran.
+    def finish(self) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
+        """End the step: seconds by phase, and peak bytes by kind (the meter's primary first) and phase, as they ran.
 
         A phase that ran twice has the sum of its seconds and the larger of its peaks. ``step`` is the wall clock from
         the first phase to now, when the device has finished, and the largest peak.
@@ -56,7 +57,8 @@ class Spans:
         for phase, start, end in self._marks:
             seconds[phase] = seconds.get(phase, 0.0) + self._clock.seconds(start, end)
         seconds[STEP] = time.perf_counter() - self._began
-        peaks = {**self._peaks, STEP: max(self._peaks.values())}
+        kinds = sorted(self._peaks, key=lambda kind: kind != self._meter.primary)
+        peaks = {kind: {**self._peaks[kind], STEP: max(self._peaks[kind].values())} for kind in kinds}
         self._reset()
         return seconds, peaks
 
@@ -64,7 +66,7 @@ class Spans:
         self._open: str | None = None
         self._began: float | None = None
         self._marks: list[tuple] = []
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[str, dict[str, int]] = {}
 
 
 class _HostClock:

@@ -77,7 +77,7 @@ class RunSummary:
         self._outside: list[float] = []
         self._floors: list[float] = []
         self._exchanged: Counter[str] = Counter()
-        self._peaks: dict[str, list[int]] = {}
+        self._peaks: dict[str, dict[str, list[int]]] = {}
 
     def report(self, report: StepReport) -> None:
         """Add one step."""
@@ -93,8 +93,10 @@ class RunSummary:
         if report.floor is not None:
             self._floors.append(report.floor)
         self._exchanged.update(report.exchanged_bytes)
-        for phase, peaks in report.phase_peak_bytes.items():
-            self._peaks[phase] = list(map(max, peaks, self._peaks.get(phase, peaks)))
+        for kind, by_phase in report.phase_peak_bytes.items():
+            so_far = self._peaks.setdefault(kind, {})
+            for phase, peaks in by_phase.items():
+                so_far[phase] = list(map(max, peaks, so_far.get(phase, peaks)))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation; the first and the last are compared."""
@@ -122,7 +124,7 @@ class RunSummary:
 
     def render(self, places: Mapping[str, Path]) -> Group:
         """All tables; ``places`` says where things are, e.g. ``{"adapter": ..., "metrics": ..., "log": ...}``."""
-        return Group(self.source_table(), self.rank_table(), self.closing_table(places))
+        return Group(self.source_table(), *map(self.rank_table, self._peaks), self.closing_table(places))
 
     def source_table(self) -> Table:
         """One row per source, then totals. Sources that left no training example have a row too."""
@@ -140,10 +142,12 @@ class RunSummary:
         self._add_totals(table, [f"{sum(counted.values()):,}" for counted in too_long.values()])
         return table
 
-    def rank_table(self) -> Table:
-        """Peak memory of the run: a row per rank, a column per phase."""
-        table = _table("rank", *self._peaks, title=f"peak {self._memory_label}, GiB")
-        for rank, peaks in enumerate(zip(*self._peaks.values())):
+    def rank_table(self, kind: str) -> Table:
+        """Peak memory of the run of one kind: a row per rank, a column per phase."""
+        headline = kind == next(iter(self._peaks))
+        label = self._memory_label if headline else f"memory by the {kind}"
+        table = _table("rank", *self._peaks[kind], title=f"peak {label}, GiB")
+        for rank, peaks in enumerate(zip(*self._peaks[kind].values())):
             _add_row(table, str(rank), *map(gib, peaks))
         return table
 

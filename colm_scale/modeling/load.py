@@ -1,0 +1,140 @@
+"""Loading a base model, its tokenizer and its adapters, with what can be wrong found out before the weights are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from colm_scale.base import BASE_MODEL
+from colm_scale.config import LoraConfig, ModelConfig
+from colm_scale.errors import UserError
+from colm_scale.modeling.probe import decoder_blocks, linear_layers
+
+_LONGEST_DEFAULT = 2048
+
+
+def check_model(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration, read without its weights.
+
+    Raises:
+        UserError: There is no such model, it brings code that was not asked for, or it is no causal language model.
+    """
+    with _one_line(config):
+        found = AutoConfig.from_pretrained(_name(config), **_hub_arguments(config))
+    causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(found, "auto_map", {})
+    architectures = getattr(found, "architectures", None) or []
+    # An encoder such as BERT can be loaded as a decoder, but was not trained as one: its own architecture decides.
+    if not causal or (architectures and not any(re.search(r"CausalLM|LMHead", name) for name in architectures)):
+        what = ", ".join(architectures) or type(found).__name__
+        raise UserError(f"--model.name {_name(config)} is not a causal language model, it is a {what}")
+    return found
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Default of ``--data.max_length``: tokens the model was made for, at most 2,048."""
+    text = config.get_text_config()
+    known = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return min([_LONGEST_DEFAULT, *(length for length in known if length)])
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. One without a padding token pads with its end token, which the mask hides."""
+    with _one_line(config, what="a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(_name(config), **_hub_arguments(config))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base model, frozen, in ``dtype`` on ``device``."""
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    with _one_line(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            _name(config), dtype=dtype, use_safetensors=True, **attention, **_hub_arguments(config)
+        )
+    return model.requires_grad_(False).to(device)
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """The model with LoRA adapters in float32: new ones, equal on every rank, or those of ``config.adapter``.
+
+    Raises:
+        UserError: A target names no linear layer, or the adapter is missing, not LoRA, or another model's.
+    """
+    if config.adapter is not None:
+        return _load_adapter(model, config.adapter)
+    targets = config.targets or _block_layers(model)
+    peft_config = PeftLoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)  # peft draws from the global generator, which is put back
+        try:
+            return get_peft_model(model, peft_config)
+        except ValueError as error:
+            layers = ", ".join(_block_layers(model))
+            raise UserError(
+                f"--lora.targets {targets}: {str(error).splitlines()[0]} The linear layers are: {layers}"
+            ) from None
+
+
+def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+    try:
+        peft_config = PeftConfig.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--lora.adapter {name}: no adapter can be read there ({str(error).splitlines()[0]})") from None
+    if not isinstance(peft_config, PeftLoraConfig):
+        raise UserError(f"--lora.adapter {name} is a {peft_config.peft_type.value} adapter, but must be LoRA")
+    try:
+        return PeftModel.from_pretrained(model, name, is_trainable=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"--lora.adapter {name} does not fit this model: {' '.join(lines[:2])}") from None
+
+
+def _block_layers(model: nn.Module) -> list[str]:
+    """Names, below the block, of every linear layer of the decoder blocks."""
+    blocks_name, blocks = decoder_blocks(model)
+    names = (name for i, block in enumerate(blocks) for name in linear_layers(block, f"{blocks_name}.{i}"))
+    return sorted({name.removeprefix(f"{blocks_name}.").split(".", 1)[1] for name in names})
+
+
+def _name(config: ModelConfig) -> str:
+    return config.name or str(BASE_MODEL)
+
+
+def _hub_arguments(config: ModelConfig) -> dict[str, object]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+@contextmanager
+def _one_line(config: ModelConfig, what: str = "a model") -> Iterator[None]:
+    """Turn what the hub library raises into one line that says what was tried."""
+    name = _name(config)
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model.name {name} brings its own code, which is not run unless --model.trust_remote_code true is given"
+            ) from None
+        where = "the folder" if Path(name).exists() else "there is no such folder, and the hub id"
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"--model.name {name}: cannot load {what} ({where} was tried: {reason})") from None

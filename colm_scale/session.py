@@ -1,0 +1,113 @@
+"""What a run leaves behind and shows: the run directory, the display and the best adapter. Rank 0 writes; all take part."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from colm_scale.config import RunConfig
+from colm_scale.data.examples import Examples
+from colm_scale.distributed.engine import Engine
+from colm_scale.distributed.group import Group
+from colm_scale.evaluate import Evaluator
+from colm_scale.profiling.memory import MemoryMeter
+from colm_scale.records import StepReport
+from colm_scale.reporting.display import Display
+from colm_scale.reporting.run_directory import RunDirectory
+from colm_scale.reporting.summary import Evaluation, RunSummary
+
+
+class Session:
+    """Reports of one run. Use it as a context, so that the terminal is restored whatever happens.
+
+    Args:
+        directory: Where the run is written, already created; None on every rank but the first.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory | None,
+        examples: Examples,
+        small: Tensor,
+        engine: Engine,
+        evaluator: Evaluator | None,
+        group: Group,
+        meter: MemoryMeter,
+    ):
+        self._config, self._directory, self._engine = config, directory, engine
+        self._evaluator, self._group, self._names = evaluator, group, examples.source_names
+        self._best: Evaluation | None = None
+        if directory is not None:
+            self._display = Display(config.profile.display, meter.label, directory.log)
+            self._summary = RunSummary(
+                examples.source_names, examples.sizes, small, meter.label, examples.dropped, examples.cut
+            )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._directory is not None:
+            self._display.close()
+
+    def start(self, steps: int, facts: Sequence[str]) -> None:
+        """Say what is about to run."""
+        if self._directory is not None:
+            for fact in facts:
+                self._display.message(fact)
+            self._display.start(steps)
+
+    def warn(self, text: str) -> None:
+        """Say something once, on rank 0."""
+        if self._directory is not None:
+            self._display.warning(text)
+
+    def step(self, report: StepReport) -> None:
+        """Write and show a step."""
+        if self._directory is not None:
+            self._directory.report(report, self._names)
+            self._summary.report(report)
+            self._display.step(report)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate on all ranks. During training, keep the adapter if none before was better."""
+        if self._evaluator is None:
+            return
+        evaluation = self._evaluator(self._engine.module, step)
+        if self._directory is not None:
+            self._directory.evaluation(evaluation)
+            self._summary.evaluation(evaluation)
+            self._display.evaluation(evaluation)
+        if step and (self._best is None or evaluation.loss_by_source < self._best.loss_by_source):
+            self._best = evaluation
+            self._save("adapter")
+
+    def finish(self, steps: int) -> None:
+        """Save the last adapter, as ``adapter`` unless an evaluation found a better one, and show the tables."""
+        best_is_last = self._best is None or self._best.step == steps
+        if self._best is None:
+            self._save("adapter")
+        elif not best_is_last:
+            self._save("adapter_last")
+        if self._directory is None:
+            return
+        self._display.close()
+        places = {"adapter": self._directory.adapter, "metrics": self._directory.metrics, "log": self._directory.log}
+        if not best_is_last:
+            places["last adapter"] = self._directory.path / "adapter_last"
+        self._display.message(self._summary.render(places))
+
+    def _save(self, name: str) -> None:
+        """Written beside its place and renamed, so that a folder of that name always holds a whole adapter."""
+        if self._directory is not None:
+            place = self._directory.path / name
+            new, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
+            self._engine.module.model.save_pretrained(new)
+            if place.exists():
+                place.rename(old)
+            new.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
+        self._group.barrier()

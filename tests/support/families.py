@@ -1,0 +1,117 @@
+"""Tiny causal language models of many architectures, with random weights that depend on nothing but the family.
+
+Every model has 2 blocks, a hidden size of 32, 4 heads of 8 and a vocabulary of 97 tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from colm_scale.randomness import generator
+from colm_scale.records import Batch
+
+HIDDEN = 32
+HEAD_DIM = 8
+VOCABULARY = 97
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA_LIKE = {"intermediate_size": 48, "tie_word_embeddings": False}
+_GROUPED = {**_LLAMA_LIKE, "num_key_value_heads": 2}
+_HEADS = {"head_dim": HEAD_DIM}
+
+_OPTIONS: dict[str, dict] = {
+    "llama": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": None},
+    "qwen2": {**_GROUPED, "tie_word_embeddings": True},
+    "qwen3": {**_GROUPED, **_HEADS},
+    "phi": {"intermediate_size": 48},
+    "phi3": {**_GROUPED, "original_max_position_embeddings": 64},
+    "stablelm": {**_LLAMA_LIKE, "num_key_value_heads": 4},
+    "gemma": {**_GROUPED, **_HEADS, "tie_word_embeddings": True},
+    "gemma2": {**_GROUPED, **_HEADS, "tie_word_embeddings": True, "query_pre_attn_scalar": HEAD_DIM},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "activation_function": "relu"},
+}
+FAMILIES = tuple(_OPTIONS)
+
+_BLOCK = "model.layers.1."
+PROBES: dict[str, str] = {
+    **dict.fromkeys(FAMILIES, _BLOCK + "self_attn.v_proj"),
+    "phi3": _BLOCK + "self_attn.qkv_proj",
+    "opt": "model.decoder.layers.1.self_attn.v_proj",
+}
+"""The layer that holds V in the last block."""
+ROWS: dict[str, range] = {
+    **dict.fromkeys(FAMILIES, range(2 * HEAD_DIM)),
+    **dict.fromkeys(("phi", "stablelm", "opt"), range(HIDDEN)),
+    "phi3": range(HIDDEN + 2 * HEAD_DIM, HIDDEN + 4 * HEAD_DIM),  # after 4 heads of queries and 2 of keys
+}
+"""The output rows of that layer that are V's."""
+
+
+def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    """A model without adapters, in training mode as a trainer has it."""
+    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **_OPTIONS[family], **options})
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    fill(model.parameters(), family)
+    return model.to(dtype).train()
+
+
+def adapted_model(family: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, **options) -> nn.Module:
+    """The same with float32 adapters of rank 4 on every linear layer, none of whose matrices is zero."""
+    return with_adapters(base_model(family, dtype, **options), dropout=dropout)
+
+
+def with_adapters(model: nn.Module, **options) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        adapted = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **options}))
+    fill((p for p in adapted.parameters() if p.requires_grad), "adapters")
+    return adapted
+
+
+def fill(parameters, purpose: str) -> None:
+    """Matrices become normal numbers of size 1 / sqrt(inputs); vectors move a little from what they are."""
+    drawn = generator(0, purpose)
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=drawn)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+
+
+def batch_of(lengths: list[int], prompt: int = 2, width: int | None = None, seed: int = 0) -> Batch:
+    """Examples of these lengths, right padded to ``width`` (default: the longest), no loss on the first ``prompt``."""
+    width = width or max(lengths)
+    rows = [torch.randint(3, VOCABULARY, (n,), generator=generator(seed, "row", i)) for i, n in enumerate(lengths)]
+    mask = torch.stack([_padded(torch.ones(n, dtype=torch.int64), width, 0) for n in lengths])
+    return Batch(
+        input_ids=torch.stack([_padded(row, width, 0) for row in rows]),
+        attention_mask=mask,
+        labels=torch.stack([_padded(row.index_fill(0, torch.arange(min(prompt, len(row))), -100), width, -100) for row in rows]),
+        positions=torch.arange(len(lengths)),
+    )
+
+
+def part_of(batch: Batch, row: int) -> Batch:
+    """One example of the batch, without padding."""
+    length = int(batch.attention_mask[row].sum())
+    take = lambda x: x[row : row + 1, :length]  # noqa: E731
+    return Batch(take(batch.input_ids), take(batch.attention_mask), take(batch.labels), batch.positions[row : row + 1])
+
+
+def _padded(row: Tensor, width: int, value: int) -> Tensor:
+    return nn.functional.pad(row, (0, width - len(row)), value=value)
