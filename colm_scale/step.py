@@ -79,6 +79,7 @@ class CoresetStep:
         budget_tokens = self._config.train.micro_batch_tokens
         matrix, sketched = None, []
 
+        group.take_traffic()  # what was exchanged between steps is not the step's
         with spans("sample"):
             candidates = self._sampler(step)
             quota = rule.quota(candidates)

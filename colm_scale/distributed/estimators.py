@@ -81,7 +81,7 @@ class ZerothOrder:
         gathered = torch.where(valid.unsqueeze(1), gathered, 0.0)
         self._coefficients = gathered[:, :-1]
         rows = zeroth_order.rows_from_coefficients(
-            self._coefficients, self._directions, self.moments, self._plan, self._columns
+            self._coefficients, valid, self._directions, self.moments, self._plan, self._columns
         )
         return CandidateMatrix(self._plan.positions, rows, valid, gathered[:, -1])
 

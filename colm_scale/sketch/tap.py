@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import Probe
+from colm_scale.modeling.probe import Probe, without_dropout
 from colm_scale.records import Batch
 
 
@@ -38,7 +38,7 @@ class Tap:
         self.block = base.get_submodule(probe.block)
         self.lora_b = _lora_b(base.get_submodule(probe.layer), probe.layer)
         self.rows = probe.rows
-        self.rank = self.lora_b.weight.shape[1] if self.lora_b.weight.ndim == 2 else self.lora_b.in_features
+        self.rank = self.lora_b.in_features
         self.shape = (len(probe.rows), self.rank)
         """``[d_out, r]`` of the probe tensor."""
         self._all_rows = len(probe.rows) == self.lora_b.out_features
@@ -71,11 +71,10 @@ class Tap:
                 return output + added
             return output.index_add(-1, self.rows.to(output.device), added)
 
-        with torch.no_grad(), _hooks(
+        with _hooks(
             self.block.register_forward_pre_hook(branch, with_kwargs=True), self.lora_b.register_forward_hook(change)
         ):
-            losses = self.model(batch.input_ids, batch.attention_mask, batch.labels)
-        return losses.view(branches, -1)
+            return self.bare_losses(batch).view(branches, -1)
 
     def factors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The exact per-example gradient of the probe tensor, as factors: ``G_i = delta_i.T @ a_i``.
@@ -88,16 +87,16 @@ class Tap:
         seen: dict[str, Tensor] = {}
 
         def start_graph(_block, _args, _kwargs):
-            torch.set_grad_enabled(True)  # until the no_grad block around the forward ends
+            torch.set_grad_enabled(True)  # until the no_grad block of bare_losses ends
 
         def read(_module, args, output: Tensor) -> None:
             seen["a"], seen["out"] = args[0].detach(), output
 
-        with torch.no_grad(), _hooks(
+        with _hooks(
             self.block.register_forward_pre_hook(start_graph, with_kwargs=True),
             self.lora_b.register_forward_hook(read),
         ):
-            losses = self.model(batch.input_ids, batch.attention_mask, batch.labels)
+            losses = self.bare_losses(batch)
         (delta,) = torch.autograd.grad(losses.sum(), [seen["out"]])
         shape = batch.input_ids.shape
         delta = delta.reshape(*shape, -1)
@@ -106,8 +105,8 @@ class Tap:
         return losses.detach(), delta.float(), seen["a"].reshape(*shape, -1).float()
 
     def bare_losses(self, batch: Batch) -> Tensor:
-        """``[B]`` losses by a forward without any hook of the tap."""
-        with torch.no_grad():
+        """``[B]`` losses by one forward without dropout; the tap's hooks take part only inside its other methods."""
+        with torch.no_grad(), without_dropout(self.model):
             return self.model(batch.input_ids, batch.attention_mask, batch.labels)
 
     def _repeat(self, args, kwargs, branches: int):
@@ -133,12 +132,12 @@ class Tap:
             )
 
         device = next(self.model.parameters()).device
-        with torch.no_grad(), _hooks(self.block.register_forward_pre_hook(record, with_kwargs=True)):
+        with _hooks(self.block.register_forward_pre_hook(record, with_kwargs=True)):
             for count in (2, 3):
                 tokens = torch.arange(1, 8, device=device).repeat(count, 1)
                 mask = torch.ones_like(tokens)
                 mask[-1, -3:] = 0  # padding, so that models which drop an empty mask keep it
-                self.model(tokens, mask, tokens.masked_fill(mask == 0, -100))
+                self.bare_losses(Batch(tokens, mask, tokens.masked_fill(mask == 0, -100), torch.arange(count)))
         return frozenset(path for path, size in shapes[0].items() if size == 2 and shapes[1].get(path) == 3)
 
 

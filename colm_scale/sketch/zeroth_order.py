@@ -44,7 +44,7 @@ def directional_derivatives(tap: Tap, batch: Batch, directions: Tensor, perturba
 
 
 def rows_from_coefficients(
-    coefficients: Tensor, directions: Tensor, moments: Moments, plan: SketchPlan, columns: int
+    coefficients: Tensor, valid: Tensor, directions: Tensor, moments: Moments, plan: SketchPlan, columns: int
 ) -> Tensor:
     """The candidate matrix of the zeroth-order sketch, a pure function of the gathered coefficients.
 
@@ -53,7 +53,8 @@ def rows_from_coefficients(
     the normalised ``g_i = mean_k c_ik z_k``.
 
     Args:
-        coefficients: ``[s, K]``.
+        coefficients: ``[s, K]`` finite.
+        valid: ``[s]`` bool; a row that is not valid is zero and has no say in the choice of columns.
         directions: ``[K, d_out, r]``.
         moments: Of length 1 for K = 1, else d.
         plan: Names the ranked source of each row.
@@ -62,9 +63,9 @@ def rows_from_coefficients(
         ``[s, 1]`` for K = 1, else ``[s, h]``, float32.
     """
     if coefficients.shape[1] == 1:
-        return moments.normalise(coefficients)
+        return moments.normalise(coefficients) * valid.unsqueeze(1)
     z = directions.flatten(1) / len(directions)
-    groups = plan.groups.to(coefficients.device)
+    groups = torch.where(valid, plan.groups.to(valid.device), -1)
     ranked = groups >= 0
     sums = []
     for start in range(0, z.shape[1], BLOCK_COLUMNS):

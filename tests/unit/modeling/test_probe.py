@@ -18,3 +18,71 @@ def test_the_values_of_the_last_block_are_found(family, dtype):
     assert probe.rows.tolist() == list(ROWS[family])
     assert probe.layer.startswith(probe.block + ".")
     assert probe.block == PROBES[family].split(".self_attn")[0]
+
+
+def test_finding_leaves_the_model_as_it_was():
+    model = base_model("opt")
+    model.model.decoder.layers[0].eval()  # a mode that differs between modules is put back too
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    find_probe(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_probe_can_be_named_in_full_or_by_its_end():
+    model = base_model("llama")
+    for name in ("model.layers.1.mlp.down_proj", "mlp.down_proj", "down_proj"):
+        probe = find_probe(model, name)
+        assert probe.layer == "model.layers.1.mlp.down_proj"
+        assert probe.rows.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize("name", ["value", "roj", "model.layers.0.self_attn.v_proj", "self_attn"])
+def test_a_name_that_is_no_layer_of_the_last_block_is_refused(name):
+    with pytest.raises(UserError, match=r"does not name one.*model\.layers\.1\.self_attn\.v_proj.*mlp\.down_proj") as error:
+        find_probe(base_model("llama"), name)
+    assert repr(name) in str(error.value)
+
+
+def test_a_name_of_two_layers_is_refused():
+    model = base_model("llama")
+    model.model.layers[1].mlp.v_proj = nn.Linear(32, 32)
+    with pytest.raises(UserError, match=r"'v_proj' does not name one linear layer"):
+        find_probe(model, "v_proj")
+    assert find_probe(model, "self_attn.v_proj").layer == "model.layers.1.self_attn.v_proj"
+
+
+class NoAttention(nn.Module):
+    """In place of attention: tokens that do not see each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(32, 32)
+
+    def forward(self, hidden_states, **_):
+        return self.mix(hidden_states), None
+
+
+def test_a_model_without_values_is_refused_with_the_candidates():
+    model = base_model("llama")
+    for block in model.model.layers:
+        block.self_attn = NoAttention()
+    with pytest.raises(UserError, match=r"no layer behaves like one.*--selection\.probe.*self_attn\.mix.*mlp\.up_proj"):
+        find_probe(model)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UserError, match="Sequential has no list of decoder blocks"):
+        decoder_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_blocks_are_the_largest_list_of_like_modules():
+    model = base_model("llama")
+    model.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    name, blocks = decoder_blocks(model)
+    assert name == "model.layers"
+    assert len(blocks) == 2
