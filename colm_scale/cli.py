@@ -138,7 +138,9 @@ def _check_config_files(arguments: Sequence[str]) -> None:
             line = f" line {mark.line + 1}" if mark else ""
             raise UserError(f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
         if not isinstance(content, dict):
-            raise UserError(f"--config {path} holds a {type(content).__name__}, but must hold options as in --print_config")
+            raise UserError(
+                f"--config {path} holds a {type(content).__name__}, but must hold options, as --print_config shows them"
+            )
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:

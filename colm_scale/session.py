@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: the run directory, the display and the best adapter. Rank 0 writes; all take part."""
+"""What a run leaves behind and shows: run directory, display, best adapter. Rank 0 writes, all ranks take part."""
 
 from __future__ import annotations
 

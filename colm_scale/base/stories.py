@@ -222,7 +222,8 @@ def cooking(rng: Random) -> Story:
         return Story(text, {"have": total, "one": need}, (("times", "{have} // {one}"),), "times")
     text = rng.choice((f"One {food} takes {need} {item} and one {other} takes {over}. We make {times} times the {food} "
                        f"and one {other}. How many {item}?",
-                       f"{times} of a {food} with {need} {item} each and a {other} with {over} {item}: how many {item}?"))
+                       f"{times} of a {food} with {need} {item} each and a {other} with {over} {item}: "
+                       f"how many {item}?"))
     return Story(text, {"times": times, "one": need, other: over},
                  ((food, "{times} * {one}"), ("all", f"{{{food}}} + {{{other}}}")), item)
 
@@ -238,8 +239,10 @@ def heat(rng: Random) -> Story:
     text = rng.choice((f"It starts with {start} {what}, {rise} {up} at noon and {fall} {down} at night.",
                        f"The thermometer was at {start} {what}. First it {rise} {up}, later it {fall} {down}."))
     return Story(text + rng.choice((" Where does it end?", " What is shown at last?")),
-                 {"dawn": start, "up": up, "down": down}, (("noon", "{dawn} + {up}"), ("night", "{noon} - {down}")), what)
+                 {"dawn": start, "up": up, "down": down},
+                 (("noon", "{dawn} + {up}"), ("night", "{noon} - {down}")), what)
 
 
 STORIES: tuple[Callable[[Random], Story], ...] = (
-    purchase, legs, laying, herd, ride, saving, split, rectangle, difference, units, cooking, heat, purchase, difference)
+    purchase, legs, laying, herd, ride, saving, split, rectangle, difference, units, cooking, heat, purchase,
+    difference)

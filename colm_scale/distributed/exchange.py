@@ -55,8 +55,8 @@ def share_selection(selection: Selection | None, budget: int, candidates: Candid
     different = (group.all_gather(agrees, "control").flatten() == 0).nonzero().flatten().tolist()
     if different:
         raise TrainingError(
-            f"step {candidates.step}: rank {different[0]} does not agree with rank 0 on the candidates or the selection; "
-            f"every rank must read the same data with the same configuration"
+            f"step {candidates.step}: rank {different[0]} does not agree with rank 0 on the candidates or the "
+            f"selection; every rank must read the same data with the same configuration"
         )
     b, kept, overflow, invalid = message[:4].tolist()
     return Selection(

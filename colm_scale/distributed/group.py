@@ -100,7 +100,7 @@ class Group:
         rows = self.all_gather(row.to(self.device), "control").cpu()
         different = (rows != rows[0]).any(1).nonzero().flatten().tolist()
         if different:
-            raise UserError(f"rank {different[0]} has a different {what} than rank 0: every rank must read the same input")
+            raise UserError(f"rank {different[0]} has other {what} than rank 0: every rank must read the same input")
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Loading a base model, its tokenizer and its adapters, with what can be wrong found out before the weights are read."""
+"""Loading a base model, its tokenizer and its adapters; what can be wrong is found out before weights are read."""
 
 from __future__ import annotations
 
@@ -82,10 +82,14 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
         return _load_adapter(model, config.adapter)
     targets = config.targets or _block_layers(model)
     peft_config = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)  # peft draws from the global generator, which is put back
+        torch.manual_seed(seed)  # noqa: TID251 - peft draws from the global generator, which is put back
         try:
             return get_peft_model(model, peft_config)
         except ValueError as error:
@@ -133,7 +137,7 @@ def _one_line(config: ModelConfig, what: str = "a model") -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"--model.name {name} brings its own code, which is not run unless --model.trust_remote_code true is given"
+                f"--model.name {name} brings its own code, which is run only with --model.trust_remote_code true"
             ) from None
         where = "the folder" if Path(name).exists() else "there is no such folder, and the hub id"
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -71,7 +71,7 @@ def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn
 
 def adapted_model(family: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, **options) -> nn.Module:
     """The same with float32 adapters of rank 4 on every linear layer, none of whose matrices is zero."""
-    return with_adapters(base_model(family, dtype, **options), dropout=dropout)
+    return with_adapters(base_model(family, dtype, **options), lora_dropout=dropout)
 
 
 def with_adapters(model: nn.Module, **options) -> nn.Module:

@@ -67,3 +67,117 @@ def test_factors_multiply_to_each_examples_gradient(family):
     assert a.shape == (3, 9, tap.rank)
     assert not delta[1, 5:].any()
     assert not delta[2, 7:].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_finite_differences_of_branches_approach_the_exact_derivative(family):
+    tap, batch = tap_of(family), batch_of(LENGTHS)
+    z, eps = changes_of(tap, 1)[0], 1e-2
+    plus, minus = tap.branched_losses(batch, torch.stack([eps * z, -eps * z]))
+    _, delta, a = tap.factors(batch)
+    exact = (delta.transpose(1, 2) @ a * z).sum((1, 2))
+    # Losses of about 5 are rounded to 5e-7, divided by 2 eps: 3e-5. The third derivative leaves eps^2 = 1e-4 relative.
+    torch.testing.assert_close((plus - minus) / (2 * eps), exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_bfloat16_blocks_with_float32_adapters(family):
+    tap, batch = tap_of(family, dtype=torch.bfloat16), batch_of(LENGTHS)
+    _, delta, a = tap.factors(batch)
+    assert tap.lora_b.weight.dtype == delta.dtype == a.dtype == torch.float32
+    product, exact = delta.transpose(1, 2) @ a, example_gradients(tap, batch)
+    # The activations of an example alone and of one in a padded batch are rounded to 8 bits along other paths, about
+    # twenty roundings deep: sqrt(20) * 2^-8 = 2 % of the gradient's norm.
+    assert ((product - exact).flatten(1).norm(dim=1) <= 0.04 * exact.flatten(1).norm(dim=1)).all()
+
+
+def test_without_padding_bfloat16_factors_differ_by_rounding_of_the_last_product_only():
+    tap, batch = tap_of("llama", dtype=torch.bfloat16), part_of(batch_of([8]), 0)
+    _, delta, a = tap.factors(batch)
+    # The same kernels on the same shapes: delta and a are equal to the last bit, the product is float32.
+    torch.testing.assert_close(delta.transpose(1, 2) @ a, example_gradients(tap, batch), **ROUNDING)
+
+
+@pytest.mark.parametrize("lengths", [[6] * 6, [6, 4, 6, 6, 5, 6], [3, 3, 3], [1, 1], [7] * 7], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "opt"])
+def test_a_micro_batch_as_large_as_it_is_long(family, lengths):
+    tap, batch = tap_of(family), batch_of(lengths, prompt=1)
+    changes = changes_of(tap, 2)
+    losses = tap.branched_losses(batch, changes)
+    alone = [tap.branched_losses(part_of(batch, row), changes) for row in range(len(lengths))]
+    torch.testing.assert_close(losses, torch.cat(alone, dim=1), **ROUNDING)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_companions_do_not_change_a_row(family):
+    tap, batch = tap_of(family), batch_of(LENGTHS, width=12)
+    changes = changes_of(tap, 2)
+    together, (_, delta, a) = tap.branched_losses(batch, changes), tap.factors(batch)
+    for row, length in enumerate(LENGTHS):
+        one = part_of(batch, row)
+        torch.testing.assert_close(tap.branched_losses(one, changes)[:, 0], together[:, row], **ROUNDING)
+        _, one_delta, one_a = tap.factors(one)
+        torch.testing.assert_close(one_delta[0], delta[row, :length], **ROUNDING)
+        torch.testing.assert_close(one_a[0], a[row, :length], **ROUNDING)
+
+
+def observed(model) -> tuple:
+    """Everything that a sketch must leave alone."""
+    return (
+        [tensor.clone() for tensor in model.state_dict().values()],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad for p in model.parameters()],
+        [module.training for module in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_sketch_leaves_no_trace_and_does_not_drop(family):
+    model = ExampleLoss(adapted_model(family, dropout=0.5))
+    model.model.get_base_model().get_submodule("lm_head").eval()  # modes that differ between modules come back too
+    weights, *rest = observed(model)
+    states = torch.get_rng_state(), str(numpy.random.get_state()), random.getstate()
+    tap, batch = Tap(model, probe_of(family)), batch_of(LENGTHS)
+    first = [tap.branched_losses(batch, changes_of(tap, 2)), *tap.factors(batch), tap.bare_losses(batch)]
+    again = [tap.branched_losses(batch, changes_of(tap, 2)), *tap.factors(batch), tap.bare_losses(batch)]
+    assert all(torch.equal(x, y) for x, y in zip(first, again))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (str(numpy.random.get_state()), random.getstate()) == states[1:]
+    weights_after, *rest_after = observed(model)
+    assert rest == rest_after
+    assert all(torch.equal(x, y) for x, y in zip(weights, weights_after))
+
+
+def test_the_hooks_go_even_when_the_forward_fails():
+    tap = tap_of("llama")
+    hooks = observed(tap.model)[3:]
+    broken = batch_of([4])
+    broken.input_ids.fill_(10_000)
+    for sketch in (lambda: tap.factors(broken), lambda: tap.branched_losses(broken, changes_of(tap, 2))):
+        with pytest.raises(IndexError):
+            sketch()
+        assert observed(tap.model)[3:] == hooks
+
+
+def test_checkpointed_blocks_are_sketched_alike():
+    tap, batch = tap_of("llama"), batch_of(LENGTHS)
+    changes = changes_of(tap, 2)
+    before = tap.branched_losses(batch, changes), tap.factors(batch)
+    tap.model.model.enable_input_require_grads()
+    tap.model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(tap.branched_losses(batch, changes), before[0])
+    assert all(torch.equal(x, y) for x, y in zip(tap.factors(batch), before[1]))
+
+
+def test_dora_is_refused():
+    model = ExampleLoss(with_adapters(base_model("llama"), use_dora=True))
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.v_proj is DoRA"):
+        Tap(model, probe_of("llama"))
+
+
+def test_a_probe_without_an_adapter_is_refused():
+    model = ExampleLoss(with_adapters(base_model("llama"), target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"the probe model\.layers\.1\.self_attn\.v_proj has no LoRA adapter.*lora\.targets"):
+        Tap(model, probe_of("llama"))
