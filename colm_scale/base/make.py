@@ -35,6 +35,12 @@ ROWS, ROW_TOKENS = 32, 128
 PEAK_LR, WARMUP, FINAL_LR_FRACTION = 4e-3, 100, 0.02
 TOKENIZER_DOCUMENTS = 6_000
 LOG_EVERY = 50
+# Each turn on its own line; the end token closes the assistant's, so that an answer can end.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '' if loop.first else '\\n' }}{{ m['role'] }}: {{ m['content'] }}"
+    "{{ eos_token if m['role'] == 'assistant' else '' }}{% endfor %}"
+    "{{ '\\nassistant: ' if add_generation_prompt else '' }}"
+)
 # Digits stand alone, so that a number is read place by place; an operator takes the spaces around it, which makes
 # arithmetic short; a word takes the space before it.
 PIECES = r"[0-9]| ?[=+\-*/%<>]+ ?| ?\p{L}+| ?[^\s\p{L}0-9=+\-*/%<>]+|\s+(?!\S)|\s+"
@@ -66,7 +72,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     inner.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token=SPECIAL[PAD], bos_token=SPECIAL[BOS], eos_token=SPECIAL[EOS],
-        clean_up_tokenization_spaces=False, model_max_length=1024)
+        clean_up_tokenization_spaces=False, model_max_length=1024, chat_template=CHAT_TEMPLATE)
 
 
 def make_model(seed: int) -> LlamaForCausalLM:

@@ -114,10 +114,12 @@ class LastLayer:
         found = [torch.zeros(0, 2, device=self._group.device)]
         for batch in batches:
             count = len(batch.positions)
+            if not count:  # there are no rows: only the forward is needed, to keep the ranks in step
+                self._tap.factors(batch)
+                continue
             losses, largest, gradients = last_layer.sketch(self._tap, batch, rows[:count])
-            if count:
-                found.append(torch.stack([losses, largest], dim=1))
-                self._held.append(gradients)
+            found.append(torch.stack([losses, largest], dim=1))
+            self._held.append(gradients)
             rows = rows[count:]
         self._local = torch.cat(found)
 

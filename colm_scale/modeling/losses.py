@@ -29,7 +29,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post, chunk: int) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
@@ -68,6 +68,9 @@ class ExampleLoss(nn.Module):
     ``forward(input_ids [B, T], attention_mask [B, T], labels [B, T]) -> [branches * B]`` float32 mean token losses;
     ``branches`` is 1 unless a sketch repeats the micro-batch at the last block. An example without a label (a padding
     row) has loss 0.
+
+    A model may do to its logits what `_post_processing` does not know. The row that is left to the head shows it in the
+    first forward: from then on the model makes the logits of the label rows itself, all of them at a time.
     """
 
     def __init__(self, model: nn.Module):
@@ -77,8 +80,10 @@ class ExampleLoss(nn.Module):
         frozen = not any(parameter.requires_grad for parameter in head.parameters())
         self._fused = frozen and type(head) is nn.Linear
         self._post = _post_processing(model.config.get_text_config())
+        self._post_checked = False
         self._pass: _Pass | None = None
         head.register_forward_pre_hook(self._before_head)
+        head.register_forward_hook(self._after_head)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         current = self._pass = _Pass(labels[:, 1:])
@@ -86,6 +91,11 @@ class ExampleLoss(nn.Module):
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         finally:
             self._pass = None
+        if self._fused and not self._post_checked:
+            self._post_checked = True
+            self._fused = _close(self._post(current.raw_logits.float()), logits.float())
+            if not self._fused:
+                return self(input_ids, attention_mask, labels)
         if current.losses is None:
             current.losses = F.cross_entropy(logits[0].float(), current.targets, reduction="none")
         return _mean_per_example(current.losses, current.rows)
@@ -108,6 +118,10 @@ class ExampleLoss(nn.Module):
         )
         return (hidden[:1, :1], *args[1:])
 
+    def _after_head(self, _head: nn.Module, _args: tuple, logits: Tensor) -> None:
+        if self._pass is not None:
+            self._pass.raw_logits = logits.detach()
+
 
 class _Pass:
     """What one forward leaves at the head: label rows ``[branches * B, T-1]``, their targets and losses ``[N]``."""
@@ -117,6 +131,12 @@ class _Pass:
         self.rows: Tensor | None = None
         self.targets: Tensor | None = None
         self.losses: Tensor | None = None
+        self.raw_logits: Tensor | None = None
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two rows of logits differ by no more than rounding to bfloat16."""
+    return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
 
 
 def _mean_per_example(token_losses: Tensor, rows: Tensor) -> Tensor:

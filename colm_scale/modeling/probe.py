@@ -19,8 +19,9 @@ from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 
 _TOKENS = 4
-_LARGE = 1e4
-"""Size of the large change: within float16's range, and enough to saturate a softmax through any key."""
+_LARGE = 1e8
+"""Size of the large change (less in float16, whose range ends before): saturates a softmax even through the keys of a
+head that hardly looks, which at 1e4 some heads of a trained model still pass on in proportion."""
 _SMALL = 16
 """Size of the small change in standard deviations of the layer's output: what is left of it after a sharp softmax has
 averaged it over tokens still stands out of half-precision rounding."""
@@ -134,7 +135,8 @@ def _value_rows(model: nn.Module, linears: dict[str, nn.Module], layer: nn.Modul
     width = _width(layer)
     chunk = _head_dim(model, width)
     others = {name: module for name, module in linears.items() if module is not layer}
-    small, large = (_responses(model, layer, others, width, chunk, size) for size in (None, _LARGE))
+    large_size = min(_LARGE, torch.finfo(model.dtype).max / 6)
+    small, large = (_responses(model, layer, others, width, chunk, size) for size in (None, large_size))
     linear = torch.zeros(width // chunk, dtype=torch.bool)
     for name in small.keys() & large.keys():
         reach = large[name].norm(dim=1)

@@ -62,7 +62,7 @@ class Tap:
         branches = len(changes)
 
         def branch(_block, args, kwargs):
-            return self._repeat(args, kwargs, branches)
+            return self._repeat(args, kwargs, len(batch.input_ids), branches)
 
         def change(_module, args, output: Tensor) -> Tensor:
             a = args[0].reshape(branches, -1, self.rank)
@@ -109,13 +109,14 @@ class Tap:
         with torch.no_grad(), without_dropout(self.model):
             return self.model(batch.input_ids, batch.attention_mask, batch.labels)
 
-    def _repeat(self, args, kwargs, branches: int):
-        leaves, structure = pytree.tree_flatten_with_path((args, kwargs))
-        repeated = [
-            leaf.repeat(branches, *[1] * (leaf.ndim - 1)) if pytree.keystr(path) in self._batched else leaf
-            for path, leaf in leaves
-        ]
-        return pytree.tree_unflatten(repeated, structure)
+    def _repeat(self, args, kwargs, count: int, branches: int):
+        def repeat(path, leaf):
+            # A micro-batch without padding has no mask, or one that all examples share.
+            if not isinstance(leaf, Tensor) or pytree.keystr(path) not in self._batched or len(leaf) != count:
+                return leaf
+            return leaf.repeat(branches, *[1] * (leaf.ndim - 1))
+
+        return pytree.tree_map_with_path(repeat, (args, kwargs))
 
     def _find_batched_arguments(self) -> frozenset[str]:
         """Which tensor arguments of the block carry the micro-batch in their first dimension.

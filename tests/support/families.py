@@ -41,7 +41,8 @@ _OPTIONS: dict[str, dict] = {
     "stablelm": {**_LLAMA_LIKE, "num_key_value_heads": 4},
     "gemma": {**_GROUPED, **_HEADS, "tie_word_embeddings": True},
     "gemma2": {**_GROUPED, **_HEADS, "tie_word_embeddings": True, "query_pre_attn_scalar": HEAD_DIM},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "activation_function": "relu"},
+    # As Galactica has it: smooth, for finite differences are compared.
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "activation_function": "gelu", "dropout": 0.0},
 }
 FAMILIES = tuple(_OPTIONS)
 
@@ -62,16 +63,16 @@ ROWS: dict[str, range] = {
 
 def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """A model without adapters, in training mode as a trainer has it."""
-    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **_OPTIONS[family], **options})
+    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **_OPTIONS.get(family, _GROUPED), **options})
     with torch.random.fork_rng(devices=[]):
         model = transformers.AutoModelForCausalLM.from_config(config)
     fill(model.parameters(), family)
     return model.to(dtype).train()
 
 
-def adapted_model(family: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0, **options) -> nn.Module:
+def adapted_model(family: str, dtype: torch.dtype = torch.float32, lora_dropout: float = 0.0, **options) -> nn.Module:
     """The same with float32 adapters of rank 4 on every linear layer, none of whose matrices is zero."""
-    return with_adapters(base_model(family, dtype, **options), lora_dropout=dropout)
+    return with_adapters(base_model(family, dtype, **options), lora_dropout=lora_dropout)
 
 
 def with_adapters(model: nn.Module, **options) -> nn.Module:
@@ -101,7 +102,7 @@ def batch_of(lengths: list[int], prompt: int = 2, width: int | None = None, seed
     return Batch(
         input_ids=torch.stack([_padded(row, width, 0) for row in rows]),
         attention_mask=mask,
-        labels=torch.stack([_padded(row.index_fill(0, torch.arange(min(prompt, len(row))), -100), width, -100) for row in rows]),
+        labels=torch.stack([_padded(_without_prompt(row, prompt), width, -100) for row in rows]),
         positions=torch.arange(len(lengths)),
     )
 
@@ -109,8 +110,12 @@ def batch_of(lengths: list[int], prompt: int = 2, width: int | None = None, seed
 def part_of(batch: Batch, row: int) -> Batch:
     """One example of the batch, without padding."""
     length = int(batch.attention_mask[row].sum())
-    take = lambda x: x[row : row + 1, :length]  # noqa: E731
-    return Batch(take(batch.input_ids), take(batch.attention_mask), take(batch.labels), batch.positions[row : row + 1])
+    tokens = (x[row : row + 1, :length] for x in (batch.input_ids, batch.attention_mask, batch.labels))
+    return Batch(*tokens, batch.positions[row : row + 1])
+
+
+def _without_prompt(row: Tensor, prompt: int) -> Tensor:
+    return row.index_fill(0, torch.arange(min(prompt, len(row))), -100)
 
 
 def _padded(row: Tensor, width: int, value: int) -> Tensor:

@@ -21,12 +21,12 @@ def test_the_values_of_the_last_block_are_found(family, dtype):
 
 
 def test_finding_leaves_the_model_as_it_was():
-    model = base_model("opt")
+    model = base_model("opt", dropout=0.5)
     model.model.decoder.layers[0].eval()  # a mode that differs between modules is put back too
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    find_probe(model)
+    assert find_probe(model).layer == PROBES["opt"]  # with dropout it would not be found
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -43,7 +43,8 @@ def test_a_probe_can_be_named_in_full_or_by_its_end():
 
 @pytest.mark.parametrize("name", ["value", "roj", "model.layers.0.self_attn.v_proj", "self_attn"])
 def test_a_name_that_is_no_layer_of_the_last_block_is_refused(name):
-    with pytest.raises(UserError, match=r"does not name one.*model\.layers\.1\.self_attn\.v_proj.*mlp\.down_proj") as error:
+    listed = r"does not name one.*model\.layers\.1\.self_attn\.v_proj.*mlp\.down_proj"
+    with pytest.raises(UserError, match=listed) as error:
         find_probe(base_model("llama"), name)
     assert repr(name) in str(error.value)
 

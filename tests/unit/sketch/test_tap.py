@@ -108,6 +108,25 @@ def test_a_micro_batch_as_large_as_it_is_long(family, lengths):
     torch.testing.assert_close(losses, torch.cat(alone, dim=1), **ROUNDING)
 
 
+def test_what_only_happens_to_be_as_long_as_the_micro_batch_is_not_repeated():
+    model = adapted_model("llama")
+    block = model.get_base_model().model.layers[1]
+    seen, forward = [], block.forward
+
+    def with_table(_block, args, kwargs):
+        return args, {**kwargs, "table": torch.zeros(args[0].shape[1], 2)}
+
+    def watch(*args, table, **kwargs):
+        seen.append((len(args[0]), len(table)))
+        return forward(*args, **kwargs)
+
+    block.register_forward_pre_hook(with_table, with_kwargs=True)
+    block.forward = watch
+    tap = Tap(ExampleLoss(model), probe_of("llama"))
+    tap.branched_losses(batch_of([6] * 6), changes_of(tap, 2))
+    assert seen[-1] == (12, 6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_companions_do_not_change_a_row(family):
     tap, batch = tap_of(family), batch_of(LENGTHS, width=12)
@@ -133,9 +152,9 @@ def observed(model) -> tuple:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_sketch_leaves_no_trace_and_does_not_drop(family):
-    model = ExampleLoss(adapted_model(family, dropout=0.5))
+@pytest.mark.parametrize(("family", "options"), [("llama", {"attention_dropout": 0.5}), ("opt", {"dropout": 0.5})])
+def test_a_sketch_leaves_no_trace_and_does_not_drop(family, options):
+    model = ExampleLoss(adapted_model(family, lora_dropout=0.5, **options))
     model.model.get_base_model().get_submodule("lm_head").eval()  # modes that differ between modules come back too
     weights, *rest = observed(model)
     states = torch.get_rng_state(), str(numpy.random.get_state()), random.getstate()
@@ -179,5 +198,5 @@ def test_dora_is_refused():
 
 def test_a_probe_without_an_adapter_is_refused():
     model = ExampleLoss(with_adapters(base_model("llama"), target_modules=["q_proj"]))
-    with pytest.raises(UserError, match=r"the probe model\.layers\.1\.self_attn\.v_proj has no LoRA adapter.*lora\.targets"):
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.v_proj has no LoRA adapter.*lora\.targets"):
         Tap(model, probe_of("llama"))

@@ -1,0 +1,165 @@
+"""Running the product as its users do: processes, of which output, exit code and what they leave behind are looked at.
+
+Everything runs on the CPU, offline, and on a port of its own, so that nothing depends on the machine or on other runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = "launchers/train.py"
+SABOTAGED = "tests/support/sabotage.py"
+SMALL = (
+    *("--train.steps", "2", "--train.threads", "1", "--selection.candidates", "16", "--selection.budget", "8"),
+    *("--eval.generate", "0", "--eval.limit", "2"),
+)
+"""Options of a run that takes about a second once it has started."""
+
+_MARK = "COLM_SCALE_TEST_COMMAND"
+_BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command has done."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say what was wrong."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+    def succeeded(self) -> Outcome:
+        assert self.code == 0, f"exit code {self.code}\n{self.stdout[-2000:]}\n{self.stderr[-4000:]}"
+        return self
+
+
+def python(script: str = LAUNCHER) -> list[str]:
+    return [sys.executable, script]
+
+
+def torchrun(processes: int, script: str = LAUNCHER) -> list[str]:
+    return [str(_BIN / "torchrun"), "--nproc_per_node", str(processes), "--master_port", str(free_port()), script]
+
+
+def deepspeed(processes: int, script: str = LAUNCHER) -> list[str]:
+    return [str(_BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port()), script]
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Command:
+    """A started command and all processes that come from it, also those that have lost their parent.
+
+    Use it as a context, which kills whatever is left at its end.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, **variables: str):
+        mark = uuid.uuid4().hex
+        self._mark = mark
+        self._log = log
+        log.mkdir(parents=True, exist_ok=True)
+        self._files = [(log / name).open("w+", encoding="utf-8") for name in ("stdout.txt", "stderr.txt")]
+        self.process = subprocess.Popen(
+            list(arguments), cwd=ROOT, env=_environment(variables | {_MARK: mark}), stdin=subprocess.DEVNULL,
+            stdout=self._files[0], stderr=self._files[1],
+        )
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [self.process, *self.alive()]:
+            process.kill()
+        self.process.wait()
+        for file in self._files:
+            file.close()
+
+    def alive(self) -> list[psutil.Process]:
+        """The processes that come from this command and run."""
+        return [process for process in psutil.process_iter() if self._is_mine(process)]
+
+    def outcome(self, seconds: float = 180) -> Outcome:
+        """Wait for the end of the command (of which processes may be left)."""
+        code = self.process.wait(seconds)
+        return Outcome(code, *((self._log / name).read_text("utf-8") for name in ("stdout.txt", "stderr.txt")))
+
+    def _is_mine(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            return False
+
+
+def run(arguments: Sequence[str], log: Path, seconds: float = 180, **variables: str) -> Outcome:
+    """Run a command to its end."""
+    with Command(arguments, log, **variables) as command:
+        return command.outcome(seconds)
+
+
+def run_many(jobs: Mapping[str, Sequence[str]], log: Path, variables: Mapping[str, str] | None = None) -> dict[str, Outcome]:
+    """Run ``launchers/train.py`` with each job's options, one after the other, each in a process of its own.
+
+    Most of a short run is importing, so the processes are forked from one that has imported everything.
+    """
+    log.mkdir(parents=True, exist_ok=True)
+    (log / "jobs.json").write_text(json.dumps({name: list(options) for name, options in jobs.items()}), "utf-8")
+    forked = [sys.executable, "tests/support/forked.py", str(log)]
+    run(forked, log, seconds=60 + 20 * len(jobs), **(variables or {})).succeeded()
+    codes = json.loads((log / "codes.json").read_text("utf-8"))
+    return {
+        name: Outcome(codes[name], *((log / f"{name}.{stream}").read_text("utf-8") for stream in ("stdout", "stderr")))
+        for name in jobs
+    }
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> float:
+    """Seconds until ``condition`` held; fails after ``seconds``."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, f"not within {seconds} seconds"
+        time.sleep(0.1)
+    return time.monotonic() - started
+
+
+def rows(path: Path) -> list[dict]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def write_rows(path: Path, content: Sequence[Mapping]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content), "utf-8")
+    return path
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launched}
+    return kept | {
+        "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **variables,
+    }

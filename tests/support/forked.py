@@ -1,0 +1,35 @@
+"""``python forked.py FOLDER``: runs of ``launchers/train.py``, forked from one process that has imported what they need.
+
+``FOLDER/jobs.json`` names the options of each; FOLDER gets their output and ``codes.json`` their exit codes.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import colm_scale.trainer  # noqa: E402, F401
+from support.sabotage import main  # noqa: E402
+
+
+def start(folder: Path, name: str, options: list[str]) -> int:
+    """The process id of a run, in the parent; the child becomes the run and does not return."""
+    pid = os.fork()
+    if pid == 0:
+        for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(folder / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv = [str(ROOT / "launchers/train.py"), *options]
+        main()
+    return pid
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    codes = {}
+    for name, options in json.loads((folder / "jobs.json").read_text("utf-8")).items():
+        _, status = os.waitpid(start(folder, name, options), 0)
+        codes[name] = os.waitstatus_to_exitcode(status)
+    (folder / "codes.json").write_text(json.dumps(codes), "utf-8")

@@ -1,0 +1,349 @@
+"""One rank of a tiny run for the tests of many ranks: the product's own step, with what it did written to a file.
+
+Every case trains the same random model on the same random examples, so that ranks, world sizes and engines can be
+compared. `launch` starts the ranks as a launcher does; each writes ``rank<R>.pt``, a nested dict of plain values.
+
+    V  vocabulary, 128      N  examples, 96      Q  sources, 5 (of which the three small ones are kept)
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.multiprocessing as mp
+from support.families import base_model
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from colm_scale.config import LoraConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.data.examples import Examples
+from colm_scale.distributed.engine import Engine, optimizer_tensors, trainable
+from colm_scale.distributed.exchange import share_selection
+from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.distributed.zero import ZeroEngine, read_ds_config
+from colm_scale.errors import TrainingError, UserError
+from colm_scale.modeling.load import add_adapters
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import find_probe
+from colm_scale.profiling.memory import memory_meter
+from colm_scale.profiling.spans import Spans
+from colm_scale.randomness import generator
+from colm_scale.records import CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
+from colm_scale.selection.quota import kept_sources
+from colm_scale.sketch.tap import Tap
+from colm_scale.trainer import Inputs, build_engine, build_step
+
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+SIZES = (44, 30, 14, 5, 3)
+PAD, VOCABULARY = 0, 128
+RANK, D_OUT = 64, 32
+D = RANK * D_OUT
+"""Numbers in the probe tensor, far more than a micro-batch has of anything else."""
+RATE = 1e-3
+STEPS = 6
+FLOOR_AFTER = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: how it selects and for how many steps."""
+
+    selection: SelectionConfig
+    steps: int = STEPS
+    train: dict = field(default_factory=dict)
+    floor: bool = False
+
+
+def _selection(**options) -> SelectionConfig:
+    return SelectionConfig(**{"candidates": 24, "budget": 12, "columns": 64, **options})
+
+
+CASES = {
+    "last_layer": Case(_selection()),
+    "last_layer_with_floor": Case(_selection(), floor=True),
+    "zeroth_order_1": Case(_selection(estimator="zeroth_order")),
+    "zeroth_order_3": Case(_selection(estimator="zeroth_order", num_probes=3)),
+    "stratified": Case(_selection(method="stratified")),
+    "random": Case(_selection(method="random")),
+    "full": Case(_selection(method="full")),
+    "cluster": Case(_selection(weights="cluster"), steps=1),
+    "token": Case(_selection(weights="cluster"), steps=1, train={"loss": "token"}),
+    # Every example is a micro-batch of its own, and three examples are too few for two ranks, let alone four.
+    "starved": Case(
+        _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
+    ),
+}
+
+
+def run_config(case: Case, engine: str = "auto") -> RunConfig:
+    train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5, **case.train}
+    return RunConfig(
+        selection=case.selection,
+        lora=LoraConfig(rank=RANK, alpha=RANK),
+        train=TrainConfig(**train),
+        ds_config=str(DS_CONFIG) if engine == "deepspeed" else None,
+    )
+
+
+def examples() -> Examples:
+    """96 random examples of 6 to 32 tokens."""
+    drawn = generator(1, "examples")
+    count = sum(SIZES)
+    lengths = torch.randint(6, 33, (count,), generator=drawn)
+    prompts = (lengths * torch.rand(count, generator=drawn) * 0.8).long() + 1
+    offsets = torch.cat([long_tensor([0]), lengths.cumsum(0)])
+    return Examples(
+        tokens=torch.randint(3, VOCABULARY, (int(offsets[-1]),), generator=drawn).int(),
+        labelled=torch.cat([torch.arange(length) >= prompt for length, prompt in zip(lengths, prompts)]),
+        offsets=offsets,
+        ids=1000 + torch.randperm(count, generator=drawn),
+        sources=torch.repeat_interleave(long_tensor(SIZES))[torch.randperm(count, generator=drawn)],
+        source_names=("a", "b", "c", "d", "e"),
+        dropped={},
+        cut={},
+    )
+
+
+def model() -> tuple[ExampleLoss, Tap]:
+    """Equal in every process; its adapters are those that a run starts with."""
+    options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4}
+    base = base_model("llama", **options).requires_grad_(False)
+    probe = find_probe(base, None)
+    module = ExampleLoss(add_adapters(base, LoraConfig(rank=RANK, alpha=RANK), seed=0))
+    return module, Tap(module, probe)
+
+
+def kept(config: SelectionConfig, data: Examples) -> Tensor:
+    return kept_sources(data.sizes, data.source_names, config.kept_sources)
+
+
+def adapters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+class EngineSpy:
+    """An engine that reads its gradients, which are not yet clipped, before it steps."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self.module, self.name = engine, engine.module, engine.name
+        self.forward, self.backward, self.snapshot = engine.forward, engine.backward, engine.snapshot
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def step(self, learning_rate: float) -> float:
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        if isinstance(self._engine, ZeroEngine):
+            from deepspeed.utils import safe_get_full_grad
+
+            self.gradients.append({name: safe_get_full_grad(p).clone() for name, p in named})
+        else:
+            self.gradients.append({name: p.grad.clone() for name, p in named})
+        return self._engine.step(learning_rate)
+
+    def state(self) -> list[Tensor]:
+        """Copies of all that a step changes, from behind the engine's own `snapshot`."""
+        inner = self._engine
+        optimizer = inner._base_optimizer if isinstance(inner, ZeroEngine) else inner.optimizer
+        return [tensor.detach().clone() for tensor in [*optimizer_tensors(optimizer), *trainable(self.module)]]
+
+
+class EstimatorSpy:
+    """An estimator that writes down what it exchanged, how much it held, and the largest tensor it made."""
+
+    def __init__(self, estimator, group: Group):
+        self._estimator, self._group = estimator, group
+        self.steps: list[dict] = []
+
+    def sketch(self, plan: SketchPlan, batches) -> None:
+        self._before = live_numbers() if not self.steps else None
+        self._watch = LargestTensor()
+        own = plan.rows_of(self._group.rank)
+        self.steps.append(
+            {
+                "sketched": len(plan.positions),
+                "own": len(own),
+                "padded": plan.most_rows * self._group.world_size,
+                "ranked": plan.num_groups,
+                "largest_micro_batch": max(len(batch.positions) for batch in batches),
+            }
+        )
+        with self._watch:
+            self._estimator.sketch(plan, batches)
+
+    def gather(self) -> CandidateMatrix:
+        with self._watch:
+            matrix = self._estimator.gather()
+        held = getattr(self._estimator, "held_numbers", 0)
+        coefficients = getattr(self._estimator, "_coefficients", None)
+        live = live_numbers() - self._before if self._before is not None else None  # slow, so at the first step only
+        fields = {name: getattr(matrix, name) for name in ("positions", "rows", "valid", "losses")}
+        self.steps[-1] |= {"matrix": fields, "held": held, "live": live, "coefficients": coefficients}
+        return matrix
+
+    def learn(self, selection: Selection) -> None:
+        with self._watch:
+            self._estimator.learn(selection)
+        moments = self._estimator.moments
+        self.steps[-1] |= {"moments": (moments.first, moments.second), "largest": self._watch.numbers}
+
+
+class LargestTensor(TorchDispatchMode):
+    """The numbers of the largest tensor that any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, _storage_numbers(tensor))
+        return result
+
+
+def live_numbers() -> int:
+    """Numbers in all tensors that this process holds, shared memory counted once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    return sum({tensor.untyped_storage().data_ptr(): _storage_numbers(tensor) for tensor in tensors}.values())
+
+
+def _storage_numbers(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def run_case(case: Case, engine_name: str, group: Group) -> dict:
+    """Train a case on this rank."""
+    config = run_config(case, engine_name)
+    data = examples()
+    module, tap = model()
+    ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
+    inputs = Inputs(None, SimpleNamespace(pad_token_id=PAD), data, None, kept(case.selection, data), ds_config)
+    forwards = []
+    module.register_forward_hook(lambda *_: forwards.append(1))
+    engine = EngineSpy(build_engine(config, inputs, module, group))
+    sketches = case.selection.method == "colm"
+    step = build_step(
+        config, inputs, engine, tap if sketches else None, Spans(group.device, memory_meter(group.device)), group
+    )
+    spy = None
+    if sketches:
+        spy = step._estimator = EstimatorSpy(step._estimator, group)
+    steps, floor = [], {}
+    for number in range(1, case.steps + 1):
+        report, work = step(number, RATE)
+        steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
+        steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
+        if spy is not None:
+            steps[-1] |= spy.steps[-1]
+        forwards.clear()
+        if case.floor and number == FLOOR_AFTER:
+            before = engine.state()
+            seconds = step.bare_floor_seconds(work)
+            floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
+            forwards.clear()
+    gradients = engine.gradients[0]
+    return {"steps": steps, "gradients": gradients, "adapters": adapters(module), "floor": floor, "name": engine.name}
+
+
+def _row(report) -> dict:
+    selection = report.selection
+    return {
+        "candidate_ids": report.candidates.ids,
+        "indices": report.candidates.indices,
+        "ids": report.candidates.ids[selection.positions],
+        "positions": selection.positions,
+        "weights": selection.weights,
+        "kept": selection.kept,
+        "bytes": report.exchanged_bytes,
+        "phases": len(report.seconds),
+        "kinds": len(report.phase_peak_bytes),
+        "loss": report.loss,
+        "norm": report.gradient_norm,
+    }
+
+
+def run_faults(group: Group) -> dict:
+    """What each rank sees when one of them, the last, goes wrong."""
+    last = group.world_size - 1
+    odd = group.rank == last
+    candidates = Candidates(7, torch.arange(4), torch.arange(4) + odd, torch.zeros(4).long(), torch.ones(4).long())
+    selection = Selection(long_tensor([1, 3]), torch.tensor([1.0, 2.5]), kept=1, overflow=3, invalid=4)
+    given = selection if group.is_first else None
+    found = {}
+    with _caught(found, "share_selection"):
+        share_selection(given, 3, candidates, group)
+    with _caught(found, "agree"):
+        group.agree("one" if odd else "other", "training data")
+    with _caught(found, "together"), group.together():
+        if odd:
+            raise UserError("the file is missing")
+    with _caught(found, "together_two"), group.together():
+        if group.rank > 0:
+            raise UserError(f"rank {group.rank} found it")
+    with _caught(found, "agreed"):  # the ranks are still in step after all that
+        group.agree("same", "training data")
+        with group.together():
+            pass
+        same = Candidates(7, torch.arange(4), torch.arange(4), torch.zeros(4).long(), torch.ones(4).long())
+        shared = share_selection(given, 3, same, group)
+        found["shared"] = asdict(shared)
+    return found
+
+
+@contextmanager
+def _caught(found: dict, what: str):
+    try:
+        yield
+        found[what] = ("nothing", "")
+    except (TrainingError, UserError, PeerFailed) as error:
+        found[what] = (type(error).__name__, str(error))
+
+
+def work(rank: int, world_size: int, port: int, engine: str, folder: str) -> None:
+    """What each process does; with one rank it is a lone process that no launcher started."""
+    torch.set_num_threads(1)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if world_size > 1:
+        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+        os.environ |= {name: str(value) for name, value in place.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = connect()
+    import time; print("up", time.monotonic(), rank, flush=True)
+    results = {"cases": {name: run_case(case, engine, group) for name, case in CASES.items()}}
+    if world_size > 1:
+        results["faults"] = run_faults(group)
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    group.close()
+
+
+def launch(world_size: int, engine: str, folder: Path, timeout_seconds: float = 150) -> list[dict]:
+    """Run all cases on ``world_size`` new processes; the results of each rank.
+
+    The processes are forked from a server that has imported this module once. One that fails ends them all.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.get_context("forkserver").set_forkserver_preload([__name__])
+    arguments = (world_size, port, engine, str(folder))
+    context = mp.start_processes(work, arguments, nprocs=world_size, join=False, start_method="forkserver")
+    deadline = time.monotonic() + timeout_seconds
+    while not context.join(max(0, deadline - time.monotonic())):  # returns whenever a process has ended
+        if time.monotonic() > deadline:
+            _stop(context)
+            raise TimeoutError(f"{world_size} ranks of {engine} did not end within {timeout_seconds} seconds")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _stop(context) -> None:
+    for process in context.processes:
+        process.kill()
+        process.join()
