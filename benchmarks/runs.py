@@ -47,7 +47,8 @@ def row(out: Path, name: str) -> dict[str, object]:
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
     evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").open()]
     floors = [step["measured_over_floor"] for step in steps if step["measured_over_floor"] is not None]
-    outside = [1 - sum(step["seconds"].get(p, 0.0) for p in ("sketch", "train")) / step["seconds"]["step"] for step in steps]
+    seconds = [step["seconds"] for step in steps]
+    outside = [1 - (taken.get("sketch", 0.0) + taken["train"]) / taken["step"] for taken in seconds]
     return {
         "benchmark": "runs",
         "name": name,
@@ -60,7 +61,7 @@ def row(out: Path, name: str) -> dict[str, object]:
         "steps": len(steps),
         "before": scores(evaluations[0]),
         "after": scores(evaluations[-1]),
-        "step_seconds": quantiles([step["seconds"]["step"] for step in steps]),
+        "step_seconds": quantiles([taken["step"] for taken in seconds]),
         "measured_over_floor": quantiles(floors) if floors else None,
         "share_outside": quantiles(outside),
         "exchanged_bytes": mean_by_key([step["exchanged_bytes"] for step in steps]),

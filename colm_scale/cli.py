@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn, get_type_hints
 
 import yaml
@@ -59,12 +59,12 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         UserError: An option is unknown (names the closest) or has a value it cannot have.
         SystemExit: After ``--help`` or ``--print_config``.
     """
-    _check_config_files(arguments)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog="colm-scale train", description=RunConfig.__doc__)
+    parser = _Parser(prog="colm-scale train", description=RunConfig.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with options; the command line overrides it.")
     parser.add_argument("--local_rank", help=SUPPRESS)  # the DeepSpeed launcher passes it
     parser.add_class_arguments(RunConfig)
+    _check_config_files(parser, arguments)
     given = parser.parse_args(_join_lists(arguments))
     return RunConfig(**{f.name: getattr(parser.instantiate(given), f.name) for f in dataclasses.fields(RunConfig)})
 
@@ -94,6 +94,8 @@ def _explained(message: str, error: Exception | None) -> str:
         return f"unknown option {found[1].split('=')[0]}{_closest(found[1].split('=')[0].lstrip('-'))}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
         return f"unknown option {found[1]}.{found[2]}{_closest(f'{found[1]}.{found[2]}')}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
+        return f"unknown option {found[1]}{_closest(found[1])}"
     if found := re.search(r"(?:Parser|Validation) key \"?([\w.]+)\"?:", message):
         name, types = found[1], option_types()
         value = re.search(r"(?:Given|Got) value: (.*)", message)
@@ -119,28 +121,51 @@ def _readable(type_name: str) -> str:
     return f"one of {choices[1]}" if choices else words.get(plain, plain)
 
 
-def _check_config_files(arguments: Sequence[str]) -> None:
+def _check_config_files(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     """Say which file and line is wrong, which the parser does not."""
     for word, following in zip(arguments, [*arguments[1:], ""]):
         name, equals, value = word.partition("=")
         if name != "--config":
             continue
         path = value if equals else following
+        text = _yaml(path)
         try:
-            with open(path, encoding="utf-8") as file:
-                content = yaml.safe_load(file)
-        except OSError as error:
-            raise UserError(f"--config {path}: {error.strerror or error}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--config {path} is not a UTF-8 text file") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" line {mark.line + 1}" if mark else ""
-            raise UserError(f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
-        if not isinstance(content, dict):
-            raise UserError(
-                f"--config {path} holds a {type(content).__name__}, but must hold options, as --print_config shows them"
-            )
+            parser.parse_string(text)
+        except UserError as error:
+            raise UserError(f"--config {path}{_place(text, str(error))}: {error}") from None
+
+
+def _yaml(path: str) -> str:
+    """The text of a file with options."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path} is not a UTF-8 text file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path} holds a {type(content).__name__}, but must hold options, as --print_config shows them"
+        )
+    return text
+
+
+def _place(text: str, message: str) -> str:
+    """The line of the first option in a YAML text that a message names."""
+
+    def lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            yield from lines(value, f"{prefix}{key.value}.")
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+
+    named = set(re.findall(r"[\w.]+", message))
+    return next((f" line {line}" for option, line in lines(yaml.compose(text)) if option in named), "")
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:

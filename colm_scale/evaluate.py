@@ -11,6 +11,7 @@ from colm_scale.data.batching import collate
 from colm_scale.data.examples import Examples
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import without_dropout
 from colm_scale.randomness import generator
 from colm_scale.records import long_tensor
 from colm_scale.reporting.summary import Evaluation
@@ -56,12 +57,9 @@ class Evaluator:
 
     def __call__(self, module: ExampleLoss, step: int) -> Evaluation:
         """Loss of every scored example, and greedy answers where they are asked for."""
-        was_training = module.training
-        module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), without_dropout(module):
             losses = self._losses(module)
             correct = self._correct(module)
-        module.train(was_training)
         return self._evaluation(step, losses, correct)
 
     def _losses(self, module: ExampleLoss) -> Tensor:

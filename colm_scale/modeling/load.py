@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -53,6 +54,24 @@ def context_length(config: PretrainedConfig) -> int:
     return min([_LONGEST_DEFAULT, *(length for length in known if length)])
 
 
+def check_adapter(config: LoraConfig) -> None:
+    """Whether ``config.adapter``, if there is one, can be trained on; reads neither its weights nor the model's.
+
+    Raises:
+        UserError: There is no such adapter, or its output does not pass through LoRA's B matrix alone.
+    """
+    name = config.adapter
+    if name is None:
+        return
+    try:
+        found = PeftConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--lora.adapter {name}: no adapter can be read there ({_first_line(error)})") from None
+    kind = "DoRA" if getattr(found, "use_dora", False) else found.peft_type
+    if kind != PeftType.LORA:
+        raise UserError(f"--lora.adapter {name} is of type {kind}, but must be plain LoRA")
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. One without a padding token pads with its end token, which the mask hides."""
     with _one_line(config, what="a tokenizer"):
@@ -63,54 +82,79 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model, frozen, in ``dtype`` on ``device``."""
+    """The base model, frozen, in ``dtype`` on ``device``, with the attention it picks itself unless one is named.
+
+    Raises:
+        UserError: The weights cannot be read, or are not all those that the model's configuration asks for.
+    """
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _one_line(config):
-        model = AutoModelForCausalLM.from_pretrained(
-            _name(config), dtype=dtype, use_safetensors=True, **attention, **_hub_arguments(config)
+        model, read = AutoModelForCausalLM.from_pretrained(
+            _name(config),
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in `read`, and refused below in one line
+            output_loading_info=True,
+            **attention,
+            **_hub_arguments(config),
+        )
+    # What is not in the files was drawn at random, by every rank for itself.
+    drawn = sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})
+    if drawn:
+        raise UserError(
+            f"--model.name {_name(config)}: {len(drawn)} weights that its config.json asks for are not in its files or "
+            f"have another shape there, the first is {drawn[0]}: the folder is incomplete or mixes two models"
         )
     return model.requires_grad_(False).to(device)
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """The model with LoRA adapters in float32: new ones, equal on every rank, or those of ``config.adapter``.
+    """The model with LoRA adapters in float32, in training mode: new ones, equal on every rank, or ``config.adapter``.
 
     Raises:
-        UserError: A target names no linear layer, or the adapter is missing, not LoRA, or another model's.
+        UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
     """
-    if config.adapter is not None:
-        return _load_adapter(model, config.adapter)
-    targets = config.targets or _block_layers(model)
-    peft_config = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    check_adapter(config)
+    targets = _block_layers(model) if config.targets is None else config.targets
+    _check_targets(model, targets)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)  # noqa: TID251 - peft draws from the global generator, which is put back
-        try:
-            return get_peft_model(model, peft_config)
-        except ValueError as error:
-            layers = ", ".join(_block_layers(model))
-            raise UserError(
-                f"--lora.targets {targets}: {str(error).splitlines()[0]} The linear layers are: {layers}"
-            ) from None
+        if config.adapter is not None:
+            return _load_adapter(model, config.adapter).train()
+        peft_config = PeftLoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(model, peft_config).train()
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    layers = linear_layers(model, "")
+    unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in layers)]
+    if unknown or not targets:
+        raise UserError(
+            f"--lora.targets {targets}: no linear layer is called {unknown or targets}. "
+            f"The linear layers of a block are: {', '.join(_block_layers(model))}"
+        )
 
 
 def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
     try:
-        peft_config = PeftConfig.from_pretrained(name)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--lora.adapter {name}: no adapter can be read there ({str(error).splitlines()[0]})") from None
-    if not isinstance(peft_config, PeftLoraConfig):
-        raise UserError(f"--lora.adapter {name} is a {peft_config.peft_type.value} adapter, but must be LoRA")
-    try:
-        return PeftModel.from_pretrained(model, name, is_trainable=True)
-    except (ValueError, RuntimeError, OSError) as error:
+        read = load_peft_weights(name, device="cpu").keys()
+        adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"--lora.adapter {name} does not fit this model: {' '.join(lines[:2])}") from None
+    # peft loads what happens to match and leaves the rest as it was drawn.
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    odd = sorted(wanted ^ {key for key in read if "lora_" in key})
+    if odd:
+        side = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
+        raise UserError(f"--lora.adapter {name} does not fit this model: {side} {odd[0]} and {len(odd) - 1} more")
+    return adapted
 
 
 def _block_layers(model: nn.Module) -> list[str]:
@@ -134,11 +178,15 @@ def _one_line(config: ModelConfig, what: str = "a model") -> Iterator[None]:
     name = _name(config)
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"--model.name {name} brings its own code, which is run only with --model.trust_remote_code true"
             ) from None
         where = "the folder" if Path(name).exists() else "there is no such folder, and the hub id"
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = _first_line(error)
         raise UserError(f"--model.name {name}: cannot load {what} ({where} was tried: {reason})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

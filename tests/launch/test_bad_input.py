@@ -77,17 +77,18 @@ OPTIONS = {
     "deepspeed without a file": Case("--engine deepspeed", ("--engine deepspeed", "--ds_config FILE")),
     "file for another engine": Case("--engine ddp --ds_config f.json", ("--ds_config f.json", "--engine ddp")),
     "config missing": Case("--config {here}/no.yaml", ("--config", "no.yaml", "No such file")),
-    "config not YAML": Case("--config {here}/c.yaml", ("c.yaml line 2", "not YAML"), {"c.yaml": "train:\n  steps: [1\n"}),
+    "config not YAML": Case("--config {here}/c.yaml", ("c.yaml line 2", "not YAML"), {"c.yaml": "train:\n  steps: ]\n"}),
     "config a list": Case("--config {here}/c.yaml", ("c.yaml", "list"), {"c.yaml": "- 1\n"}),
     "config empty": Case("--config {here}/c.yaml", ("c.yaml", "must hold options"), {"c.yaml": ""}),
     "config with an unknown key": Case(
-        "--config {here}/c.yaml", ("c.yaml", "train.stepz", "did you mean --train.steps?"), {"c.yaml": "train: {stepz: 1}"}
+        "--config {here}/c.yaml", ("c.yaml line 2", "train.stepz", "did you mean --train.steps?"), {"c.yaml": "train:\n  stepz: 1"}
     ),
     "config with an unknown group": Case(
-        "--config {here}/c.yaml", ("c.yaml", "trian", "did you mean --train"), {"c.yaml": "trian: {steps: 1}"}
+        "--config {here}/c.yaml", ("c.yaml line 3", "unknown option trian.steps", "did you mean --train.steps?"),
+        {"c.yaml": "train: {seed: 1}\n\ntrian: {steps: 1}"}
     ),
     "config with a wrong type": Case(
-        "--config {here}/c.yaml", ("c.yaml", "train.seed", "'two'", "a whole number"), {"c.yaml": "train: {seed: two}"}
+        "--config {here}/c.yaml", ("c.yaml line 2", "train.seed is 'two'", "a whole number"), {"c.yaml": "\ntrain: {seed: two}"}
     ),
 }  # fmt: skip
 
@@ -144,7 +145,7 @@ FILES = {
     "no weights": good("", "no_weights", "cannot load a model", "model.safetensors"),
     "a run is there already": good("--output_dir {here}/earlier", "earlier", "holds a run already",
                                    **{"earlier/metrics__jsonl": "{}"}),
-    "no folder to write to": good("--output_dir {here}/train.jsonl/run", "--output_dir", "train.jsonl/run"),
+    "no folder to write to": good("--output_dir {here}/train.jsonl/run", "--output_dir", "train.jsonl/run", model="base"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),
     "no such target": good("--lora.targets w_proj", "--lora.targets", "w_proj", "self_attn.v_proj", model="base"),
     "probe without adapter": good("--lora.targets q_proj", "v_proj", "--lora.targets", model="base"),

@@ -26,10 +26,19 @@ def start(folder: Path, name: str, options: list[str]) -> int:
     return pid
 
 
+def run_all(folder: Path, jobs: dict[str, list[str]], at_once: int = 2) -> dict[str, int]:
+    """The exit code of every run."""
+    waiting, running, codes = list(jobs.items()), {}, {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            name, options = waiting.pop(0)
+            running[start(folder, name, options)] = name
+        pid, status = os.wait()
+        codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+    return codes
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    codes = {}
-    for name, options in json.loads((folder / "jobs.json").read_text("utf-8")).items():
-        _, status = os.waitpid(start(folder, name, options), 0)
-        codes[name] = os.waitstatus_to_exitcode(status)
-    (folder / "codes.json").write_text(json.dumps(codes), "utf-8")
+    jobs = json.loads((folder / "jobs.json").read_text("utf-8"))
+    (folder / "codes.json").write_text(json.dumps(run_all(folder, jobs)), "utf-8")

@@ -1,0 +1,118 @@
+"""The README's tables, made from the rows in benchmarks/results.
+
+python benchmarks/tables.py            print every table
+python benchmarks/tables.py --write    put them between the markers in README.md
+python benchmarks/tables.py --check    exit 1 if README.md does not hold them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def learning_table(name: str) -> str:
+    """Held-out scores after training, mean and range over seeds, one row per method."""
+    lines = [
+        "| method | trained per step | natural mixture | mean over sources | small sources | right answers | s per step |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for method, rows in by_method(name).items():
+        first = rows[0]
+        n, b = first["candidates"], first["budget"]
+        trained = f"{n} (accumulated)" if method == "full" else f"{b}" if method == "random" else f"{b} of {n}"
+        cells = [spread([row["after"][key] for row in rows], ".3f") for key in ("loss", "loss_by_source", "small_loss")]
+        accuracy = spread([row["after"]["accuracy"] for row in rows], ".1%")
+        seconds = mean(row["step_seconds"]["p50"] for row in rows)
+        lines.append(f"| {' | '.join([f'`{method}`', trained, *cells, accuracy, f'{seconds:.2f}'])} |")
+    before = rows[0]["before"]
+    lines.append(
+        f"| before training | - | {before['loss']:.3f} | {before['loss_by_source']:.3f} | {before['small_loss']:.3f} | "
+        f"{percent(before['accuracy'])} | - |"
+    )
+    return "\n".join(lines)
+
+
+def cost_table(name: str) -> str:
+    """What a step costs, one row per method: the run of the median ratio of step to bare floor."""
+    lines = [
+        "| method | step / bare floor (p20 to p80) | outside forward, backward | bytes between ranks, step | peak a rank |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method, rows in by_method(name).items():
+        measured = sorted(rows, key=lambda row: row["measured_over_floor"]["p50"])[len(rows) // 2]
+        floor = measured["measured_over_floor"]
+        exchanged = sum(measured["exchanged_bytes"].values())
+        lines.append(
+            f"| `{method}` | {floor['p50']:.2f} ({floor['p20']:.2f} to {floor['p80']:.2f}) | "
+            f"{measured['share_outside']['p50']:.1%} | {exchanged:,.0f} | "
+            f"{max(measured['peak_bytes']) / 2**30:.2f} GiB |"
+        )
+    return "\n".join(lines)
+
+
+def by_method(name: str) -> dict[str, list[dict]]:
+    """Rows called ``name``, by method in the order they were run; of a seed run twice, the last row."""
+    rows: dict[str, dict[int, dict]] = defaultdict(dict)
+    for line in (RESULTS / "runs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["name"] == name:
+            rows[row["method"]][row["seed"]] = row
+    return {method: list(seeds.values()) for method, seeds in rows.items()}
+
+
+def spread(values: list[float | None], form: str) -> str:
+    """Mean, and lowest to highest where there is more than one."""
+    if any(value is None for value in values):
+        return "-"
+    text = format(mean(values), form)
+    return text if len(values) == 1 else f"{text} ({format(min(values), form)} to {format(max(values), form)})"
+
+
+def percent(value: float | None) -> str:
+    """A share, if there is one."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+TABLES = {
+    "learning default": lambda: learning_table("default"),
+    "learning mixture": lambda: learning_table("mixture"),
+    "cost default": lambda: cost_table("default"),
+    "cost mixture": lambda: cost_table("mixture"),
+}
+
+
+def filled(readme: str) -> str:
+    """The README with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        readme = pattern.sub(lambda marks, make=make: f"{marks[1]}{make()}\n{marks[2]}", readme)
+    return readme
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    if given.write:
+        README.write_text(filled(text), encoding="utf-8")
+    elif given.check:
+        sys.exit(filled(text) != text)
+    else:
+        print("\n\n".join(f"{name}\n{make()}" for name, make in TABLES.items()))
+
+
+if __name__ == "__main__":
+    main()
