@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 def learning_table(name: str) -> str:
     """Held-out scores after training, mean and range over seeds, one row per method."""
     lines = [
-        "| method | trained per step | natural mixture | mean over sources | small sources | right answers | s per step |",
+        "| method | trained, step | natural mixture | mean over sources | small sources | right answers | s per step |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for method, rows in by_method(name).items():
@@ -45,7 +45,7 @@ def learning_table(name: str) -> str:
 def cost_table(name: str) -> str:
     """What a step costs, one row per method: the run of the median ratio of step to bare floor."""
     lines = [
-        "| method | step / bare floor (p20 to p80) | outside forward, backward | bytes between ranks, step | peak a rank |",
+        "| method | step / bare floor (p20 to p80) | outside forward, backward | bytes between ranks | peak a rank |",
         "|---|---:|---:|---:|---:|",
     ]
     for method, rows in by_method(name).items():

@@ -52,6 +52,8 @@ class DataConfig:
     """Column with an example's source. A file without it: the file's name is the source."""
     instruction_column: str = "instruction"
     """Column with the prompt (with `output_column`)."""
+    input_column: str = "input"
+    """Column with more of the prompt, where there is one (Alpaca's); it follows `instruction_column` on a new line."""
     output_column: str = "output"
     """Column with the text to learn (with `instruction_column`)."""
     prompt_column: str = "prompt"

@@ -111,9 +111,14 @@ class Evaluator:
             do_sample=False,
             num_beams=1,
             pad_token_id=pad_id,
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=sorted(self._ends(module)),
         )
         return self._tokenizer.batch_decode(generated[:, longest:].cpu(), skip_special_tokens=True)
+
+    def _ends(self, module: ExampleLoss) -> set[int]:
+        """Tokens that end an answer: the tokenizer's, and those of the model (a chat model's end of turn)."""
+        of_model = module.model.generation_config.eos_token_id
+        return {self._tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
 
     def _evaluation(self, step: int, losses: Tensor, correct: Tensor) -> Evaluation:
         names, sources = self._examples.source_names, self._examples.sources

@@ -308,7 +308,11 @@ def _row(number: int, source: str, record: _Record, config: DataConfig) -> Row:
         prompt = _string(cells[config.prompt_column], config.prompt_column, where)
         completion = _filled(cells[config.completion_column], config.completion_column, where)
     elif config.instruction_column in cells and config.output_column in cells:
-        prompt = _templated(_string(cells[config.instruction_column], config.instruction_column, where), config)
+        instruction = _string(cells[config.instruction_column], config.instruction_column, where)
+        more = cells.get(config.input_column)
+        if more:
+            instruction += "\n" + _string(more, config.input_column, where)
+        prompt = _templated(instruction, config)
         completion = _filled(cells[config.output_column], config.output_column, where)
     else:
         raise UserError(_missing_columns(record, config))

@@ -60,8 +60,12 @@ def read_ds_config(config: RunConfig, world_size: int) -> dict:
 
 def _check_stage(given: dict, path: Path) -> None:
     zero = given.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
-    if stage not in _STAGES:
+    if not isinstance(zero, dict):
+        raise UserError(
+            f"--ds_config {path}: zero_optimization is {json.dumps(zero)}, but must be an object with a stage"
+        )
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in _STAGES:
         raise UserError(f"--ds_config {path}: zero_optimization.stage is {stage!r}, but must be one of {_STAGES}")
 
 

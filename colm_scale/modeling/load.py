@@ -66,9 +66,10 @@ def check_adapter(config: LoraConfig) -> None:
     try:
         found = PeftConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--lora.adapter {name}: no adapter can be read there ({_first_line(error)})") from None
-    kind = "DoRA" if getattr(found, "use_dora", False) else found.peft_type
-    if kind != PeftType.LORA:
+        raise UserError(f"--lora.adapter {name}: no adapter can be read there ({_flat(error)})") from None
+    dora = getattr(found, "use_dora", False)
+    if dora or found.peft_type != PeftType.LORA:
+        kind = "DoRA" if dora else found.peft_type.value
         raise UserError(f"--lora.adapter {name} is of type {kind}, but must be plain LoRA")
 
 
@@ -115,45 +116,47 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
         UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
     """
     check_adapter(config)
-    targets = _block_layers(model) if config.targets is None else config.targets
-    _check_targets(model, targets)
+    make = _new_adapters if config.adapter is None else _load_adapter
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)  # noqa: TID251 - peft draws from the global generator, which is put back
-        if config.adapter is not None:
-            return _load_adapter(model, config.adapter).train()
-        peft_config = PeftLoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(model, peft_config).train()
+        return make(model, config).train()
 
 
-def _check_targets(model: nn.Module, targets: list[str]) -> None:
+def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    targets = _block_layers(model) if config.targets is None else config.targets
     layers = linear_layers(model, "")
     unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in layers)]
     if unknown or not targets:
         raise UserError(
-            f"--lora.targets {targets}: no linear layer is called {unknown or targets}. "
-            f"The linear layers of a block are: {', '.join(_block_layers(model))}"
+            f"--lora.targets {targets}: no linear layer is called {unknown or targets}; "
+            f"the linear layers of the blocks are: {', '.join(_block_layers(model))}"
         )
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, peft_config)
 
 
-def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+def _load_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    name = config.adapter
     try:
         read = load_peft_weights(name, device="cpu").keys()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--lora.adapter {name}: its weights cannot be read ({_flat(error)})") from None
+    try:
         adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"--lora.adapter {name} does not fit this model: {' '.join(lines[:2])}") from None
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--lora.adapter {name} does not fit this model: {_flat(error, lines=2)}") from None
     # peft loads what happens to match and leaves the rest as it was drawn.
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     odd = sorted(wanted ^ {key for key in read if "lora_" in key})
     if odd:
-        side = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
-        raise UserError(f"--lora.adapter {name} does not fit this model: {side} {odd[0]} and {len(odd) - 1} more")
+        lacks = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
+        raise UserError(f"--lora.adapter {name} does not fit this model: {lacks} {odd[0]}, the first of {len(odd)}")
     return adapted
 
 
@@ -184,9 +187,10 @@ def _one_line(config: ModelConfig, what: str = "a model") -> Iterator[None]:
                 f"--model.name {name} brings its own code, which is run only with --model.trust_remote_code true"
             ) from None
         where = "the folder" if Path(name).exists() else "there is no such folder, and the hub id"
-        reason = _first_line(error)
-        raise UserError(f"--model.name {name}: cannot load {what} ({where} was tried: {reason})") from None
+        raise UserError(f"--model.name {name}: cannot load {what} ({where} was tried: {_flat(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _flat(error: Exception, lines: int | None = None) -> str:
+    """The first ``lines`` lines of what a library says, in one."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(said[:lines]) or type(error).__name__

@@ -145,7 +145,7 @@ class RunSummary:
     def rank_table(self, kind: str) -> Table:
         """Peak memory of the run of one kind: a row per rank, a column per phase."""
         headline = kind == next(iter(self._peaks))
-        label = self._memory_label if headline else f"memory by the {kind}"
+        label = self._memory_label if headline else kind
         table = _table("rank", *self._peaks[kind], title=f"peak {label}, GiB")
         for rank, peaks in enumerate(zip(*self._peaks[kind].values())):
             _add_row(table, str(rank), *map(gib, peaks))

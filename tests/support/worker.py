@@ -12,7 +12,7 @@ import gc
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colm_scale.config import LoraConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.data.examples import Examples
 from colm_scale.distributed.engine import Engine, optimizer_tensors, trainable
+from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.distributed.zero import ZeroEngine, read_ds_config
@@ -37,7 +38,7 @@ from colm_scale.modeling.probe import find_probe
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
-from colm_scale.records import CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
+from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch.tap import Tap
 from colm_scale.trainer import Inputs, build_engine, build_step
@@ -156,20 +157,19 @@ class EngineSpy:
 
 
 class EstimatorSpy:
-    """An estimator that writes down what it exchanged, how much it held, and the largest tensor it made."""
+    """An estimator that writes down what it exchanged and, at the first step, how much it held and made."""
 
-    def __init__(self, estimator, group: Group):
+    def __init__(self, estimator: Estimator, group: Group):
         self._estimator, self._group = estimator, group
         self.steps: list[dict] = []
 
-    def sketch(self, plan: SketchPlan, batches) -> None:
-        self._before = live_numbers() if not self.steps else None
-        self._watch = LargestTensor()
-        own = plan.rows_of(self._group.rank)
+    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
+        self._watch = LargestTensor() if not self.steps else nullcontext()
+        self._before = live_numbers() if not self.steps else 0
         self.steps.append(
             {
                 "sketched": len(plan.positions),
-                "own": len(own),
+                "own": len(plan.rows_of(self._group.rank)),
                 "padded": plan.most_rows * self._group.world_size,
                 "ranked": plan.num_groups,
                 "largest_micro_batch": max(len(batch.positions) for batch in batches),
@@ -181,18 +181,22 @@ class EstimatorSpy:
     def gather(self) -> CandidateMatrix:
         with self._watch:
             matrix = self._estimator.gather()
-        held = getattr(self._estimator, "held_numbers", 0)
-        coefficients = getattr(self._estimator, "_coefficients", None)
-        live = live_numbers() - self._before if self._before is not None else None  # slow, so at the first step only
-        fields = {name: getattr(matrix, name) for name in ("positions", "rows", "valid", "losses")}
-        self.steps[-1] |= {"matrix": fields, "held": held, "live": live, "coefficients": coefficients}
+        if len(self.steps) == 1:
+            self.steps[0]["live"] = live_numbers() - self._before
+        self.steps[-1] |= {
+            "held": getattr(self._estimator, "held_numbers", 0),
+            "matrix": {name: getattr(matrix, name) for name in ("positions", "rows", "valid", "losses")},
+            "coefficients": getattr(self._estimator, "_coefficients", None),
+        }
         return matrix
 
     def learn(self, selection: Selection) -> None:
         with self._watch:
             self._estimator.learn(selection)
+        if len(self.steps) == 1:
+            self.steps[0]["largest"] = self._watch.numbers
         moments = self._estimator.moments
-        self.steps[-1] |= {"moments": (moments.first, moments.second), "largest": self._watch.numbers}
+        self.steps[-1]["moments"] = (moments.first, moments.second)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -204,19 +208,16 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, _storage_numbers(tensor))
+                self.numbers = max(self.numbers, tensor.numel())
         return result
 
 
 def live_numbers() -> int:
-    """Numbers in all tensors that this process holds, shared memory counted once."""
+    """Numbers in all tensors made since `gc.freeze`, shared memory counted once."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    return sum({tensor.untyped_storage().data_ptr(): _storage_numbers(tensor) for tensor in tensors}.values())
-
-
-def _storage_numbers(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() // tensor.element_size()
+    storages = {tensor.untyped_storage().data_ptr(): (tensor.untyped_storage(), tensor) for tensor in tensors}
+    return sum(storage.nbytes() // tensor.element_size() for storage, tensor in storages.values())
 
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
@@ -316,7 +317,7 @@ def work(rank: int, world_size: int, port: int, engine: str, folder: str) -> Non
         os.environ |= {name: str(value) for name, value in place.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group = connect()
-    import time; print("up", time.monotonic(), rank, flush=True)
+    gc.freeze()
     results = {"cases": {name: run_case(case, engine, group) for name, case in CASES.items()}}
     if world_size > 1:
         results["faults"] = run_faults(group)

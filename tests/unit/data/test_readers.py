@@ -169,6 +169,12 @@ def test_only_instructions_are_written_through_the_template(in_tmp):
     assert [row.prompt for row in read_rows(["a.jsonl"], config)] == ['{"question": {x}?} ', "{x}?"]
 
 
+def test_an_input_column_belongs_to_the_prompt(in_tmp):
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "input": "", "output": "Ho"}]
+    write_jsonl(Path("a.jsonl"), rows)
+    assert [row.prompt for row in read_rows(["a.jsonl"], CONFIG)] == ["Add.\n1 2\n", "Hi\n"]
+
+
 def test_messages_win_over_prompt_and_completion_and_those_over_instruction_and_output(in_tmp):
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     pair, instruction = {"prompt": "p", "completion": "c"}, {"instruction": "i", "output": "o"}

@@ -49,7 +49,8 @@ def test_seconds_and_peaks_by_phase(clock):
         clock.append(4)
     seconds, peaks = spans.finish()
     assert seconds == {"sketch": 6, "train": 3, "step": 9.5}
-    assert peaks == {"sketch": 8, "train": 9, "step": 9}
+    assert peaks["second"] == {"sketch": 8, "train": 9, "step": 9}
+    assert list(peaks) == ["second", "first"], "the primary kind comes first"
     assert list(seconds) == ["sketch", "train", "step"]
 
 
@@ -61,7 +62,9 @@ def test_the_next_step_starts_anew(clock):
     clock.append(50)  # an evaluation between steps
     with spans("train"):
         clock.append(1)
-    assert spans.finish() == ({"train": 1, "step": 1}, {"train": 5, "step": 5})
+    seconds, peaks = spans.finish()
+    assert seconds == {"train": 1, "step": 1}
+    assert peaks["second"] == {"train": 5, "step": 5}
 
 
 def test_nested_phases_are_refused():
@@ -78,7 +81,7 @@ def test_an_exception_ends_its_phase(clock):
     assert not meter.open
     with spans("train"):
         pass
-    assert spans.finish()[1] == {"sketch": 3, "train": 4, "step": 4}
+    assert spans.finish()[1]["second"] == {"sketch": 3, "train": 4, "step": 4}
 
 
 def test_a_step_ends_after_its_last_phase():

@@ -34,7 +34,7 @@ def report(
         selection=Selection(long_tensor(positions), torch.ones(len(positions)), kept=kept),
         seconds=seconds,
         peak_bytes=peaks["step"],
-        phase_peak_bytes=peaks,
+        phase_peak_bytes={"nvml": peaks, "allocator": {phase: (GIB,) * len(of) for phase, of in peaks.items()}},
         exchanged_bytes=exchanged,
         imbalance=1.0,
         floor=floor,
@@ -137,11 +137,13 @@ def test_source_table_without_evaluation_and_without_long_examples():
 
 
 def test_rank_table_has_the_largest_peak_of_each_phase(summary):
-    table = lines(summary.rank_table())
+    table = lines(summary.rank_table("nvml"))
     assert ["peak memory (test), GiB"] in table
     assert ["rank", "sketch", "step"] in table
     assert ["0", "3.00", "3.00"] in table
     assert ["1", "4.00", "5.00"] in table
+    assert ["peak allocator, GiB"] in lines(summary.rank_table("allocator"))
+    assert ["1", "1.00", "1.00"] in lines(summary.rank_table("allocator"))
 
 
 def test_closing_table(summary):
@@ -156,5 +158,5 @@ def test_closing_table(summary):
 
 def test_render_has_all_tables(summary):
     everything = lines(summary.render({"adapter": Path("x")}))
-    for table in (summary.source_table(), summary.rank_table(), summary.closing_table({"adapter": Path("x")})):
+    for table in (summary.source_table(), summary.rank_table("allocator"), summary.closing_table({"adapter": Path("x")})):
         assert all(line in everything for line in lines(table))
