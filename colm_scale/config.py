@@ -164,13 +164,13 @@ class TrainConfig:
     """Optimizer, schedule and batch arithmetic."""
 
     steps: int | None = None
-    """Optimizer steps. Default: `epochs` where given, else 60."""
+    """Optimizer steps. Default: `epochs` where given, else 120."""
     epochs: float | None = None
     """Passes over the training data as candidates; instead of `steps`."""
     seed: int = 0
     """Seed of every random draw of the run."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. Default: 4e-3 for the built-in base, 2e-4 for any other model."""
+    """Peak learning rate of AdamW. Default: 1e-2 for the built-in base, 2e-4 for any other model."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.03

@@ -42,8 +42,8 @@ from colm_scale.session import Session
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 
-_DEFAULT_STEPS = 60
-_BUILTIN_LEARNING_RATE, _LEARNING_RATE = 4e-3, 2e-4
+_DEFAULT_STEPS = 120
+_BUILTIN_LEARNING_RATE, _LEARNING_RATE = 1e-2, 2e-4
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,8 @@ class ZeroEngine:
         # DeepSpeed's launcher exports LOCAL_SIZE only, and its shared-memory kernel asks for it by that name.
         os.environ.setdefault("LOCAL_SIZE", str(group.local_world_size))
         os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
+        if group.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and warns
         import deepspeed
 
         if not dist.is_initialized():  # a lone process: DeepSpeed wants a group all the same

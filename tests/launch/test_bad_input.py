@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.commands import LAUNCHER, SMALL, Outcome, deepspeed, python, run, run_many, torchrun
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.cli import option_types, parse
 from colm_scale.config import RunConfig, as_yaml
 from colm_scale.errors import UserError
-from support.commands import LAUNCHER, SMALL, Outcome, deepspeed, python, run, run_many, torchrun
 
 GOOD = [{"instruction": f"What is {i} + {i}?", "output": f"{2 * i}", "source": "ab"[i % 2]} for i in range(16)]
 

@@ -43,8 +43,8 @@ def raise_error() -> None:
     raise RuntimeError("the disk of rank 1 burns")
 
 
-def bad_rows() -> Callable[[Batch], Tensor]:
-    """Which rows of a batch are the example `BAD_ID`."""
+def bad_rows(first_step: int) -> Callable[[Batch], Tensor]:
+    """Which rows of a batch are the example `BAD_ID`; none before ``first_step``."""
     draw, drawn = CandidateSampler.__call__, []
 
     def remember(self, step: int) -> Candidates:
@@ -52,12 +52,12 @@ def bad_rows() -> Callable[[Batch], Tensor]:
         return drawn[0]
 
     CandidateSampler.__call__ = remember
-    return lambda batch: drawn[0].ids[batch.positions] == BAD_ID
+    return lambda batch: (drawn[0].ids[batch.positions] == BAD_ID) & (drawn[0].step >= first_step)
 
 
 def nan_candidate() -> None:
     """One candidate's loss and gradient are NaN while it is sketched."""
-    factors, is_bad = Tap.factors, bad_rows()
+    factors, is_bad = Tap.factors, bad_rows(first_step=1)
 
     def sabotaged(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         losses, delta, a = factors(self, batch)
@@ -69,8 +69,8 @@ def nan_candidate() -> None:
 
 
 def nan_training() -> None:
-    """One example's loss is NaN while it is trained."""
-    forward, is_bad = TorchEngine.forward, bad_rows()
+    """One example's loss is NaN while it is trained, from step 2 on."""
+    forward, is_bad = TorchEngine.forward, bad_rows(first_step=2)
     TorchEngine.forward = lambda self, batch: forward(self, batch).masked_fill(is_bad(batch), torch.nan)
 
 

@@ -11,6 +11,7 @@ from colm_scale.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 RANKS = 4
+# What DeepSpeed is told: its arithmetic sees one micro-batch of one per rank, the engine does the rest.
 DECIDED = {
     "train_batch_size": RANKS,
     "train_micro_batch_size_per_gpu": 1,
@@ -58,7 +59,7 @@ def test_the_batch_is_as_large_as_there_are_ranks(tmp_path):
 
 def test_auto_and_equal_values_are_accepted(written):
     assert written(dict.fromkeys(DECIDED, "auto")) == DECIDED
-    assert written(DECIDED) == DECIDED
+    assert written({"train_batch_size": 8, "gradient_clipping": 0.5}) == DECIDED  # 8 is the run's budget
 
 
 def test_what_is_switched_off_or_auto_is_left_out(written):
@@ -70,9 +71,9 @@ def test_what_is_switched_off_or_auto_is_left_out(written):
 @pytest.mark.parametrize(
     ("key", "theirs", "ours", "option"),
     [
-        ("train_batch_size", 256, "4", "--selection.budget"),
-        ("train_micro_batch_size_per_gpu", 8, "1", "--train.micro_batch_tokens"),
-        ("gradient_accumulation_steps", 16, "1", "--train.micro_batch_tokens"),
+        ("train_batch_size", 256, "8", "--selection.budget"),
+        ("train_micro_batch_size_per_gpu", 8, "decided per step", "--train.micro_batch_tokens"),
+        ("gradient_accumulation_steps", 16, "decided per step", "--train.micro_batch_tokens"),
         ("gradient_clipping", 1.0, "0.5", "--train.max_grad_norm"),
         ("optimizer", {"type": "Lamb"}, "AdamW", "--train.*"),
         ("scheduler", {"type": "WarmupLR"}, "linear", "--train.schedule"),
