@@ -44,15 +44,15 @@ def learning_table(name: str) -> str:
 def cost_table(name: str) -> str:
     """What a step costs, one row per method; of several seeds the run of the median ratio of step to bare floor."""
     lines = [
-        "| method | s per step | step / bare floor (p20 to p80) | outside forward, backward | bytes between ranks | peak |",
+        "| method | s per step | step / bare floor (p20 to p80) | outside forward, backward | bytes exchanged | peak |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for method, rows in by_method(name).items():
         measured = sorted(rows, key=lambda row: row["measured_over_floor"]["p50"])[len(rows) // 2]
-        floor = measured["measured_over_floor"]
+        floor, seconds = measured["measured_over_floor"], measured["step_seconds"]["p50"]
         exchanged = sum(measured["exchanged_bytes"].values())
         lines.append(
-            f"| `{method}` | {measured['step_seconds']['p50']:.2f} | {floor['p50']:.2f} ({floor['p20']:.2f} to {floor['p80']:.2f}) | "
+            f"| `{method}` | {seconds:.2f} | {floor['p50']:.2f} ({floor['p20']:.2f} to {floor['p80']:.2f}) | "
             f"{measured['share_outside']['p50']:.1%} | {exchanged:,.0f} | "
             f"{max(measured['peak_bytes']) / 2**30:.2f} GiB |"
         )

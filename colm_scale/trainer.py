@@ -29,7 +29,14 @@ from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.distributed.watch import Watch
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.evaluate import Evaluator
-from colm_scale.modeling.load import add_adapters, check_model, context_length, load_model, load_tokenizer
+from colm_scale.modeling.load import (
+    add_adapters,
+    check_adapter,
+    check_model,
+    context_length,
+    load_model,
+    load_tokenizer,
+)
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.profiling.memory import memory_meter
@@ -110,6 +117,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
             )
         ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
         model_config = check_model(config.model)
+        check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context_length(model_config)
         train = _read(config, "train", tokenizer, longest, config.train.seed)

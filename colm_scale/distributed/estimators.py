@@ -2,10 +2,13 @@
 
 The mathematics is in `colm_scale.sketch` and knows nothing of ranks; here is what each estimator exchanges.
 
-| estimator | bytes a step moves (s sketched, G ranked sources, W ranks) |
-|---|---|
-| `ZerothOrder` | 4 s (K + 1) |
-| `LastLayer` | 4 s (h + 2) + 4 G d + 8 W G min(h, d / W) + 16 d |
+Bytes a step moves, with W ranks (none with one), G ranked sources, e = ceil(d / W) columns that a rank owns, and
+S = W * (largest number of candidates that any rank sketches) rows, s of which are not padding:
+
+| estimator | gather | columns | moments, if any row was picked |
+|---|---|---|---|
+| `ZerothOrder` | 4 S (K + 1) | - | - |
+| `LastLayer` | 4 S (h + 2) | 4 G W e + 8 G W min(h, e) | 16 d |
 """
 
 from __future__ import annotations

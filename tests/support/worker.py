@@ -11,15 +11,17 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
-from support.families import base_model
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +44,7 @@ from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, Sk
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch.tap import Tap
 from colm_scale.trainer import Inputs, build_engine, build_step
+from support.families import base_model
 
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 SIZES = (44, 30, 14, 5, 3)
@@ -49,6 +52,9 @@ PAD, VOCABULARY = 0, 128
 RANK, D_OUT = 64, 32
 D = RANK * D_OUT
 """Numbers in the probe tensor, far more than a micro-batch has of anything else."""
+EPSILON = 1e-3 * (327_680 / D) ** 0.5
+"""As long a step as the paper's on Phi-2, whose probe tensor has 327,680 numbers (the length of z grows with their
+root). With a shorter one the rounding of the two losses decides between candidates, and ids soon differ."""
 RATE = 1e-3
 STEPS = 6
 FLOOR_AFTER = 3
@@ -71,8 +77,8 @@ def _selection(**options) -> SelectionConfig:
 CASES = {
     "last_layer": Case(_selection()),
     "last_layer_with_floor": Case(_selection(), floor=True),
-    "zeroth_order_1": Case(_selection(estimator="zeroth_order")),
-    "zeroth_order_3": Case(_selection(estimator="zeroth_order", num_probes=3)),
+    "zeroth_order_1": Case(_selection(estimator="zeroth_order", perturbation=EPSILON)),
+    "zeroth_order_3": Case(_selection(estimator="zeroth_order", perturbation=EPSILON, num_probes=3)),
     "stratified": Case(_selection(method="stratified")),
     "random": Case(_selection(method="random")),
     "full": Case(_selection(method="full")),
@@ -325,7 +331,7 @@ def work(rank: int, world_size: int, port: int, engine: str, folder: str) -> Non
     group.close()
 
 
-def launch(world_size: int, engine: str, folder: Path, timeout_seconds: float = 150) -> list[dict]:
+def launch(world_size: int, engine: str, folder: Path, timeout_seconds: float = 300) -> list[dict]:
     """Run all cases on ``world_size`` new processes; the results of each rank.
 
     The processes are forked from a server that has imported this module once. One that fails ends them all.
@@ -334,6 +340,8 @@ def launch(world_size: int, engine: str, folder: Path, timeout_seconds: float = 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.get_context("forkserver").set_forkserver_preload([__name__])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
+        forkserver.ensure_running()  # does nothing if it does
     arguments = (world_size, port, engine, str(folder))
     context = mp.start_processes(work, arguments, nprocs=world_size, join=False, start_method="forkserver")
     deadline = time.monotonic() + timeout_seconds

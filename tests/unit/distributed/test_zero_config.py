@@ -65,7 +65,7 @@ def test_auto_and_equal_values_are_accepted(written):
 def test_what_is_switched_off_or_auto_is_left_out(written):
     keys = ["optimizer", "scheduler", "amp", "fp16", "bf16", "bfloat16", "torch_autocast", "data_types"]
     assert written(dict.fromkeys(keys, "auto")) == DECIDED
-    assert written(dict.fromkeys(keys, {"enabled": False})) == DECIDED
+    assert written({key: {"enabled": False} for key in keys}) == DECIDED
 
 
 @pytest.mark.parametrize(

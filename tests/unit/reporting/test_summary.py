@@ -158,5 +158,5 @@ def test_closing_table(summary):
 
 def test_render_has_all_tables(summary):
     everything = lines(summary.render({"adapter": Path("x")}))
-    for table in (summary.source_table(), summary.rank_table("allocator"), summary.closing_table({"adapter": Path("x")})):
+    for table in (summary.source_table(), summary.rank_table("nvml"), summary.closing_table({"adapter": Path("x")})):
         assert all(line in everything for line in lines(table))

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one go: the GPU tests, then the benchmarks in full. Rows go to benchmarks/results.
+#
+#   bash benchmarks/gpu.sh [WHEEL ...]      wheels (DeepSpeed's, say) are installed first, without dependencies
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -eq 0 ] || python -m pip install --no-deps --no-index "$@"
+gpus=$(nvidia-smi --list-gpus | grep -c '^GPU')
+python -m pytest -m gpu
+python benchmarks/runs.py gpu-default --processes "$gpus" --seeds 0 1 2
+python benchmarks/runs.py gpu-cost --processes "$gpus" --seeds 0 -- --profile.floor_every 2 --eval.generate 0

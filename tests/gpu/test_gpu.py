@@ -1,0 +1,49 @@
+"""What only a GPU can show. `benchmarks/gpu.sh` runs these."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """The same short run on the GPU and on the CPU."""
+    out = tmp_path_factory.mktemp("runs")
+    options = ["--train.steps", "3", "--eval.generate", "0", "--profile.floor_every", "3"]
+    for name, visible in (("gpu", None), ("cpu", "")):
+        command = [sys.executable, str(ROOT / "launchers" / "train.py"), *options, "--output_dir", str(out / name)]
+        environment = None if visible is None else {"CUDA_VISIBLE_DEVICES": visible, "PATH": "/usr/bin:/bin"}
+        subprocess.run(command, check=True, env=environment)
+    return {name: out / name for name in ("gpu", "cpu")}
+
+
+def rows(run: Path, file: str) -> list[dict]:
+    return [json.loads(line) for line in (run / file).open()]
+
+
+def test_the_first_step_selects_what_the_cpu_selects(runs):
+    gpu, cpu = (rows(runs[name], "selection.jsonl")[0] for name in ("gpu", "cpu"))
+    assert gpu["candidates"] == cpu["candidates"]
+    # At the first step every update is +-1 up to rounding, and ties are decided by it: most picks agree, not all.
+    assert len(set(gpu["selected"]) & set(cpu["selected"])) >= len(cpu["selected"]) * 3 // 4
+
+
+def test_losses_agree_with_the_cpu(runs):
+    gpu, cpu = (rows(runs[name], "evaluations.jsonl")[0] for name in ("gpu", "cpu"))
+    assert gpu["loss_by_source"] == pytest.approx(cpu["loss_by_source"], rel=1e-3)  # TF32 may be on
+
+
+def test_memory_is_the_allocators_and_nvmls(runs):
+    row = rows(runs["gpu"], "metrics.jsonl")[-1]
+    assert set(row["phase_peak_bytes"]) == {"nvml", "allocator"}
+    assert row["phase_peak_bytes"]["allocator"]["train"][0] > 3_000_000, "the model alone"
+    assert row["measured_over_floor"] > 0.5
