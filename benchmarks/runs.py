@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
     given = parser.parse_args(own.split())
+    RESULTS.parent.mkdir(exist_ok=True)
     for seed in given.seeds:
         for method in given.methods:
             out, keep = run(method, seed, given.processes, options.split())
