@@ -55,6 +55,8 @@ def _medoids(rows: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
     """``[k]`` medoids among ``rows`` ``[n, h]`` and how many rows each stands for, on the CPU; all of them if k = n."""
     if k == len(rows):
         return torch.arange(k), torch.ones(k, dtype=torch.int64)
-    similarity = similarities(rows, metric)
+    # On a line any point between the two middle ones is as good a medoid. In float64 the distances between float32
+    # numbers are exact, so such ties are seen as ties, and not decided by the rounding of a distance.
+    similarity = similarities(rows.double(), metric)
     picks = greedy(similarity, k)
     return picks.cpu(), cluster_sizes(similarity, picks).cpu()

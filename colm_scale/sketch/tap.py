@@ -112,7 +112,7 @@ class Tap:
     def _repeat(self, args, kwargs, count: int, branches: int):
         def repeat(path, leaf):
             # A micro-batch without padding has no mask, or one that all examples share.
-            if not isinstance(leaf, Tensor) or pytree.keystr(path) not in self._batched or len(leaf) != count:
+            if not isinstance(leaf, Tensor) or pytree.keystr(path) not in self._batched or len(leaf) % count:
                 return leaf
             return leaf.repeat(branches, *[1] * (leaf.ndim - 1))
 
@@ -122,7 +122,8 @@ class Tap:
         """Which tensor arguments of the block carry the micro-batch in their first dimension.
 
         A first dimension can equal the micro-batch by coincidence (as many examples as tokens), so the question is put
-        to two micro-batches of different size: an argument is repeated only if its first dimension follows.
+        to two micro-batches of different size: an argument is repeated only if its first dimension follows (BLOOM's
+        alibi is as many times as long as there are heads).
         """
         shapes: list[dict[str, int]] = []
 
@@ -139,7 +140,7 @@ class Tap:
                 mask = torch.ones_like(tokens)
                 mask[-1, -3:] = 0  # padding, so that models which drop an empty mask keep it
                 self.bare_losses(Batch(tokens, mask, tokens.masked_fill(mask == 0, -100), torch.arange(count)))
-        return frozenset(path for path, size in shapes[0].items() if size == 2 and shapes[1].get(path) == 3)
+        return frozenset(path for path, size in shapes[0].items() if 3 * size == 2 * shapes[1].get(path, 0))
 
 
 @contextmanager
@@ -158,10 +159,12 @@ def _lora_b(layer: nn.Module, name: str) -> nn.Module:
             f"the probe {name} has no LoRA adapter: add it to --lora.targets, or name an adapted layer of the last "
             f"block with --selection.probe"
         )
-    active = layer.active_adapters[0] if hasattr(layer, "active_adapters") else next(iter(adapters))
-    if getattr(layer, "use_dora", {}).get(active):
+    active = layer.active_adapters[0]
+    variant = layer.lora_variant.get(active)
+    if variant is not None:
+        kind = type(variant).__name__
         raise UserError(
-            f"the adapter of {name} is DoRA, whose output does not pass through lora_B alone: use plain LoRA, "
-            f"or --selection.method stratified, which needs no sketch"
+            f"the adapter of {name} is not plain LoRA but {kind}, whose output does not pass through lora_B alone: "
+            f"use plain LoRA, or --selection.method stratified, which needs no sketch"
         )
     return adapters[active]

@@ -5,6 +5,8 @@ Every model has 2 blocks, a hidden size of 32, 4 heads of 8 and a vocabulary of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -43,20 +45,26 @@ _OPTIONS: dict[str, dict] = {
     "gemma2": {**_GROUPED, **_HEADS, "tie_word_embeddings": True, "query_pre_attn_scalar": HEAD_DIM},
     # As Galactica has it: smooth, for finite differences are compared.
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "activation_function": "gelu", "dropout": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},  # transposed weights, one layer for Q, K and V
+    "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},  # Q, K and V head by head; positions by alibi
 }
 FAMILIES = tuple(_OPTIONS)
 
-_BLOCK = "model.layers.1."
-PROBES: dict[str, str] = {
-    **dict.fromkeys(FAMILIES, _BLOCK + "self_attn.v_proj"),
-    "phi3": _BLOCK + "self_attn.qkv_proj",
-    "opt": "model.decoder.layers.1.self_attn.v_proj",
+BLOCKS: dict[str, str] = {
+    **dict.fromkeys(FAMILIES, "model.layers.1"),
+    "opt": "model.decoder.layers.1",
+    **dict.fromkeys(("gpt2", "bloom"), "transformer.h.1"),
 }
-"""The layer that holds V in the last block."""
-ROWS: dict[str, range] = {
+"""The last block."""
+_V_LAYERS = {"phi3": "self_attn.qkv_proj", "gpt2": "attn.c_attn", "bloom": "self_attention.query_key_value"}
+PROBES: dict[str, str] = {f: f"{BLOCKS[f]}.{_V_LAYERS.get(f, 'self_attn.v_proj')}" for f in FAMILIES}
+"""The layer that holds V in it."""
+ROWS: dict[str, Sequence[int]] = {
     **dict.fromkeys(FAMILIES, range(2 * HEAD_DIM)),
     **dict.fromkeys(("phi", "stablelm", "opt"), range(HIDDEN)),
     "phi3": range(HIDDEN + 2 * HEAD_DIM, HIDDEN + 4 * HEAD_DIM),  # after 4 heads of queries and 2 of keys
+    "gpt2": range(2 * HIDDEN, 3 * HIDDEN),
+    "bloom": [row for row in range(3 * HIDDEN) if row // HEAD_DIM % 3 == 2],
 }
 """The output rows of that layer that are V's."""
 

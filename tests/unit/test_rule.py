@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from colm_scale.config import SelectionConfig
+from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Selection, long_tensor
 from colm_scale.selection.rule import SelectionRule, loss_shares
 
@@ -126,3 +127,15 @@ def test_the_metric_is_the_configured_one():
     values = [1.0, 50, 2, 0, 3, 51, 20, 21, 52, 22, 90, 99]
     selection = of.select(candidates(), of.quota(candidates()), on_a_line(values))
     assert selection.positions.tolist() == [3, 0, 2, 4, 1, 5]
+
+
+def test_either_middle_of_an_even_number_is_as_good_and_the_first_wins():
+    """Rounding does not decide: a last bit that differs between world sizes would else select other examples."""
+    sources, positions = torch.zeros(8, dtype=torch.int64), torch.arange(8)
+    one = SelectionRule(SelectionConfig(candidates=8, budget=1), torch.tensor([False]), seed=0)
+    drawn = Candidates(1, positions, positions, sources, positions)
+    for draw in range(50):
+        values = torch.randn(8, 1, generator=generator(draw, "line"))
+        matrix = CandidateMatrix(positions, values, torch.ones(8, dtype=torch.bool), torch.zeros(8))
+        middle = values.flatten().argsort()[3:5]
+        assert one.select(drawn, one.quota(drawn), matrix).positions.tolist() == [int(middle.min())]

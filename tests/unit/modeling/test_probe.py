@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.families import FAMILIES, PROBES, ROWS, base_model
+from support.families import BLOCKS, FAMILIES, PROBES, ROWS, base_model
 from torch import nn
 
 from colm_scale.errors import UserError
@@ -17,7 +17,7 @@ def test_the_values_of_the_last_block_are_found(family, dtype):
     assert probe.layer == PROBES[family]
     assert probe.rows.tolist() == list(ROWS[family])
     assert probe.layer.startswith(probe.block + ".")
-    assert probe.block == PROBES[family].split(".self_attn")[0]
+    assert probe.block == BLOCKS[family]
 
 
 def test_finding_leaves_the_model_as_it_was():

@@ -6,7 +6,17 @@ import random
 import numpy
 import pytest
 import torch
-from support.families import FAMILIES, PROBES, ROWS, adapted_model, base_model, batch_of, part_of, with_adapters
+from support.families import (
+    BLOCKS,
+    FAMILIES,
+    PROBES,
+    ROWS,
+    adapted_model,
+    base_model,
+    batch_of,
+    part_of,
+    with_adapters,
+)
 
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
@@ -20,7 +30,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def probe_of(family: str) -> Probe:
-    return Probe(PROBES[family].split(".self_attn")[0], PROBES[family], torch.tensor(ROWS[family]))
+    return Probe(BLOCKS[family], PROBES[family], torch.tensor(ROWS[family]))
 
 
 def tap_of(family: str, **options) -> Tap:
@@ -192,7 +202,7 @@ def test_checkpointed_blocks_are_sketched_alike():
 
 def test_dora_is_refused():
     model = ExampleLoss(with_adapters(base_model("llama"), use_dora=True))
-    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.v_proj is DoRA"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.v_proj is not plain LoRA but Dora"):
         Tap(model, probe_of("llama"))
 
 

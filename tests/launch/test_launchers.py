@@ -1,0 +1,213 @@
+"""Every launcher and every DeepSpeed file that is shipped runs, and leaves behind what the README promises."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from colm_scale.base import BASE_MODEL
+from colm_scale.cli import parse
+from colm_scale.config import DataConfig
+from colm_scale.data.examples import tokenise
+from colm_scale.data.readers import read_rows
+from colm_scale.modeling.losses import ExampleLoss
+from support.commands import ROOT, SMALL, Outcome, deepspeed, free_port, python, rows, run, run_many, torchrun, write_rows
+
+DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
+LAUNCHERS = sorted((ROOT / "launchers").glob("*.py"))
+METRICS = {
+    *("step", "loss", "learning_rate", "gradient_norm", "seconds", "measured_over_floor", "peak_bytes"),
+    *("phase_peak_bytes", "exchanged_bytes", "padding_share", "imbalance", "candidates", "selected", "kept"),
+    *("invalid", "overflow"),
+}
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def assert_complete(directory: Path, ranks: int, engine: str) -> None:
+    """A run directory of 2 steps with the options `SMALL`."""
+    metrics, selection = rows(directory / "metrics.jsonl"), rows(directory / "selection.jsonl")
+    assert [row["step"] for row in metrics] == [row["step"] for row in selection] == [1, 2]
+    for row in metrics:
+        assert row.keys() == METRICS
+        assert (row["candidates"], row["selected"], row["invalid"]) == (16, 8, 0)
+        assert len(row["peak_bytes"]) == ranks
+        assert row["loss"] > 0
+        assert row["gradient_norm"] > 0
+    for row in selection:
+        assert len(row["candidates"]) == len(row["sources"]) == 16
+        assert len(set(row["selected"])) == len(row["weights"]) == 8
+        assert set(row["selected"]) <= set(row["candidates"])
+    assert not set(selection[0]["candidates"]) & set(selection[1]["candidates"])  # one epoch shows an example once
+    environment = rows_of_json(directory / "environment.json")
+    assert (environment["world_size"], environment["engine"]) == (ranks, engine)
+    assert parse(["--config", str(directory / "config.yaml")]).output_dir == str(directory)
+    assert [row["step"] for row in rows(directory / "evaluations.jsonl")] == [0, 2]
+
+
+def rows_of_json(path: Path) -> dict:
+    import json
+
+    return json.loads(path.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("launchers")
+
+
+def test_something_is_shipped():
+    assert DS_CONFIGS
+    assert LAUNCHERS
+
+
+@pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
+@pytest.mark.parametrize(("start", "ranks", "engine"), [("python", 1, "single"), ("torchrun", 2, "ddp")])
+def test_every_launcher(script, start, ranks, engine, folder):
+    relative = str(script.relative_to(ROOT))
+    command = python(relative) if start == "python" else torchrun(2, relative)
+    directory = folder / f"{script.stem}-{start}"
+    run([*command, *SMALL, "--output_dir", str(directory)], folder / f"{start}-output").succeeded()
+    assert_complete(directory, ranks, engine)
+
+
+@pytest.mark.parametrize("ds_config", DS_CONFIGS, ids=lambda path: path.stem)
+def test_every_deepspeed_file_on_two_ranks(ds_config, folder):
+    directory = folder / ds_config.stem
+    options = [*SMALL, "--ds_config", str(ds_config), "--output_dir", str(directory)]
+    run([*deepspeed(2), *options], folder / f"{ds_config.stem}-output").succeeded()
+    assert_complete(directory, 2, "deepspeed")
+
+
+def test_the_documented_line_and_a_file_with_options(folder):
+    options = "train: {steps: 2, threads: 1}\nselection: {candidates: 16, budget: 8}\neval: {generate: 0, limit: 2}\n"
+    directory = folder / "documented"
+    (folder / "options.yaml").write_text(f"{options}output_dir: {directory}\n", "utf-8")
+    line = "deepspeed launchers/train.py --ds_config ds_configs/zero2.json"
+    command = [*line.split(), "--config", str(folder / "options.yaml")]
+    run(command, folder / "documented-output", DLTS_MASTER_PORT=str(free_port())).succeeded()
+    assert_complete(directory, 1, "deepspeed")
+
+
+# A user's own model and data; and starting from what a run has left
+
+
+@pytest.fixture(scope="module")
+def own(folder) -> Path:
+    """A folder with a small model, a pair file and a chat file."""
+    path = folder / "own"
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        LlamaForCausalLM(config).save_pretrained(path / "model")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(path / "model")
+    pairs = [{"question": f"{i} + {i}", "answer": f"{2 * i}", "kind": "ab"[i % 2]} for i in range(24)]
+    long = [{"question": "long " * 100, "answer": "no", "kind": kind} for kind in "abb"]
+    write_rows(path / "pairs.jsonl", pairs + long)
+    chat = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}] for i in range(24)]
+    write_rows(path / "chat.jsonl", [{"messages": messages} for messages in chat])
+    (path / "chat.jinja").write_text(TEMPLATE, "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def outcomes(own) -> dict[str, Outcome]:
+    pairs, chats = str(own / "pairs.jsonl"), str(own / "chat.jsonl")
+    columns = ("--data.prompt_column", "question", "--data.completion_column", "answer", "--data.source_column", "kind")
+    rate = ("--train.learning_rate", "0.01")
+    options = {
+        "pairs": ("--data.train", pairs, "--data.eval", pairs, *columns, *rate),
+        "again": ("--data.train", pairs, "--data.eval", pairs, *columns, "--lora.adapter", str(own / "pairs/adapter")),
+        "chat": ("--data.train", chats, "--data.chat_template", str(own / "chat.jinja")),
+        "no template": ("--data.train", chats),
+        # so large a rate that the loss rises from some step on: the best adapter is not the last
+        "best": ("--data.train", pairs, "--data.eval", pairs, *columns, "--train.steps", "6", "--train.learning_rate",
+                 "0.3", "--train.schedule", "constant", "--eval.every", "1"),
+    }  # fmt: skip
+    common = [*SMALL, "--model.name", str(own / "model"), "--profile.display", "plain"]
+    jobs = {name: [*common, "--output_dir", str(own / name), *more] for name, more in options.items()}
+    return run_many(jobs, own / "output")
+
+
+def held_out_loss(own: Path, adapter: str) -> dict[str, float]:
+    """By source, of the held-out examples that `SMALL` evaluates, by peft alone: one example at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(own / "model")
+    base = AutoModelForCausalLM.from_pretrained(own / "model")
+    module = ExampleLoss(PeftModel.from_pretrained(base, own / adapter)).eval()
+    config = DataConfig(prompt_column="question", completion_column="answer", source_column="kind")
+    examples = tokenise(read_rows([str(own / "pairs.jsonl")], config), tokenizer, config, 64)
+    found: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for i, source in enumerate(examples.sources.tolist()):
+            start, end = examples.offsets[i], examples.offsets[i + 1]
+            tokens = examples.tokens[start:end].long()[None]
+            labels = tokens.masked_fill(~examples.labelled[start:end][None], -100)
+            loss = float(module(tokens, torch.ones_like(tokens), labels))
+            found.setdefault(examples.source_names[source], []).append(loss)
+    return {source: sum(losses) / len(losses) for source, losses in found.items()}
+
+
+def test_a_model_and_data_of_the_user(outcomes, own):
+    outcomes["pairs"].succeeded()
+    first = rows(own / "pairs/selection.jsonl")[0]
+    assert first["sources"] == ["ab"[i % 2] for i in first["candidates"]]
+
+
+def test_examples_above_the_context_are_dropped_and_counted_by_source(outcomes, own):
+    assert "dropped: 3 (a 1, b 2)" in " ".join(outcomes["pairs"].stdout.split())
+    assert all(max(row["candidates"]) < 24 for row in rows(own / "pairs/selection.jsonl"))
+
+
+def test_a_chat_needs_a_template(outcomes, own):
+    outcomes["chat"].succeeded()
+    (error,) = outcomes["no template"].errors
+    assert "chat.jsonl line 1" in error
+    assert "--data.chat_template FILE" in error
+
+
+def test_a_saved_adapter_is_peft_s_and_has_the_reported_loss(own, folder):
+    """Evaluated on all examples, as here every run is told to with a large limit."""
+    data = ("--data.train", str(own / "pairs.jsonl"), "--data.eval", str(own / "pairs.jsonl"))
+    columns = ("--data.prompt_column", "question", "--data.completion_column", "answer", "--data.source_column", "kind")
+    options = [*SMALL, "--model.name", str(own / "model"), *data, *columns, "--eval.limit", "100"]
+    jobs = {"all": [*options, "--output_dir", str(own / "all"), "--train.learning_rate", "0.01"]}
+    run_many(jobs, own / "all-output")["all"].succeeded()
+    reported = rows(own / "all/evaluations.jsonl")
+    # float32 sums in another order of a padded batch: 1e-6 of a loss of about 7; the training moved it by more.
+    assert held_out_loss(own, "all/adapter") == pytest.approx(reported[-1]["losses"], rel=1e-5)
+    assert held_out_loss(own, "all/adapter") != pytest.approx(reported[0]["losses"], rel=1e-4)
+
+
+def test_starting_from_an_adapter_is_where_its_run_ended(outcomes, own):
+    outcomes["again"].succeeded()
+    ended, started = rows(own / "pairs/evaluations.jsonl")[-1], rows(own / "again/evaluations.jsonl")[0]
+    assert started["step"] == 0
+    # The same tensors on the same examples in the same micro-batches: only what is saved could round, and float32 does not.
+    assert started["losses"] == pytest.approx(ended["losses"], rel=1e-6)
+    assert ended["losses"] != pytest.approx(rows(own / "pairs/evaluations.jsonl")[0]["losses"], rel=1e-4)
+
+
+def test_the_best_adapter_is_kept_and_the_last_beside_it(outcomes, own):
+    outcomes["best"].succeeded()
+    evaluations = rows(own / "best/evaluations.jsonl")[1:]
+    best = min(evaluations, key=lambda row: row["loss_by_source"])
+    assert [row["step"] for row in evaluations] == [1, 2, 3, 4, 5, 6]
+    assert best["step"] < 6
+    start_from = ["--lora.adapter", "--eval.every"]
+    assert start_from
+    kept, last = (safetensors.torch.load_file(own / f"best/{name}/adapter_model.safetensors") for name in ("adapter", "adapter_last"))  # noqa: E501
+    assert kept.keys() == last.keys()
+    assert any(not torch.equal(kept[name], last[name]) for name in kept)
