@@ -22,7 +22,9 @@ from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
 from colm_scale.errors import TrainingError
+from colm_scale.modeling.probe import without_dropout
 from colm_scale.profiling.spans import Spans
+from colm_scale.randomness import global_draws
 from colm_scale.records import Batch, Candidates, Selection, StepReport, long_tensor
 from colm_scale.selection.route import route
 from colm_scale.selection.rule import SelectionRule, loss_shares
@@ -101,7 +103,7 @@ class CoresetStep:
         with spans("route"):
             routed = route(candidates.lengths, selection.positions, group.world_size, budget_tokens)
             trained = self._micro_batches(candidates, selection, routed.micro_batches[group.rank])
-        with spans("train"):
+        with spans("train"), global_draws(group.device, self._config.train.seed, "dropout", step, group.rank):
             losses = self._train(trained, len(candidates))
             loss = self._step_loss(candidates, selection, losses)
         with spans("optimizer"):
@@ -137,12 +139,13 @@ class CoresetStep:
         restore = self._engine.snapshot()
         self._group.barrier()
         started = self._now()
-        with torch.no_grad():
+        with torch.no_grad(), without_dropout(self._engine.module):
             for batch in work.sketched:
                 self._engine.module(batch.input_ids, batch.attention_mask, batch.labels)
-        for number, micro_batch in enumerate(work.trained, 1):
-            losses = self._engine.forward(micro_batch.batch)
-            self._engine.backward((losses * micro_batch.shares).sum(), last=number == len(work.trained))
+        with global_draws(self._group.device, self._config.train.seed, "floor"):
+            for number, micro_batch in enumerate(work.trained, 1):
+                losses = self._engine.forward(micro_batch.batch)
+                self._engine.backward((losses * micro_batch.shares).sum(), last=number == len(work.trained))
         self._engine.step(0.0)
         seconds = torch.tensor([self._now() - started], dtype=torch.float64, device=self._group.device)
         restore()

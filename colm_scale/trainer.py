@@ -194,6 +194,11 @@ def _train(config: RunConfig, group: Group) -> None:
 
     with Session(config, directory, inputs.train, small, engine, evaluator, group, meter) as session:
         session.start(steps, _facts(config, inputs, engine, group))
+        if tap is not None and config.selection.estimator == "zeroth_order" and config.train.dtype != "float32":
+            session.warn(
+                f"finite differences of step {config.selection.perturbation:g} are mostly rounding in "
+                f"{config.train.dtype}: use --selection.estimator last_layer, or --train.dtype float32"
+            )
         session.evaluate(0)
         for number in range(1, steps + 1):
             report, work = step(number, learning_rate(config.train, number, steps))

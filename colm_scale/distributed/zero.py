@@ -110,13 +110,14 @@ class ZeroEngine:
     name = "deepspeed"
 
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: dict):
-        # DeepSpeed's launcher exports LOCAL_SIZE only, and its shared-memory kernel asks for it by that name.
-        os.environ.setdefault("LOCAL_SIZE", str(group.local_world_size))
         os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
         if group.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and warns
         import deepspeed
 
+        # Gloo does what its shared-memory kernel for CPUs does. That one would be compiled at the first run, and a run
+        # killed while it compiles leaves a lock behind that every later run waits for, for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():  # a lone process: DeepSpeed wants a group all the same
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         self.module = module

@@ -26,6 +26,7 @@ from colm_scale.base import BASE_MODEL
 from colm_scale.config import LoraConfig, ModelConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
+from colm_scale.randomness import global_draws
 
 _LONGEST_DEFAULT = 2048
 
@@ -117,8 +118,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
     """
     check_adapter(config)
     make = _new_adapters if config.adapter is None else _load_adapter
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)  # noqa: TID251 - peft draws from the global generator, which is put back
+    with global_draws(model.device, seed, "adapters"):
         return make(model, config).train()
 
 

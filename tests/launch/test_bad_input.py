@@ -6,17 +6,21 @@ found, another message would have come.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import LAUNCHER, SMALL, Outcome, deepspeed, python, run, run_many, torchrun
+from support.commands import LAUNCHER, ROOT, SMALL, Outcome, deepspeed, python, run, run_many, torchrun
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.cli import option_types, parse
@@ -69,7 +73,7 @@ OPTIONS = {
     "wrong truth": Case("--model.trust_remote_code perhaps", ("model.trust_remote_code", "'perhaps'", "true or false")),
     "wrong choice": Case("--selection.method clom", ("--selection.method is 'clom'", "'colm', 'stratified', 'random'")),
     "one beta": Case("--train.betas 0.9", ("train.betas", "0.9")),
-    "budget too large": Case("--selection.budget 17", ("--selection.budget is 17", "at most --selection.candidates (16)")),
+    "budget too large": Case("--selection.budget 17", ("--selection.budget is 17", "--selection.candidates (16)")),
     "budget zero": Case("--selection.budget 0", ("--selection.budget is 0", "at least 1")),
     "no candidates": Case("--selection.candidates 0", ("--selection.candidates is 0", "at least 1")),
     "no steps": Case("--train.steps 0", ("--train.steps is 0", "at least 1")),
@@ -77,24 +81,26 @@ OPTIONS = {
     "deepspeed without a file": Case("--engine deepspeed", ("--engine deepspeed", "--ds_config FILE")),
     "file for another engine": Case("--engine ddp --ds_config f.json", ("--ds_config f.json", "--engine ddp")),
     "config missing": Case("--config {here}/no.yaml", ("--config", "no.yaml", "No such file")),
-    "config not YAML": Case("--config {here}/c.yaml", ("c.yaml line 2", "not YAML"), {"c.yaml": "train:\n  steps: ]\n"}),
+    "config not YAML": Case("--config {here}/c.yaml", ("c.yaml line 2", "not YAML"), {"c.yaml": "train:\n steps: ]"}),
     "config a list": Case("--config {here}/c.yaml", ("c.yaml", "list"), {"c.yaml": "- 1\n"}),
     "config empty": Case("--config {here}/c.yaml", ("c.yaml", "must hold options"), {"c.yaml": ""}),
     "config with an unknown key": Case(
-        "--config {here}/c.yaml", ("c.yaml line 2", "train.stepz", "did you mean --train.steps?"), {"c.yaml": "train:\n  stepz: 1"}
+        "--config {here}/c.yaml", ("c.yaml line 2", "train.stepz", "did you mean --train.steps?"),
+        {"c.yaml": "train:\n  stepz: 1"},
     ),
     "config with an unknown group": Case(
         "--config {here}/c.yaml", ("c.yaml line 3", "unknown option trian.steps", "did you mean --train.steps?"),
-        {"c.yaml": "train: {seed: 1}\n\ntrian: {steps: 1}"}
+        {"c.yaml": "train: {seed: 1}\n\ntrian: {steps: 1}"},
     ),
     "config with a wrong type": Case(
-        "--config {here}/c.yaml", ("c.yaml line 2", "train.seed is 'two'", "a whole number"), {"c.yaml": "\ntrain: {seed: two}"}
+        "--config {here}/c.yaml", ("c.yaml line 2", "train.seed is 'two'", "a whole number"),
+        {"c.yaml": "\ntrain: {seed: two}"},
     ),
 }  # fmt: skip
 
 FILES = {
     "missing file": Case("--data.train {here}/no.jsonl", ("no.jsonl does not exist",)),
-    "misspelt file": good("--data.eval {here}/trian.jsonl", "trian.jsonl does not exist", "did you mean", "train.jsonl"),
+    "misspelt file": good("--data.eval {here}/trian.jsonl", "trian.jsonl does not exist; did you mean", "/train.jsonl?"),
     "missing folder": Case("--data.train {here}/no/a.jsonl", ("a.jsonl does not exist", "nor does its folder")),
     "a folder": Case("--data.train {here}", ("is a directory",)),
     "no known suffix": data(lines(), "no suffix", ".jsonl", name="train.txt"),
@@ -110,7 +116,7 @@ FILES = {
     ),
     "column of another name": data(lines(), "line 1", "'answer'", options="--data.output_column answer"),
     "empty output": data(
-        lines((7, {"instruction": "a", "output": " ", "source": "a"})), "line 7", "'output' is empty", "nothing to learn"
+        lines((7, {"instruction": "a", "output": " ", "source": "a"})), "line 7", "'output' is empty"
     ),
     "output not text": data(lines((7, {"instruction": "a", "output": 5, "source": "a"})), "line 7", "'output' is 5"),
     "a source missing": data(lines((5, {"instruction": "a", "output": "b"})), "line 5", "no source", "'source'"),
@@ -143,9 +149,10 @@ FILES = {
     "not causal": good("", "not a causal language model", "BertForMaskedLM", model="encoder"),
     "its own code": good("", "own code", "--model.trust_remote_code true", model="own_code"),
     "no weights": good("", "no_weights", "cannot load a model", "model.safetensors"),
-    "a run is there already": good("--output_dir {here}/earlier", "earlier", "holds a run already",
-                                   **{"earlier/metrics__jsonl": "{}"}),
-    "no folder to write to": good("--output_dir {here}/train.jsonl/run", "--output_dir", "train.jsonl/run", model="base"),
+    "a run is there already": good(
+        "--output_dir {here}/earlier", "earlier", "holds a run already", **{"earlier/metrics__jsonl": "{}"}
+    ),
+    "no folder to write to": good("--output_dir {here}/train.jsonl/run", "--output_dir", "cannot be written", model="base"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),
     "no such target": good("--lora.targets w_proj", "--lora.targets", "w_proj", "self_attn.v_proj", model="base"),
     "probe without adapter": good("--lora.targets q_proj", "v_proj", "--lora.targets", model="base"),
@@ -221,8 +228,9 @@ def test_the_launcher_itself(folder):
 
 
 def test_the_launcher_runs_from_anywhere(folder, tmp_path):
-    command = f"import os, runpy, sys; os.chdir({str(tmp_path)!r}); sys.argv = ['train.py', '--data.train', 'a.jsonl']"
-    outcome = run([sys.executable, "-c", f"{command}; runpy.run_path({str(Path(LAUNCHER).resolve())!r}, run_name='__main__')"], folder / "anywhere")  # noqa: E501
+    moved = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.argv = ['train.py', '--data.train', 'a.jsonl']"
+    started = f"import runpy; runpy.run_path({str(ROOT / LAUNCHER)!r}, run_name='__main__')"
+    outcome = run([sys.executable, "-c", f"{moved}; {started}"], folder / "anywhere")
     assert_one_error(outcome, "a.jsonl does not exist")
     assert outcome.code == 2
     assert list(tmp_path.iterdir()) == []
@@ -270,26 +278,19 @@ def help_text(folder) -> str:
 
 @pytest.mark.parametrize("option", option_types())
 def test_help_explains_every_option(option, help_text):
-    explained = re.search(rf"^  --{re.escape(option)} .*\n?(.*)", help_text, re.MULTILINE)
-    assert explained, f"--{option} is not in the help"
     *groups, name = option.split(".")
-    described = RunConfig
-    for group in groups:
-        described = type(getattr(described(), group))
-    docstring = docstrings(described)[name]
-    flat = " ".join(help_text.split())
-    assert " ".join(docstring.split()) in flat, f"--{option} is not explained"
+    described = reduce(getattr, groups, RunConfig())
+    explanation = " ".join(docstrings(type(described))[name].split())
+    named, *_ = re.split(r"\n\s+--", help_text.split(f"--{option} ", 1)[1])
+    assert explanation in " ".join(named.split())
 
 
 def docstrings(config_class: type) -> dict[str, str]:
     """The text under each field of a class."""
-    import ast
-    import inspect
-
     body = ast.parse(inspect.getsource(config_class)).body[0].body
     return {
         field.target.id: text.value.value
-        for field, text in zip(body, body[1:])
+        for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 
@@ -326,7 +327,8 @@ def test_a_saved_configuration_is_the_same_again(tmp_path):
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     (tmp_path / "c.yaml").write_text("train: {steps: 5, seed: 3}\nselection: {candidates: 8, budget: 4}\n", "utf-8")
-    for arguments in (["--config", str(tmp_path / "c.yaml"), "--train.steps", "9"], [f"--config={tmp_path / 'c.yaml'}", "--train.steps=9"]):  # noqa: E501
+    file = str(tmp_path / "c.yaml")
+    for arguments in (["--config", file, "--train.steps", "9"], [f"--config={file}", "--train.steps=9"]):
         config = parse(arguments)
         assert (config.train.steps, config.train.seed) == (9, 3)
         assert (config.selection.candidates, config.selection.budget) == (8, 4)

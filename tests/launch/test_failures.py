@@ -59,9 +59,7 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(launcher, options, tmp_p
     assert len(said) == 1, outcome.stderr
 
 
-@pytest.mark.parametrize(
-    ("launcher", "options", "sabotage"), [(torchrun, (), "kill"), (deepspeed, ZERO, "exit")]
-)
+@pytest.mark.parametrize(("launcher", "options", "sabotage"), [(torchrun, (), "kill"), (deepspeed, ZERO, "exit")])
 def test_a_rank_that_vanishes_ends_all(launcher, options, sabotage, tmp_path):
     with start(launcher(2, SABOTAGED), sabotage, tmp_path, *options) as command:
         assert_ends(command, tmp_path / "run/metrics.jsonl")
@@ -69,8 +67,8 @@ def test_a_rank_that_vanishes_ends_all(launcher, options, sabotage, tmp_path):
 
 @pytest.mark.parametrize(("launcher", "options"), [(torchrun, ()), (deepspeed, ZERO)])
 def test_ranks_end_when_their_launcher_is_killed(launcher, options, tmp_path):
-    endless = ("--train.steps", "1000000", *options)
-    with Command([*launcher(2), *SMALL, *endless, "--output_dir", str(tmp_path / "run")], tmp_path / "output") as command:
+    endless = (*SMALL, "--train.steps", "1000000", *options, "--output_dir", str(tmp_path / "run"))
+    with Command([*launcher(2), *endless], tmp_path / "output") as command:
         wait_until(reached(tmp_path / "run/metrics.jsonl", 1), STARTED_SECONDS)
         assert len(command.alive()) >= 3  # the launcher and two ranks
         command.process.send_signal(signal.SIGKILL)
@@ -84,9 +82,7 @@ def test_ranks_that_read_different_data_are_told_which(tmp_path):
     data = ("--data.train", str(tmp_path / "train-@RANK.jsonl"))
     command = [*torchrun(2, SABOTAGED), *SMALL, *data, "--output_dir", str(tmp_path / "run")]
     outcome = run(command, tmp_path / "output")
-    assert outcome.errors == [
-        "error: rank 1 has other training data than rank 0: every rank must read the same input"
-    ]
+    assert outcome.errors == ["error: rank 1 has other training data than rank 0: every rank must read the same input"]
     assert outcome.code != 0
     assert not (tmp_path / "run").exists()
 

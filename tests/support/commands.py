@@ -75,14 +75,16 @@ class Command:
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, **variables: str):
-        mark = uuid.uuid4().hex
-        self._mark = mark
-        self._log = log
+        self._mark, self._log = uuid.uuid4().hex, log
         log.mkdir(parents=True, exist_ok=True)
         self._files = [(log / name).open("w+", encoding="utf-8") for name in ("stdout.txt", "stderr.txt")]
         self.process = subprocess.Popen(
-            list(arguments), cwd=ROOT, env=_environment(variables | {_MARK: mark}), stdin=subprocess.DEVNULL,
-            stdout=self._files[0], stderr=self._files[1],
+            list(arguments),
+            cwd=ROOT,
+            env=_environment(variables | {_MARK: self._mark}),
+            stdin=subprocess.DEVNULL,
+            stdout=self._files[0],
+            stderr=self._files[1],
         )
 
     def __enter__(self) -> Command:
@@ -117,15 +119,15 @@ def run(arguments: Sequence[str], log: Path, seconds: float = 180, **variables: 
         return command.outcome(seconds)
 
 
-def run_many(jobs: Mapping[str, Sequence[str]], log: Path, variables: Mapping[str, str] | None = None) -> dict[str, Outcome]:
-    """Run ``launchers/train.py`` with each job's options, one after the other, each in a process of its own.
+def run_many(jobs: Mapping[str, Sequence[str]], log: Path, at_once: int = 2) -> dict[str, Outcome]:
+    """Run ``launchers/train.py`` with each job's options, in their order, each in a process of its own.
 
     Most of a short run is importing, so the processes are forked from one that has imported everything.
     """
     log.mkdir(parents=True, exist_ok=True)
     (log / "jobs.json").write_text(json.dumps({name: list(options) for name, options in jobs.items()}), "utf-8")
-    forked = [sys.executable, "tests/support/forked.py", str(log)]
-    run(forked, log, seconds=60 + 20 * len(jobs), **(variables or {})).succeeded()
+    forked = [sys.executable, "tests/support/forked.py", str(log), str(at_once)]
+    run(forked, log, seconds=60 + 20 * len(jobs)).succeeded()
     codes = json.loads((log / "codes.json").read_text("utf-8"))
     return {
         name: Outcome(codes[name], *((log / f"{name}.{stream}").read_text("utf-8") for stream in ("stdout", "stderr")))

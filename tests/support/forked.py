@@ -1,4 +1,5 @@
-"""``python forked.py FOLDER``: runs of ``launchers/train.py``, forked from one process that has imported what they need.
+"""``python forked.py FOLDER COUNT``: runs of ``launchers/train.py``, COUNT at once, forked from a process that has
+imported what they need.
 
 ``FOLDER/jobs.json`` names the options of each; FOLDER gets their output and ``codes.json`` their exit codes.
 """
@@ -37,7 +38,7 @@ def code_of_run() -> int:
         sys.stderr.flush()
 
 
-def run_all(folder: Path, jobs: dict[str, list[str]], at_once: int = 2) -> dict[str, int]:
+def run_all(folder: Path, jobs: dict[str, list[str]], at_once: int) -> dict[str, int]:
     """The exit code of every run."""
     waiting, running, codes = list(jobs.items()), {}, {}
     while waiting or running:
@@ -52,4 +53,4 @@ def run_all(folder: Path, jobs: dict[str, list[str]], at_once: int = 2) -> dict[
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     jobs = json.loads((folder / "jobs.json").read_text("utf-8"))
-    (folder / "codes.json").write_text(json.dumps(run_all(folder, jobs)), "utf-8")
+    (folder / "codes.json").write_text(json.dumps(run_all(folder, jobs, int(sys.argv[2]))), "utf-8")

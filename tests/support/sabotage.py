@@ -1,4 +1,4 @@
-"""``launchers/train.py`` in which something goes wrong: what, says the option ``--sabotage`` (at the end; none: nothing).
+"""``launchers/train.py`` in which something goes wrong: ``--sabotage`` at the end of the options says what.
 
 ``@RANK`` in any option becomes the rank, so that ranks can be made to read different files.
 """
