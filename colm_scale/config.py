@@ -164,7 +164,7 @@ class TrainConfig:
     """Optimizer, schedule and batch arithmetic."""
 
     steps: int | None = None
-    """Optimizer steps. Default: `epochs` where given, else 120."""
+    """Optimizer steps. Default: `epochs` where given, else 80."""
     epochs: float | None = None
     """Passes over the training data as candidates; instead of `steps`."""
     seed: int = 0

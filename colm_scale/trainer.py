@@ -49,7 +49,7 @@ from colm_scale.session import Session
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 
-_DEFAULT_STEPS = 120
+_DEFAULT_STEPS = 80
 _BUILTIN_LEARNING_RATE, _LEARNING_RATE = 1e-2, 2e-4
 
 
