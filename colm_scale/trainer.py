@@ -188,9 +188,10 @@ def _train(config: RunConfig, group: Group) -> None:
     step = build_step(config, inputs, engine, tap, Spans(group.device, meter), group)
     small = kept_sources(inputs.train.sizes, inputs.train.source_names, None)
     evaluator = _evaluator(config, inputs, small, group)
-    if directory is not None:
-        facts = {"device_name": meter.device_name, "memory": meter.label}
-        directory.create(as_yaml(config), environment(group.device, group.world_size, engine.name, **facts))
+    with group.together():
+        if directory is not None:
+            facts = {"device_name": meter.device_name, "memory": meter.label}
+            directory.create(as_yaml(config), environment(group.device, group.world_size, engine.name, **facts))
 
     with Session(config, directory, inputs.train, small, engine, evaluator, group, meter) as session:
         session.start(steps, _facts(config, inputs, engine, group))

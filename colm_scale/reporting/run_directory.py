@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ class RunDirectory:
         path: The folder; by default ``runs/`` and the date and time. Nothing is written before `create`.
 
     Raises:
-        UserError: The folder holds a run already.
+        UserError: The folder holds a run already, or cannot be made or written to.
     """
 
     def __init__(self, path: str | None = None):
@@ -33,6 +34,9 @@ class RunDirectory:
         self._evaluations = self.path / "evaluations.jsonl"
         if self.metrics.exists():
             raise UserError(f"--output_dir {self.path} holds a run already ({self.metrics.name}): give another folder")
+        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a folder that can be written to")
 
     def create(self, config_yaml: str, environment: Mapping[str, object]) -> None:
         """Make the folder, claim it for this run, and write ``config.yaml`` and ``environment.json``.

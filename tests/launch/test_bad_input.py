@@ -100,7 +100,7 @@ OPTIONS = {
 
 FILES = {
     "missing file": Case("--data.train {here}/no.jsonl", ("no.jsonl does not exist",)),
-    "misspelt file": good("--data.eval {here}/trian.jsonl", "trian.jsonl does not exist; did you mean", "/train.jsonl?"),
+    "misspelt file": good("--data.eval {here}/trian.jsonl", "trian.jsonl does not exist", "mean", "/train.jsonl?"),
     "missing folder": Case("--data.train {here}/no/a.jsonl", ("a.jsonl does not exist", "nor does its folder")),
     "a folder": Case("--data.train {here}", ("is a directory",)),
     "no known suffix": data(lines(), "no suffix", ".jsonl", name="train.txt"),
@@ -152,7 +152,7 @@ FILES = {
     "a run is there already": good(
         "--output_dir {here}/earlier", "earlier", "holds a run already", **{"earlier/metrics__jsonl": "{}"}
     ),
-    "no folder to write to": good("--output_dir {here}/train.jsonl/run", "--output_dir", "cannot be written", model="base"),
+    "no folder to write to": good("--output_dir {here}/train.jsonl/a", "--output_dir", "be written", model="base"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),
     "no such target": good("--lora.targets w_proj", "--lora.targets", "w_proj", "self_attn.v_proj", model="base"),
     "probe without adapter": good("--lora.targets q_proj", "v_proj", "--lora.targets", model="base"),
@@ -281,7 +281,7 @@ def test_help_explains_every_option(option, help_text):
     *groups, name = option.split(".")
     described = reduce(getattr, groups, RunConfig())
     explanation = " ".join(docstrings(type(described))[name].split())
-    named, *_ = re.split(r"\n\s+--", help_text.split(f"--{option} ", 1)[1])
+    named, *_ = re.split(r"\n  --", help_text.split(f"\n  --{option} ", 1)[1])
     assert explanation in " ".join(named.split())
 
 

@@ -140,7 +140,7 @@ def outcomes(own) -> dict[str, Outcome]:
     options = {
         "pairs": (*data, "--data.eval", pairs),
         "again": (*data, "--data.eval", pairs, "--lora.adapter", str(own / "pairs/adapter")),
-        "best": (*data, "--data.eval", other, "--eval.every", "1", "--train.steps", "4", "--train.schedule", "constant"),
+        "best": (*data, "--data.eval", other, "--eval.every", "1", "--train.steps", "4"),
         "chat": ("--data.train", chats, "--data.chat_template", str(own / "chat.jinja")),
         "no template": ("--data.train", chats),
     }
@@ -187,7 +187,7 @@ def test_a_chat_needs_a_template(outcomes):
 def test_a_saved_adapter_is_peft_s_and_has_the_reported_loss(outcomes, own):
     reported = rows(own / "pairs/evaluations.jsonl")
     found = held_out_losses(own, "pairs.jsonl", "pairs/adapter")
-    # float32 sums in another order, one example instead of a padded batch: 1e-6 of a loss. The training moved it by more.
+    # float32 sums in another order, one example instead of a padded batch: 1e-6 of a loss. Training moved it by more.
     assert found == pytest.approx(reported[-1]["losses"], rel=1e-5)
     assert found != pytest.approx(reported[0]["losses"], rel=1e-4)
 

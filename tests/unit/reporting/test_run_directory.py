@@ -144,3 +144,11 @@ def test_nothing_is_written_before_the_run_is_created(tmp_path, monkeypatch):
     directory = RunDirectory()
     assert re.fullmatch(r"runs/\d{8}-\d{6}", str(directory.path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is not a folder"):
+        RunDirectory(str(tmp_path / "file" / "run"))
+    RunDirectory(str(tmp_path / "new" / "run"))
+    assert not (tmp_path / "new").exists()
