@@ -36,7 +36,7 @@ class RunDirectory:
             raise UserError(f"--output_dir {self.path} holds a run already ({self.metrics.name}): give another folder")
         nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a folder that can be written to")
+            raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a folder open to writing")
 
     def create(self, config_yaml: str, environment: Mapping[str, object]) -> None:
         """Make the folder, claim it for this run, and write ``config.yaml`` and ``environment.json``.

@@ -182,7 +182,7 @@ def reference_gradient(case: str, step: dict, data) -> tuple[dict[str, torch.Ten
         loss = (weights * nll.sum(1) / counts).sum() / weights.sum()
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [parameter for _, parameter in named])
-    return {name: gradient for (name, _), gradient in zip(named, gradients)}, float(loss)
+    return {name: gradient for (name, _), gradient in zip(named, gradients)}, float(loss.detach())
 
 
 @pytest.mark.parametrize("case", ["last_layer", "full", "cluster", "token", "starved"])

@@ -152,7 +152,7 @@ FILES = {
     "a run is there already": good(
         "--output_dir {here}/earlier", "earlier", "holds a run already", **{"earlier/metrics__jsonl": "{}"}
     ),
-    "no folder to write to": good("--output_dir {here}/train.jsonl/a", "--output_dir", "be written", model="base"),
+    "no folder to write to": good("--output_dir {here}/train.jsonl/a", "--output_dir", "be written"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),
     "no such target": good("--lora.targets w_proj", "--lora.targets", "w_proj", "self_attn.v_proj", model="base"),
     "probe without adapter": good("--lora.targets q_proj", "v_proj", "--lora.targets", model="base"),

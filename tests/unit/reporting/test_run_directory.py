@@ -133,12 +133,6 @@ def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path):
         second.create("", {})
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--output_dir .*/file/run cannot be written: Not a directory"):
-        RunDirectory(str(tmp_path / "file" / "run")).create("", {})
-
-
 def test_nothing_is_written_before_the_run_is_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     directory = RunDirectory()
