@@ -185,7 +185,7 @@ class StepReport:
     step: int
     loss: float
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float | None
     candidates: Candidates
     selection: Selection
     seconds: dict[str, float]

@@ -6,6 +6,7 @@ the estimator, the exchange and the engine; nothing here asks how many ranks the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,8 +75,8 @@ class CoresetStep:
         """Train one step.
 
         Raises:
-            TrainingError: On every rank, before the weights change: a loss of the coreset is not finite (names step and
-                ids), or ranks disagree.
+            TrainingError: On every rank: ranks disagree, a loss of the coreset is not finite (names step and ids; the
+                weights have not changed), or the gradient is not.
         """
         spans, group, rule, estimator = self._spans, self._group, self._rule, self._estimator
         budget_tokens = self._config.train.micro_batch_tokens
@@ -108,6 +109,11 @@ class CoresetStep:
             loss = self._step_loss(candidates, selection, losses)
         with spans("optimizer"):
             norm = self._engine.step(learning_rate)
+        if norm is not None and not math.isfinite(norm):
+            raise TrainingError(
+                f"step {step}: the norm of the gradient is {norm}, though every loss is finite. "
+                f"Try a smaller --train.learning_rate, or --train.dtype float32"
+            )
 
         seconds, peaks = spans.finish()
         padding = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}

@@ -6,6 +6,7 @@ averaging over ranks that DDP and DeepSpeed do by themselves is undone inside th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Protocol
@@ -34,8 +35,10 @@ class Engine(Protocol):
         """Accumulate the gradient of a scalar; ``last`` marks the step's last micro-batch on this rank. Every rank
         makes the same number of calls."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, clear the gradients. Returns the gradient norm before clipping."""
+    def step(self, learning_rate: float) -> float | None:
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping, None if it is not known.
+
+        A norm that is not finite ends the run; where it is known in time, nothing is updated."""
 
     def snapshot(self) -> Callable[[], None]:
         """Remember the adapters and the optimizer's state; the returned function puts them back."""
@@ -94,15 +97,16 @@ class TorchEngine:
         with self._wrapped.no_sync() if accumulate else nullcontext():
             (loss * self._ranks).backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> float | None:
         parameters = trainable(self.module)
         limit = self._max_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def snapshot(self) -> Callable[[], None]:
         return remember(optimizer_tensors(self.optimizer))

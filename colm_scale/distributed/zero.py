@@ -134,12 +134,12 @@ class ZeroEngine:
         self._engine.set_gradient_accumulation_boundary(last)  # sticky, so said every time
         self._engine.backward(loss * self._ranks, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float) -> float | None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return None if norm is None else float(norm)  # stage 0 without clipping takes none
 
     def snapshot(self) -> Callable[[], None]:
         # ZeRO-1 and 2 train float32 partitions and copy them into the module: both are put back.
