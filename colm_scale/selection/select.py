@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colm_scale.config import Metric
 from colm_scale.records import CandidateMatrix, Quota, Selection
+from colm_scale.selection import line
 from colm_scale.selection.facility import cluster_sizes, greedy
 from colm_scale.selection.quota import reallocate
 from colm_scale.selection.similarity import similarities
@@ -55,8 +56,8 @@ def _medoids(rows: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
     """``[k]`` medoids among ``rows`` ``[n, h]`` and how many rows each stands for, on the CPU; all of them if k = n."""
     if k == len(rows):
         return torch.arange(k), torch.ones(k, dtype=torch.int64)
-    # On a line any point between the two middle ones is as good a medoid. In float64 the distances between float32
-    # numbers are exact, so such ties are seen as ties, and not decided by the rounding of a distance.
-    similarity = similarities(rows.double(), metric)
+    if rows.shape[1] == 1 and metric != "cosine" and len(rows) <= line.LARGEST:
+        return line.medoids_on_line(rows[:, 0], k)
+    similarity = similarities(rows, metric)
     picks = greedy(similarity, k)
     return picks.cpu(), cluster_sizes(similarity, picks).cpu()

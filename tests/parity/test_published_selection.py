@@ -190,8 +190,8 @@ def test_picks_are_worth_as_much_as_the_reference_s(case, dtype):
         assert selection.positions[: selection.kept].tolist() == step.kept.tolist()
         assert step.sources[selection.picked].tolist() == step.sources[step.picked].tolist()
         # Greedy breaks ties otherwise than the reference, which on the line (rank one) leads to other local choices,
-        # worth up to 0.9 % less or more; elsewhere only the rounding of float32 similarities is left.
-        relative = 1e-2 if case.meta["rank1"] else 1e-5
+        # worth up to 0.5 % less or more; elsewhere only the rounding of float32 similarities is left.
+        relative = 5e-3 if case.meta["rank1"] else 1e-5
         reached = value(rows, step, selection.picked, case.metric)
         assert reached >= step.objective - max(relative * abs(step.objective), 1e-3)
 
@@ -235,9 +235,9 @@ def test_one_number_per_candidate_stands_for_a_rank_one_row():
             line = moments.normalise(step.coefficients)
             selection = choose(case, step, line)
             rows = masked_rows(step, case.meta["h"])
-            # In a source of even size the two middle candidates tie exactly as first medoid, and greedy never takes a
-            # pick back: in the smallest case, of 4 picks, the other choice costs 0.9 %.
-            assert value(rows, step, selection.picked, case.metric) >= step.objective * (1 - 1e-2) - 1e-3
+            # On the line the picks are the optimum, so only the rounding of similarities is left.
+            reached = value(rows, step, selection.picked, case.metric)
+            assert reached >= step.objective - max(1e-5 * abs(step.objective), 1e-3)
             picked = step.coefficients[step.picked]
             moments = moments.learn(picked.mean(0), picked.square().mean(0))
             z = step.gradients[0] / step.coefficients[0]

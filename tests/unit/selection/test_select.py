@@ -16,7 +16,7 @@ KEPT = long_tensor([1, 5])
 def matrix(quota: Quota, invalid: tuple[int, ...] = ()) -> CandidateMatrix:
     positions = quota.to_sketch(SOURCES)
     valid = ~torch.isin(positions, long_tensor(invalid))
-    rows = torch.tensor([[PLACE[position]] for position in positions.tolist()]) * valid.unsqueeze(1)
+    rows = torch.tensor([[PLACE[position], 0.0] for position in positions.tolist()]) * valid.unsqueeze(1)
     return CandidateMatrix(positions, rows, valid, torch.zeros(len(positions)))
 
 
@@ -33,6 +33,16 @@ def test_kept_first_then_medoids_source_by_source_in_the_order_of_picking():
     assert selection.picked.tolist() == [7, 8, 3]
     assert selection.positions.dtype == torch.int64
     assert selection.weights.dtype == torch.float32
+
+
+def test_a_matrix_of_one_column_is_solved_exactly():
+    quota = Quota(KEPT, long_tensor([0, 2, 2]))
+    of = matrix(quota)
+    line = CandidateMatrix(of.positions, of.rows[:, :1], of.valid, of.losses)
+    selection = select_coreset(line, SOURCES, quota, "l1", "cluster")
+    # Source 1 at 0, 1, 2 | 9, 11: the middles are 1 (4) and 9 (8); greedy would begin with 2 (7), the middle of all.
+    assert selection.positions.tolist() == [1, 5, 4, 8, 0, 3]
+    assert selection.weights.tolist() == [1, 1, 3, 2, 1, 2]
 
 
 def test_cluster_weights_count_the_candidates_a_medoid_stands_for():
