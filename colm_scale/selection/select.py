@@ -58,8 +58,8 @@ def _medoids(rows: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
         return torch.arange(k), torch.ones(k, dtype=torch.int64)
     if rows.shape[1] == 1 and metric != "cosine" and len(rows) <= line.LARGEST:
         return line.medoids_on_line(rows[:, 0], k)
-    # Where few directions make the rows, many candidates lie between two others in every column, and medoids tie exactly.
-    # In float64 the distances between float32 rows show such ties, instead of deciding them by their own rounding.
+    # Where few directions make the rows, many candidates lie between two others in every column, and medoids tie. In
+    # float64 the distances between float32 rows show such ties, instead of deciding them by their own rounding.
     similarity = similarities(rows.double(), metric)
     picks = greedy(similarity, k)
     return picks.cpu(), cluster_sizes(similarity, picks).cpu()

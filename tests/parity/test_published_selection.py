@@ -190,9 +190,9 @@ def test_picks_are_worth_as_much_as_the_reference_s(case, dtype):
         assert selection.positions[: selection.kept].tolist() == step.kept.tolist()
         assert step.sources[selection.picked].tolist() == step.sources[step.picked].tolist()
         # Greedy breaks ties otherwise than the reference, which on the line (rank one) leads to other local choices,
-        # worth up to 0.5 % less or more; elsewhere only the rounding of float32 rows is left. Rounded to float32 the ties
-        # of the line are exact, and in one step of case_121 greedy then ends 0.9 % lower: the product solves rows on the
-        # line exactly instead (the last test of this file).
+        # worth up to 0.5 % less or more; elsewhere only the rounding of float32 rows is left. Rounded to float32 the
+        # ties of the line are exact, and in one step of case_121 greedy then ends 0.9 % lower: the product solves rows
+        # on the line exactly instead (the last test of this file).
         if case.meta["rank1"] and dtype == torch.float32:
             continue
         relative = 5e-3 if case.meta["rank1"] else 1e-5
