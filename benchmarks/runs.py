@@ -1,7 +1,7 @@
 """Whole runs of the product, one row each: what was learned, what a step cost, what went between ranks.
 
 python benchmarks/runs.py default                     the four methods, three seeds, on the built-in data
-python benchmarks/runs.py mixture -- --data.train F   the same on other data; everything after -- goes to the run
+python benchmarks/runs.py mine -- --data.train F      the same on other data; everything after -- goes to the run
 
 Each run is the product's own command under a launcher with ``--processes`` ranks. Rows are appended to
 benchmarks/results/runs.jsonl; ``benchmarks/tables.py`` turns them into the tables of the README.

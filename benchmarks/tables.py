@@ -86,7 +86,7 @@ TABLES = {
     "learning default": lambda: learning_table("default"),
     "learning mixture": lambda: learning_table("mixture"),
     "cost default": lambda: cost_table("cost-default"),
-    "cost mixture": lambda: cost_table("cost-mixture"),
+    "cost mixture": lambda: cost_table("mixture"),
 }
 
 
