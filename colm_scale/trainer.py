@@ -194,7 +194,7 @@ def _train(config: RunConfig, group: Group) -> None:
             directory.create(as_yaml(config), environment(group.device, group.world_size, engine.name, **facts))
 
     with Session(config, directory, inputs.train, small, engine, evaluator, group, meter) as session:
-        session.start(steps, _facts(config, inputs, engine, group))
+        session.start(steps, _facts(config, inputs, engine, evaluator, group))
         if tap is not None and config.selection.estimator == "zeroth_order" and config.train.dtype != "float32":
             session.warn(
                 f"finite differences of step {config.selection.perturbation:g} are mostly rounding in "
@@ -217,7 +217,9 @@ def _open_directory(config: RunConfig, group: Group) -> RunDirectory | None:
         return RunDirectory(config.output_dir) if group.is_first else None
 
 
-def _facts(config: RunConfig, inputs: Inputs, engine: Engine, group: Group) -> list[str]:
+def _facts(
+    config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Evaluator | None, group: Group
+) -> list[str]:
     """What a user wants to know before the first step."""
     train, selection = inputs.train, config.selection
     kept = [name for name, is_kept in zip(train.source_names, inputs.kept.tolist()) if is_kept]
@@ -230,10 +232,17 @@ def _facts(config: RunConfig, inputs: Inputs, engine: Engine, group: Group) -> l
     ]
     if selection.method in ("colm", "stratified"):
         facts.append(f"kept sources ({len(kept)}): {', '.join(kept) or 'none'}")
-    for what, counts in (("dropped", train.dropped), ("cut", train.cut)):
+    left_out = {"training examples too long, dropped": train.dropped, "training examples too long, cut": train.cut}
+    if evaluator is not None:
+        left_out |= {
+            "held-out examples too long, dropped": inputs.eval.dropped,
+            "held-out examples too long, cut": inputs.eval.cut,
+            "held-out examples above --eval.limit, not evaluated": evaluator.left_out,
+        }
+    for what, counts in left_out.items():
         if counts:
             by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
-            facts.append(f"longer than the longest allowed, {what}: {sum(counts.values())} ({by_source})")
+            facts.append(f"{what}: {sum(counts.values())} ({by_source})")
     return facts
 
 

@@ -1,0 +1,53 @@
+"""The pure decisions of the trainer: how long, how fast, with which defaults."""
+
+from __future__ import annotations
+
+import pytest
+
+from colm_scale.config import ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.trainer import learning_rate, resolve, total_steps
+
+
+def rates(steps: int, **options) -> list[float]:
+    config = TrainConfig(learning_rate=8.0, **options)
+    return [learning_rate(config, step, steps) for step in range(1, steps + 1)]
+
+
+def test_warm_up_is_linear_and_reaches_the_peak():
+    assert rates(8, warmup_ratio=0.5, schedule="constant") == [2, 4, 6, 8, 8, 8, 8, 8]
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    assert rates(4, warmup_ratio=0.0, schedule="linear") == [8, 6, 4, 2]
+
+
+def test_cosine_falls_from_the_peak_through_its_half():
+    assert rates(4, warmup_ratio=0.0, schedule="cosine") == pytest.approx([8, 6.8284271, 4, 1.1715729])
+
+
+def test_no_step_trains_at_zero():
+    for schedule in ("cosine", "linear", "constant"):
+        for steps in (1, 2, 7, 100):
+            assert min(rates(steps, schedule=schedule)) > 0
+
+
+def test_an_epoch_shows_every_example_once_as_a_candidate():
+    selection = SelectionConfig(candidates=64, budget=32)
+    assert total_steps(RunConfig(selection=selection, train=TrainConfig(epochs=1)), 640) == 10
+    assert total_steps(RunConfig(selection=selection, train=TrainConfig(epochs=1)), 641) == 11
+    assert total_steps(RunConfig(selection=selection, train=TrainConfig(epochs=0.5)), 640) == 5
+    assert total_steps(RunConfig(selection=selection, train=TrainConfig(steps=3)), 640) == 3
+
+
+def test_the_paper_s_preset_wins_over_the_options_it_decides():
+    selection = SelectionConfig(preset="paper", estimator="last_layer", num_probes=7, metric="l2", weights="cluster")
+    resolved = resolve(RunConfig(selection=selection)).selection
+    assert (resolved.estimator, resolved.num_probes, resolved.metric) == ("zeroth_order", 1, "l1")
+    assert (resolved.columns, resolved.weights, resolved.perturbation) == (2560, "uniform", 1e-3)
+
+
+def test_the_default_learning_rate_is_the_built_in_base_s_only_there():
+    assert resolve(RunConfig()).train.learning_rate == 1e-2
+    assert resolve(RunConfig(model=ModelConfig(name="a/b"))).train.learning_rate == 2e-4
+    given = RunConfig(train=TrainConfig(learning_rate=0.5))
+    assert resolve(given).train.learning_rate == 0.5
