@@ -18,6 +18,7 @@ from typing import NoReturn, get_type_hints
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
 
+from colm_scale import config as options
 from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
 
@@ -66,7 +67,8 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     parser.add_class_arguments(RunConfig)
     _check_config_files(parser, arguments)
     given = parser.parse_args(_join_lists(arguments))
-    return RunConfig(**{f.name: getattr(parser.instantiate(given), f.name) for f in dataclasses.fields(RunConfig)})
+    made = parser.instantiate(given)
+    return RunConfig(**{field.name: getattr(made, field.name) for field in dataclasses.fields(RunConfig)})
 
 
 def option_types(config_class: type = RunConfig, prefix: str = "") -> dict[str, str]:
@@ -86,10 +88,10 @@ class _Parser(ArgumentParser):
     """Says in one line what is wrong, instead of the usage of sixty options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_explained(message, ex))
+        raise UserError(_explained(message))
 
 
-def _explained(message: str, error: Exception | None) -> str:
+def _explained(message: str) -> str:
     if found := re.search(r"unrecognized arguments: (\S+)", message):
         return f"unknown option {found[1].split('=')[0]}{_closest(found[1].split('=')[0].lstrip('-'))}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
@@ -111,9 +113,7 @@ def _closest(name: str) -> str:
 
 
 def _readable(type_name: str) -> str:
-    from colm_scale import config
-
-    alias = getattr(config, type_name, None)
+    alias = getattr(options, type_name, None)
     text = str(alias) if alias is not None else type_name
     choices = re.search(r"Literal\[(.*)\]", text)
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}

@@ -103,10 +103,11 @@ class CoresetStep:
                 estimator.learn(selection)
         with spans("route"):
             routed = route(candidates.lengths, selection.positions, group.world_size, budget_tokens)
-            trained = self._micro_batches(candidates, selection, routed.micro_batches[group.rank])
+            shares = self._shares(candidates, selection)
+            trained = self._micro_batches(candidates, shares, routed.micro_batches[group.rank])
         with spans("train"), global_draws(group.device, self._config.train.seed, "dropout", step, group.rank):
             losses = self._train(trained, len(candidates))
-            loss = self._step_loss(candidates, selection, losses)
+            _check_losses(candidates, selection, losses)
         with spans("optimizer"):
             norm = self._engine.step(learning_rate)
         if norm is not None and not math.isfinite(norm):
@@ -122,7 +123,7 @@ class CoresetStep:
         seconds, phase_peak_bytes = self._over_ranks(seconds, peaks)
         report = StepReport(
             step=step,
-            loss=loss,
+            loss=float((losses * shares).sum()),
             learning_rate=learning_rate,
             gradient_norm=norm,
             candidates=candidates,
@@ -169,30 +170,19 @@ class CoresetStep:
             losses[positions.to(losses.device)] = own.detach()[: len(positions)]
         return self._group.all_reduce(losses, "report").cpu()
 
-    def _step_loss(self, candidates: Candidates, selection: Selection, losses: Tensor) -> float:
-        losses = losses[selection.positions]
-        bad = ~losses.isfinite()
-        if bad.any():
-            ids = candidates.ids[selection.positions[bad]].tolist()
-            raise TrainingError(
-                f"step {candidates.step}: the training loss of {len(ids)} selected example(s) is not finite, "
-                f"ids {ids[:8]}{' ...' if len(ids) > 8 else ''}; the adapter was not changed by this step. "
-                f"Try a smaller --train.learning_rate, or look at these rows of the data"
-            )
-        return float((losses * self._shares(candidates, selection)).sum())
-
     def _shares(self, candidates: Candidates, selection: Selection) -> Tensor:
+        """``[n]`` what each candidate's loss counts for; zero where it is not selected."""
         label_tokens = self._label_tokens[candidates.indices[selection.positions]]
-        return loss_shares(selection, label_tokens, self._config.train.loss)
+        shares = torch.zeros(len(candidates))
+        shares[selection.positions] = loss_shares(selection, label_tokens, self._config.train.loss)
+        return shares
 
     def _micro_batches(
-        self, candidates: Candidates, selection: Selection, share: Sequence[tuple[int, ...]]
+        self, candidates: Candidates, shares: Tensor, positions: Sequence[tuple[int, ...]]
     ) -> list[MicroBatch]:
-        shares = torch.zeros(len(candidates))
-        shares[selection.positions] = self._shares(candidates, selection)
-        batches = self._batches(candidates, share)
-        weights = [shares[batch.positions] if len(batch.positions) else torch.zeros(1) for batch in batches]
-        return [MicroBatch(batch, weight.to(self._group.device)) for batch, weight in zip(batches, weights)]
+        batches = self._batches(candidates, positions)
+        own = [shares[batch.positions] if len(batch.positions) else torch.zeros(1) for batch in batches]
+        return [MicroBatch(batch, share.to(self._group.device)) for batch, share in zip(batches, own)]
 
     def _batches(self, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
         """A rank's micro-batches on its device; an empty one holds the shortest example, at no position."""
@@ -216,6 +206,17 @@ class CoresetStep:
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
         return time.perf_counter()
+
+
+def _check_losses(candidates: Candidates, selection: Selection, losses: Tensor) -> None:
+    bad = selection.positions[~losses[selection.positions].isfinite()]
+    if len(bad):
+        ids = candidates.ids[bad].tolist()
+        raise TrainingError(
+            f"step {candidates.step}: the training loss of {len(ids)} selected example(s) is not finite, "
+            f"ids {ids[:8]}{' ...' if len(ids) > 8 else ''}; the adapter was not changed by this step. "
+            f"Try a smaller --train.learning_rate, or look at these rows of the data"
+        )
 
 
 def padding_share(lengths: Tensor, shares: Sequence[Sequence[tuple[int, ...]]]) -> float:

@@ -12,14 +12,16 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import RunConfig, TrainConfig, as_yaml
+from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler
@@ -57,7 +59,6 @@ _BUILTIN_LEARNING_RATE, _LEARNING_RATE = 1e-2, 2e-4
 class Inputs:
     """What a run reads before it loads a model."""
 
-    model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     train: Examples
     eval: Examples | None
@@ -115,25 +116,33 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
                 f"--selection.candidates is {n}, which {group.world_size} ranks cannot share evenly: "
                 f"give a multiple of {group.world_size}"
             )
+        if config.engine == "single" and group.world_size > 1:
+            raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
         ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
-        model_config = check_model(config.model)
+        context = context_length(check_model(config.model))
         check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)
-        longest = config.data.max_length or context_length(model_config)
-        train = _read(config, "train", tokenizer, longest, config.train.seed)
+        longest = config.data.max_length or context
+        train = _read(config, "train", tokenizer, longest)
         CandidateSampler(train, n, config.train.seed)
         kept = kept_sources(train.sizes, train.source_names, config.selection.kept_sources)
         held_out = None
         if config.data.eval or not config.data.train:
-            held_out = _read(config, "eval", tokenizer, longest, config.train.seed, train.source_names)
+            held_out = _read(config, "eval", tokenizer, longest, train.source_names)
     group.agree(train.digest(), "training data")
-    return Inputs(model_config, tokenizer, train, held_out, kept, ds_config)
+    return Inputs(tokenizer, train, held_out, kept, ds_config)
 
 
-def _read(config: RunConfig, split: str, tokenizer, longest: int, seed: int, names=None) -> Examples:
+def _read(
+    config: RunConfig,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    source_names: Sequence[str] | None = None,
+) -> Examples:
     specs = getattr(config.data, split)
     rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
-    return tokenise(rows, tokenizer, config.data, longest, names)
+    return tokenise(rows, tokenizer, config.data, longest, source_names)
 
 
 def build_model(config: RunConfig, group: Group) -> tuple[ExampleLoss, Tap | None]:

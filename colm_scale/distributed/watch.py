@@ -1,6 +1,6 @@
 """Every rank fails together: a thread on each rank that ends it when a peer or its launcher is gone.
 
-A rank that fails writes its message to the rendezvous store before it closes anything. The others look there every
+A rank that fails announces it in the rendezvous store before it closes anything. The others look there every
 second, also while they wait in a collective that will never complete, and end. A rank whose launcher was killed has
 nobody left to report to, and ends too (DeepSpeed's launcher would otherwise leave its ranks running as orphans).
 """
@@ -46,13 +46,6 @@ class Watch:
             return self._store.add(self._key, 1) == 1
         except RuntimeError:  # the store is gone with the rank that held it: say what is known
             return True
-
-    def peer_failed(self) -> bool:
-        """Whether some rank has announced a failure."""
-        try:
-            return self._store is not None and self._store.check([self._key])
-        except RuntimeError:
-            return False
 
     def close(self) -> None:
         self._stop.set()

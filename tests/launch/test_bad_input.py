@@ -255,6 +255,7 @@ def test_the_console_command(arguments, words, folder):
     [
         (torchrun, ["--selection.candidates", "15"], ["--selection.candidates is 15", "2 ranks", "a multiple of 2"]),
         (torchrun, ["--train.step_s", "15"], ["unknown option --train.step_s"]),
+        (torchrun, ["--engine", "single"], ["--engine single runs one process", "there are 2"]),
         (deepspeed, ["--ds_config", "{here}/ds.json"], ["train_batch_size is 5", "the run's is 8"]),
     ],
 )

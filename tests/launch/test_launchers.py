@@ -29,6 +29,7 @@ from colm_scale.config import DataConfig
 from colm_scale.data.examples import tokenise
 from colm_scale.data.readers import read_rows
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.randomness import global_draws
 
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 LAUNCHERS = sorted((ROOT / "launchers").glob("*.py"))
@@ -115,7 +116,7 @@ def own(folder) -> Path:
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with global_draws(torch.device("cpu"), 0, "a user's model"):
         LlamaForCausalLM(config).save_pretrained(path / "model")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(path / "model")

@@ -232,7 +232,7 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
     data = examples()
     module, tap = model()
     ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
-    inputs = Inputs(None, SimpleNamespace(pad_token_id=PAD), data, None, kept(case.selection, data), ds_config)
+    inputs = Inputs(SimpleNamespace(pad_token_id=PAD), data, None, kept(case.selection, data), ds_config)
     forwards = []
     module.register_forward_hook(lambda *_: forwards.append(1))
     engine = EngineSpy(build_engine(config, inputs, module, group))
