@@ -36,7 +36,10 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run code that a hub repository brings along. Off: such a model is refused."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation. auto: what the model picks (sdpa nearly everywhere)."""
+    """Attention implementation. auto: flash_attention_2 on a GPU in half precision where flash-attn or its hub kernel
+    is installed, else what the model picks (sdpa nearly everywhere)."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the frozen weights of the blocks in 4 bits, by bitsandbytes (QLoRA)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +73,16 @@ class DataConfig:
     """Longest example in tokens. Default: the model's context, at most 2,048."""
     overlong: Literal["drop", "cut"] = "drop"
     """What happens to a longer example: dropped, or cut at the end. Both are counted per source."""
+    streaming: bool = False
+    """Read the training data (.jsonl files or hub data sets) as it is needed, on rank 0, instead of holding it in
+    memory. It is read once before, to check every row and count the sources."""
+    shuffle_rows: int = 16384
+    """With `streaming`: rows that are held and shuffled at a time."""
 
     def __post_init__(self) -> None:
         _require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
         _require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        _require(self.shuffle_rows >= 1, "data.shuffle_rows", self.shuffle_rows, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +194,17 @@ class TrainConfig:
     """Global gradient norm above which the gradient is scaled down. 0: no clipping."""
     loss: Literal["example", "token"] = "example"
     """example: weighted mean of the examples' mean token losses (CoLM). token: weighted mean over all label tokens."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the frozen weights and of the computation; the adapters are float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen weights and of the computation; the adapters are float32. float16 scales the loss."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each block for the backward pass and compute the rest again: less memory, more time."""
     micro_batch_tokens: int = 1024
     """Most tokens (padding included) of one micro-batch per rank, while sketching and training. A longer example forms
     a micro-batch of its own."""
     threads: int | None = None
     """CPU threads per rank. Default: the machine's cores shared out among its ranks."""
+    timeout: float = 600.0
+    """Seconds after which a rank that is stuck in one phase of a step ends the run. Raise it if a step takes minutes."""
 
     def __post_init__(self) -> None:
         _require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
@@ -208,6 +221,37 @@ class TrainConfig:
         _require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 or more")
         _require(self.micro_batch_tokens >= 1, "train.micro_batch_tokens", self.micro_batch_tokens, "at least 1")
         _require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "at least 1")
+        _require(self.timeout > 0, "train.timeout", self.timeout, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsdpConfig:
+    """How FSDP2 shards, with --engine fsdp."""
+
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward and gather them again for the backward (ZeRO-3). false: keep
+    them until the backward (ZeRO-2 for the gradients of a block; more memory, less communication)."""
+    cpu_offload: bool = False
+    """Keep each rank's shards, gradients and optimizer in CPU memory, and bring a block to the GPU when it runs."""
+    param_dtype: Literal["stored", "bfloat16", "float16"] = "stored"
+    """Type in which parameters are gathered and computed with (FSDP2's mixed precision policy). stored: frozen weights
+    in --train.dtype and adapters in float32, as under every other engine. Gradients are reduced in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved so that a run that is killed goes on as if nothing had happened. Under OUTPUT_DIR/checkpoints."""
+
+    every: int = 50
+    """Steps between checkpoints; one more is written at the end and when the run is told to stop. 0: none at all."""
+    keep: int = 2
+    """How many checkpoints are kept, the newest."""
+    fallback: bool = False
+    """With --resume auto: where the newest checkpoint is damaged, go on from the newest one that is not."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,19 +297,26 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     output_dir: str | None = None
     """Folder of the run. Default: runs/ and the date and time."""
     ds_config: str | None = None
     """DeepSpeed configuration (JSON): ZeRO stage, offload, communication; nothing that the run decides."""
-    engine: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """What shards the model. auto: deepspeed with --ds_config, else ddp with several ranks, else single."""
+    resume: str = "none"
+    """auto: go on from the newest checkpoint in OUTPUT_DIR, or begin where there is none. A folder: go on from that
+    checkpoint, or from the newest of that run. none: begin."""
 
     def __post_init__(self) -> None:
         if self.engine == "deepspeed" and self.ds_config is None:
             raise UserError("--engine deepspeed needs --ds_config FILE, for instance ds_configs/zero2.json")
-        if self.ds_config is not None and self.engine in ("single", "ddp"):
+        if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):
             raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
+        if self.resume == "auto" and self.output_dir is None:
+            raise UserError("--resume auto looks for checkpoints in the run's folder: name it with --output_dir")
 
 
 def as_yaml(config: RunConfig) -> str:
