@@ -204,7 +204,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads per rank. Default: the machine's cores shared out among its ranks."""
     timeout: float = 600.0
-    """Seconds after which a rank that is stuck in one phase of a step ends the run. Raise it if a step takes minutes."""
+    """Seconds after which a rank that is stuck in one phase of a step ends the run. Raise it for slower steps."""
 
     def __post_init__(self) -> None:
         _require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")

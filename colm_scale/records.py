@@ -185,7 +185,7 @@ class StepReport:
     step: int
     loss: float
     learning_rate: float
-    gradient_norm: float | None
+    gradient_norm: float
     candidates: Candidates
     selection: Selection
     seconds: dict[str, float]
@@ -199,6 +199,9 @@ class StepReport:
     imbalance: float
     padding_share: dict[str, float] = field(default_factory=dict)
     """Share of computed tokens that are padding, by phase (sketch, train)."""
+    applied: bool = True
+    """False where float16's loss scale was too large for the step: it has changed nothing but the scale."""
+    loss_scale: float = 1.0
     floor: float | None = None
     """Measured step seconds / bare-floor seconds on the same tokens, on the steps where it was taken."""
 

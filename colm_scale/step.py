@@ -6,7 +6,6 @@ the estimator, the exchange and the engine; nothing here asks how many ranks the
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,10 +108,10 @@ class CoresetStep:
             losses = self._train(trained, len(candidates))
             _check_losses(candidates, selection, losses)
         with spans("optimizer"):
-            norm = self._engine.step(learning_rate)
-        if norm is not None and not math.isfinite(norm):
+            update = self._engine.step(learning_rate)
+        if not update.applied and update.loss_scale == 1.0:
             raise TrainingError(
-                f"step {step}: the norm of the gradient is {norm}, though every loss is finite. "
+                f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
                 f"Try a smaller --train.learning_rate, or --train.dtype float32"
             )
 
@@ -125,7 +124,9 @@ class CoresetStep:
             step=step,
             loss=float((losses * shares).sum()),
             learning_rate=learning_rate,
-            gradient_norm=norm,
+            gradient_norm=update.norm,
+            applied=update.applied,
+            loss_scale=update.loss_scale,
             candidates=candidates,
             selection=selection,
             seconds=seconds,

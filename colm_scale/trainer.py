@@ -25,7 +25,8 @@ from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler
-from colm_scale.distributed.engine import Engine, TorchEngine
+from colm_scale.distributed.engine import Engine
+from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
 from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.distributed.watch import Watch
@@ -36,6 +37,7 @@ from colm_scale.modeling.load import (
     check_adapter,
     check_model,
     context_length,
+    keep_block_inputs_only,
     load_model,
     load_tokenizer,
 )
@@ -145,23 +147,16 @@ def _read(
     return tokenise(rows, tokenizer, config.data, longest, source_names)
 
 
-def build_model(config: RunConfig, group: Group) -> tuple[ExampleLoss, Tap | None]:
-    """The adapted model on this rank's device, and the tap on its probe where the method sketches."""
+def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[ExampleLoss, Tap | None]:
+    """The adapted model on ``device``, and the tap on its probe where the method sketches."""
     with group.together():
-        base = load_model(config.model, getattr(torch, config.train.dtype), group.device)
+        base = load_model(config.model, getattr(torch, config.train.dtype), device)
+        if config.train.activation_checkpointing:
+            keep_block_inputs_only(base)
         sketches = config.selection.method == "colm"
         probe = find_probe(base, config.selection.probe) if sketches else None
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         return module, Tap(module, probe) if sketches else None
-
-
-def build_engine(config: RunConfig, inputs: Inputs, module: ExampleLoss, group: Group) -> Engine:
-    """The engine that ``--engine`` and ``--ds_config`` ask for."""
-    if inputs.ds_config is not None:
-        from colm_scale.distributed.zero import ZeroEngine
-
-        return ZeroEngine(module, config.train, group, inputs.ds_config)
-    return TorchEngine(module, config.train, group)
 
 
 def total_steps(config: RunConfig, examples: int) -> int:
@@ -191,8 +186,8 @@ def _train(config: RunConfig, group: Group) -> None:
     directory = _open_directory(config, group)
     inputs = read_inputs(config, group)
     steps = total_steps(config, len(inputs.train))
-    module, tap = build_model(config, group)
-    engine = build_engine(config, inputs, module, group)
+    module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
+    engine = make_engine(config, inputs.ds_config, module, group)
     meter = memory_meter(group.device)
     step = build_step(config, inputs, engine, tap, Spans(group.device, meter), group)
     small = kept_sources(inputs.train.sizes, inputs.train.source_names, None)

@@ -1,7 +1,8 @@
 """Data as the user has it, files and hub data sets of several kinds, into one kind of row.
 
-Every format becomes a list of records (a dict per row, and where it stands); from there on one path checks them. What
-is wrong with a row is said with its file and line, and nothing is skipped but empty lines.
+Every format becomes records (a dict per row, and where it stands), one after the other; from there on one path checks
+them, whether the rows are held or streamed. What is wrong with a row is said with its file and line, and nothing is
+skipped but empty lines.
 """
 
 from __future__ import annotations
@@ -69,12 +70,18 @@ def read_rows(specs: Sequence[str], config: DataConfig) -> list[Row]:
     Raises:
         UserError: A spec is neither, a file cannot be read or is empty, or a row is not what DataConfig describes.
     """
-    rows: list[Row] = []
-    for spec in specs:
-        default_source, records = _records(spec)
-        for record, source in zip(records, _sources(records, default_source, config.source_column)):
-            rows.append(_row(len(rows), source, record, config))
-    return rows
+    return list(_rows(specs, config, streaming=False))
+
+
+def stream_rows(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
+    """The same rows of .jsonl files and hub data sets, each read when it is asked for, and none held.
+
+    That only some rows of a file name a source comes out at the file's end.
+
+    Raises:
+        UserError: As `read_rows`, or a file is of another kind.
+    """
+    return _rows(specs, config, streaming=True)
 
 
 def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row]:
@@ -99,20 +106,22 @@ def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row
 # From a spec to records
 
 
-def _records(spec: str) -> tuple[str, list[_Record]]:
-    """The source of a spec's rows unless they name one, and the rows."""
+def _records(spec: str, *, streaming: bool) -> tuple[str, Iterable[_Record]]:
+    """The source of a spec's rows unless they name one, and the rows, which are read as they are asked for."""
     path = Path(spec)
     if path.suffix.lower() in _READERS or path.exists():
-        name, records = path.stem, list(_file_reader(path)(path))
-    elif match := _HUB_SPEC.fullmatch(spec):
-        name, records = match["name"], list(_hub(match["name"], match["split"] or "train"))
-    else:
-        raise UserError(
-            f"data {spec!r} is neither a file ({', '.join(_READERS)}) nor a hub data set (ORG/NAME or ORG/NAME:SPLIT)"
-        )
-    if not records:
-        raise UserError(f"{spec} has no rows")
-    return name, records
+        reader = _file_reader(path)
+        if streaming and reader is not _jsonl:
+            raise UserError(
+                f"{path} cannot be streamed, only .jsonl files and hub data sets can: write it as .jsonl, or leave "
+                "--data.streaming out"
+            )
+        return path.stem, reader(path)
+    if match := _HUB_SPEC.fullmatch(spec):
+        return match["name"], _hub(match["name"], match["split"] or "train", streaming=streaming)
+    raise UserError(
+        f"data {spec!r} is neither a file ({', '.join(_READERS)}) nor a hub data set (ORG/NAME or ORG/NAME:SPLIT)"
+    )
 
 
 def _file_reader(path: Path) -> Callable[[Path], Iterable[_Record]]:
@@ -134,9 +143,19 @@ def _suggestion(path: Path) -> str:
 
 
 def _jsonl(path: Path) -> Iterator[_Record]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield _object(_parsed(path, line, number), f"{path} line {number}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, read as they are asked for. Nothing but a line feed ends one."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield _decoded(path, line, number).removesuffix("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _json(path: Path) -> Iterator[_Record]:
@@ -205,16 +224,15 @@ def _parquet(path: Path) -> Iterator[_Record]:
     yield from _typed(table.to_pylist(), str(path))
 
 
-def _hub(name: str, split: str) -> Iterator[_Record]:
+def _hub(name: str, split: str, *, streaming: bool) -> Iterator[_Record]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        yield from _typed(datasets.load_dataset(name, split=split, streaming=streaming), f"{name}:{split}")
     except Exception as error:  # the hub, the network and the data set's own files each fail in their own way
         raise UserError(
             f"{name} is no file here, and cannot be loaded from the hub as a data set with a split {split!r}: {error}"
         ) from error
-    yield from _typed(rows, f"{name}:{split}")
 
 
 _READERS: dict[str, Callable[[Path], Iterable[_Record]]] = {
@@ -250,14 +268,18 @@ def _number_as_text(cell: Any) -> Any:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, without the byte order mark that some editors write."""
     try:
-        content = path.read_bytes()
-        return content.decode("utf-8-sig")
+        return _decoded(path, path.read_bytes(), 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _decoded(path: Path, content: bytes, first_line: int) -> str:
+    """The text of a file or of a line of it, without the byte order mark that some editors begin a file with."""
+    try:
+        return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = first_line + error.object.count(b"\n", 0, error.start)  # error.object lacks the mark
         raise UserError(f"{path} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
 
 
@@ -280,22 +302,46 @@ def _object(value: Any, where: str) -> _Record:
 # From records to rows
 
 
-def _sources(records: Sequence[_Record], default: str, column: str) -> list[str]:
-    """The source of each record of one file: all of them name it, or none does."""
-    lacking = [record for record in records if record.cells.get(column) in (None, "")]
-    if len(lacking) == len(records):
-        return [default] * len(records)
-    if lacking:
-        raise UserError(
-            f"{lacking[0].where} has no source in the column {column!r}, like {len(lacking)} of the {len(records)} "
-            "rows of its file: give every row a source, or none (--data.source_column names the column)"
-        )
-    return [_source(record, column) for record in records]
+def _rows(specs: Sequence[str], config: DataConfig, *, streaming: bool) -> Iterator[Row]:
+    opened = [_records(spec, streaming=streaming) for spec in specs]
+    number = 0
+    for spec, (default_source, records) in zip(specs, opened):
+        sources = _FileSources(default_source, config.source_column)
+        for record in records:
+            yield _row(number, sources.of(record), record, config)
+            number += 1
+        sources.check(spec)
 
 
-def _source(record: _Record, column: str) -> str:
-    value = record.cells[column]
-    return str(value) if isinstance(value, int) else _string(value, column, record.where)
+@dataclass(slots=True)
+class _FileSources:
+    """Tells the source of each row of one file: all of them name it, or none does."""
+
+    default: str
+    column: str
+    rows: int = 0
+    lacking: int = 0
+    first_lacking: str = ""
+
+    def of(self, record: _Record) -> str:
+        self.rows += 1
+        value = record.cells.get(self.column)
+        if value not in (None, ""):
+            return str(value) if isinstance(value, int) else _string(value, self.column, record.where)
+        self.lacking += 1
+        self.first_lacking = self.first_lacking or record.where
+        return self.default
+
+    def check(self, spec: str) -> None:
+        """Raise a UserError unless the file, read to its end, has rows that are alike."""
+        if not self.rows:
+            raise UserError(f"{spec} has no rows")
+        if 0 < self.lacking < self.rows:
+            raise UserError(
+                f"{self.first_lacking} has no source in the column {self.column!r}, like {self.lacking} of the "
+                f"{self.rows} rows of its file: give every row a source, or none (--data.source_column names the "
+                "column)"
+            )
 
 
 def _row(number: int, source: str, record: _Record, config: DataConfig) -> Row:

@@ -1,15 +1,19 @@
-"""The one interface behind which a model is trained, and the two engines that need no DeepSpeed.
+"""The one interface behind which a model is trained, and the two engines that shard nothing.
 
 An engine sums: the losses handed to `backward`, over all micro-batches and ranks, add up to the loss of the step. The
-averaging over ranks that DDP and DeepSpeed do by themselves is undone inside the engine (DESIGN 2.4).
+averaging over ranks that DDP, DeepSpeed and FSDP do by themselves is undone inside the engine (DESIGN 2.4).
+
+Adapters and their optimizer are float32 whatever the base's type. In float16 the gradients that flow through the base
+would underflow, so the loss is scaled, the same way under every engine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,50 @@ from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.records import Batch
 
+StateKey = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What is kept of each adapter tensor: itself, and Adam's two averages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a call of `Engine.step` did.
+
+    Attributes:
+        norm: Gradient norm over all adapters before clipping, without the loss scale.
+        applied: False if the norm was not finite; then nothing has changed.
+        loss_scale: What the losses were multiplied with.
+    """
+
+    norm: float
+    applied: bool
+    loss_scale: float
+
+
+@dataclass(slots=True)
+class LossScale:
+    """What a loss is multiplied with so that float16 can hold its gradients: as much as does not overflow.
+
+    Halved after a step that overflowed, doubled after 2,000 that did not (Micikevicius et al., ICLR 2018, section 3.2).
+    """
+
+    scale: float
+    steps_since_change: int = 0
+
+    @classmethod
+    def of(cls, dtype: str) -> LossScale:
+        """For a base in ``dtype``; only float16 needs one other than 1."""
+        return cls(2.0**16 if dtype == "float16" else 1.0)
+
+    def update(self, *, finite: bool) -> None:
+        """Learn from a step whether the scale fits."""
+        if self.scale == 1.0:
+            return
+        self.steps_since_change += 1
+        if not finite:
+            self.scale, self.steps_since_change = max(1.0, self.scale / 2), 0
+        elif self.steps_since_change == 2000:
+            self.scale, self.steps_since_change = self.scale * 2, 0
+
 
 class Engine(Protocol):
     """What trains the adapters of one model on all ranks."""
@@ -27,6 +75,7 @@ class Engine(Protocol):
     name: str
     module: ExampleLoss
     """The unwrapped module: sketches, evaluation and the bare floor run on it, past the engine's own hooks."""
+    scale: LossScale
 
     def forward(self, batch: Batch) -> Tensor:
         """``[B]`` losses with a graph, to be reduced to a scalar and given to `backward`."""
@@ -35,25 +84,46 @@ class Engine(Protocol):
         """Accumulate the gradient of a scalar; ``last`` marks the step's last micro-batch on this rank. Every rank
         makes the same number of calls."""
 
-    def step(self, learning_rate: float) -> float | None:
-        """Clip, update, clear the gradients. Returns the gradient norm before clipping, None if it is not known.
-
-        A norm that is not finite ends the run; where it is known in time, nothing is updated."""
+    def step(self, learning_rate: float) -> Update:
+        """Clip, update, clear the gradients."""
 
     def snapshot(self) -> Callable[[], None]:
         """Remember the adapters and the optimizer's state; the returned function puts them back."""
 
+    def read(self, name: str, key: StateKey) -> Tensor:
+        """An adapter tensor, or Adam's average of it, whole, in float32. All ranks call it together."""
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+    def write(self, name: str, key: StateKey, value: Tensor) -> None:
+        """Set what `read` returns, to a value that every rank gives. All ranks call it together."""
+
+    @property
+    def updates(self) -> int:
+        """How often Adam has updated the adapters: its bias correction counts that."""
+
+    @updates.setter
+    def updates(self, count: int) -> None: ...
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by name; names and order are the same under every engine."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over the adapters; its learning rate is set at every step."""
+    parameters = list(trainable(module).values())
     return torch.optim.AdamW(
-        trainable(module), lr=0.0, betas=config.betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
+        parameters, lr=0.0, betas=config.betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
+
+
+def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps about a parameter, as it begins where it has kept nothing yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        zeros = torch.zeros_like(parameter, requires_grad=False)
+        state |= {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    return state
 
 
 def remember(tensors: Iterable[Tensor]) -> Callable[[], None]:
@@ -72,16 +142,66 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Everything that a step of ``optimizer`` changes: its parameters and its state."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-    return [*parameters, *state]
+    return [*dict.fromkeys([*parameters, *optimizer.state]), *state]
 
 
-class TorchEngine:
+class AdamEngine:
+    """What engines share that leave the optimizer to torch: gradients and Adam's state are where torch puts them."""
+
+    def __init__(self, module: ExampleLoss, config: TrainConfig):
+        self.module = module
+        self.scale = LossScale.of(config.dtype)
+        self.optimizer = make_optimizer(module, config)
+        self._parameters = trainable(module)
+        self._max_norm = config.max_grad_norm or math.inf
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> Update:
+        used = self.scale.scale
+        if used != 1.0:
+            for parameter in self._parameters.values():
+                parameter.grad.div_(used)  # a power of two: exact
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        finite = math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scale.update(finite=finite)
+        return Update(norm, finite, used)
+
+    def snapshot(self) -> Callable[[], None]:
+        return remember(optimizer_tensors(self.optimizer))
+
+    def read(self, name: str, key: StateKey) -> Tensor:
+        return self._tensor(name, key).detach()
+
+    @torch.no_grad()
+    def write(self, name: str, key: StateKey, value: Tensor) -> None:
+        self._tensor(name, key).copy_(value)
+
+    @property
+    def updates(self) -> int:
+        return int(adam_state(self.optimizer, next(iter(self._parameters.values())))["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for parameter in self._parameters.values():
+            adam_state(self.optimizer, parameter)["step"].fill_(count)
+
+    def _tensor(self, name: str, key: StateKey) -> Tensor:
+        parameter = self._parameters[name]
+        return parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]
+
+
+class TorchEngine(AdamEngine):
     """One process, or one replica per rank kept equal by DistributedDataParallel."""
 
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group):
-        self.module = module
-        self.optimizer = make_optimizer(module, config)
-        self._max_norm, self._ranks = config.max_grad_norm, group.world_size
+        super().__init__(module, config)
+        self._ranks = group.world_size
         self.name = "ddp" if group.world_size > 1 else "single"
         self._wrapped: nn.Module = module
         if group.world_size > 1:
@@ -95,18 +215,35 @@ class TorchEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         accumulate = self._ranks > 1 and not last
         with self._wrapped.no_sync() if accumulate else nullcontext():
-            (loss * self._ranks).backward()
+            (loss * (self._ranks * self.scale.scale)).backward()
 
-    def step(self, learning_rate: float) -> float | None:
-        parameters = trainable(self.module)
-        limit = self._max_norm or float("inf")
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
-    def snapshot(self) -> Callable[[], None]:
-        return remember(optimizer_tensors(self.optimizer))
+def collect(engine: Engine, *, keep: bool) -> dict[str, dict[str, Tensor]]:
+    """All that training has changed: ``{"adapter": {name: weight}, "optimizer": {"exp_avg/name": average, ...}}``.
+
+    All ranks call it together; copies, on the CPU, are made where ``keep`` is set.
+    """
+    found: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}}
+    for name in trainable(engine.module):
+        for file, label, key in _entries(name):
+            value = engine.read(name, key)
+            if keep:
+                found[file][label] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return found
+
+
+def restore(engine: Engine, tensors: Mapping[str, Mapping[str, Tensor]], group: Group) -> None:
+    """Put back what `collect` found; only the first rank's ``tensors`` count. All ranks call it together."""
+    for name in trainable(engine.module):
+        for file, label, key in _entries(name):
+            shape = engine.read(name, key).shape
+            value = torch.empty(shape, device=group.device)
+            if group.is_first:
+                value.copy_(tensors[file][label])
+            engine.write(name, key, group.broadcast(value, "control"))
+
+
+def _entries(name: str) -> list[tuple[str, str, StateKey]]:
+    """File, label and key of everything that is kept about an adapter tensor."""
+    averages = [("optimizer", f"{key}/{name}", key) for key in ("exp_avg", "exp_avg_sq")]
+    return [("adapter", name, "weight"), *averages]

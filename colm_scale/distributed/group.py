@@ -123,6 +123,11 @@ class Group:
         taken, self.traffic = dict(self.traffic), Counter()
         return taken
 
+    def ensure_process_group(self) -> None:
+        """Give a lone process a process group of its own, which FSDP2 and DeepSpeed want all the same."""
+        if not dist.is_initialized():
+            dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -134,6 +139,10 @@ class Group:
 def launched() -> bool:
     """Whether a launcher (torchrun, deepspeed, Slurm's template) started this process as one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def connect() -> Group:
@@ -153,6 +162,6 @@ def connect() -> Group:
     if world_size > 1 and not dist.is_initialized():
         if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a lone machine may have no name that resolves
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+        dist.init_process_group(_backend(device), timeout=_TIMEOUT)
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Group(rank, world_size, local_rank, local_world_size, device)

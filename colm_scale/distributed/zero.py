@@ -7,22 +7,32 @@ A file in ``ds_configs`` says what DeepSpeed alone knows: ZeRO stage, offload, c
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from colm_scale.config import RunConfig, TrainConfig
-from colm_scale.distributed.engine import make_optimizer, optimizer_tensors, remember, trainable
+from colm_scale.distributed.engine import (
+    LossScale,
+    StateKey,
+    Update,
+    adam_state,
+    make_optimizer,
+    optimizer_tensors,
+    remember,
+    trainable,
+)
 from colm_scale.distributed.group import Group
+from colm_scale.distributed.shards import local_tensors
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.records import Batch
 
-_STAGES = (0, 1, 2)
+_STAGES = (0, 1, 2, 3)
 _DECIDED_HERE = {
     "optimizer": "AdamW from --train.*",
     "scheduler": "--train.schedule",
@@ -104,27 +114,24 @@ def _decision(key: str, train: TrainConfig) -> str:
 class ZeroEngine:
     """DeepSpeed's engine behind the `Engine` protocol.
 
-    Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and keeps no second copy.
+    Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and keeps no second copy. Under
+    stage 3 the model comes on the CPU, and tensor after tensor is cut into shards.
     """
 
     name = "deepspeed"
 
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: dict):
-        os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
-        if group.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and warns
-        import deepspeed
-
-        # Gloo does what its shared-memory kernel for CPUs does. That one would be compiled at the first run, and a run
-        # killed while it compiles leaves a lock behind that every later run waits for, for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():  # a lone process: DeepSpeed wants a group all the same
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed = _import_deepspeed(group)
+        group.ensure_process_group()
         self.module = module
-        self._base_optimizer = make_optimizer(module, config)
-        self._ranks = group.world_size
+        self.scale = LossScale.of(config.dtype)
+        self.optimizer = make_optimizer(module, config)
+        self._parameters = trainable(module)
+        self._ranks, self._rank = group.world_size, group.rank
+        self._stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self._max_norm = config.max_grad_norm or math.inf
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self._base_optimizer, config=ds_config, dist_init_required=False
+            model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
         )
 
     def forward(self, batch: Batch) -> Tensor:
@@ -132,23 +139,122 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)  # sticky, so said every time
-        self._engine.backward(loss * self._ranks, scale_wrt_gas=False)
+        if self._stage and self.scale.scale != 1.0:
+            self._engine.optimizer.override_loss_scale(self.scale.scale)
+        by_hand = 1.0 if self._stage else self.scale.scale
+        self._engine.backward(loss * (self._ranks * by_hand), scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float | None:
+    def step(self, learning_rate: float) -> Update:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        used = self.scale.scale
+        norm = self._sharded_step() if self._stage else self._plain_step()
+        finite = math.isfinite(norm)
+        self.scale.update(finite=finite)
+        return Update(norm, finite, used)
+
+    def _sharded_step(self) -> float:
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)  # stage 0 without clipping takes none
+        return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
+
+    def _plain_step(self) -> float:
+        """Stage 0, where DeepSpeed neither scales losses nor minds a gradient that is not finite."""
+        for parameter in self._parameters.values():
+            parameter.grad.div_(self.scale.scale)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
 
     def snapshot(self) -> Callable[[], None]:
-        # ZeRO-1 and 2 train float32 partitions and copy them into the module: both are put back.
-        restore_partitions = remember(optimizer_tensors(self._base_optimizer))
-        restore_module = remember(trainable(self.module))
+        # The stages train float32 partitions and copy them into the module: both are put back.
+        module = [tensor for parameter in self._parameters.values() for tensor in local_tensors(parameter)]
+        return remember([*self._partitions(), *optimizer_tensors(self.optimizer), *module])
 
-        @torch.no_grad()
-        def restore() -> None:
-            restore_partitions()
-            restore_module()
+    def read(self, name: str, key: StateKey) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        return restore
+        parameter = self._parameters[name]
+        if not self._stage:
+            return (parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]).detach()
+        if key == "weight":
+            return safe_get_full_fp32_param(parameter)
+        self._start_adam()
+        return safe_get_full_optimizer_state(parameter, key)
+
+    @torch.no_grad()
+    def write(self, name: str, key: StateKey, value: Tensor) -> None:
+        self._start_adam()
+        parameter = self._parameters[name]
+        if not self._stage:
+            (parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]).copy_(value)
+        elif self._stage < 3:
+            self._write_partition(parameter, key, value)
+        else:
+            self._write_shard(parameter, key, value)
+
+    @property
+    def updates(self) -> int:
+        return int(adam_state(self.optimizer, self._partitions()[0])["step"])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for partition in self._partitions():
+            adam_state(self.optimizer, partition)["step"].fill_(count)
+
+    def _write_partition(self, parameter: Tensor, key: StateKey, value: Tensor) -> None:
+        """Stages 1 and 2: the module has the whole tensor, each rank trains a part of it in float32."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key == "weight":
+            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _write_shard(self, parameter: Tensor, key: StateKey, value: Tensor) -> None:
+        """Stage 3: each rank has a shard, the last one padded."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+        from deepspeed.zero import GatheredParameters
+
+        size = parameter.ds_tensor.numel()
+        padded = value.new_zeros(size * self._ranks)
+        padded[: value.numel()] = value.flatten()
+        own = padded[self._rank * size :][:size]
+        if key != "weight":
+            safe_set_local_optimizer_state(parameter, own, key)
+            return
+        safe_set_local_fp32_param(parameter, own)
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    def _partitions(self) -> list[Tensor]:
+        """What Adam trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
+        match self._stage:
+            case 0:
+                return list(self._parameters.values())
+            case 3:
+                return self._engine.optimizer.fp32_partitioned_groups_flat
+            case _:
+                return self._engine.optimizer.single_partition_of_fp32_groups
+
+    def _start_adam(self) -> None:
+        """Make Adam's averages, which it otherwise makes in its first step, and let DeepSpeed find them."""
+        for partition in self._partitions():
+            adam_state(self.optimizer, partition)
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _import_deepspeed(group: Group):
+    os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
+    if group.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and warns
+    import deepspeed
+
+    # Gloo does what its shared-memory kernel for CPUs does. That one would be compiled at the first run, and a run
+    # killed while it compiles leaves a lock behind that every later run waits for, for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -110,6 +110,19 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
     return model.requires_grad_(False).to(device)
 
 
+def keep_block_inputs_only(model: PreTrainedModel) -> None:
+    """Switch activation checkpointing on, in the variant without a backward of its own (non-reentrant).
+
+    Raises:
+        UserError: The model's blocks cannot do it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"--train.activation_checkpointing true: {type(model).__name__} cannot checkpoint its blocks; leave it out"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
     """The model with LoRA adapters in float32, in training mode: new ones, equal on every rank, or ``config.adapter``.
 

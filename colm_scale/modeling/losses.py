@@ -8,7 +8,8 @@ single row to multiply.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +83,20 @@ class ExampleLoss(nn.Module):
         self._post = _post_processing(model.config.get_text_config())
         self._post_checked = False
         self._pass: _Pass | None = None
-        head.register_forward_pre_hook(self._before_head)
-        head.register_forward_hook(self._after_head)
+
+    @property
+    def causal_model(self) -> nn.Module:
+        """The causal language model itself, in whose layers the adapters are."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         current = self._pass = _Pass(labels[:, 1:])
         try:
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            # Past peft's wrapper, which would call the model's forward without the hooks by which FSDP2 gathers it.
+            with self._hooked(self.causal_model.get_output_embeddings()):
+                logits = self.causal_model(
+                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                ).logits
         finally:
             self._pass = None
         if self._fused and not self._post_checked:
@@ -100,10 +108,18 @@ class ExampleLoss(nn.Module):
             current.losses = F.cross_entropy(logits[0].float(), current.targets, reduction="none")
         return _mean_per_example(current.losses, current.rows)
 
+    @contextmanager
+    def _hooked(self, head: nn.Module) -> Iterator[None]:
+        """Hooks for one forward: as the last to be registered they run when ZeRO-3's have gathered the head."""
+        handles = head.register_forward_pre_hook(self._before_head), head.register_forward_hook(self._after_head)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _before_head(self, head: nn.Linear, args: tuple):
         current = self._pass
-        if current is None:  # the model is used by itself, to generate
-            return None
         hidden = args[0]
         wanted = current.shifted != -100
         branches = hidden.shape[0] // wanted.shape[0]
@@ -119,8 +135,7 @@ class ExampleLoss(nn.Module):
         return (hidden[:1, :1], *args[1:])
 
     def _after_head(self, _head: nn.Module, _args: tuple, logits: Tensor) -> None:
-        if self._pass is not None:
-            self._pass.raw_logits = logits.detach()
+        self._pass.raw_logits = logits.detach()
 
 
 class _Pass:

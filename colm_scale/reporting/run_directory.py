@@ -70,6 +70,8 @@ def metrics_row(report: StepReport) -> dict[str, object]:
         "loss": report.loss,
         "learning_rate": report.learning_rate,
         "gradient_norm": report.gradient_norm,
+        "applied": report.applied,
+        "loss_scale": report.loss_scale,
         "seconds": report.seconds,
         "measured_over_floor": report.floor,
         "peak_bytes": report.peak_bytes,

@@ -34,7 +34,7 @@ class Tap:
 
     def __init__(self, model: ExampleLoss, probe: Probe):
         self.model = model
-        base = model.model.get_base_model() if hasattr(model.model, "get_base_model") else model.model
+        base = model.causal_model
         self.block = base.get_submodule(probe.block)
         self.lora_b = _lora_b(base.get_submodule(probe.layer), probe.layer)
         self.rows = probe.rows

@@ -22,8 +22,15 @@ RUNS = {
     "single": ("auto", 1),
     "ddp-2": ("auto", 2),
     "ddp-4": ("auto", 4),
-    "zero2-1": ("deepspeed", 1),
-    "zero2-2": ("deepspeed", 2),
+    "zero1-2": ("zero1", 2),
+    "zero2-1": ("zero2", 1),
+    "zero2-2": ("zero2", 2),
+    "zero2_offload-2": ("zero2_offload", 2),
+    "zero3-2": ("zero3", 2),
+    "zero3_offload-2": ("zero3_offload", 2),
+    "fsdp-1": ("fsdp", 1),
+    "fsdp-2": ("fsdp", 2),
+    "fsdp_offload-2": ("fsdp_offload", 2),
 }
 METHODS = ("last_layer", "zeroth_order_1", "zeroth_order_3", "stratified", "random", "full")
 SKETCHED = tuple(name for name, case in CASES.items() if case.selection.method == "colm")

@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colm_scale.config import LoraConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import FsdpConfig, LoraConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.data.examples import Examples
-from colm_scale.distributed.engine import Engine, optimizer_tensors, trainable
+from colm_scale.distributed.engine import Engine, Update, collect, optimizer_tensors, trainable
+from colm_scale.distributed.engines import make_engine
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
-from colm_scale.distributed.zero import ZeroEngine, read_ds_config
+from colm_scale.distributed.shards import held_bytes, local_tensors
+from colm_scale.distributed.zero import read_ds_config
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.modeling.load import add_adapters
 from colm_scale.modeling.losses import ExampleLoss
@@ -43,10 +45,10 @@ from colm_scale.randomness import generator
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch.tap import Tap
-from colm_scale.trainer import Inputs, build_engine, build_step
+from colm_scale.trainer import Inputs, build_step
 from support.families import base_model
 
-DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 SIZES = (44, 30, 14, 5, 3)
 PAD, VOCABULARY = 0, 128
 RANK, D_OUT = 64, 32
@@ -92,12 +94,15 @@ CASES = {
 
 
 def run_config(case: Case, engine: str = "auto") -> RunConfig:
+    """``engine`` is ``auto``, ``fsdp``, ``fsdp_offload``, or the name of a file in ``ds_configs``."""
     train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5, **case.train}
     return RunConfig(
         selection=case.selection,
         lora=LoraConfig(rank=RANK, alpha=RANK),
         train=TrainConfig(**train),
-        ds_config=str(DS_CONFIG) if engine == "deepspeed" else None,
+        fsdp=FsdpConfig(cpu_offload=engine == "fsdp_offload"),
+        engine="fsdp" if engine.startswith("fsdp") else "auto",
+        ds_config=str(DS_CONFIGS / f"{engine}.json") if engine.startswith("zero") else None,
     )
 
 
@@ -145,21 +150,26 @@ class EngineSpy:
         self.forward, self.backward, self.snapshot = engine.forward, engine.backward, engine.snapshot
         self.gradients: list[dict[str, Tensor]] = []
 
-    def step(self, learning_rate: float) -> float:
-        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        if isinstance(self._engine, ZeroEngine):
+    def step(self, learning_rate: float) -> Update:
+        self.gradients.append({name: self._gradient(p).clone() for name, p in trainable(self.module).items()})
+        return self._engine.step(learning_rate)
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        if self.name == "deepspeed":
             from deepspeed.utils import safe_get_full_grad
 
-            self.gradients.append({name: safe_get_full_grad(p).clone() for name, p in named})
-        else:
-            self.gradients.append({name: p.grad.clone() for name, p in named})
-        return self._engine.step(learning_rate)
+            return safe_get_full_grad(parameter)
+        gradient = parameter.grad
+        return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
     def state(self) -> list[Tensor]:
         """Copies of all that a step changes, from behind the engine's own `snapshot`."""
-        inner = self._engine
-        optimizer = inner._base_optimizer if isinstance(inner, ZeroEngine) else inner.optimizer
-        return [tensor.detach().clone() for tensor in [*optimizer_tensors(optimizer), *trainable(self.module)]]
+        own = [local for parameter in trainable(self.module).values() for local in local_tensors(parameter)]
+        return [_local(tensor).detach().clone() for tensor in [*optimizer_tensors(self._engine.optimizer), *own]]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class EstimatorSpy:
@@ -235,7 +245,7 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
     inputs = Inputs(SimpleNamespace(pad_token_id=PAD), data, None, kept(case.selection, data), ds_config)
     forwards = []
     module.register_forward_hook(lambda *_: forwards.append(1))
-    engine = EngineSpy(build_engine(config, inputs, module, group))
+    engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
     sketches = case.selection.method == "colm"
     step = build_step(
         config, inputs, engine, tap if sketches else None, Spans(group.device, memory_meter(group.device)), group
@@ -257,7 +267,14 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
             floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
             forwards.clear()
     gradients = engine.gradients[0]
-    return {"steps": steps, "gradients": gradients, "adapters": adapters(module), "floor": floor, "name": engine.name}
+    return {
+        "steps": steps,
+        "gradients": gradients,
+        "adapters": collect(engine._engine, keep=True)["adapter"],
+        "floor": floor,
+        "name": engine.name,
+        "held": held_bytes(module),
+    }
 
 
 def _row(report) -> dict:

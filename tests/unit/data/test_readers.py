@@ -242,7 +242,7 @@ def hub(monkeypatch):
     """A hub with one data set, and the splits that were asked for."""
     asked = []
 
-    def load_dataset(name: str, split: str):
+    def load_dataset(name: str, split: str, streaming: bool):
         asked.append((name, split))
         if name != "org/set.v1":
             raise FileNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
@@ -333,7 +333,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(in_tmp, suffix):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.jsonl", '{"a": 1}\n\n{"a": 1,}\n', "a.jsonl line 3, column "),
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n\n{"a": 1,}\n', "a.jsonl line 3, column "),
         ("a.jsonl", '{"a": "b\n', "a.jsonl line 1, column 7: invalid JSON"),
         ("a.json", '[\n {"a": 1},\n {"a" 1}\n]', "a.json line 3, column 7: invalid JSON"),
         ("a.json", '{"a": 1}\n{"a": 1}', "a.json line 2, column 1: invalid JSON: Extra data (a .jsonl file has one"),

@@ -1,0 +1,78 @@
+"""Training under FSDP2: every decoder block is a unit whose weights are gathered when it runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from colm_scale.config import FsdpConfig, TrainConfig
+from colm_scale.distributed.engine import AdamEngine, StateKey
+from colm_scale.distributed.group import Group
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import decoder_blocks
+from colm_scale.records import Batch
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: each decoder block, every other module with weights of its own, and last the model.
+
+    A unit of embedding, norm and head together would be gathered for the backward when the gradient of the logits comes
+    by, and it never does: the loss is computed on the way into the head.
+    """
+    blocks = list(decoder_blocks(model)[1])
+    inside = {module for block in blocks for module in block.modules()}
+    others = [
+        module
+        for module in model.modules()
+        if module not in inside and module is not model and any(True for _ in module.parameters(recurse=False))
+    ]
+    return [*blocks, *others, model]
+
+
+class FsdpEngine(AdamEngine):
+    """`fully_shard` behind the `Engine` protocol. The model comes on the CPU; block after block moves to the device.
+
+    The root is the causal language model itself, not the loss module around it, so that generating gathers too.
+    """
+
+    name = "fsdp"
+
+    def __init__(self, module: ExampleLoss, train: TrainConfig, fsdp: FsdpConfig, group: Group):
+        group.ensure_process_group()
+        self._device, self._ranks, self._root = group.device, group.world_size, module.causal_model
+        options = {
+            "mesh": init_device_mesh(group.device.type, (group.world_size,)),
+            "reshard_after_forward": fsdp.reshard_after_forward,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=None if fsdp.param_dtype == "stored" else getattr(torch, fsdp.param_dtype),
+                reduce_dtype=torch.float32,
+            ),
+            "offload_policy": CPUOffloadPolicy(pin_memory=group.device.type == "cuda")
+            if fsdp.cpu_offload
+            else OffloadPolicy(),
+        }
+        for unit in units(self._root):
+            fully_shard(unit, **options)
+        super().__init__(module, train)  # its optimizer is over the shards
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.module(batch.input_ids, batch.attention_mask, batch.labels)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._root.set_is_last_backward(last)
+        self._root.set_requires_gradient_sync(last)
+        (loss * (self._ranks * self.scale.scale)).backward()
+
+    def read(self, name: str, key: StateKey) -> Tensor:
+        tensor = self._tensor(name, key).detach()
+        return tensor.to(self._device).full_tensor()  # offloaded shards are on the CPU, where NCCL cannot gather
+
+    @torch.no_grad()
+    def write(self, name: str, key: StateKey, value: Tensor) -> None:
+        tensor = self._tensor(name, key)
+        value = value.to(self._device, tensor.dtype)
+        whole = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(whole.to_local())
