@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ class Evaluator:
         train_sizes: ``[Q]`` training examples per source, for the mean over the natural mixture.
         small: ``[Q]`` bool, the sources reported as small (by the default kept-source rule).
         micro_batch_tokens: Token budget of a training micro-batch.
+        entered: Told that an evaluation is under way, once per micro-batch.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class Evaluator:
         group: Group,
         micro_batch_tokens: int,
         seed: int,
+        entered: Callable[[str], None] = lambda _: None,
     ):
         self._examples, self._tokenizer, self._config, self._group = examples, tokenizer, config, group
-        self._train_sizes, self._small = train_sizes, small
+        self._train_sizes, self._small, self._entered = train_sizes, small, entered
         self._budget = _TOKENS_PER_TRAINED * micro_batch_tokens
         chosen = [self._sample(source, config.limit, seed) for source in range(len(examples.source_names))]
         self._scored = torch.cat(chosen).sort().values
@@ -71,6 +75,7 @@ class Evaluator:
             self._group.world_size,
         )
         for indices in shares[self._group.rank]:
+            self._entered("evaluate")
             batch = self._batch(indices or (int(self._scored[0]),))
             found = module(batch.input_ids, batch.attention_mask, batch.labels)
             if indices:
@@ -87,9 +92,9 @@ class Evaluator:
             lengths += self._config.max_new_tokens
             micro_batches = form_micro_batches(lengths, self._generated, self._budget)
             for indices in deal(micro_batches, lengths, self._group.world_size)[self._group.rank]:
-                if not indices:
-                    continue
-                answers = self._generate(module, [prompts[i][0] for i in indices])
+                self._entered("generate")
+                # A rank with nothing to generate does as the others do: weights may be gathered from all ranks.
+                answers = self._generate(module, [prompts[i][0] for i in indices or (int(self._generated[0]),)])
                 for index, answer in zip(indices, answers):
                     reference = self._tokenizer.decode(prompts[index][1], skip_special_tokens=True)
                     correct[index] = is_correct(answer, reference)
@@ -110,6 +115,7 @@ class Evaluator:
             max_new_tokens=self._config.max_new_tokens,
             do_sample=False,
             num_beams=1,
+            synced_gpus=self._group.world_size > 1,
             pad_token_id=pad_id,
             eos_token_id=sorted(self._ends(module)),
         )

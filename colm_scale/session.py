@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from torch import Tensor
 
 from colm_scale.config import RunConfig
-from colm_scale.data.examples import Examples
-from colm_scale.distributed.engine import Engine
+from colm_scale.distributed.engine import Engine, collect
 from colm_scale.distributed.group import Group
 from colm_scale.evaluate import Evaluator
+from colm_scale.inputs import Inputs
 from colm_scale.profiling.memory import MemoryMeter
 from colm_scale.records import StepReport
 from colm_scale.reporting.display import Display
@@ -30,7 +31,7 @@ class Session:
         self,
         config: RunConfig,
         directory: RunDirectory | None,
-        examples: Examples,
+        inputs: Inputs,
         small: Tensor,
         engine: Engine,
         evaluator: Evaluator | None,
@@ -38,12 +39,13 @@ class Session:
         meter: MemoryMeter,
     ):
         self._config, self._directory, self._engine = config, directory, engine
-        self._evaluator, self._group, self._names = evaluator, group, examples.source_names
+        self._evaluator, self._group, self._names = evaluator, group, inputs.source_names
         self._best: Evaluation | None = None
+        self._summary: RunSummary | None = None
         if directory is not None:
             self._display = Display(config.profile.display, meter.label, directory.log)
             self._summary = RunSummary(
-                examples.source_names, examples.sizes, small, meter.label, examples.dropped, examples.cut
+                inputs.source_names, inputs.sizes, small, meter.label, inputs.sampler.dropped, inputs.sampler.cut
             )
 
     def __enter__(self) -> Session:
@@ -53,17 +55,25 @@ class Session:
         if self._directory is not None:
             self._display.close()
 
-    def start(self, steps: int, facts: Sequence[str]) -> None:
-        """Say what is about to run."""
+    def start(self, steps: int, facts: Sequence[str], done: int = 0) -> None:
+        """Say what is about to run, ``done`` steps of it before."""
         if self._directory is not None:
             for fact in facts:
                 self._display.message(fact)
-            self._display.start(steps)
+            self._display.start(steps, done)
 
-    def warn(self, text: str) -> None:
-        """Say something once, on rank 0."""
-        if self._directory is not None:
-            self._display.warning(text)
+    def state(self) -> dict:
+        """What has been counted and evaluated so far, as plain JSON; the counts on the first rank."""
+        return {
+            "best": None if self._best is None else asdict(self._best),
+            "summary": None if self._summary is None else self._summary.state(),
+        }
+
+    def load(self, state: dict) -> None:
+        """Go on from what `state` returned on the first rank."""
+        self._best = None if state["best"] is None else Evaluation(**state["best"])
+        if self._summary is not None:
+            self._summary.load(state["summary"])
 
     def step(self, report: StepReport) -> None:
         """Write and show a step."""
@@ -85,6 +95,14 @@ class Session:
             self._best = evaluation
             self._save("adapter")
 
+    def stopped(self, step: int) -> None:
+        """Say that the run was told to stop, and how it goes on."""
+        if self._directory is not None:
+            self._display.close()
+            way_on = f"go on with --resume auto --output_dir {self._directory.path}"
+            saved = way_on if self._config.checkpoint.every else "nothing was saved, for --checkpoint.every is 0"
+            self._display.message(f"stopped after step {step}, as told: {saved}")
+
     def finish(self, steps: int) -> None:
         """Save the last adapter, as ``adapter`` unless an evaluation found a better one, and show the tables."""
         best_is_last = self._best is None or self._best.step == steps
@@ -102,10 +120,14 @@ class Session:
 
     def _save(self, name: str) -> None:
         """Written beside its place and renamed, so that a folder of that name always holds a whole adapter."""
+        weights = collect(self._engine, keep=self._directory is not None)["adapter"]
         if self._directory is not None:
             place = self._directory.path / name
             new, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
-            self._engine.module.model.save_pretrained(new)
+            shutil.rmtree(new, ignore_errors=True)
+            named = {label.removeprefix("model."): weight for label, weight in weights.items()}
+            self._engine.module.model.save_pretrained(new, state_dict=named, save_embedding_layers=False)
+            shutil.rmtree(old, ignore_errors=True)
             if place.exists():
                 place.rename(old)
             new.rename(place)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from colm_scale.config import RunConfig
 from colm_scale.data.batching import collate
-from colm_scale.data.examples import Examples
-from colm_scale.data.sampler import CandidateSampler
+from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
@@ -55,8 +54,7 @@ class CoresetStep:
     def __init__(
         self,
         config: RunConfig,
-        examples: Examples,
-        sampler: CandidateSampler,
+        sampler: Sampler,
         rule: SelectionRule,
         estimator: Estimator | None,
         engine: Engine,
@@ -64,11 +62,10 @@ class CoresetStep:
         spans: Spans,
         pad_id: int,
     ):
-        self._config, self._examples, self._sampler, self._rule = config, examples, sampler, rule
-        self._estimator, self._engine, self._group, self._spans = estimator, engine, group, spans
+        self.estimator = estimator
+        self._config, self._sampler, self._rule = config, sampler, rule
+        self._engine, self._group, self._spans = engine, group, spans
         self._pad_id = pad_id
-        self._label_tokens = examples.label_counts
-        self._shortest = int(examples.lengths.argmin())
 
     def __call__(self, step: int, learning_rate: float) -> tuple[StepReport, Work]:
         """Train one step.
@@ -77,7 +74,7 @@ class CoresetStep:
             TrainingError: On every rank: ranks disagree, a loss of the coreset is not finite (names step and ids; the
                 weights have not changed), or the gradient is not.
         """
-        spans, group, rule, estimator = self._spans, self._group, self._rule, self._estimator
+        spans, group, rule, estimator = self._spans, self._group, self._rule, self.estimator
         budget_tokens = self._config.train.micro_batch_tokens
         matrix, sketched = None, []
 
@@ -173,7 +170,7 @@ class CoresetStep:
 
     def _shares(self, candidates: Candidates, selection: Selection) -> Tensor:
         """``[n]`` what each candidate's loss counts for; zero where it is not selected."""
-        label_tokens = self._label_tokens[candidates.indices[selection.positions]]
+        label_tokens = self._sampler.examples.label_counts(candidates.indices[selection.positions])
         shares = torch.zeros(len(candidates))
         shares[selection.positions] = loss_shares(selection, label_tokens, self._config.train.loss)
         return shares
@@ -186,11 +183,12 @@ class CoresetStep:
         return [MicroBatch(batch, share.to(self._group.device)) for batch, share in zip(batches, own)]
 
     def _batches(self, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
-        """A rank's micro-batches on its device; an empty one holds the shortest example, at no position."""
-        batches = []
+        """A rank's micro-batches on its device; an empty one holds the shortest candidate, at no position."""
+        batches, examples = [], self._sampler.examples
+        shortest = candidates.indices[candidates.lengths.argmin().view(1)]
         for positions in map(long_tensor, share):
-            indices = candidates.indices[positions] if len(positions) else long_tensor([self._shortest])
-            batches.append(collate(self._examples, indices, positions, self._pad_id, self._group.device))
+            indices = candidates.indices[positions] if len(positions) else shortest
+            batches.append(collate(examples, indices, positions, self._pad_id, self._group.device))
         return batches
 
     def _over_ranks(

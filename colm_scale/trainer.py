@@ -12,41 +12,33 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from colm_scale.checkpoint.identity import config_facts, model_digest
+from colm_scale.checkpoint.run_state import RunState
+from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.config import RunConfig, TrainConfig, as_yaml
-from colm_scale.data.builtin import Split
-from colm_scale.data.examples import Examples, tokenise
-from colm_scale.data.readers import builtin_as_rows, read_rows
-from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
 from colm_scale.distributed.group import Group, PeerFailed, connect
-from colm_scale.distributed.watch import Watch
+from colm_scale.distributed.shards import held_bytes
+from colm_scale.distributed.watch import STOPPED, Watch
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.evaluate import Evaluator
-from colm_scale.modeling.load import (
-    add_adapters,
-    check_adapter,
-    check_model,
-    context_length,
-    keep_block_inputs_only,
-    load_model,
-    load_tokenizer,
-)
+from colm_scale.inputs import Inputs, read_inputs
+from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
-from colm_scale.profiling.memory import memory_meter
+from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
+from colm_scale.reporting.summary import gib
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.session import Session
@@ -57,34 +49,25 @@ _DEFAULT_STEPS = 80
 _BUILTIN_LEARNING_RATE, _LEARNING_RATE = 1e-2, 2e-4
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a run reads before it loads a model."""
-
-    tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    eval: Examples | None
-    kept: Tensor
-    """``[Q]`` bool."""
-    ds_config: dict | None
-
-
 def run(config: RunConfig) -> None:
     """Run ``config`` on this rank.
 
-    Ends the process with 2 (wrong input) or 1 (training failed) if it cannot be completed; then one rank says why, and
-    every other rank ends too.
+    Ends the process with 2 (wrong input), 1 (training failed) or 143 (told to stop, and saved) if it is not completed;
+    then one rank says why, and every other rank ends too.
     """
     watch = None
     try:
         _quieten()
+        config = resolve(config)
         group = connect()
-        watch = Watch(group)
-        _train(resolve(config), group)
+        watch = Watch(group, config.train.timeout)
+        completed = _train(config, group, watch)
     except BaseException as error:
         _end(error, watch)
     watch.close()
     group.close()
+    if not completed:
+        sys.exit(STOPPED)
 
 
 def _quieten() -> None:
@@ -96,55 +79,18 @@ def _quieten() -> None:
 
 def resolve(config: RunConfig) -> RunConfig:
     """With presets and defaults that depend on other options written out."""
-    train = config.train
+    train, output_dir = config.train, config.output_dir
     if train.learning_rate is None:
         rate = _BUILTIN_LEARNING_RATE if config.model.name is None else _LEARNING_RATE
         train = dataclasses.replace(train, learning_rate=rate)
-    return dataclasses.replace(config, train=train, selection=config.selection.resolved())
+    if output_dir is None and config.resume != "none":
+        output_dir = str(_run_of(Path(config.resume)))
+    return dataclasses.replace(config, train=train, selection=config.selection.resolved(), output_dir=output_dir)
 
 
-def read_inputs(config: RunConfig, group: Group) -> Inputs:
-    """Read and check everything that can be wrong, before a model is loaded.
-
-    Raises:
-        UserError: On the rank that found it; see `Group.together`.
-    """
-    from colm_scale.distributed.zero import read_ds_config
-
-    with group.together():
-        n = config.selection.candidates
-        if n % group.world_size:
-            raise UserError(
-                f"--selection.candidates is {n}, which {group.world_size} ranks cannot share evenly: "
-                f"give a multiple of {group.world_size}"
-            )
-        if config.engine == "single" and group.world_size > 1:
-            raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
-        ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
-        context = context_length(check_model(config.model))
-        check_adapter(config.lora)
-        tokenizer = load_tokenizer(config.model)
-        longest = config.data.max_length or context
-        train = _read(config, "train", tokenizer, longest)
-        CandidateSampler(train, n, config.train.seed)
-        kept = kept_sources(train.sizes, train.source_names, config.selection.kept_sources)
-        held_out = None
-        if config.data.eval or not config.data.train:
-            held_out = _read(config, "eval", tokenizer, longest, train.source_names)
-    group.agree(train.digest(), "training data")
-    return Inputs(tokenizer, train, held_out, kept, ds_config)
-
-
-def _read(
-    config: RunConfig,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    source_names: Sequence[str] | None = None,
-) -> Examples:
-    specs = getattr(config.data, split)
-    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
-    return tokenise(rows, tokenizer, config.data, longest, source_names)
+def _run_of(resumed: Path) -> Path:
+    """The folder of the run that a checkpoint (or the run itself) is in."""
+    return resumed.parent.parent if resumed.absolute().parent.name == "checkpoints" else resumed
 
 
 def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[ExampleLoss, Tap | None]:
@@ -181,62 +127,132 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
             return config.learning_rate
 
 
-def _train(config: RunConfig, group: Group) -> None:
+def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
+    """Whether the run came to its end, rather than being told to stop."""
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
-    directory = _open_directory(config, group)
+    directory, found = _open_directory(config, group)
     inputs = read_inputs(config, group)
-    steps = total_steps(config, len(inputs.train))
+    steps = total_steps(config, int(inputs.sizes.sum()))
     module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
+    weights = model_digest(module)
+    group.agree(weights, "weights of the base model")
     engine = make_engine(config, inputs.ds_config, module, group)
     meter = memory_meter(group.device)
-    step = build_step(config, inputs, engine, tap, Spans(group.device, meter), group)
-    small = kept_sources(inputs.train.sizes, inputs.train.source_names, None)
-    evaluator = _evaluator(config, inputs, small, group)
-    with group.together():
-        if directory is not None:
-            facts = {"device_name": meter.device_name, "memory": meter.label}
-            directory.create(as_yaml(config), environment(group.device, group.world_size, engine.name, **facts))
+    step = build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group)
+    small = kept_sources(inputs.sizes, inputs.source_names, None)
+    evaluator = _evaluator(config, inputs, small, group, watch)
 
-    with Session(config, directory, inputs.train, small, engine, evaluator, group, meter) as session:
-        session.start(steps, _facts(config, inputs, engine, evaluator, group))
-        if tap is not None and config.selection.estimator == "zeroth_order" and config.train.dtype != "float32":
-            session.warn(
-                f"finite differences of step {config.selection.perturbation:g} are mostly rounding in "
-                f"{config.train.dtype}: use --selection.estimator last_layer, or --train.dtype float32"
-            )
-        session.evaluate(0)
-        for number in range(1, steps + 1):
+    with Session(config, directory, inputs, small, engine, evaluator, group, meter) as session:
+        identity = {"config": config_facts(config), "data": inputs.digest, "model": weights}
+        state = RunState(
+            folder=None if directory is None else CheckpointFolder(directory.checkpoints, config.checkpoint.keep),
+            identity=identity,
+            facts=_written_down(config, inputs, steps),
+            sampler=inputs.sampler,
+            engine=engine,
+            estimator=step.estimator,
+            session=session,
+            group=group,
+        )
+        done = state.load(found)
+        _claim(directory, config, engine, meter, done, group)
+        facts = _facts(config, inputs, engine, evaluator, group)
+        session.start(steps, [*facts, *_resumed(found, done)], done)
+        if not done:
+            session.evaluate(0)
+        for number in range(done + 1, steps + 1):
+            watch.begin(number)
             report, work = step(number, learning_rate(config.train, number, steps))
             if config.profile.floor_every and number % config.profile.floor_every == 0:
+                watch.enter("floor")
                 report = dataclasses.replace(report, floor=report.seconds["step"] / step.bare_floor_seconds(work))
             session.step(report)
             if number == steps or (config.eval.every and number % config.eval.every == 0):
                 session.evaluate(number)
+            stopping = group.any(watch.stop_requested)
+            every = config.checkpoint.every
+            if every and (stopping or number == steps or number % every == 0):
+                watch.enter("checkpoint")
+                state.save(number)
+            if stopping and number < steps:
+                session.stopped(number)
+                return False
         session.finish(steps)
+        return True
 
 
-def _open_directory(config: RunConfig, group: Group) -> RunDirectory | None:
-    """Rank 0's run directory, checked before anything is computed."""
+def _open_directory(config: RunConfig, group: Group) -> tuple[RunDirectory | None, Checkpoint | None]:
+    """Rank 0's run directory, checked before anything is computed, and the checkpoint to go on from."""
     with group.together():
-        return RunDirectory(config.output_dir) if group.is_first else None
+        if not group.is_first:
+            return None, None
+        directory = RunDirectory(config.output_dir, resume=config.resume != "none")
+        match config.resume:
+            case "none":
+                return directory, None
+            case "auto":
+                folder = CheckpointFolder(directory.checkpoints, config.checkpoint.keep)
+                return directory, folder.newest(config.checkpoint.fallback)
+            case path:
+                return directory, CheckpointFolder.read(Path(path))
+
+
+def _claim(
+    directory: RunDirectory | None, config: RunConfig, engine: Engine, meter: MemoryMeter, done: int, group: Group
+) -> None:
+    """Write the files that say what runs, once it is known that it can."""
+    with group.together():
+        if directory is not None:
+            facts = {"device_name": meter.device_name, "memory": meter.label}
+            found = environment(group.device, group.world_size, engine.name, **facts)
+            directory.create(as_yaml(config), found, done)
+
+
+def _written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, object]:
+    """What a checkpoint says about the run for people to read."""
+    table = zip(inputs.source_names, inputs.sizes.tolist(), inputs.kept.tolist())
+    return {
+        "schedule": {"steps": steps, "learning_rate": config.train.learning_rate, "kind": config.train.schedule},
+        "random": {"seed": config.train.seed, "draws": "functions of seed, purpose and index"},
+        "sources": [{"name": name, "examples": size, "kept": kept} for name, size, kept in table],
+    }
+
+
+def _resumed(found: Checkpoint | None, done: int) -> list[str]:
+    if found is None:
+        return []
+    passed_over = [f"warning: passed over: {damage}" for damage in found.passed_over]
+    return [*passed_over, f"going on after step {done}, from {found.path}"]
 
 
 def _facts(
     config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Evaluator | None, group: Group
 ) -> list[str]:
     """What a user wants to know before the first step."""
-    train, selection = inputs.train, config.selection
-    kept = [name for name, is_kept in zip(train.source_names, inputs.kept.tolist()) if is_kept]
+    selection = config.selection
+    kept = [name for name, is_kept in zip(inputs.source_names, inputs.kept.tolist()) if is_kept]
+    attention = engine.module.causal_model.config._attn_implementation
     facts = [
-        f"model {config.model.name or 'built-in base'} in {config.train.dtype}, engine {engine.name} on "
-        f"{group.world_size} rank(s), {group.device.type}",
-        f"{len(train):,} examples of {len(train.source_names)} sources",
+        f"model {config.model.name or 'built-in base'} in {config.train.dtype}, attention {attention}, engine "
+        f"{engine.name} on {group.world_size} rank(s), {group.device.type}; {gib(held_bytes(engine.module))} GiB of "
+        f"weights on rank 0",
+        f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
         f"method {selection.method}: {selection.budget if selection.method != 'full' else selection.candidates} of "
         f"{selection.candidates} candidates per step",
     ]
     if selection.method in ("colm", "stratified"):
         facts.append(f"kept sources ({len(kept)}): {', '.join(kept) or 'none'}")
-    left_out = {"training examples too long, dropped": train.dropped, "training examples too long, cut": train.cut}
+    if selection.method == "colm" and selection.estimator == "zeroth_order" and config.train.dtype != "float32":
+        facts.append(
+            f"warning: finite differences of step {selection.perturbation:g} are mostly rounding in "
+            f"{config.train.dtype}: use --selection.estimator last_layer, or --train.dtype float32"
+        )
+    if not config.checkpoint.every:
+        facts.append("warning: --checkpoint.every 0: a run that is interrupted is lost")
+    left_out = {
+        "training examples too long, dropped": inputs.sampler.dropped,
+        "training examples too long, cut": inputs.sampler.cut,
+    }
     if evaluator is not None:
         left_out |= {
             "held-out examples too long, dropped": inputs.eval.dropped,
@@ -259,8 +275,7 @@ def build_step(
         estimator = make_estimator(tap, config.selection, config.train, group)
     return CoresetStep(
         config=config,
-        examples=inputs.train,
-        sampler=CandidateSampler(inputs.train, config.selection.candidates, config.train.seed),
+        sampler=inputs.sampler,
         rule=SelectionRule(config.selection, inputs.kept, config.train.seed),
         estimator=estimator,
         engine=engine,
@@ -270,18 +285,19 @@ def build_step(
     )
 
 
-def _evaluator(config: RunConfig, inputs: Inputs, small: Tensor, group: Group) -> Evaluator | None:
+def _evaluator(config: RunConfig, inputs: Inputs, small: Tensor, group: Group, watch: Watch) -> Evaluator | None:
     if inputs.eval is None:
         return None
     return Evaluator(
         inputs.eval,
-        inputs.train.sizes,
+        inputs.sizes,
         small,
         inputs.tokenizer,
         config.eval,
         group,
         config.train.micro_batch_tokens,
         config.train.seed,
+        watch.enter,
     )
 
 

@@ -63,11 +63,10 @@ class Examples:
         """``[N]`` int64 tokens of each example."""
         return self.offsets.diff()
 
-    @property
-    def label_counts(self) -> Tensor:
-        """``[N]`` int64 tokens of each example that carry loss, at least 1."""
-        before = torch.cat([long_tensor([0]), self.labelled.cumsum(0)])
-        return before[self.offsets].diff()
+    def label_counts(self, indices: Tensor) -> Tensor:
+        """``[n]`` int64 tokens of each of the examples ``indices`` that carry loss, at least 1."""
+        starts, ends = self.offsets[indices].tolist(), self.offsets[indices + 1].tolist()
+        return long_tensor([int(self.labelled[start:end].sum()) for start, end in zip(starts, ends)])
 
     @property
     def sizes(self) -> Tensor:

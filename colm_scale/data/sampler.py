@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,28 @@ from colm_scale.data.examples import Examples
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates
+
+
+class Sampler(Protocol):
+    """Draws the candidates of each step in turn, the same ones on every rank.
+
+    Attributes:
+        examples: What the indices of the candidates last drawn refer to.
+        dropped, cut: Examples per source that were too long and left out, or cut, so far.
+    """
+
+    examples: Examples
+    dropped: dict[str, int]
+    cut: dict[str, int]
+
+    def __call__(self, step: int) -> Candidates:
+        """The candidates of a step, from 1; steps are asked for in turn."""
+
+    def state(self) -> dict:
+        """Where the next step begins, as plain JSON."""
+
+    def load(self, state: dict) -> None:
+        """Go on where `state` was taken."""
 
 
 class CandidateSampler:
@@ -27,6 +51,7 @@ class CandidateSampler:
                 f"--selection.candidates is {count}, but only {len(examples)} training examples are there "
                 f"({sum(examples.dropped.values())} were dropped): give at most {len(examples)}"
             )
+        self.examples, self.dropped, self.cut = examples, examples.dropped, examples.cut
         self._ids, self._sources, self._lengths = examples.ids, examples.sources, examples.lengths
         self._size, self._count, self._seed = len(examples), count, seed
         self._permutations: dict[int, Tensor] = {}
@@ -39,6 +64,12 @@ class CandidateSampler:
         stream = torch.cat(list(self._permutations.values()))
         indices = stream[start - first * self._size :][: self._count]
         return Candidates(step, indices, self._ids[indices], self._sources[indices], self._lengths[indices])
+
+    def state(self) -> dict:
+        return {}  # all there is to know is the step
+
+    def load(self, state: dict) -> None:
+        """Nothing to do: any step can be asked for."""
 
     def _permutation(self, epoch: int) -> Tensor:
         """``[N]``, drawn unless the step before has used it too."""

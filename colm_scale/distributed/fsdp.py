@@ -16,20 +16,24 @@ from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.records import Batch
 
 
-def units(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: each decoder block, every other module with weights of its own, and last the model.
+def units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
+    """What is gathered at a time: each decoder block, every other module with weights of its own (those that share one
+    together), and last the model.
 
     A unit of embedding, norm and head together would be gathered for the backward when the gradient of the logits comes
     by, and it never does: the loss is computed on the way into the head.
     """
     blocks = list(decoder_blocks(model)[1])
-    inside = {module for block in blocks for module in block.modules()}
-    others = [
-        module
-        for module in model.modules()
-        if module not in inside and module is not model and any(True for _ in module.parameters(recurse=False))
-    ]
-    return [*blocks, *others, model]
+    inside = {module for block in blocks for module in block.modules()} | {model}
+    sharing: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        weights = list(module.parameters(recurse=False))
+        if module not in inside and weights:
+            others = next((sharing[weight] for weight in weights if weight in sharing), [])
+            others.append(module)
+            sharing |= dict.fromkeys(weights, others)
+    groups = {id(modules): modules for modules in sharing.values()}
+    return [*blocks, *groups.values(), model]
 
 
 class FsdpEngine(AdamEngine):

@@ -6,6 +6,7 @@ each adds the bytes of its payload to `Group.traffic` under the label of the sta
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colm_scale.errors import UserError
+from colm_scale.errors import TrainingError, UserError
 
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(days=1)
+"""`Watch` ends a run that hangs, and says which rank does; rank 0 may have a whole stream to read first."""
 # torch 2.13 renamed these two and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -88,6 +90,19 @@ class Group:
         self._count(label, tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return bool(self.all_reduce(torch.tensor([flag], dtype=torch.int32, device=self.device), "control").any())
+
+    def share_json(self, value: object) -> object:
+        """The first rank's plain data on every rank; the others pass anything."""
+        text = json.dumps(value).encode() if self.is_first else b""
+        size = int(self.broadcast(torch.tensor([len(text)], device=self.device), "control"))
+        encoded = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        if self.is_first:
+            encoded.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        return json.loads(bytes(self.broadcast(encoded, "control").cpu().numpy()))
+
     def barrier(self) -> None:
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1, device=self.device), "control")
@@ -104,12 +119,12 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block in which a `UserError` on any rank ends the run on all: the lowest such rank raises its own error
+        """A block in which an expected error on any rank ends the run on all: the lowest such rank raises its own error
         and the others `PeerFailed`, so that one message is printed and nobody waits for a rank that is gone."""
-        error: UserError | None = None
+        error: UserError | TrainingError | None = None
         try:
             yield
-        except UserError as caught:
+        except (UserError, TrainingError) as caught:
             error = caught
         failed = self.all_gather(torch.tensor([error is not None], dtype=torch.int32, device=self.device), "control")
         if failed.any():

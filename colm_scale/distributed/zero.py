@@ -1,21 +1,15 @@
-"""Training under DeepSpeed ZeRO, and the one source of truth about its configuration.
-
-A file in ``ds_configs`` says what DeepSpeed alone knows: ZeRO stage, offload, communication. What the run decides
-(batch arithmetic, clipping, dtype, optimizer) is written in here, and a file that says otherwise is refused.
-"""
+"""Training under DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from colm_scale.config import RunConfig, TrainConfig
+from colm_scale.config import TrainConfig
 from colm_scale.distributed.engine import (
     LossScale,
     StateKey,
@@ -28,87 +22,8 @@ from colm_scale.distributed.engine import (
 )
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.shards import local_tensors
-from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.records import Batch
-
-_STAGES = (0, 1, 2, 3)
-_DECIDED_HERE = {
-    "optimizer": "AdamW from --train.*",
-    "scheduler": "--train.schedule",
-    "amp": "--train.dtype",
-    "fp16": "--train.dtype",
-    "bf16": "--train.dtype",
-    "bfloat16": "--train.dtype",
-    "torch_autocast": "--train.dtype",
-    "data_types": "--train.dtype",
-}
-
-
-def read_ds_config(config: RunConfig, world_size: int) -> dict:
-    """The DeepSpeed configuration of a run: the file's topology with the run's decisions written in.
-
-    Raises:
-        UserError: The file is missing, is not a JSON object, or contradicts the run (naming both values).
-    """
-    path = Path(config.ds_config)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--ds_config {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--ds_config {path} is not a UTF-8 text file") from None
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--ds_config {path} line {error.lineno}: not JSON ({error.msg})") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--ds_config {path} holds a {type(given).__name__}, but must be a JSON object")
-    _check_stage(given, path)
-    return _with_decisions(given, config, world_size, path)
-
-
-def _check_stage(given: dict, path: Path) -> None:
-    zero = given.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(
-            f"--ds_config {path}: zero_optimization is {json.dumps(zero)}, but must be an object with a stage"
-        )
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in _STAGES:
-        raise UserError(f"--ds_config {path}: zero_optimization.stage is {stage!r}, but must be one of {_STAGES}")
-
-
-def _with_decisions(given: dict, config: RunConfig, world_size: int, path: Path) -> dict:
-    decided = {
-        # An optimizer step is one micro-batch as far as DeepSpeed's arithmetic goes: how many there really are changes
-        # from step to step, so the engine sets the accumulation boundary itself.
-        "train_batch_size": (world_size, config.selection.budget, "--selection.budget"),
-        "train_micro_batch_size_per_gpu": (1, "decided per step", "--train.micro_batch_tokens"),
-        "gradient_accumulation_steps": (1, "decided per step", "--train.micro_batch_tokens"),
-        "gradient_clipping": (config.train.max_grad_norm, config.train.max_grad_norm, "--train.max_grad_norm"),
-    }
-    for key, (_, ours, option) in decided.items():
-        theirs = given.get(key, "auto")
-        if theirs not in ("auto", ours):
-            raise UserError(
-                f"--ds_config {path}: {key} is {theirs!r}, but the run's is {ours!r} ({option}): remove the key or "
-                f"change the option"
-            )
-    for key, option in _DECIDED_HERE.items():
-        theirs = given.get(key, "auto")
-        switched_off = isinstance(theirs, dict) and theirs.get("enabled") is False
-        if theirs != "auto" and not switched_off:
-            raise UserError(
-                f"--ds_config {path}: {key} is {json.dumps(theirs)}, but the run decides this itself "
-                f"({option}, here {_decision(key, config.train)}): remove the key"
-            )
-    result = {key: value for key, value in given.items() if key not in _DECIDED_HERE}
-    return result | {key: value for key, (value, _, _) in decided.items()}
-
-
-def _decision(key: str, train: TrainConfig) -> str:
-    return {"optimizer": "AdamW", "scheduler": train.schedule}.get(key, train.dtype)
 
 
 class ZeroEngine:
@@ -216,8 +131,8 @@ class ZeroEngine:
 
     def _write_shard(self, parameter: Tensor, key: StateKey, value: Tensor) -> None:
         """Stage 3: each rank has a shard, the last one padded."""
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-        from deepspeed.zero import GatheredParameters
 
         size = parameter.ds_tensor.numel()
         padded = value.new_zeros(size * self._ranks)

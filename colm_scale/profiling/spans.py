@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,11 +19,14 @@ class Spans:
 
     On a GPU a phase lies between two events on the current stream, which are read when the step is over: measuring
     does not make the host wait inside the step.
+
+    Args:
+        entered: Told the name of each phase as it begins.
     """
 
-    def __init__(self, device: torch.device, meter: MemoryMeter):
+    def __init__(self, device: torch.device, meter: MemoryMeter, entered: Callable[[str], None] = lambda _: None):
         self._clock = _StreamClock(device) if device.type == "cuda" else _HostClock()
-        self._meter = meter
+        self._meter, self._entered = meter, entered
         self._reset()
 
     @contextmanager
@@ -33,6 +36,7 @@ class Spans:
         if self._began is None:
             self._began = time.perf_counter()
         self._open = phase
+        self._entered(phase)
         self._meter.start()
         start = self._clock.mark()
         try:

@@ -57,12 +57,12 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, total_steps: int) -> None:
-        """Begin; the steps are numbered 1 to ``total_steps``."""
+    def start(self, total_steps: int, done: int = 0) -> None:
+        """Begin; the steps are numbered 1 to ``total_steps``, and ``done`` of them were made before."""
         self._total, self._every = total_steps, math.ceil(total_steps / _MOST_LINES)
         if self._mode == "live":
             self._progress = _progress()
-            self._task = self._progress.add_task("step", total=total_steps)
+            self._task = self._progress.add_task("step", total=total_steps, completed=done)
             self._live = Live(self._progress, console=self._console)
             self._live.start()
 

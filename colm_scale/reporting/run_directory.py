@@ -20,33 +20,43 @@ class RunDirectory:
 
     Args:
         path: The folder; by default ``runs/`` and the date and time. Nothing is written before `create`.
+        resume: Whether the run that the folder may hold is to go on.
 
     Raises:
-        UserError: The folder holds a run already, or cannot be made or written to.
+        UserError: The folder holds a run that is not to go on, or cannot be made or written to.
     """
 
-    def __init__(self, path: str | None = None):
+    def __init__(self, path: str | None = None, *, resume: bool = False):
         self.path = Path(path or f"runs/{datetime.now():%Y%m%d-%H%M%S}")
         self.adapter = self.path / "adapter"
         self.log = self.path / "log.txt"
         self.metrics = self.path / "metrics.jsonl"
         self._selection = self.path / "selection.jsonl"
         self._evaluations = self.path / "evaluations.jsonl"
-        if self.metrics.exists():
-            raise UserError(f"--output_dir {self.path} holds a run already ({self.metrics.name}): give another folder")
+        self.checkpoints = self.path / "checkpoints"
+        if self.metrics.exists() and not resume:
+            raise UserError(
+                f"--output_dir {self.path} holds a run already ({self.metrics.name}): give another folder, or "
+                f"--resume auto to go on with that run"
+            )
         nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a folder open to writing")
 
-    def create(self, config_yaml: str, environment: Mapping[str, object]) -> None:
+    def create(self, config_yaml: str, environment: Mapping[str, object], after: int = 0) -> None:
         """Make the folder, claim it for this run, and write ``config.yaml`` and ``environment.json``.
+
+        Args:
+            after: The step after which the run goes on: rows of later steps, which will come again, are taken out.
 
         Raises:
             UserError: The folder cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.metrics.touch(exist_ok=False)
+            self.metrics.touch()
+            for rows in (self.metrics, self._selection, self._evaluations):
+                _cut(rows, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
             (self.path / "environment.json").write_text(json.dumps(_finite(environment), indent=2), encoding="utf-8")
         except OSError as error:
@@ -98,6 +108,21 @@ def selection_row(report: StepReport, source_names: Sequence[str]) -> dict[str, 
         "weights": selection.weights.tolist(),
         "kept": selection.kept,
     }
+
+
+def _cut(path: Path, after: int) -> None:
+    """Take out the rows of later steps, and a last line that was not written to its end."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, after)]
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(b"".join(kept))
+    new.replace(path)
+
+
+def _belongs(line: bytes, after: int) -> bool:
+    # The evaluation before training is that of step 0: a run that begins makes it again.
+    return after > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= after
 
 
 def _append(path: Path, row: Mapping[str, object]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from colm_scale.records import StepReport
+from colm_scale.records import StepReport, long_tensor
 
 _FORWARD_BACKWARD = ("sketch", "train")
 """Phases that are forwards and backwards of the model; everything else is overhead or the optimizer."""
@@ -96,7 +96,29 @@ class RunSummary:
         for kind, by_phase in report.phase_peak_bytes.items():
             so_far = self._peaks.setdefault(kind, {})
             for phase, peaks in by_phase.items():
-                so_far[phase] = list(map(max, peaks, so_far.get(phase, peaks)))
+                so_far[phase] = list(map(max, zip_longest(peaks, so_far.get(phase, ()), fillvalue=0)))
+
+    def state(self) -> dict:
+        """All that was added up, as plain JSON."""
+        return {
+            "candidates": self.candidates.tolist(),
+            "selected": self.selected.tolist(),
+            "kept": self.kept.tolist(),
+            "evaluations": [asdict(evaluation) for evaluation in self._evaluations],
+            "seconds": self._seconds,
+            "outside": self._outside,
+            "floors": self._floors,
+            "exchanged": self._exchanged,
+            "peaks": self._peaks,
+        }
+
+    def load(self, state: dict) -> None:
+        """Go on from what `state` returned."""
+        for name in ("candidates", "selected", "kept"):
+            getattr(self, name).copy_(long_tensor(state[name]))
+        self._evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
+        self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
+        self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation; the first and the last are compared."""

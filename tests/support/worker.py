@@ -28,14 +28,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm_scale.config import FsdpConfig, LoraConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.data.examples import Examples
+from colm_scale.data.sampler import CandidateSampler
+from colm_scale.distributed.ds_config import read_ds_config
 from colm_scale.distributed.engine import Engine, Update, collect, optimizer_tensors, trainable
 from colm_scale.distributed.engines import make_engine
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.distributed.shards import held_bytes, local_tensors
-from colm_scale.distributed.zero import read_ds_config
 from colm_scale.errors import TrainingError, UserError
+from colm_scale.inputs import Inputs
 from colm_scale.modeling.load import add_adapters
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
@@ -45,7 +47,7 @@ from colm_scale.randomness import generator
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch.tap import Tap
-from colm_scale.trainer import Inputs, build_step
+from colm_scale.trainer import build_step
 from support.families import base_model
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -242,7 +244,16 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
     data = examples()
     module, tap = model()
     ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
-    inputs = Inputs(SimpleNamespace(pad_token_id=PAD), data, None, kept(case.selection, data), ds_config)
+    inputs = Inputs(
+        tokenizer=SimpleNamespace(pad_token_id=PAD),
+        sampler=CandidateSampler(data, case.selection.candidates, config.train.seed),
+        source_names=data.source_names,
+        sizes=data.sizes,
+        kept=kept(case.selection, data),
+        digest="",
+        eval=None,
+        ds_config=ds_config,
+    )
     forwards = []
     module.register_forward_hook(lambda *_: forwards.append(1))
     engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
@@ -252,7 +263,7 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
     )
     spy = None
     if sketches:
-        spy = step._estimator = EstimatorSpy(step._estimator, group)
+        spy = step.estimator = EstimatorSpy(step.estimator, group)
     steps, floor = [], {}
     for number in range(1, case.steps + 1):
         report, work = step(number, RATE)

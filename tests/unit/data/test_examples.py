@@ -300,7 +300,7 @@ def test_storage_is_flat_and_typed():
     for tensor in (examples.offsets, examples.ids, examples.sources, examples.lengths, examples.sizes):
         assert tensor.dtype == torch.int64
     assert examples.lengths.tolist() == [6, 7, 8, 9, 3]
-    assert examples.label_counts.tolist() == [3, 4, 2, 8, 2]
+    assert examples.label_counts(torch.arange(5)).tolist() == [3, 4, 2, 8, 2]
     assert examples.offsets.tolist() == [0, 6, 13, 21, 30, 33]
     assert len(examples) == 5
 

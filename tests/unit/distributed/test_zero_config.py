@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from colm_scale.config import RunConfig, SelectionConfig, TrainConfig
-from colm_scale.distributed.zero import read_ds_config
+from colm_scale.distributed.ds_config import read_ds_config
 from colm_scale.errors import UserError
 
 SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
@@ -38,18 +38,20 @@ def written(tmp_path):
 
 
 def test_there_are_shipped_files():
-    assert "zero2.json" in [path.name for path in SHIPPED]
+    names = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+    assert [path.stem for path in SHIPPED] == list(names)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_is_accepted_and_kept(path):
     given = json.loads(path.read_text("utf-8"))
-    assert read(path) == given | DECIDED
+    offloads = "offload_optimizer" in given["zero_optimization"]
+    assert read(path) == given | DECIDED | ({"zero_force_ds_cpu_optimizer": False} if offloads else {})
 
 
 def test_the_decisions_are_written_in_and_the_topology_is_left_alone(written):
     given = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}, "comms_logger": {}}
-    assert written(given) == given | DECIDED
+    assert written(given) == given | DECIDED | {"zero_force_ds_cpu_optimizer": False}
 
 
 def test_the_batch_is_as_large_as_there_are_ranks(tmp_path):
@@ -94,14 +96,14 @@ def test_a_contradiction_names_file_key_both_values_and_the_option(written, tmp_
         assert part in message
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stages_that_are_supported(written, stage):
     assert written({"zero_optimization": {"stage": stage}})["zero_optimization"] == {"stage": stage}
 
 
-@pytest.mark.parametrize("stage", [3, -1, 2.5, "2", "auto", None, [], {}, True])
+@pytest.mark.parametrize("stage", [4, -1, 2.5, "2", None, [], {}, True])
 def test_a_stage_out_of_range_is_named(written, stage):
-    with pytest.raises(UserError, match=r"zero_optimization\.stage is .*must be one of \(0, 1, 2\)") as caught:
+    with pytest.raises(UserError, match=r"zero_optimization\.stage is .*must be one of \(0, 1, 2, 3\)") as caught:
         written({"zero_optimization": {"stage": stage}})
     assert f"stage is {stage!r}," in str(caught.value)
 
@@ -109,6 +111,35 @@ def test_a_stage_out_of_range_is_named(written, stage):
 @pytest.mark.parametrize("section", [2, "stage 2", [1], None])
 def test_a_section_that_is_no_object_is_refused(written, section):
     with pytest.raises(UserError, match="zero_optimization"):
+        written({"zero_optimization": section})
+
+
+def test_auto_within_the_section_is_left_to_deepspeed(written):
+    section = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    assert written({"zero_optimization": section})["zero_optimization"] == {"stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("zero_optimisation", "did you mean zero_optimization"), ("moe", "the keys that can be set are zero_optimization")],
+)
+def test_a_key_that_deepspeed_would_ignore_is_refused(written, key, hint):
+    with pytest.raises(UserError, match=f"{key} would have no effect here: {hint}"):
+        written({key: {"stage": 2}})
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"stage": 2, "overlap_com": True}, r"zero_optimization\.overlap_com is True: Extra inputs"),
+        ({"stage": 2, "reduce_bucket_size": -1}, r"zero_optimization\.reduce_bucket_size is -1"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, r"offload_param\.device is 'nvme', but must be 'cpu'"),
+        ({"stage": 3, "zero_hpz_partition_size": 8}, r"zero_hpz_partition_size is not supported: checkpoints"),
+        ({"stage": 2, "compute_grad_norm": False}, "compute_grad_norm is not supported"),
+    ],
+)
+def test_a_wrong_key_of_the_section_is_named(written, section, named):
+    with pytest.raises(UserError, match=named):
         written({"zero_optimization": section})
 
 

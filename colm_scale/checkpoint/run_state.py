@@ -1,0 +1,125 @@
+"""What a run would lose if it were killed: collected from all ranks and saved, and given back to them.
+
+Nothing of it depends on how many ranks there are or on what shards the model, so a run can go on under another engine
+and world size. What a run draws at random is a function of its seed and of what it is drawn for
+(`colm_scale.randomness`), and the learning rate is a function of the step: neither has a state beyond the numbers
+written down here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from colm_scale import __version__
+from colm_scale.checkpoint.identity import check_same_run
+from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
+from colm_scale.data.sampler import Sampler
+from colm_scale.distributed.engine import Engine, collect, restore
+from colm_scale.distributed.estimators import Estimator
+from colm_scale.distributed.group import Group
+from colm_scale.selection.moments import Moments
+
+
+class Counters(Protocol):
+    """What a run has counted and found so far."""
+
+    def state(self) -> dict: ...
+
+    def load(self, state: dict) -> None: ...
+
+
+class RunState:
+    """The parts of a run that change, and the folder that keeps them.
+
+    Args:
+        folder: On the first rank; None elsewhere, or if the run keeps no checkpoints.
+        identity: What makes this run this run, see `checkpoint.identity`.
+        facts: Written down for people: source table, schedule.
+        sampler, engine, estimator, session: The parts; no estimator where the method does not sketch.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder | None,
+        identity: Mapping[str, object],
+        facts: Mapping[str, object],
+        sampler: Sampler,
+        engine: Engine,
+        estimator: Estimator | None,
+        session: Counters,
+        group: Group,
+    ):
+        self._folder, self._identity, self._facts = folder, identity, facts
+        self._sampler, self._engine, self._estimator, self._session = sampler, engine, estimator, session
+        self._group = group
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step. All ranks call it together.
+
+        Raises:
+            TrainingError: On the first rank: it cannot be written.
+        """
+        tensors = collect(self._engine, keep=self._group.is_first)
+        if self._estimator is not None:
+            moments = self._estimator.moments
+            tensors["moments"] = {"first": moments.first, "second": moments.second}
+        with self._group.together():
+            if self._folder is not None:
+                self._folder.write(step, self._state(step), tensors)
+
+    def load(self, found: Checkpoint | None) -> int:
+        """Put back what ``found``, on the first rank, holds. All ranks call it together.
+
+        Returns:
+            The step after which the run goes on; 0 without a checkpoint.
+
+        Raises:
+            UserError: On the first rank: it is another run's.
+        """
+        with self._group.together():
+            if found is not None:
+                check_same_run(found.state["run"], dict(self._identity), found.path)
+        state = self._group.share_json(None if found is None else found.state)
+        if state is None:
+            return 0
+        restore(self._engine, {} if found is None else found.tensors, self._group)
+        self._engine.updates = state["updates"]
+        self._engine.scale = type(self._engine.scale)(**state["loss_scale"])
+        if self._estimator is not None:
+            saved = {} if found is None else found.tensors["moments"]
+            self._estimator.moments = self._moments(self._estimator.moments, saved, state["moment_steps"])
+        self._sampler.load(state["sampler"])
+        self._session.load(state["session"])
+        return state["step"]
+
+    def _state(self, step: int) -> dict:
+        return {
+            "step": step,
+            "run": dict(self._identity),
+            "updates": self._engine.updates,
+            "loss_scale": dataclasses.asdict(self._engine.scale),
+            "moment_steps": None if self._estimator is None else self._estimator.moments.step,
+            "sampler": self._sampler.state(),
+            "session": self._session.state(),
+            **self._facts,
+            "written_by": {
+                "colm_scale": __version__,
+                "torch": torch.__version__,
+                "engine": self._engine.name,
+                "ranks": self._group.world_size,
+            },
+        }
+
+    def _moments(self, now: Moments, saved: Mapping[str, Tensor], steps: int) -> Moments:
+        shared = {}
+        for name in ("first", "second"):
+            value = getattr(now, name).clone()
+            if saved:
+                value.copy_(saved[name])
+            shared[name] = self._group.broadcast(value, "control")
+        return dataclasses.replace(now, step=steps, **shared)

@@ -1,0 +1,165 @@
+"""The one source of truth about a DeepSpeed configuration.
+
+A file in ``ds_configs`` says what DeepSpeed alone knows: ZeRO stage, offload, communication. What the run decides
+(batch arithmetic, clipping, dtype, optimizer) is written in here, and a file that says otherwise is refused; so is a
+key that DeepSpeed would silently ignore.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+from colm_scale.config import RunConfig, TrainConfig
+from colm_scale.errors import UserError
+
+_STAGES = (0, 1, 2, 3)
+_DECIDED_HERE = {
+    "optimizer": "AdamW from --train.*",
+    "scheduler": "--train.schedule",
+    "amp": "--train.dtype",
+    "fp16": "--train.dtype",
+    "bf16": "--train.dtype",
+    "bfloat16": "--train.dtype",
+    "torch_autocast": "--train.dtype",
+    "data_types": "--train.dtype",
+}
+_ARITHMETIC = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_ALLOWED = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "aio",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "wall_clock_breakdown",
+    "wandb",
+)
+_REFUSED_IN_ZERO = {
+    "compute_grad_norm": "the norm of the gradient is needed to stop before a bad update",
+    "legacy_stage1": "it is not maintained",
+    "zero_hpz_partition_size": "checkpoints do not know its second shards",
+    "mics_shard_size": "checkpoints do not know its groups",
+    "zenflow": "its updates lag, so the ids would not be reproducible",
+}
+
+
+def read_ds_config(config: RunConfig, world_size: int) -> dict:
+    """The DeepSpeed configuration of a run: the file's topology with the run's decisions written in.
+
+    Raises:
+        UserError: The file is missing, is not a JSON object, has a key that means nothing, or contradicts the run
+            (naming both values).
+    """
+    path = Path(config.ds_config)
+    given = _without_auto(_json_object(path))
+    zero = given.get("zero_optimization", {})
+    _check_keys(given, path)
+    _check_zero(zero, path)
+    _check_decisions(given, config, path)
+    result = {key: value for key, value in given.items() if key not in _DECIDED_HERE}
+    if "offload_optimizer" in zero:
+        result["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, as everywhere: nothing has to be compiled
+    # An optimizer step is one micro-batch as far as DeepSpeed's arithmetic goes: how many there really are changes
+    # from step to step, so the engine sets the accumulation boundary itself.
+    return result | {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+    }
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--ds_config {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--ds_config {path} is not a UTF-8 text file") from None
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--ds_config {path} line {error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--ds_config {path} holds a {type(given).__name__}, but must be a JSON object")
+    return given
+
+
+def _without_auto(given: dict) -> dict:
+    """Without the keys that are left to whoever runs DeepSpeed, at any depth."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) and key == "zero_optimization" else value
+        for key, value in given.items()
+        if value != "auto"
+    }
+
+
+def _check_keys(given: dict, path: Path) -> None:
+    known = [*_ALLOWED, *_ARITHMETIC, *_DECIDED_HERE]
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the keys that can be set are {', '.join(_ALLOWED)}"
+            raise UserError(f"--ds_config {path}: {key} would have no effect here: {hint}")
+
+
+def _check_zero(zero: object, path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    where = f"--ds_config {path}: zero_optimization"
+    if not isinstance(zero, dict):
+        raise UserError(f"{where} is {json.dumps(zero)}, but must be an object with a stage")
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in _STAGES:
+        raise UserError(f"{where}.stage is {stage!r}, but must be one of {_STAGES}")
+    for key, reason in _REFUSED_IN_ZERO.items():
+        if key in zero:
+            raise UserError(f"{where}.{key} is not supported: {reason}; remove the key")
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.get(key)
+        if isinstance(offload, dict) and offload.get("device") not in (None, "none", "cpu"):
+            raise UserError(f"{where}.{key}.device is {offload['device']!r}, but must be 'cpu' or 'none'")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}.{name} is {first['input']!r}: {first['msg']}") from None
+
+
+def _check_decisions(given: dict, config: RunConfig, path: Path) -> None:
+    ours = {
+        "train_batch_size": (config.selection.budget, "--selection.budget"),
+        "train_micro_batch_size_per_gpu": ("decided per step", "--train.micro_batch_tokens"),
+        "gradient_accumulation_steps": ("decided per step", "--train.micro_batch_tokens"),
+        "gradient_clipping": (config.train.max_grad_norm, "--train.max_grad_norm"),
+    }
+    for key, (value, option) in ours.items():
+        if given.get(key, value) != value:
+            raise UserError(
+                f"--ds_config {path}: {key} is {given[key]!r}, but the run's is {value!r} ({option}): remove the key "
+                f"or change the option"
+            )
+    for key, option in _DECIDED_HERE.items():
+        theirs = given.get(key)
+        switched_off = isinstance(theirs, dict) and theirs.get("enabled") is False
+        if key in given and not switched_off:
+            raise UserError(
+                f"--ds_config {path}: {key} is {json.dumps(theirs)}, but the run decides this itself "
+                f"({option}, here {_decision(key, config.train)}): remove the key"
+            )
+
+
+def _decision(key: str, train: TrainConfig) -> str:
+    return {"optimizer": "AdamW", "scheduler": train.schedule}.get(key, train.dtype)

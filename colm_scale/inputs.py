@@ -1,0 +1,94 @@
+"""What a run reads before it loads a model; whatever can be wrong with it is found out here, cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from colm_scale.config import RunConfig
+from colm_scale.data.builtin import Split
+from colm_scale.data.examples import Examples, tokenise
+from colm_scale.data.readers import builtin_as_rows, read_rows
+from colm_scale.data.sampler import CandidateSampler, Sampler
+from colm_scale.distributed.group import Group
+from colm_scale.errors import UserError
+from colm_scale.modeling.load import check_adapter, check_model, context_length, load_tokenizer
+from colm_scale.selection.quota import kept_sources
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything but the model.
+
+    Attributes:
+        sampler: Draws the candidates.
+        source_names, sizes: ``[Q]`` names, and ``[Q]`` int64 training examples of each source.
+        kept: ``[Q]`` bool, sources all of whose candidates are trained on.
+        digest: Of the training data.
+        eval: Held-out examples.
+        ds_config: What DeepSpeed is given; None under other engines.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
+    source_names: tuple[str, ...]
+    sizes: Tensor
+    kept: Tensor
+    digest: str
+    eval: Examples | None
+    ds_config: dict | None
+
+
+def read_inputs(config: RunConfig, group: Group) -> Inputs:
+    """Read and check.
+
+    Raises:
+        UserError: On the rank that found it; see `Group.together`.
+    """
+    with group.together():
+        ds_config = _check_ranks(config, group)
+        context = context_length(check_model(config.model))
+        check_adapter(config.lora)
+        tokenizer = load_tokenizer(config.model)
+        longest = config.data.max_length or context
+        train = _read(config, "train", tokenizer, longest)
+        sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
+        kept = kept_sources(train.sizes, train.source_names, config.selection.kept_sources)
+        held_out = None
+        if config.data.eval or not config.data.train:
+            held_out = _read(config, "eval", tokenizer, longest, train.source_names)
+    digest = train.digest()
+    group.agree(digest, "training data")
+    return Inputs(tokenizer, sampler, train.source_names, train.sizes, kept, digest, held_out, ds_config)
+
+
+def _check_ranks(config: RunConfig, group: Group) -> dict | None:
+    """What depends on the number of ranks, and the configuration of DeepSpeed."""
+    from colm_scale.distributed.ds_config import read_ds_config
+
+    n = config.selection.candidates
+    if n % group.world_size:
+        raise UserError(
+            f"--selection.candidates is {n}, which {group.world_size} ranks cannot share evenly: "
+            f"give a multiple of {group.world_size}"
+        )
+    if config.engine == "single" and group.world_size > 1:
+        raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
+    if config.engine == "ddp" and group.world_size == 1:
+        raise UserError("--engine ddp needs several processes: start it with torchrun, or leave --engine out")
+    return read_ds_config(config, group.world_size) if config.ds_config else None
+
+
+def _read(
+    config: RunConfig,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    source_names: Sequence[str] | None = None,
+) -> Examples:
+    specs = getattr(config.data, split)
+    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
+    return tokenise(rows, tokenizer, config.data, longest, source_names)
