@@ -12,8 +12,10 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,9 +92,9 @@ TABLES = {
 }
 
 
-def filled(readme: str) -> str:
-    """The README with every marked table made anew."""
-    for name, make in TABLES.items():
+def filled(readme: str, tables: Mapping[str, Callable[[], str]] = MappingProxyType(TABLES)) -> str:
+    """The text of a README with every marked table made anew."""
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         readme = pattern.sub(lambda marks, make=make: f"{marks[1]}{make()}\n{marks[2]}", readme)
     return readme

@@ -83,6 +83,8 @@ class DataConfig:
         _require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
         _require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
         _require(self.shuffle_rows >= 1, "data.shuffle_rows", self.shuffle_rows, "at least 1")
+        if self.streaming and not self.train:
+            raise UserError("--data.streaming true streams what --data.train names: name it, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,12 @@ from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler, Sampler
+from colm_scale.data.stream import survey
+from colm_scale.distributed.engines import sharding
 from colm_scale.distributed.group import Group
+from colm_scale.distributed.stream import StreamedSampler, share_survey
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import check_adapter, check_model, context_length, load_tokenizer
+from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.selection.quota import kept_sources
 
 
@@ -50,19 +53,43 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
     """
     with group.together():
         ds_config = _check_ranks(config, group)
+        check_kernels(config.model, config.train, sharding(config, ds_config))
         context = context_length(check_model(config.model))
         check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context
-        train = _read(config, "train", tokenizer, longest)
-        sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
-        kept = kept_sources(train.sizes, train.source_names, config.selection.kept_sources)
+    training = _streamed if config.data.streaming else _held
+    sampler, names, sizes, digest = training(config, tokenizer, longest, group)
+    with group.together():
+        kept = kept_sources(sizes, names, config.selection.kept_sources)
         held_out = None
         if config.data.eval or not config.data.train:
-            held_out = _read(config, "eval", tokenizer, longest, train.source_names)
+            held_out = _read(config, "eval", tokenizer, longest, names)
+    return Inputs(tokenizer, sampler, names, sizes, kept, digest, held_out, ds_config)
+
+
+_Training = tuple[Sampler, tuple[str, ...], Tensor, str]
+"""Sampler, source names, their sizes, and the digest of the data."""
+
+
+def _held(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
+    """Training data that every rank reads and holds."""
+    with group.together():
+        train = _read(config, "train", tokenizer, longest)
+        sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
     digest = train.digest()
     group.agree(digest, "training data")
-    return Inputs(tokenizer, sampler, train.source_names, train.sizes, kept, digest, held_out, ds_config)
+    return sampler, train.source_names, train.sizes, digest
+
+
+def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
+    """Training data that the first rank reads as it is needed."""
+    with group.together():
+        surveyed = survey(config.data.train, config.data) if group.is_first else None
+    surveyed = share_survey(surveyed, group)
+    with group.together():
+        sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
+    return sampler, surveyed.source_names, surveyed.sizes, surveyed.digest
 
 
 def _check_ranks(config: RunConfig, group: Group) -> dict | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -91,7 +92,8 @@ class Session:
             self._directory.evaluation(evaluation)
             self._summary.evaluation(evaluation)
             self._display.evaluation(evaluation)
-        if step and (self._best is None or evaluation.loss_by_source < self._best.loss_by_source):
+        best = math.inf if self._best is None else self._best.loss_by_source
+        if step and evaluation.loss_by_source < best:
             self._best = evaluation
             self._save("adapter")
 

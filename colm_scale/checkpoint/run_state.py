@@ -22,6 +22,7 @@ from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine, collect, restore
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.group import Group
+from colm_scale.reporting.run_directory import finite
 from colm_scale.selection.moments import Moments
 
 
@@ -70,7 +71,7 @@ class RunState:
             tensors["moments"] = {"first": moments.first, "second": moments.second}
         with self._group.together():
             if self._folder is not None:
-                self._folder.write(step, self._state(step), tensors)
+                self._folder.write(step, finite(self._state(step)), tensors)
 
     def load(self, found: Checkpoint | None) -> int:
         """Put back what ``found``, on the first rank, holds. All ranks call it together.

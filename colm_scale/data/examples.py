@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import DataConfig
+from colm_scale.data.formats import said
 from colm_scale.data.readers import Message, Row
 from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
@@ -85,6 +85,20 @@ class Examples:
         start = int((~labelled[:end]).nonzero()[-1]) + 1
         return tokens[:start].tolist(), tokens[start:end].tolist()
 
+    def take(self, indices: Tensor) -> Examples:
+        """A copy of the examples at ``[k]`` indices, at least one, in that order; it counts nothing as left out."""
+        tokens, labelled = zip(*map(self.example, indices.tolist()))
+        return Examples(
+            tokens=torch.cat(tokens),
+            labelled=torch.cat(labelled),
+            offsets=offsets_of(self.lengths[indices]),
+            ids=self.ids[indices],
+            sources=self.sources[indices],
+            source_names=self.source_names,
+            dropped={},
+            cut={},
+        )
+
     def digest(self) -> str:
         """SHA-256 of everything in it, in hexadecimal: equal on ranks that read the same data in the same way."""
         counts = sorted(self.dropped.items()), sorted(self.cut.items())
@@ -92,6 +106,25 @@ class Examples:
         for tensor in (self.tokens, self.labelled, self.offsets, self.ids, self.sources):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """``[N + 1]`` where examples of ``[N]`` lengths begin, one after the other, and the last one ends."""
+    return torch.cat([long_tensor([0]), lengths.cumsum(0)])
+
+
+def joined(parts: Sequence[Examples]) -> Examples:
+    """At least one part, all of the same sources, one after the other; what they count as left out is not added up."""
+    return Examples(
+        tokens=torch.cat([part.tokens for part in parts]),
+        labelled=torch.cat([part.labelled for part in parts]),
+        offsets=offsets_of(torch.cat([part.lengths for part in parts])),
+        ids=torch.cat([part.ids for part in parts]),
+        sources=torch.cat([part.sources for part in parts]),
+        source_names=parts[0].source_names,
+        dropped={},
+        cut={},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +161,33 @@ def tokenise(
         UserError: No example is left, the tokenizer has no end-of-sequence token, or a chat template is missing or does
             not let the assistant's turns be found.
     """
+    examples = tokenise_block(rows, tokenizer, config, max_length, source_names or ())
+    if not len(examples):
+        shortest = min((len(encoded.tokens) for encoded in _encode(rows, tokenizer, config)), default=0)
+        raise UserError(f"{none_left(len(rows), max_length)}, and the shortest example has {shortest}")
+    return examples
+
+
+def none_left(rows: int, max_length: int) -> str:
+    return (
+        f"none of the {rows} examples can be used: the longest allowed length is {max_length} tokens "
+        "(--data.max_length, or the model's context)"
+    )
+
+
+def tokenise_block(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    max_length: int,
+    source_names: Sequence[str],
+) -> Examples:
+    """As `tokenise`, for some of all rows: it may be that none of them can be used."""
     kept: list[_Encoded] = []
     dropped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
-    lengths: list[int] = []
     for encoded in _encode(rows, tokenizer, config):
         length = len(encoded.tokens)
-        lengths.append(length)
         if length > max_length and config.overlong == "cut":
             encoded = _Encoded(encoded.row, encoded.tokens[:max_length], encoded.labelled[:max_length])
         if len(encoded.tokens) > max_length or not encoded.labelled.any():
@@ -143,21 +196,16 @@ def tokenise(
         if length > max_length:
             cut[encoded.row.source] += 1
         kept.append(encoded)
-    if not kept:
-        raise UserError(
-            f"none of the {len(rows)} examples can be used: the longest allowed length is {max_length} tokens "
-            f"(--data.max_length, or the model's context), and the shortest example has {min(lengths, default=0)}"
-        )
-    return _joined(kept, source_names or (), dict(dropped), dict(cut))
+    return _packed(kept, source_names, dict(dropped), dict(cut))
 
 
-def _joined(kept: Sequence[_Encoded], known: Sequence[str], dropped: dict[str, int], cut: dict[str, int]) -> Examples:
+def _packed(kept: Sequence[_Encoded], known: Sequence[str], dropped: dict[str, int], cut: dict[str, int]) -> Examples:
     names = (*known, *sorted({encoded.row.source for encoded in kept}.difference(known)))
     number = {name: source for source, name in enumerate(names)}
     return Examples(
-        tokens=torch.from_numpy(np.concatenate([encoded.tokens for encoded in kept])),
-        labelled=torch.from_numpy(np.concatenate([encoded.labelled for encoded in kept])),
-        offsets=long_tensor(np.cumsum([0, *(len(encoded.tokens) for encoded in kept)])),
+        tokens=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *(encoded.tokens for encoded in kept)])),
+        labelled=torch.from_numpy(np.concatenate([np.empty(0, bool), *(encoded.labelled for encoded in kept)])),
+        offsets=offsets_of(long_tensor([len(encoded.tokens) for encoded in kept])),
         ids=long_tensor([encoded.row.id for encoded in kept]),
         sources=long_tensor([number[encoded.row.source] for encoded in kept]),
         source_names=names,
@@ -168,9 +216,8 @@ def _joined(kept: Sequence[_Encoded], known: Sequence[str], dropped: dict[str, i
 
 def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Iterator[_Encoded]:
     """Every row, however long, in order."""
-    if tokenizer.eos_token_id is None:
-        raise UserError("the model's tokenizer has no end-of-sequence token (eos_token), so no answer could ever end")
-    chats = _Chats(tokenizer, _chat_template(rows, tokenizer, config))
+    first_chat = next((row.where for row in rows if row.messages), None)
+    chats = _Chats(tokenizer, check_tokenizer(tokenizer, config, first_chat))
     leading, eos = _leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows[start : start + _ROWS_AT_ONCE]
@@ -208,24 +255,37 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:start]
 
 
-def _chat_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str | None:
-    """The Jinja text that writes the chats among ``rows``; None without any."""
-    given = None
-    if config.chat_template is not None:
-        try:
-            given = Path(config.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--data.chat_template {config.chat_template} cannot be read: {error}") from error
-    chat = next((row for row in rows if row.messages), None)
-    if chat is None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DataConfig, first_chat: str | None) -> str | None:
+    """Check that a tokenizer can write all rows; the Jinja text that writes the chats among them.
+
+    Args:
+        first_chat: Where the first chat stands; None without any, and then no template is needed.
+
+    Raises:
+        UserError: There is no end-of-sequence token, or no chat template though there are chats.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the model's tokenizer has no end-of-sequence token (eos_token), so no answer could ever end")
+    given = read_chat_template(config)
+    if first_chat is None:
         return None
     try:
         return tokenizer.get_chat_template(given)
     except ValueError as error:
         raise UserError(
-            f"{chat.where} is a chat, but the model's tokenizer has no chat template: "
+            f"{first_chat} is a chat, but the model's tokenizer has no chat template: "
             "give one with --data.chat_template FILE"
         ) from error
+
+
+def read_chat_template(config: DataConfig) -> str | None:
+    """What ``--data.chat_template`` holds, where it is given."""
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data.chat_template {config.chat_template} cannot be read: {error}") from error
 
 
 class _Chats:
@@ -264,9 +324,9 @@ class _Chats:
             (text,) = self._tokenizer.apply_chat_template(
                 [chat], chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program, and fails in as many ways; its own errors are jinja2's
             raise UserError(
-                f"{row.where}: the chat template refuses these messages: {error}. Correct the row, or give another "
-                "template with --data.chat_template FILE"
+                f"{row.where}: the chat template refuses these messages: {said(error)}. Correct the row, or give "
+                "another template with --data.chat_template FILE"
             ) from error
         return text

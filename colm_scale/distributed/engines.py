@@ -23,7 +23,13 @@ def make_engine(config: RunConfig, ds_config: dict | None, module: ExampleLoss, 
     return TorchEngine(module, config.train, group)
 
 
+def sharding(config: RunConfig, ds_config: dict | None) -> str | None:
+    """What cuts the frozen weights into shards: "fsdp", "zero3", or nothing."""
+    if config.engine == "fsdp":
+        return "fsdp"
+    return "zero3" if (ds_config or {}).get("zero_optimization", {}).get("stage") == 3 else None
+
+
 def loading_device(config: RunConfig, ds_config: dict | None, group: Group) -> torch.device:
     """Where a model is loaded: on the CPU if it is to be cut into shards, for whole it need not fit into a GPU."""
-    stage = (ds_config or {}).get("zero_optimization", {}).get("stage", 0)
-    return torch.device("cpu") if config.engine == "fsdp" or stage == 3 else group.device
+    return torch.device("cpu") if sharding(config, ds_config) else group.device

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -160,6 +162,22 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def _interface_to(host: str) -> str | None:
+    """The network interface that leads to a host; None where the host's name does not resolve.
+
+    Gloo would take the one that this machine's own name resolves to: none, or the loopback, on many machines.
+    """
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing, but chooses the way
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if own in [address.address for address in found]), None)
+
+
 def connect() -> Group:
     """Join the ranks that the launcher named in the environment; a lone process is a group of one."""
     cuda = torch.cuda.is_available()
@@ -175,8 +193,8 @@ def connect() -> Group:
             )
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost", "::1"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a lone machine may have no name that resolves
+        if interface := _interface_to(os.environ.get("MASTER_ADDR", "")):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(_backend(device), timeout=_TIMEOUT)
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Group(rank, world_size, local_rank, local_world_size, device)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -17,13 +18,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available, is_kernels_available
 
 from colm_scale.base import BASE_MODEL
-from colm_scale.config import LoraConfig, ModelConfig
+from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
 from colm_scale.randomness import global_draws
@@ -59,7 +62,8 @@ def check_adapter(config: LoraConfig) -> None:
     """Whether ``config.adapter``, if there is one, can be trained on; reads neither its weights nor the model's.
 
     Raises:
-        UserError: There is no such adapter, or its output does not pass through LoRA's B matrix alone.
+        UserError: There is no such adapter, its output does not pass through LoRA's B matrix alone, or its weights are
+            of a format that can hold code.
     """
     name = config.adapter
     if name is None:
@@ -72,6 +76,53 @@ def check_adapter(config: LoraConfig) -> None:
     if dora or found.peft_type != PeftType.LORA:
         kind = "DoRA" if dora else found.peft_type.value
         raise UserError(f"--lora.adapter {name} is of type {kind}, but must be plain LoRA")
+    _weights_folder(name)
+
+
+def _weights_folder(name: str) -> str:
+    """The folder with an adapter's safetensors; without them peft would go on to unpickle what else is there."""
+    try:
+        return str(Path(cached_file(name, SAFETENSORS_WEIGHTS_NAME)).parent)
+    except OSError as error:
+        why = "" if Path(name).is_dir() else f" ({_flat(error)})"
+        raise UserError(
+            f"--lora.adapter {name} has no {SAFETENSORS_WEIGHTS_NAME}, and weights in other formats, which can hold "
+            f"code, are not read{why}"
+        ) from None
+
+
+def check_kernels(config: ModelConfig, train: TrainConfig, sharding: str | None) -> None:
+    """Whether what the options ask for can run here: flash attention, 4-bit weights.
+
+    Args:
+        sharding: What cuts the frozen weights into shards, if anything does.
+
+    Raises:
+        UserError: It is not installed, or does not go together with the device, the type or the engine.
+    """
+    if config.attention == "flash_attention_2":
+        if not torch.cuda.is_available() or train.dtype == "float32":
+            raise UserError(
+                f"--model.attention flash_attention_2 runs on a GPU in bfloat16 or float16, and this is "
+                f"{'a GPU' if torch.cuda.is_available() else 'a CPU'} with --train.dtype {train.dtype}: use sdpa"
+            )
+        if not _has_flash_attention():
+            raise UserError(
+                "--model.attention flash_attention_2: neither flash-attn nor kernels is installed: "
+                "pip install 'colm_scale[flash]', or use sdpa"
+            )
+    if config.quantize == "nf4":
+        if not is_bitsandbytes_available():
+            raise UserError("--model.quantize nf4 needs bitsandbytes: pip install 'colm_scale[quantize]'")
+        if sharding:
+            raise UserError(
+                f"--model.quantize nf4 does not go with {sharding}, which would have to cut the packed 4-bit weights: "
+                f"use DDP or ZeRO-1 or 2, whose ranks each hold the quantised base"
+            )
+
+
+def _has_flash_attention() -> bool:
+    return is_flash_attn_2_available() or is_kernels_available()
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -84,22 +135,22 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model, frozen, in ``dtype`` on ``device``, with the attention it picks itself unless one is named.
+    """The base model, frozen, in ``dtype`` on ``device``.
+
+    Its attention is the one that is named, else flash attention where that runs, else what the model picks itself.
 
     Raises:
         UserError: The weights cannot be read, or are not all those that the model's configuration asks for.
     """
-    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    with _one_line(config):
-        model, read = AutoModelForCausalLM.from_pretrained(
-            _name(config),
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in `read`, and refused below in one line
-            output_loading_info=True,
-            **attention,
-            **_hub_arguments(config),
-        )
+    if config.attention != "auto":
+        model, read = _load(config, dtype, device, attn_implementation=config.attention)
+    elif torch.cuda.is_available() and dtype != torch.float32 and _has_flash_attention():
+        try:
+            model, read = _load(config, dtype, device, attn_implementation="flash_attention_2")
+        except UserError:  # this model has no such attention, or its kernel cannot be had: what was picked is shown
+            model, read = _load(config, dtype, device)
+    else:
+        model, read = _load(config, dtype, device)
     # What is not in the files was drawn at random, by every rank for itself.
     drawn = sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})
     if drawn:
@@ -108,6 +159,32 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
             f"have another shape there, the first is {drawn[0]}: the folder is incomplete or mixes two models"
         )
     return model.requires_grad_(False).to(device)
+
+
+def _load(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, **options: object
+) -> tuple[PreTrainedModel, dict]:
+    """The model, and what transformers says about its weights."""
+    if config.quantize == "nf4":
+        options |= {
+            "device_map": {"": device},
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            ),
+        }
+    with _one_line(config):
+        return AutoModelForCausalLM.from_pretrained(
+            _name(config),
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in what is said, and refused in one line
+            output_loading_info=True,
+            **options,
+            **_hub_arguments(config),
+        )
 
 
 def keep_block_inputs_only(model: PreTrainedModel) -> None:
@@ -155,13 +232,13 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def _load_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    name = config.adapter
+    name, folder = config.adapter, _weights_folder(config.adapter)
     try:
-        read = load_peft_weights(name, device="cpu").keys()
+        read = load_peft_weights(folder, device="cpu").keys()
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--lora.adapter {name}: its weights cannot be read ({_flat(error)})") from None
     try:
-        adapted = PeftModel.from_pretrained(model, name, is_trainable=True)
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--lora.adapter {name} does not fit this model: {_flat(error, lines=2)}") from None
     # peft loads what happens to match and leaves the rest as it was drawn.

@@ -58,7 +58,7 @@ class RunDirectory:
             for rows in (self.metrics, self._selection, self._evaluations):
                 _cut(rows, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            (self.path / "environment.json").write_text(json.dumps(_finite(environment), indent=2), encoding="utf-8")
+            (self.path / "environment.json").write_text(json.dumps(finite(environment), indent=2), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 
@@ -128,13 +128,13 @@ def _belongs(line: bytes, after: int) -> bool:
 def _append(path: Path, row: Mapping[str, object]) -> None:
     """Opened for each row, so that a run that is killed leaves whole lines."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(row), allow_nan=False, ensure_ascii=False) + "\n")
+        file.write(json.dumps(finite(row), allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
     """``value`` with null for every float that JSON has no word for."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,8 +12,15 @@ import math
 import torch
 from torch import Tensor
 
+_BLOCK_ROWS = 1024
+
 
 def greedy(similarity: Tensor, k: int) -> Tensor:
+    """The picks of `greedy_with_gains`."""
+    return greedy_with_gains(similarity, k)[0]
+
+
+def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Pick ``k`` candidates, each the one that raises the value most; the lowest index wins ties.
 
     A pick changes the gains of the others only through the candidates it now covers better, so the ``k`` picks cost
@@ -24,21 +31,23 @@ def greedy(similarity: Tensor, k: int) -> Tensor:
         k: At most n.
 
     Returns:
-        int64 ``[k]`` in the order of picking.
+        int64 ``[k]`` in the order of picking, and float64 ``[k]`` by how much each raised the value, which never grows.
+        The first counts from the smallest similarity.
     """
-    worth = _whole_numbers(similarity)
+    worth, unit = _whole_numbers(similarity)
     covered = worth.new_zeros(len(worth))
     gains = worth.sum(0)
-    picks = []
-    for _ in range(k):
+    picks, raised = [], worth.new_empty(k)
+    for number in range(k):
         pick = int(gains.argmax())
         picks.append(pick)
-        better = (worth[pick] > covered).nonzero().flatten()
-        old, new = covered[better], worth[pick, better]
-        gains -= worth[better].clamp(old.unsqueeze(1), new.unsqueeze(1)).sum(0) - old.sum()
-        covered[better] = new
+        raised[number] = gains[pick]
+        for better in (worth[pick] > covered).nonzero().flatten().split(_BLOCK_ROWS):
+            old, new = covered[better], worth[pick, better]
+            gains -= worth[better].clamp_(old.unsqueeze(1), new.unsqueeze(1)).sum(0) - old.sum()
+            covered[better] = new
         gains[pick] = -1  # below the gain of any candidate that is left, which is 0 or more
-    return torch.tensor(picks, dtype=torch.int64, device=similarity.device)
+    return torch.tensor(picks, dtype=torch.int64, device=similarity.device), raised * unit
 
 
 def objective(similarity: Tensor, picks: Tensor) -> float:
@@ -56,12 +65,15 @@ def cluster_sizes(similarity: Tensor, picks: Tensor) -> Tensor:
     return torch.bincount(owner, minlength=len(picks))
 
 
-def _whole_numbers(similarity: Tensor) -> Tensor:
-    """Shifted to 0 or more and scaled by a power of two to whole numbers, the sum of n of which float64 holds exactly.
+def _whole_numbers(similarity: Tensor) -> tuple[Tensor, float]:
+    """Shifted to 0 or more, in whole multiples of a power of two: the sum of n of which float64 holds exactly.
 
     The shift adds the same to every candidate's value with anything picked, so it changes no choice.
+
+    Returns:
+        float64 ``[n, n]`` whole numbers, and the unit they count.
     """
-    shifted = similarity.double()
-    shifted = shifted - shifted.min()
+    shifted = similarity.to(torch.float64, copy=True).sub_(similarity.min())
     _, exponent = math.frexp(float(shifted.max()))
-    return (shifted * 2.0 ** (52 - len(similarity).bit_length() - exponent)).round()
+    unit = 2.0 ** (exponent + len(similarity).bit_length() - 52)
+    return shifted.div_(unit).round_(), unit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from heapq import heapreplace
 from itertools import pairwise
 
 from torch import Tensor
@@ -44,11 +45,12 @@ def deal(micro_batches: Sequence[MicroBatch], lengths: Tensor, world_size: int) 
     tokens = lengths.tolist()
     most = math.ceil(len(micro_batches) / world_size)
     shares: list[list[MicroBatch]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
+    loads: list[tuple[float, int]] = [(0, rank) for rank in range(world_size)]  # a heap: the least loaded comes first
     for micro_batch in sorted(micro_batches, key=lambda members: -_cost(members, tokens)):
-        rank = min((rank for rank in range(world_size) if len(shares[rank]) < most), key=loads.__getitem__)
+        load, rank = loads[0]
         shares[rank].append(micro_batch)
-        loads[rank] += _cost(micro_batch, tokens)
+        full = len(shares[rank]) == most
+        heapreplace(loads, (math.inf if full else load + _cost(micro_batch, tokens), rank))
     return tuple((*share, *[()] * (most - len(share))) for share in shares)
 
 
@@ -65,16 +67,16 @@ def route(lengths: Tensor, positions: Tensor, world_size: int, token_budget: int
     """
     tokens = lengths.tolist()
     dealt: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
+    loads = [(0, rank) for rank in range(world_size)]  # a heap: the least loaded comes first
     for position in _longest_first(positions.tolist(), tokens):
-        rank = min(range(world_size), key=loads.__getitem__)
+        load, rank = loads[0]
         dealt[rank].append(position)
-        loads[rank] += tokens[position]
+        heapreplace(loads, (load + tokens[position], rank))
     count = max(len(_cut(order, tokens, token_budget)) for order in dealt)
     shares = [_group(order, tokens, token_budget, count) for order in dealt]
     return Route(
         micro_batches=tuple(tuple(map(tuple, share)) for share in shares),
-        tokens=tuple(loads),
+        tokens=tuple(sum(tokens[position] for position in order) for order in dealt),
         padded_tokens=tuple(sum(_cost(members, tokens) for members in share) for share in shares),
     )
 

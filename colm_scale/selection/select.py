@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colm_scale.config import Metric
 from colm_scale.records import CandidateMatrix, Quota, Selection
-from colm_scale.selection import line
+from colm_scale.selection import line, partition
 from colm_scale.selection.facility import cluster_sizes, greedy
 from colm_scale.selection.quota import reallocate
 from colm_scale.selection.similarity import similarities
@@ -39,7 +39,7 @@ def select_coreset(
     for source, picks in enumerate(reallocate(quota.per_source, available).tolist()):
         if picks:
             rows = (valid & (of_row == source)).nonzero().flatten()
-            picked, stands_for = _medoids(matrix.rows[rows.to(matrix.rows.device)], picks, metric)
+            picked, stands_for = _medoids(matrix.rows[rows.to(matrix.rows.device)], picks, metric, weights == "cluster")
             positions.append(matrix.positions[rows[picked]])
             counts.append(stands_for)
     chosen, count = torch.cat(positions), torch.cat(counts).float()
@@ -52,12 +52,19 @@ def select_coreset(
     )
 
 
-def _medoids(rows: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
-    """``[k]`` medoids among ``rows`` ``[n, h]`` and how many rows each stands for, on the CPU; all of them if k = n."""
+def _medoids(rows: Tensor, k: int, metric: Metric, counted: bool) -> tuple[Tensor, Tensor]:
+    """``[k]`` medoids among ``rows`` ``[n, h]`` and how many rows each stands for, on the CPU; all of them if k = n.
+
+    Counting costs a large source as much as picking, so unless ``counted`` is asked for its counts may be 1.
+    """
     if k == len(rows):
         return torch.arange(k), torch.ones(k, dtype=torch.int64)
     if rows.shape[1] == 1 and metric != "cosine" and len(rows) <= line.LARGEST:
         return line.medoids_on_line(rows[:, 0], k)
+    if len(rows) > partition.LARGEST:
+        picks = partition.partitioned_greedy(rows, k, metric, partition.LARGEST)
+        counts = partition.cluster_sizes(rows, picks, metric) if counted else torch.ones_like(picks)
+        return picks.cpu(), counts.cpu()
     # Where few directions make the rows, many candidates lie between two others in every column, and medoids tie. In
     # float64 the distances between float32 rows show such ties, instead of deciding them by their own rounding.
     similarity = similarities(rows.double(), metric)

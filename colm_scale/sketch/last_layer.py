@@ -121,6 +121,8 @@ def rows_at(held: list[Gradients], columns: Tensor, groups: Tensor, moments: Mom
         ``[examples of this rank, h]`` in the order they were sketched; zero where no ranking is needed.
     """
     rows = [columns.new_zeros(0, columns.shape[1], dtype=torch.float32)]
+    if not len(columns):
+        columns = columns.new_zeros(1, columns.shape[1])  # no source is ranked, yet the picked ones move the moments
     for gradients in held:
         group = groups[gradients.rows]
         own = columns[group.clamp(min=0)]

@@ -1,7 +1,11 @@
-"""``python forked.py FOLDER COUNT``: runs of ``launchers/train.py``, COUNT at once, forked from a process that has
-imported what they need.
+"""``python forked.py``: ranks of ``launchers/train.py``, forked from a process that has imported what they need.
 
-``FOLDER/jobs.json`` names the options of each; FOLDER gets their output and ``codes.json`` their exit codes.
+Each line of standard input asks for something and is answered by a line of standard output:
+
+    {"options": [...], "log": PATH, "ranks": [{variable: value}, ...]}    process id of each rank that was started
+    {"ended": [process id, ...]}                                          exit code of each, null where it runs
+
+The output of all ranks goes to ``PATH.stdout`` and ``PATH.stderr``. Whoever asked is gone when standard input ends.
 """
 
 import json
@@ -12,16 +16,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+_answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what is said while importing is no answer
+
+import deepspeed  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
 import colm_scale.trainer  # noqa: E402, F401
 from support.sabotage import main  # noqa: E402
 
 
-def start(folder: Path, name: str, options: list[str]) -> int:
-    """The process id of a run, in the parent; the child becomes the run and does not return."""
+def start(options: list[str], log: str, variables: dict[str, str]) -> int:
+    """The process id of a rank, in the parent; the child becomes the rank and does not return."""
     pid = os.fork()
     if pid == 0:
         for descriptor, stream in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(folder / f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            os.dup2(os.open(f"{log}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.close(_answers.fileno())
+        os.environ.update(variables)
         sys.argv = [str(ROOT / "launchers/train.py"), *options]
         os._exit(code_of_run())
     return pid
@@ -38,19 +51,22 @@ def code_of_run() -> int:
         sys.stderr.flush()
 
 
-def run_all(folder: Path, jobs: dict[str, list[str]], at_once: int) -> dict[str, int]:
-    """The exit code of every run."""
-    waiting, running, codes = list(jobs.items()), {}, {}
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            name, options = waiting.pop(0)
-            running[start(folder, name, options)] = name
-        pid, status = os.wait()
-        codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
-    return codes
+def exit_code(pid: int) -> int | None:
+    if pid not in _codes:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        _codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
+    return _codes[pid] if _codes[pid] is not None else _codes.pop(pid)
+
+
+_codes: dict[int, int | None] = {}
+
+
+def answer(question: dict) -> list[int | None]:
+    if "ended" in question:
+        return [exit_code(pid) for pid in question["ended"]]
+    return [start(question["options"], question["log"], variables) for variables in question["ranks"]]
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    jobs = json.loads((folder / "jobs.json").read_text("utf-8"))
-    (folder / "codes.json").write_text(json.dumps(run_all(folder, jobs, int(sys.argv[2]))), "utf-8")
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=_answers, flush=True)

@@ -9,9 +9,11 @@ compared. `launch` starts the ranks as a launcher does; each writes ``rank<R>.pt
 from __future__ import annotations
 
 import gc
+import json
 import os
 import socket
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from colm_scale.checkpoint.run_state import RunState
+from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import FsdpConfig, LoraConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
@@ -38,21 +42,22 @@ from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.distributed.shards import held_bytes, local_tensors
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.inputs import Inputs
-from colm_scale.modeling.load import add_adapters
+from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probe
+from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch.tap import Tap
+from colm_scale.step import CoresetStep
 from colm_scale.trainer import build_step
 from support.families import base_model
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 SIZES = (44, 30, 14, 5, 3)
-PAD, VOCABULARY = 0, 128
+PAD, VOCABULARY, BLOCKS = 0, 128, 4
 RANK, D_OUT = 64, 32
 D = RANK * D_OUT
 """Numbers in the probe tensor, far more than a micro-batch has of anything else."""
@@ -72,6 +77,8 @@ class Case:
     steps: int = STEPS
     train: dict = field(default_factory=dict)
     floor: bool = False
+    break_after: int | None = None
+    """Save after this step, and go on from the checkpoint with everything made anew."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -88,6 +95,12 @@ CASES = {
     "full": Case(_selection(method="full")),
     "cluster": Case(_selection(weights="cluster"), steps=1),
     "token": Case(_selection(weights="cluster"), steps=1, train={"loss": "token"}),
+    "clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.02}),
+    "not_clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.0}),
+    "checkpointed": Case(_selection(), steps=2, train={"activation_checkpointing": True}),
+    "broken": Case(_selection(), break_after=3),
+    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
+    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
     # Every example is a micro-batch of its own, and three examples are too few for two ranks, let alone four.
     "starved": Case(
         _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
@@ -96,16 +109,29 @@ CASES = {
 
 
 def run_config(case: Case, engine: str = "auto") -> RunConfig:
-    """``engine`` is ``auto``, ``fsdp``, ``fsdp_offload``, or the name of a file in ``ds_configs``."""
+    """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, or the name of a file in ``ds_configs``."""
     train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5, **case.train}
     return RunConfig(
         selection=case.selection,
         lora=LoraConfig(rank=RANK, alpha=RANK),
         train=TrainConfig(**train),
-        fsdp=FsdpConfig(cpu_offload=engine == "fsdp_offload"),
+        fsdp=FsdpConfig(cpu_offload=engine == "fsdp_offload", reshard_after_forward=engine != "fsdp_unsharded"),
         engine="fsdp" if engine.startswith("fsdp") else "auto",
-        ds_config=str(DS_CONFIGS / f"{engine}.json") if engine.startswith("zero") else None,
+        ds_config=_ds_config(engine) if engine.startswith("zero") else None,
     )
+
+
+def _ds_config(name: str) -> str:
+    """The file as users get it, but for thresholds above the whole of this small model: what a block does not need is
+    not gathered, however little it is."""
+    given = json.loads((DS_CONFIGS / f"{name}.json").read_text("utf-8"))
+    if given["zero_optimization"]["stage"] < 3:
+        return str(DS_CONFIGS / f"{name}.json")
+    thresholds = ("param_persistence_threshold", "prefetch_bucket_size", "max_live_parameters", "max_reuse_distance")
+    given["zero_optimization"] |= {f"stage3_{name}": 0 for name in thresholds}
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(given, file)
+    return file.name
 
 
 def examples() -> Examples:
@@ -127,11 +153,15 @@ def examples() -> Examples:
     )
 
 
-def model() -> tuple[ExampleLoss, Tap]:
+def model(train: TrainConfig | None = None) -> tuple[ExampleLoss, Tap]:
     """Equal in every process; its adapters are those that a run starts with."""
-    options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4}
+    options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS}
     base = base_model("llama", **options).requires_grad_(False)
     probe = find_probe(base, None)
+    if train is not None:
+        base.to(getattr(torch, train.dtype))
+        if train.activation_checkpointing:
+            keep_block_inputs_only(base)
     module = ExampleLoss(add_adapters(base, LoraConfig(rank=RANK, alpha=RANK), seed=0))
     return module, Tap(module, probe)
 
@@ -148,13 +178,13 @@ class EngineSpy:
     """An engine that reads its gradients, which are not yet clipped, before it steps."""
 
     def __init__(self, engine: Engine):
-        self._engine, self.module, self.name = engine, engine.module, engine.name
+        self.inner, self.module, self.name = engine, engine.module, engine.name
         self.forward, self.backward, self.snapshot = engine.forward, engine.backward, engine.snapshot
         self.gradients: list[dict[str, Tensor]] = []
 
     def step(self, learning_rate: float) -> Update:
         self.gradients.append({name: self._gradient(p).clone() for name, p in trainable(self.module).items()})
-        return self._engine.step(learning_rate)
+        return self.inner.step(learning_rate)
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         if self.name == "deepspeed":
@@ -167,7 +197,7 @@ class EngineSpy:
     def state(self) -> list[Tensor]:
         """Copies of all that a step changes, from behind the engine's own `snapshot`."""
         own = [local for parameter in trainable(self.module).values() for local in local_tensors(parameter)]
-        return [_local(tensor).detach().clone() for tensor in [*optimizer_tensors(self._engine.optimizer), *own]]
+        return [_local(tensor).detach().clone() for tensor in [*optimizer_tensors(self.inner.optimizer), *own]]
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -178,7 +208,7 @@ class EstimatorSpy:
     """An estimator that writes down what it exchanged and, at the first step, how much it held and made."""
 
     def __init__(self, estimator: Estimator, group: Group):
-        self._estimator, self._group = estimator, group
+        self.inner, self._group = estimator, group
         self.steps: list[dict] = []
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
@@ -194,26 +224,26 @@ class EstimatorSpy:
             }
         )
         with self._watch:
-            self._estimator.sketch(plan, batches)
+            self.inner.sketch(plan, batches)
 
     def gather(self) -> CandidateMatrix:
         with self._watch:
-            matrix = self._estimator.gather()
+            matrix = self.inner.gather()
         if len(self.steps) == 1:
             self.steps[0]["live"] = live_numbers() - self._before
         self.steps[-1] |= {
-            "held": getattr(self._estimator, "held_numbers", 0),
+            "held": getattr(self.inner, "held_numbers", 0),
             "matrix": {name: getattr(matrix, name) for name in ("positions", "rows", "valid", "losses")},
-            "coefficients": getattr(self._estimator, "_coefficients", None),
+            "coefficients": getattr(self.inner, "_coefficients", None),
         }
         return matrix
 
     def learn(self, selection: Selection) -> None:
         with self._watch:
-            self._estimator.learn(selection)
+            self.inner.learn(selection)
         if len(self.steps) == 1:
             self.steps[0]["largest"] = self._watch.numbers
-        moments = self._estimator.moments
+        moments = self.inner.moments
         self.steps[-1]["moments"] = (moments.first, moments.second)
 
 
@@ -238,11 +268,23 @@ def live_numbers() -> int:
     return sum(storage.nbytes() // tensor.element_size() for storage, tensor in storages.values())
 
 
-def run_case(case: Case, engine_name: str, group: Group) -> dict:
-    """Train a case on this rank."""
+@dataclass
+class Parts:
+    """A run, made anew."""
+
+    module: ExampleLoss
+    engine: EngineSpy
+    step: CoresetStep
+    spy: EstimatorSpy | None
+    state: RunState
+    held: list[int]
+    """Bytes of weights held while each layer of a block ran."""
+
+
+def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Parts:
     config = run_config(case, engine_name)
     data = examples()
-    module, tap = model()
+    module, tap = model(config.train)
     ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
     inputs = Inputs(
         tokenizer=SimpleNamespace(pad_token_id=PAD),
@@ -254,9 +296,11 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
         eval=None,
         ds_config=ds_config,
     )
-    forwards = []
-    module.register_forward_hook(lambda *_: forwards.append(1))
+    held: list[int] = []
     engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
+    for layer in decoder_blocks(module.causal_model)[1].modules():
+        if not list(layer.children()):  # the engine's own hooks, which gather, were there first
+            layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
     step = build_step(
         config, inputs, engine, tap if sketches else None, Spans(group.device, memory_meter(group.device)), group
@@ -264,8 +308,36 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
     spy = None
     if sketches:
         spy = step.estimator = EstimatorSpy(step.estimator, group)
+    nothing = SimpleNamespace(state=dict, load=lambda _: None)
+    state = RunState(
+        folder=CheckpointFolder(folder, keep=1) if group.is_first else None,
+        identity={"config": {}, "data": "", "model": ""},
+        facts={},
+        sampler=inputs.sampler,
+        engine=engine.inner,
+        estimator=None if spy is None else spy.inner,
+        session=nothing,
+        group=group,
+    )
+    return Parts(module, engine, step, spy, state, held)
+
+
+def run_case(case: Case, engine_name: str, group: Group) -> dict:
+    """Train a case on this rank. ``A > B`` begins under one engine and, from its checkpoint, goes on under another."""
+    first, _, second = engine_name.partition(" > ")
+    folder = Path(tempfile.mkdtemp())
+    parts = make_parts(case, first, group, folder)
+    held_at_start = held_bytes(parts.module)
+    forwards = []
+    parts.module.register_forward_hook(lambda *_: forwards.append(1))
     steps, floor = [], {}
     for number in range(1, case.steps + 1):
+        if number - 1 == case.break_after:
+            parts.state.save(number - 1)
+            parts = make_parts(case, second or first, group, folder)
+            newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else None
+            assert parts.state.load(newest) == number - 1
+        module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
@@ -281,10 +353,10 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
     return {
         "steps": steps,
         "gradients": gradients,
-        "adapters": collect(engine._engine, keep=True)["adapter"],
+        "adapters": collect(engine.inner, keep=True)["adapter"],
         "floor": floor,
         "name": engine.name,
-        "held": held_bytes(module),
+        "held": (held_at_start, max(parts.held), held_bytes(module)),
     }
 
 
@@ -302,6 +374,8 @@ def _row(report) -> dict:
         "kinds": len(report.phase_peak_bytes),
         "loss": report.loss,
         "norm": report.gradient_norm,
+        "applied": report.applied,
+        "loss_scale": report.loss_scale,
     }
 
 
@@ -342,7 +416,7 @@ def _caught(found: dict, what: str):
         found[what] = (type(error).__name__, str(error))
 
 
-def work(rank: int, world_size: int, port: int, engine: str, folder: str) -> None:
+def work(rank: int, world_size: int, port: int, jobs: dict[str, tuple[str, str]], folder: str) -> None:
     """What each process does; with one rank it is a lone process that no launcher started."""
     torch.set_num_threads(1)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -352,15 +426,17 @@ def work(rank: int, world_size: int, port: int, engine: str, folder: str) -> Non
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group = connect()
     gc.freeze()
-    results = {"cases": {name: run_case(case, engine, group) for name, case in CASES.items()}}
+    results = {"cases": {name: run_case(CASES[case], engine, group) for name, (engine, case) in jobs.items()}}
     if world_size > 1:
         results["faults"] = run_faults(group)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     group.close()
 
 
-def launch(world_size: int, engine: str, folder: Path, timeout_seconds: float = 300) -> list[dict]:
-    """Run all cases on ``world_size`` new processes; the results of each rank.
+def launch(
+    world_size: int, jobs: dict[str, tuple[str, str]], folder: Path, timeout_seconds: float = 300
+) -> list[dict]:
+    """Run ``{name: (engine, case)}`` one after the other on ``world_size`` new processes; the results of each rank.
 
     The processes are forked from a server that has imported this module once. One that fails ends them all.
     """
@@ -370,13 +446,13 @@ def launch(world_size: int, engine: str, folder: Path, timeout_seconds: float = 
     mp.get_context("forkserver").set_forkserver_preload([__name__])
     with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
         forkserver.ensure_running()  # does nothing if it does
-    arguments = (world_size, port, engine, str(folder))
+    arguments = (world_size, port, jobs, str(folder))
     context = mp.start_processes(work, arguments, nprocs=world_size, join=False, start_method="forkserver")
     deadline = time.monotonic() + timeout_seconds
     while not context.join(max(0, deadline - time.monotonic())):  # returns whenever a process has ended
         if time.monotonic() > deadline:
             _stop(context)
-            raise TimeoutError(f"{world_size} ranks of {engine} did not end within {timeout_seconds} seconds")
+            raise TimeoutError(f"{world_size} ranks did not end {[*jobs]} within {timeout_seconds} seconds")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "selection", "modeling"),
     ("sketch",),
     ("distributed",),
-    ("profiling", "reporting", "evaluate", "session", "step"),
+    ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
     ("cli",),
 )

@@ -121,7 +121,7 @@ def test_auto_within_the_section_is_left_to_deepspeed(written):
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("zero_optimisation", "did you mean zero_optimization"), ("moe", "the keys that can be set are zero_optimization")],
+    [("zero_optimisation", "did you mean zero_optimization"), ("moe", "the keys that can be set are zero_optim")],
 )
 def test_a_key_that_deepspeed_would_ignore_is_refused(written, key, hint):
     with pytest.raises(UserError, match=f"{key} would have no effect here: {hint}"):

@@ -175,6 +175,14 @@ def test_a_rank_that_holds_nothing():
     assert rows.dtype == torch.float32
 
 
+@each_split
+def test_rows_are_zero_where_no_source_is_ranked(split):
+    """Every quota takes all that its source has: there are sketches, for the moments, and nothing to compare."""
+    rows = last_layer.rows_at(held(split), torch.zeros(0, 3).long(), torch.full_like(GROUPS, -1), moments())
+    order = [row for rows_of in split for row in rows_of]
+    assert torch.equal(rows[VALID[order]], torch.zeros(int(VALID.sum()), 3))
+
+
 @pytest.mark.parametrize("lengths", [[3, 2], [40, 30]], ids=["factors", "product"])
 def test_the_sketch_of_a_model(lengths):
     family = "phi3"
@@ -199,3 +207,4 @@ def test_a_gradient_that_is_not_finite_shows_in_its_largest_entry():
 
     _, largest, _ = last_layer.sketch(Broken(), None, torch.arange(ROWS_TOTAL))
     assert torch.equal(largest.isfinite(), VALID)
+

@@ -1,0 +1,72 @@
+"""Malformed data files: each must be refused in one clear line that names it, or be read into well-formed rows.
+
+python benchmarks/fuzz_readers.py --files 10000 --seed 0
+
+Appends the tally, format by outcome, to benchmarks/results/fuzz.jsonl; exits with 1 if a file came to anything else
+(another exception, an unclear message, a hang, the end of the process), which is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "fuzz.jsonl"
+
+
+def measured(seed: int, files: int) -> dict[str, object]:
+    """A row: what became of the files."""
+    from support.fuzz import MEMORY_BYTES, SECONDS, fuzz, tally
+
+    from colm_scale.reporting.environment import environment
+
+    started, verdicts = time.monotonic(), []
+    for verdict in fuzz(seed, range(files)):
+        verdicts.append(verdict)
+        if verdict.outcome == "failure":
+            print(f"file {verdict.number} ({verdict.suffix}, {verdict.mutation}): {verdict.said!r}", flush=True)
+    facts = environment(torch.device("cpu"), 1, "none")
+    facts.pop("command")
+    return {
+        "benchmark": "fuzz_readers",
+        "seed": seed,
+        "files": files,
+        "tally": tally(verdicts),
+        "failures": [f"{verdict.number} {verdict.said}" for verdict in verdicts if verdict.outcome == "failure"],
+        "mutations": len({verdict.mutation for verdict in verdicts}),
+        "seconds": time.monotonic() - started,
+        "seconds_allowed_per_file": SECONDS,
+        "bytes_allowed": MEMORY_BYTES,
+        "peak_bytes": max(verdict.peak_bytes for verdict in verdicts),
+        "environment": facts,
+    }
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    result = measured(given.seed, given.files)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    for suffix, outcomes in result["tally"].items():
+        print(suffix.ljust(10), *(f"{outcome} {count:6d}" for outcome, count in outcomes.items()))
+    sys.exit(1 if result["failures"] else 0)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+    warnings.simplefilter("ignore")  # what openpyxl leaves out of a damaged book
+    main()

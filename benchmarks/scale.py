@@ -1,0 +1,299 @@
+"""The selection of one step at up to 1,024 ranks, simulated by one: what it moves, how long it takes, what it holds.
+
+python benchmarks/scale.py                measure; rows are appended to benchmarks/results/scale.jsonl
+python benchmarks/scale.py --table        put the tables between the markers in benchmarks/README.md
+
+The candidates, 64 of each rank, go through the product's own stages from the plan to the route, on rank 0. Only the
+forwards and the network are missing: `SimulatedGroup` answers each collective with what the other ranks would send.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import tables
+import torch
+from torch import Tensor
+
+from colm_scale.config import SelectionConfig
+from colm_scale.data.builtin import SOURCES
+from colm_scale.distributed.estimators import Estimator, LastLayer, ZerothOrder
+from colm_scale.distributed.exchange import share_selection
+from colm_scale.distributed.group import Group
+from colm_scale.profiling.memory import MemoryMeter, memory_meter
+from colm_scale.randomness import generator
+from colm_scale.records import Candidates, SketchPlan, long_tensor
+from colm_scale.reporting.environment import environment
+from colm_scale.selection import facility
+from colm_scale.selection.moments import Moments
+from colm_scale.selection.partition import partitioned_greedy
+from colm_scale.selection.quota import kept_sources
+from colm_scale.selection.route import route
+from colm_scale.selection.rule import SelectionRule
+from colm_scale.selection.similarity import similarities
+from colm_scale.sketch.plan import plan_sketch
+
+RESULTS = tables.RESULTS / "scale.jsonl"
+README = Path(__file__).with_name("README.md")
+CPU = torch.device("cpu")
+CANDIDATES_PER_RANK = 64
+MICRO_BATCH_TOKENS = 4096
+COLUMNS = 2560
+PROBE_NUMBERS = 2560 * 128
+"""The probe tensor of Phi-2 at LoRA rank 128."""
+STEP = 101
+GROUPS = (2, 4, 8, 16)
+COMPARED = 4
+"""Groups of the other ways to partition."""
+STAGES = ("plan", "gather", "select", "broadcast", "learn", "route")
+
+
+@dataclass(slots=True)
+class SimulatedGroup(Group):
+    """Rank 0 among ranks that are not there.
+
+    Attributes:
+        plan: Which rows of the sketches each rank would send.
+        sketches: ``[s, c]`` of all ranks, by c.
+    """
+
+    plan: SketchPlan | None = None
+    sketches: dict[int, Tensor] = field(default_factory=dict)
+
+    def all_gather(self, tensor: Tensor, label: str) -> Tensor:
+        gathered = tensor.new_zeros(self.world_size, *tensor.shape)
+        if tensor.is_floating_point():
+            for rank, rows in enumerate(map(self.plan.rows_of, range(self.world_size))):
+                gathered[rank, : len(rows)] = self.sketches[tensor.shape[1]][rows]
+        else:
+            gathered[:] = tensor
+        self._count(label, gathered)
+        return gathered
+
+    def reduce_scatter(self, tensor: Tensor, label: str) -> Tensor:
+        self._count(label, tensor)
+        return tensor[: len(tensor) // self.world_size]
+
+    def all_reduce(self, tensor: Tensor, label: str, *, largest: bool = False) -> Tensor:
+        self._count(label, tensor)
+        return tensor
+
+    def broadcast(self, tensor: Tensor, label: str, source: int = 0) -> Tensor:
+        self._count(label, tensor)
+        return tensor
+
+
+class Stages:
+    """Of each stage the seconds, those of all threads' computing, and the resident bytes above those at the start."""
+
+    def __init__(self, meter: MemoryMeter):
+        self._meter = meter
+        self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, name: str):
+        before, started, computed = psutil.Process().memory_info().rss, time.perf_counter(), time.process_time()
+        self._meter.start()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.cpu_seconds[name] = time.process_time() - computed
+        self.peak_bytes[name] = max(0, self._meter.stop()["resident"] - before)
+
+
+def draw_candidates(n: int) -> Candidates:
+    """Of the built-in sources in proportion to their sizes, with lengths around 150 tokens."""
+    draw = generator(0, "scale")
+    sizes = torch.tensor([float(rows) for rows, _ in SOURCES.values()])
+    lengths = torch.randn(n, generator=draw).mul(0.5).add(5).exp().long().clamp(8, 2048)
+    order = torch.arange(n)
+    return Candidates(STEP, order, order, torch.multinomial(sizes, n, True, generator=draw), lengths)
+
+
+def draw_rows(n: int, columns: int, sources: Tensor | None = None) -> Tensor:
+    """``[n, columns]`` rows around 32 centres of each source, a few of them frequent, with log-normal norms."""
+    draw = generator(0, "scale rows", columns)
+    sources = torch.zeros(n, dtype=torch.int64) if sources is None else sources
+    frequencies = torch.rand(32, generator=draw) ** 3
+    centre = sources * 32 + torch.multinomial(frequencies, n, True, generator=draw)
+    norms = torch.randn(n, 1, generator=draw).mul_(0.7).exp_()
+    rows = torch.randn(n, columns, generator=draw).mul_(0.5)
+    centres = torch.randn((int(sources.max()) + 1) * 32, columns, generator=draw)
+    for some in torch.arange(n).split(4096):
+        rows[some] += centres[centre[some]]
+    return rows.mul_(norms)
+
+
+def make_estimator(config: SelectionConfig, group: SimulatedGroup, candidates: Candidates) -> Estimator:
+    """The estimator after 100 steps, and in ``group`` the sketches that the ranks would send to each other."""
+    positions = group.plan.positions
+    rows = draw_rows(len(positions), COLUMNS if config.estimator == "last_layer" else 1, candidates.sources[positions])
+    if config.estimator == "last_layer":
+        group.sketches = {2: torch.ones(len(rows), 2), COLUMNS: rows}
+        moments = Moments(torch.zeros(PROBE_NUMBERS), torch.ones(PROBE_NUMBERS), STEP - 1, (0.9, 0.999), 1e-8)
+        return LastLayer(SimpleNamespace(size=PROBE_NUMBERS), group, moments, COLUMNS)
+    group.sketches = {2: torch.cat([rows, torch.ones(len(rows), 1)], dim=1)}
+    moments = Moments(torch.tensor([0.1]), torch.ones(1), STEP - 1, (0.9, 0.999), 1e-8)
+    return ZerothOrder(None, group, moments, torch.zeros(1, 1, 1), config.perturbation, COLUMNS)
+
+
+def measure_step(estimator_name: str, ranks: int) -> dict:
+    """One step's selection with ``ranks`` ranks, as a row."""
+    n = ranks * CANDIDATES_PER_RANK
+    config = SelectionConfig(candidates=n, budget=n // 2, estimator=estimator_name, columns=COLUMNS)
+    sizes = long_tensor([rows for rows, _ in SOURCES.values()])
+    rule = SelectionRule(config, kept_sources(sizes, list(SOURCES), None), seed=0)
+    group, candidates, stages = SimulatedGroup(0, ranks, 0, 1, CPU), draw_candidates(n), Stages(memory_meter(CPU))
+    quota = rule.quota(candidates)
+    with stages("plan"):
+        group.plan = plan_sketch(candidates, quota, ranks, MICRO_BATCH_TOKENS)
+    estimator = make_estimator(config, group, candidates)
+    estimator.sketch(group.plan, [])
+    with stages("gather"):
+        matrix = estimator.gather()
+    with stages("select"):
+        selection = rule.select(candidates, quota, matrix)
+    with stages("broadcast"):
+        selection = share_selection(selection, rule.most_selected, candidates, group)
+    with stages("learn"):
+        estimator.learn(selection)
+    with stages("route"):
+        routed = route(candidates.lengths, selection.positions, ranks, MICRO_BATCH_TOKENS)
+    return {
+        "benchmark": "scale",
+        "estimator": estimator_name,
+        "ranks": ranks,
+        "candidates": n,
+        "selected": len(selection.positions.unique()),
+        "columns": matrix.rows.shape[1],
+        "largest_source": int(torch.bincount(candidates.sources[matrix.positions]).max()),
+        "matrix_bytes": matrix.rows.numel() * matrix.rows.element_size(),
+        "seconds": stages.seconds,
+        "cpu_seconds": stages.cpu_seconds,
+        "peak_bytes": stages.peak_bytes,
+        "exchanged_bytes": group.take_traffic(),
+        "imbalance": routed.imbalance,
+    }
+
+
+def measure_loss(n: int, columns: int, share: int) -> dict:
+    """What partitioned greedy loses against plain greedy when one in ``share`` of ``n`` is selected, as a row."""
+    rows, k = draw_rows(n, columns), n // share
+    similarity = similarities(rows.double(), "l1")
+    plain = facility.objective(similarity, facility.greedy(similarity, k))
+    apart = n * float(similarity.max()) - plain
+
+    def loss(picks: Tensor) -> dict[str, float]:
+        value = facility.objective(similarity, picks)
+        return {"objective": 1 - value / plain, "distance": (plain - value) / apart}
+
+    found = {f"regions {g}": loss(partitioned_greedy(rows, k, "l1", -(-n // g))) for g in GROUPS}
+    found["every g-th"] = loss(greedy_of_every_gth(rows, k // COMPARED, COMPARED))
+    if k < n // COMPARED:  # else every group hands on all it has
+        union = greedy_of_every_gth(rows, k, COMPARED)
+        found["GreeDi"] = loss(union[facility.greedy(similarities(rows[union].double(), "l1"), k)])
+    found["random"] = loss(torch.randperm(n, generator=generator(0, "scale"))[:k])
+    return {"benchmark": "partition", "candidates": n, "columns": columns, "share": share, "loss": found}
+
+
+def greedy_of_every_gth(rows: Tensor, count: int, groups: int) -> Tensor:
+    """``count`` picks of each of ``groups`` groups, which are not regions but every g-th row."""
+    every = [torch.arange(start, len(rows), groups) for start in range(groups)]
+    return torch.cat([group[facility.greedy(similarities(rows[group].double(), "l1"), count)] for group in every])
+
+
+def save(row: dict) -> None:
+    """Append a row, with what it was measured on."""
+    facts = environment(CPU, 1, "simulated")
+    del facts["command"]
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "environment": facts}) + "\n")
+    print({key: value for key, value in row.items() if key != "environment"}, flush=True)
+
+
+def stored(benchmark: str, *key: str) -> list[dict]:
+    """The rows of a benchmark in ascending order of ``key``; of the same measured twice the last."""
+    rows = [row for row in map(json.loads, RESULTS.read_text().splitlines()) if row["benchmark"] == benchmark]
+    last = {tuple(row[name] for name in key): row for row in rows}
+    return [last[values] for values in sorted(last)]
+
+
+def bytes_table() -> str:
+    """Bytes per rank and step, by label."""
+    lines = [
+        "| estimator | ranks | candidates | gather | columns | broadcast | moments | control | of it the matrix |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in stored("scale", "estimator", "ranks"):
+        moved = [row["exchanged_bytes"].get(label, 0) for label in ("gather", "columns", "broadcast", "moments")]
+        moved += [row["exchanged_bytes"]["control"], row["matrix_bytes"]]
+        cells = [f"{row['ranks']:,}", f"{row['candidates']:,}", *(f"{number:,}" for number in moved)]
+        lines.append(f"| `{row['estimator']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table() -> str:
+    """CPU seconds of each stage, and by how much the resident memory of rank 0 grows."""
+    lines = [
+        f"| estimator | ranks | columns | largest source | {' | '.join(STAGES)} | peak of gather | peak of select |",
+        "|---|" + "---:|" * (5 + len(STAGES)),
+    ]
+    for row in stored("scale", "estimator", "ranks"):
+        cells = [f"{row[name]:,}" for name in ("ranks", "columns", "largest_source")]
+        cells += [f"{row['cpu_seconds'][stage]:.3g} s" for stage in STAGES]
+        cells += [f"{row['peak_bytes'][stage] / 2**30:.2f} GiB" for stage in ("gather", "select")]
+        lines.append(f"| `{row['estimator']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def loss_table() -> str:
+    """How much farther from their medoids the candidates are than with plain greedy."""
+    names = [*(f"regions {g}" for g in GROUPS), "every g-th", "GreeDi", "random"]
+    lines = [
+        f"| columns | selected | candidates | {' | '.join(names)} | objective lost, regions {GROUPS[-1]} |",
+        "|---:" * (4 + len(names)) + "|",
+    ]
+    for row in stored("partition", "columns", "share", "candidates"):
+        loss = row["loss"]
+        cells = [f"{loss[name]['distance']:+.1%}" if name in loss else "-" for name in names]
+        objective = f"{loss[f'regions {GROUPS[-1]}']['objective']:.3%}"
+        cells = [f"{row['columns']}", f"1 in {row['share']}", f"{row['candidates']:,}", *cells, objective]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"bytes": bytes_table, "time": time_table, "loss": loss_table}
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", nargs="*", type=int, default=[8, 64, 1024], help="sizes of the run; none: skip")
+    parser.add_argument("--loss", nargs="*", type=int, default=[1024, 4096, 8192], help="candidates; none: skip")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if given.table:
+        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+        return
+    torch.set_num_threads(given.threads)
+    measure_step("last_layer", 1)  # what only a first call costs
+    for n in given.loss:
+        for columns in (1, 64):
+            for share in (2, 16):
+                save(measure_loss(n, columns, share))
+    for ranks in given.ranks:
+        for estimator in ("zeroth_order", "last_layer"):
+            save(measure_step(estimator, ranks))
+
+
+if __name__ == "__main__":
+    main()

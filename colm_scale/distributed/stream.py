@@ -1,0 +1,122 @@
+"""Streamed training data on several ranks: the first one reads, and tells the others what the candidates are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from colm_scale.config import RunConfig
+from colm_scale.data.examples import Examples, offsets_of
+from colm_scale.data.stream import BlockStream, Position, Survey
+from colm_scale.distributed.group import Group
+from colm_scale.errors import UserError
+from colm_scale.records import Candidates, long_tensor
+
+
+def share_survey(surveyed: Survey | None, group: Group) -> Survey:
+    """The first rank's survey on every rank; the others pass None."""
+    plain = None if surveyed is None else dataclasses.asdict(surveyed) | {"sizes": surveyed.sizes.tolist()}
+    shared = group.share_json(plain)
+    return Survey(**shared | {"source_names": tuple(shared["source_names"]), "sizes": long_tensor(shared["sizes"])})
+
+
+class StreamedSampler:
+    """Gives each step the next examples of a stream that only the first rank reads.
+
+    Attributes:
+        examples: The ``n`` candidates last drawn, in their order, with the survey's sources; none before any step.
+        dropped, cut: On the first rank, examples per source that were left out or cut so far; filled as they come.
+
+    Args:
+        surveyed: Of the training data, equal on every rank. The data itself need be on the first rank only.
+        max_length: Longest example, in tokens.
+
+    Raises:
+        UserError: There are fewer rows than candidates, or the first block of rows cannot be tokenised.
+        TrainingError: The first block has changed since it was surveyed.
+    """
+
+    def __init__(
+        self, config: RunConfig, surveyed: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, group: Group
+    ):
+        self._count, self._group, self._names = config.selection.candidates, group, surveyed.source_names
+        if self._count > surveyed.rows:
+            raise UserError(
+                f"--selection.candidates is {self._count}, but only {surveyed.rows} training examples are there: "
+                f"give at most {surveyed.rows}"
+            )
+        self._stream: BlockStream | None = None
+        self.dropped: dict[str, int] = {}
+        self.cut: dict[str, int] = {}
+        if group.is_first:
+            self._stream = BlockStream(
+                config.data.train, config.data, surveyed, tokenizer, max_length, config.train.seed
+            )
+            self.dropped, self.cut = self._stream.dropped, self._stream.cut
+        nothing = long_tensor([])
+        self.examples = self._as_examples(nothing, nothing, nothing, nothing.int())
+
+    def __call__(self, step: int) -> Candidates:
+        """The candidates of a step; steps are asked for in turn.
+
+        Raises:
+            UserError, TrainingError: On the first rank, see `BlockStream.draw`.
+            PeerFailed: On the others, if the first one failed.
+        """
+        drawn = None
+        with self._group.together():
+            if self._stream is not None:
+                drawn = self._stream.draw(self._count)
+        self.examples = self._shared(drawn)
+        indices = torch.arange(self._count)
+        return Candidates(step, indices, self.examples.ids, self.examples.sources, self.examples.lengths)
+
+    def state(self) -> dict:
+        """Where the next step begins and what was left out so far, on the first rank; elsewhere nothing."""
+        if self._stream is None:
+            return {}
+        return dataclasses.asdict(self._stream.position) | {"dropped": dict(self.dropped), "cut": dict(self.cut)}
+
+    def load(self, state: dict) -> None:
+        """Go on where the first rank's `state` was taken. All ranks call it together.
+
+        Raises:
+            UserError, TrainingError, PeerFailed: As when the sampler is called.
+        """
+        with self._group.together():
+            if self._stream is not None:
+                self._stream.seek(Position(state["epoch"], state["block"], state["offset"]))
+                for counts, saved in ((self.dropped, state["dropped"]), (self.cut, state["cut"])):
+                    counts.clear()
+                    counts.update(saved)
+
+    def _shared(self, drawn: Examples | None) -> Examples:
+        """The first rank's examples on every rank: ``24 n`` bytes, and 4 per token; the others pass None.
+
+        A message of known size says how long the examples are, and so how long the other one is: their tokens one after
+        the other, those that carry loss as their complement, which is negative.
+        """
+        n, device = self._count, self._group.device
+        header = torch.zeros(3 * n, dtype=torch.int64)
+        if drawn is not None:
+            header = torch.cat([drawn.ids, drawn.sources, drawn.lengths])
+        ids, sources, lengths = self._group.broadcast(header.to(device), "stream").cpu().split(n)
+        tokens = torch.empty(int(lengths.sum()), dtype=torch.int32)
+        if drawn is not None:
+            tokens = torch.where(drawn.labelled, ~drawn.tokens, drawn.tokens)
+        return self._as_examples(ids, sources, lengths, self._group.broadcast(tokens.to(device), "stream").cpu())
+
+    def _as_examples(self, ids: Tensor, sources: Tensor, lengths: Tensor, marked: Tensor) -> Examples:
+        return Examples(
+            tokens=torch.where(marked < 0, ~marked, marked),
+            labelled=marked < 0,
+            offsets=offsets_of(lengths),
+            ids=ids,
+            sources=sources,
+            source_names=self._names,
+            dropped={},
+            cut={},
+        )

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# One host's share of a run on many hosts, by torchrun. Run the same line on every host:
+#
+#   NNODES=2 RDZV_ENDPOINT=10.0.0.1:29500 launchers/torchrun.sh -- --output_dir /shared/run
+#   launchers/torchrun.sh [OPTIONS OF torchrun] -- [OPTIONS OF launchers/train.py]
+#
+# The environment says where hosts meet; options before -- go to torchrun, where they win over what is set here.
+#
+#   NNODES          how many hosts take part (1)
+#   NPROC_PER_NODE  ranks per host (auto: one per GPU, or per core without a GPU)
+#   RDZV_ENDPOINT   HOST:PORT of one of the hosts, where all meet and agree on their ranks (c10d)
+#   MASTER_ADDR     instead: the host of rank 0 (static), with MASTER_PORT (29500) and each host's own NODE_RANK
+#   RDZV_ID         names the run, where several share an endpoint (colm_scale)
+#   MAX_RESTARTS    how often all ranks start again after one has failed (3)
+#
+# Ranks that start again go on from the newest checkpoint, so --resume auto is added unless --resume is given, and
+# --output_dir (or a --config with output_dir) is required: a folder on a file system that all hosts share.
+
+set -euo pipefail
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# This host's address on the way to another, and whether it is that other. A host's own name often leads nowhere
+# from outside, or to 127.0.1.1. Connecting a datagram socket sends nothing.
+way_to() {
+    python3 - "$1" <<'PYTHON'
+import socket, sys
+
+host = sys.argv[1]
+try:
+    family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        own = probe.getsockname()[0]
+except OSError as error:
+    sys.exit(f"error: RDZV_ENDPOINT: {host} cannot be reached from this host: {error.strerror}")
+print(own, "true" if own == target[0] or own.startswith("127.") else "false")
+PYTHON
+}
+
+torchrun=()
+while (($#)) && [[ $1 != -- ]]; do
+    if [[ $1 == -h || $1 == --help ]]; then
+        sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+        exit
+    fi
+    torchrun+=("$1")
+    shift
+done
+(($#)) && shift
+[[ " $* " =~ " --"(output_dir|config)[=\ ] ]] || fail "--output_dir is missing: a restarted run finds its checkpoints there"
+[[ " $* " =~ " --resume"[=\ ] ]] || set -- "$@" --resume auto
+
+if [[ -n ${RDZV_ENDPOINT:-} ]]; then
+    host=${RDZV_ENDPOINT%:*}
+    way=$(way_to "$host") || exit 2
+    read -r own is_host <<<"$way"
+    [[ $own != 127.* || ${NNODES:-1} == 1 ]] ||
+        fail "RDZV_ENDPOINT=$RDZV_ENDPOINT: on this host $host is the loopback; give an address that all hosts reach"
+    meeting=(--rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_conf "is_host=$is_host" --local_addr "$own")
+elif [[ -n ${MASTER_ADDR:-} ]]; then
+    [[ -n ${NODE_RANK:-} ]] || fail "MASTER_ADDR=$MASTER_ADDR needs NODE_RANK: this host's place, from 0"
+    meeting=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --node_rank "$NODE_RANK")
+else
+    fail "set RDZV_ENDPOINT=HOST:PORT, or MASTER_ADDR and NODE_RANK; see --help"
+fi
+
+exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC_PER_NODE:-auto}" --rdzv_id "${RDZV_ID:-colm_scale}" \
+    --max_restarts "${MAX_RESTARTS:-3}" "${meeting[@]}" "${torchrun[@]}" "$(dirname "$0")/train.py" "$@"

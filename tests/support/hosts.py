@@ -1,0 +1,80 @@
+"""Two hosts on one machine: network namespaces with a wire between them.
+
+Each has an address and a name of its own, and the name resolves nowhere, as in many a cluster. They share the file
+system. Making them takes root.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from support.commands import wait_until
+
+
+class NoHosts(RuntimeError):
+    """This machine does not let us make network namespaces; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host by its name (also of its namespace) and its address."""
+
+    name: str
+    address: str
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command line that runs another one on this host."""
+        named = 'hostname "$0" && exec "$@"'
+        return ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", named, self.name, *arguments]
+
+    def alive(self) -> list[int]:
+        """The processes on this host."""
+        return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
+
+    def kill(self) -> None:
+        """End every process at once, as when the host is lost."""
+        for pid in self.alive():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two connected hosts, which are gone at the end with all that runs on them.
+
+    Raises:
+        NoHosts: Namespaces are not permitted, or there is no ``ip`` command.
+    """
+    hosts = tuple(Host(f"colm-{os.getpid()}-{place}", f"10.77.0.{place}") for place in (1, 2))
+    try:
+        try:
+            _connect(hosts)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise NoHosts(f"no network namespaces: {getattr(error, 'stderr', None) or error}".strip()) from None
+        yield hosts
+    finally:
+        for host in hosts:
+            with suppress(OSError, subprocess.CalledProcessError):
+                host.kill()
+                wait_until(lambda: not host.alive(), 10)  # noqa: B023
+                _ip("netns", "delete", host.name)
+
+
+def _connect(hosts: Sequence[Host]) -> None:
+    first, second = hosts
+    for host in hosts:
+        _ip("netns", "add", host.name)
+    _ip("link", "add", "eth0", "netns", first.name, "type", "veth", "peer", "name", "eth0", "netns", second.name)
+    for host in hosts:
+        _ip("-netns", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
+        for interface in ("lo", "eth0"):
+            _ip("-netns", host.name, "link", "set", interface, "up")
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
