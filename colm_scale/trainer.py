@@ -201,9 +201,11 @@ def _claim(
     directory: RunDirectory | None, config: RunConfig, engine: Engine, meter: MemoryMeter, done: int, group: Group
 ) -> None:
     """Write the files that say what runs, once it is known that it can."""
+    held = torch.tensor([held_bytes(engine.module)], device=group.device)
+    held = group.all_gather(held, "control").flatten().tolist()
     with group.together():
         if directory is not None:
-            facts = {"device_name": meter.device_name, "memory": meter.label}
+            facts = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
             found = environment(group.device, group.world_size, engine.name, **facts)
             directory.create(as_yaml(config), found, done)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +34,11 @@ _BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command has done."""
+    """What a command has done.
+
+    Attributes:
+        code: The exit code; of several ranks the first that is not 0.
+    """
 
     code: int
     stdout: str
@@ -72,9 +77,12 @@ class Command:
     """A started command and all processes that come from it, also those that have lost their parent.
 
     Use it as a context, which kills whatever is left at its end.
+
+    Args:
+        talks: Whether its input and output are pipes; else it reads nothing and writes to a file in ``log``.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path, **variables: str):
+    def __init__(self, arguments: Sequence[str], log: Path, *, talks: bool = False, **variables: str):
         self._mark, self._log = uuid.uuid4().hex, log
         log.mkdir(parents=True, exist_ok=True)
         self._files = [(log / name).open("w+", encoding="utf-8") for name in ("stdout.txt", "stderr.txt")]
@@ -82,9 +90,10 @@ class Command:
             list(arguments),
             cwd=ROOT,
             env=_environment(variables | {_MARK: self._mark}),
-            stdin=subprocess.DEVNULL,
-            stdout=self._files[0],
+            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if talks else self._files[0],
             stderr=self._files[1],
+            text=True,
         )
 
     def __enter__(self) -> Command:
@@ -119,20 +128,103 @@ def run(arguments: Sequence[str], log: Path, seconds: float = 180, **variables: 
         return command.outcome(seconds)
 
 
-def run_many(jobs: Mapping[str, Sequence[str]], log: Path, at_once: int = 2) -> dict[str, Outcome]:
-    """Run ``launchers/train.py`` with each job's options, in their order, each in a process of its own.
+class Hung(AssertionError):
+    """A run that did not end in time."""
 
-    Most of a short run is importing, so the processes are forked from one that has imported everything.
+
+class Forked:
+    """A process that has imported what ``launchers/train.py`` needs and forks itself into ranks: most of a short run is
+    importing. The ranks take it for their launcher, but it does nothing for them.
+
+    Use it as a context, which kills whatever is left at its end.
+
+    Args:
+        prefix: What the process is started by.
     """
-    log.mkdir(parents=True, exist_ok=True)
-    (log / "jobs.json").write_text(json.dumps({name: list(options) for name, options in jobs.items()}), "utf-8")
-    forked = [sys.executable, "tests/support/forked.py", str(log), str(at_once)]
-    run(forked, log, seconds=60 + 20 * len(jobs)).succeeded()
-    codes = json.loads((log / "codes.json").read_text("utf-8"))
-    return {
-        name: Outcome(codes[name], *((log / f"{name}.{stream}").read_text("utf-8") for stream in ("stdout", "stderr")))
-        for name in jobs
-    }
+
+    def __init__(self, log: Path, *prefix: str):
+        self._command = Command([*prefix, sys.executable, "tests/support/forked.py"], log, talks=True)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._command.__exit__()
+
+    @property
+    def pid(self) -> int:
+        return self._command.process.pid
+
+    def start(self, options: Sequence[str], log: Path, ranks: int = 1) -> Ranks:
+        """Start a run, whose output goes to ``LOG.stdout`` and ``LOG.stderr``."""
+        for stream in ("stdout", "stderr"):
+            Path(f"{log}.{stream}").write_text("", "utf-8")
+        places = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        launched = [places | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] if ranks > 1 else [{}]
+        variables = [{name: str(value) for name, value in of_rank.items()} for of_rank in launched]
+        return Ranks(self, self._ask({"options": list(options), "log": str(log), "ranks": variables}), log)
+
+    def codes(self, pids: Sequence[int]) -> list[int | None]:
+        """Exit codes, negative for a signal; None for a rank that runs."""
+        return self._ask({"ended": list(pids)})
+
+    def _ask(self, question: dict) -> list:
+        process = self._command.process
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks of one run that a `Forked` process has started."""
+
+    forked: Forked
+    pids: list[int]
+    log: Path
+
+    def codes(self) -> list[int | None]:
+        """As `Forked.codes`, by rank."""
+        return self.forked.codes(self.pids)
+
+    def running(self) -> bool:
+        return None in self.codes()
+
+    def send(self, number: int, *ranks: int) -> None:
+        """Send a signal to these ranks, or to all, of those that run."""
+        codes = self.codes()
+        for rank in ranks or range(len(self.pids)):
+            if codes[rank] is None:  # else it may be another process by now
+                os.kill(self.pids[rank], number)
+
+    def outcome(self, seconds: float) -> Outcome:
+        """Wait for the end of all ranks.
+
+        Raises:
+            Hung: They took longer; then they are killed.
+        """
+        try:
+            wait_until(lambda: not self.running(), seconds)
+        except AssertionError as error:
+            self.send(signal.SIGKILL)
+            raise Hung(f"ranks {self.codes()} of {self.log.name}: {error}") from None
+        said = (Path(f"{self.log}.{stream}").read_text("utf-8") for stream in ("stdout", "stderr"))
+        return Outcome(next((code for code in self.codes() if code), 0), *said)
+
+
+def run_many(jobs: Mapping[str, Sequence[str]], log: Path, at_once: int = 2) -> dict[str, Outcome]:
+    """Run ``launchers/train.py`` with each job's options, in their order, each in a forked process of its own."""
+    outcomes: dict[str, Outcome] = {}
+    waiting, running = list(jobs.items()), {}
+    with Forked(log) as forked:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name, options = waiting.pop(0)
+                running[name] = forked.start(options, log / name)
+            wait_until(lambda: not all(ranks.running() for ranks in running.values()), 180)
+            outcomes |= {name: ranks.outcome(0) for name, ranks in running.items() if not ranks.running()}
+            running = {name: ranks for name, ranks in running.items() if name not in outcomes}
+    return {name: outcomes[name] for name in jobs}
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> float:

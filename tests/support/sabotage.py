@@ -1,11 +1,18 @@
-"""``launchers/train.py`` in which something goes wrong: ``--sabotage`` at the end of the options says what.
+"""``launchers/train.py`` in which something goes wrong: what follows ``--sabotage`` at the end of the options says what.
 
-``@RANK`` in any option becomes the rank, so that ranks can be made to read different files.
+    --sabotage kill sketch 2 1      a deed, and where: phase, step and rank (see `DEEDS`, `at`)
+    --sabotage nan candidate        numbers that are not finite, and whose (see `NUMBERS`); ``inf`` likewise
+    --sabotage selection            rank 1 receives another selection than rank 0 sent
+
+``@RANK`` in any option becomes the rank, so that ranks can be made to read different files. A launcher that starts a
+run again after a failure starts it without sabotage.
 """
 
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,32 +22,92 @@ import torch
 from torch import Tensor
 
 from colm_scale import cli
+from colm_scale.checkpoint import store
 from colm_scale.data.sampler import CandidateSampler
+from colm_scale.distributed import estimators
 from colm_scale.distributed.engine import TorchEngine
+from colm_scale.distributed.group import Group
+from colm_scale.distributed.watch import Watch
 from colm_scale.records import Batch, Candidates
 from colm_scale.sketch.tap import Tap
-from colm_scale.step import CoresetStep
 
-RANK = os.environ.get("RANK", "0")
 BAD_ID = 5
 """The training example whose loss is made NaN."""
 
 
-def fail_on_rank_1(fail: Callable[[], None]) -> None:
-    """Rank 1 calls ``fail`` in the middle of step 2, when rank 0 is on its way into a collective."""
-    train, calls = CoresetStep._train, []
+def rank() -> str:
+    return os.environ.get("RANK", "0")
 
-    def sabotaged(self, micro_batches, n: int) -> Tensor:
-        calls.append(n)
-        if RANK == "1" and len(calls) == 2:
-            fail()
-        return train(self, micro_batches, n)
 
-    CoresetStep._train = sabotaged
+# Deeds: what a process does to itself
 
 
 def raise_error() -> None:
-    raise RuntimeError("the disk of rank 1 burns")
+    raise RuntimeError(f"the disk of rank {rank()} burns")
+
+
+def hang() -> None:
+    while True:
+        time.sleep(60)
+
+
+def fill_disk() -> None:
+    """Leave less on the disk of the run's folder than any file of a checkpoint with tensors needs."""
+    folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    with (folder / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - 2**14)
+
+
+DEEDS = {
+    "raise": raise_error,
+    "exit": lambda: os._exit(3),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hang": hang,
+    "fill": fill_disk,
+}
+
+
+def at(phase: str, step: str, on_rank: str, deed: Callable[[], None]) -> None:
+    """Do ``deed`` whenever that rank enters that phase of that step: one of those that `Watch` is told, or, while rank
+    0 writes a checkpoint, ``writing`` (half of a file is there), ``naming`` (all files are there, the folder does not
+    have its name yet) or ``pruning`` (the new one counts, and an old one is to go)."""
+    begin, enter = Watch.begin, Watch.enter
+    now = [0]
+
+    def remember(self, number: int) -> None:
+        now[0] = number
+        begin(self, number)
+
+    def entered(self, name: str) -> None:
+        enter(self, name)
+        arrive(name)
+
+    def arrive(name: str) -> None:
+        if (name, str(now[0]), rank()) == (phase, step, on_rank):
+            deed()
+
+    Watch.begin, Watch.enter = remember, entered
+    arrive_in_checkpoint(arrive)
+
+
+def arrive_in_checkpoint(arrive: Callable[[str], None]) -> None:
+    write, put, discard = store._write_file, store.CheckpointFolder._put, store._discard
+
+    def write_half_before(path: Path, content: bytes) -> dict[str, object]:
+        if path.stem == "optimizer":
+            path.write_bytes(content[: len(content) // 2])
+            arrive("writing")
+            path.unlink()
+        return write(path, content)
+
+    store._write_file = write_half_before
+    store.CheckpointFolder._put = lambda self, final: (arrive("naming"), put(self, final))
+    store._discard = lambda folder: (arrive("pruning"), discard(folder))
+
+
+# Numbers that are not finite
 
 
 def bad_rows(first_step: int) -> Callable[[Batch], Tensor]:
@@ -55,40 +122,83 @@ def bad_rows(first_step: int) -> Callable[[Batch], Tensor]:
     return lambda batch: (drawn[0].ids[batch.positions] == BAD_ID) & (drawn[0].step >= first_step)
 
 
-def nan_candidate() -> None:
-    """One candidate's loss and gradient are NaN while it is sketched."""
-    factors, is_bad = Tap.factors, bad_rows(first_step=1)
+def spoil_sketches(value: float, is_bad: Callable[[Batch], Tensor]) -> None:
+    factors = Tap.factors
 
-    def sabotaged(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def spoilt(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         losses, delta, a = factors(self, batch)
-        losses[: len(batch.positions)][is_bad(batch)] = torch.nan
-        delta[: len(batch.positions)][is_bad(batch)] = torch.nan
+        bad = is_bad(batch)
+        losses[: len(bad)][bad] = value
+        delta[: len(bad)][bad] = value
         return losses, delta, a
 
-    Tap.factors = sabotaged
+    Tap.factors = spoilt
 
 
-def nan_training() -> None:
-    """One example's loss is NaN while it is trained, from step 2 on."""
+def spoil_rank(value: float) -> None:
+    """Every candidate that rank 1 sketches."""
+    if rank() == "1":
+        spoil_sketches(value, lambda batch: torch.ones(len(batch.positions), dtype=torch.bool))
+
+
+def spoil_matrix(value: float) -> None:
+    """All that is gathered, on every rank."""
+    gather = estimators.gather_rows
+    estimators.gather_rows = lambda *arguments: gather(*arguments).fill_(value)
+
+
+def spoil_training(value: float) -> None:
+    """One example's loss while it is trained, from step 2 on."""
     forward, is_bad = TorchEngine.forward, bad_rows(first_step=2)
-    TorchEngine.forward = lambda self, batch: forward(self, batch).masked_fill(is_bad(batch), torch.nan)
+    TorchEngine.forward = lambda self, batch: forward(self, batch).masked_fill(is_bad(batch), value)
 
 
-SABOTAGES = {
-    "raise": lambda: fail_on_rank_1(raise_error),
-    "exit": lambda: fail_on_rank_1(lambda: os._exit(3)),
-    "kill": lambda: fail_on_rank_1(lambda: os.kill(os.getpid(), signal.SIGKILL)),
-    "nan_candidate": nan_candidate,
-    "nan_training": nan_training,
+def spoil_gradient(value: float) -> None:
+    """Rank 1's share of the gradient; every loss is finite."""
+    backward = TorchEngine.backward
+    if rank() == "1":
+        TorchEngine.backward = lambda self, loss, *, last: backward(self, loss * value, last=last)
+
+
+NUMBERS = {
+    "candidate": lambda value: spoil_sketches(value, bad_rows(first_step=1)),
+    "rank": spoil_rank,
+    "matrix": spoil_matrix,
+    "training": spoil_training,
+    "gradient": spoil_gradient,
 }
+
+
+def change_selection() -> None:
+    broadcast = Group.broadcast
+
+    def changed(self, tensor: Tensor, label: str, source: int = 0) -> Tensor:
+        received = broadcast(self, tensor, label, source)
+        if label == "broadcast" and rank() == "1":
+            received[5] += 1  # the first position
+        return received
+
+    Group.broadcast = changed
+
+
+def sabotage(kind: str, *words: str) -> None:
+    match kind:
+        case "nan" | "inf":
+            NUMBERS[words[0]](float(kind))
+        case "selection":
+            change_selection()
+        case _:
+            at(*words, DEEDS[kind])
 
 
 def main() -> None:
     """Run with the options of the command line."""
-    options = [option.replace("@RANK", RANK) for option in sys.argv[1:]]
+    options = [option.replace("@RANK", rank()) for option in sys.argv[1:]]
     if "--sabotage" in options:
-        SABOTAGES[options[options.index("--sabotage") + 1]]()
-        options = options[: options.index("--sabotage")]
+        place = options.index("--sabotage")
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            sabotage(*options[place + 1 :])
+        options = options[:place]
     cli.train(options)
 
 

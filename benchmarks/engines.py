@@ -1,0 +1,180 @@
+"""Every engine beside one process and DDP: the same ids, the same adapters, what a rank holds, what a step takes.
+
+python benchmarks/engines.py              every engine, float32
+python benchmarks/engines.py fsdp zero3   these
+python benchmarks/engines.py --dtypes bfloat16 float16    the first step that differs, in half precision
+python benchmarks/engines.py --table      put the table between the markers in benchmarks/README.md
+
+For each engine, with two ranks on the built-in model and data: a run of 20 steps under DDP, the same under the engine, and
+one that goes on from the engine's checkpoint of step 7. The time of a step is compared with that of the DDP run just before.
+Rows are appended to benchmarks/results/engines.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import tables
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = tables.RESULTS / "engines.jsonl"
+README = ROOT / "benchmarks" / "README.md"
+TRAIN = str(ROOT / "launchers" / "train.py")
+STEPS, BREAK = 20, 7
+RUN = (
+    *("--train.steps", str(STEPS), "--train.threads", "1", "--selection.candidates", "32", "--selection.budget", "16"),
+    *("--eval.generate", "0", "--eval.limit", "1", "--profile.floor_every", "0", "--profile.display", "off"),
+    *("--checkpoint.every", str(BREAK), "--checkpoint.keep", "9"),
+)
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TRAIN)
+DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", TRAIN, "--ds_config")
+ENGINES = {
+    "single": (TRAIN,),
+    "ddp": TORCHRUN,
+    **{
+        stage: (*DEEPSPEED, str(ROOT / "ds_configs" / f"{stage}.json"))
+        for stage in ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+    },
+    "fsdp": (*TORCHRUN, "--engine", "fsdp"),
+    "fsdp, no reshard": (*TORCHRUN, "--engine", "fsdp", "--fsdp.reshard_after_forward", "false"),
+    "fsdp, offload": (*TORCHRUN, "--engine", "fsdp", "--fsdp.cpu_offload", "true"),
+}
+
+
+def run(engine: str, out: Path, *options: str) -> None:
+    """Run the product once under an engine."""
+    command = [sys.executable, *ENGINES[engine], *RUN, *options, "--output_dir", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def resumed(engine: str, whole: Path, out: Path, *options: str) -> None:
+    """The run that a kill after step 7 leaves, gone on with."""
+    step = f"step-{BREAK:08d}"
+    shutil.copytree(whole / "checkpoints" / step, out / "checkpoints" / step)
+    for rows in whole.glob("*.jsonl"):
+        shutil.copy(rows, out)
+    run(engine, out, *options, "--resume", "auto")
+
+
+def selected(out: Path) -> list[list[int]]:
+    return [row["selected"] for row in read(out / "selection.jsonl")]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read(out / "metrics.jsonl")]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def seconds(out: Path) -> float:
+    """Median of a step, the first few left out."""
+    return median(row["seconds"]["step"] for row in read(out / "metrics.jsonl")[3:])
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Between the adapters of two runs."""
+    ours, theirs = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, other))
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+def row(engine: str, dtype: str, folder: Path, alone: Path) -> dict[str, object]:
+    """Measure one engine."""
+    ddp, whole, again = (folder / name for name in ("ddp", "whole", "again"))
+    options = ("--train.dtype", dtype)
+    run("ddp", ddp, *options)
+    run(engine, whole, *options)
+    resumed(engine, whole, again, *options)
+    pairs = zip(selected(whole), selected(alone), strict=True)
+    differs = [number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs]
+    environment = json.loads((whole / "environment.json").read_text())
+    environment.pop("command", None)
+    checkpoint = whole / "checkpoints" / f"step-{STEPS:08d}"
+    return {
+        "benchmark": "engines",
+        "engine": engine,
+        "dtype": dtype,
+        "ranks": environment["world_size"],
+        "steps": STEPS,
+        "first_step_that_differs": differs[0] if differs else None,
+        "largest_weight_difference": largest_difference(whole, alone),
+        "weight_bytes_by_rank": environment.pop("weight_bytes_by_rank"),
+        "peak_bytes": [max(peaks) for peaks in zip(*(row["peak_bytes"] for row in read(whole / "metrics.jsonl")))],
+        "step_seconds": seconds(whole),
+        "step_over_ddp": seconds(whole) / seconds(ddp),
+        "resume_exact": selected(again) == selected(whole)
+        and losses(again) == losses(whole)
+        and largest_difference(again, whole) == 0.0,
+        "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.iterdir()),
+        "environment": environment,
+    }
+
+
+def engine_table() -> str:
+    """One row per engine in float32, the last measured of each."""
+    rows = {row["engine"]: row for row in read(RESULTS) if row["dtype"] == "float32"}
+    whole = max(rows["ddp"]["weight_bytes_by_rank"])
+    lines = [
+        "| engine | ranks | ids equal | largest weight difference | weights held, MB per rank | step / DDP | resume exact |",
+        "|---|---:|---|---:|---:|---:|---|",
+    ]
+    for engine, found in rows.items():
+        differs = found["first_step_that_differs"]
+        held = max(found["weight_bytes_by_rank"])
+        cells = [
+            f"`{engine}`",
+            str(found["ranks"]),
+            "yes" if differs is None else f"until step {differs - 1}",
+            f"{found['largest_weight_difference']:.1e}" if found["largest_weight_difference"] else "0",
+            f"{held / 1e6:.2f} ({held / whole:.0%})",
+            f"{found['step_over_ddp']:.2f}",
+            "yes" if found["resume_exact"] else "no",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def half_table() -> str:
+    """The first step whose ids differ from those of one process, by engine and type."""
+    rows = {(row["engine"], row["dtype"]): row for row in read(RESULTS)}
+    types = [dtype for dtype in ("bfloat16", "float16") if any(dtype == key[1] for key in rows)]
+    lines = [f"| engine | {' | '.join(types)} |", f"|---|{'---:|' * len(types)}"]
+    for engine in dict.fromkeys(engine for engine, dtype in rows if dtype in types):
+        differs = [rows[engine, dtype]["first_step_that_differs"] for dtype in types]
+        lines.append(f"| `{engine}` | {' | '.join('none' if step is None else str(step) for step in differs)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engines", nargs="*", default=list(ENGINES), choices=[[], *ENGINES], metavar="ENGINE")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if given.table:
+        made = {"engines": engine_table, "half precision": half_table}
+        README.write_text(tables.filled(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+        return
+    for dtype in given.dtypes:
+        with tempfile.TemporaryDirectory() as alone:
+            run("single", Path(alone) / "run", "--train.dtype", dtype)
+            for engine in given.engines:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = row(engine, dtype, Path(folder), Path(alone) / "run")
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(found) + "\n")
+                print({key: value for key, value in found.items() if key != "environment"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
