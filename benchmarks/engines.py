@@ -5,8 +5,8 @@ python benchmarks/engines.py fsdp zero3   these
 python benchmarks/engines.py --dtypes bfloat16 float16    the first step that differs, in half precision
 python benchmarks/engines.py --table      put the table between the markers in benchmarks/README.md
 
-For each engine, with two ranks on the built-in model and data: a run of 20 steps under DDP, the same under the engine, and
-one that goes on from the engine's checkpoint of step 7. The time of a step is compared with that of the DDP run just before.
+For each engine, with two ranks on the built-in model and data: a run of 20 steps under DDP, the same under the engine,
+and one that goes on from its checkpoint of step 7. The time of a step is compared with that of the DDP run just before.
 Rows are appended to benchmarks/results/engines.jsonl.
 """
 
@@ -124,7 +124,7 @@ def engine_table() -> str:
     rows = {row["engine"]: row for row in read(RESULTS) if row["dtype"] == "float32"}
     whole = max(rows["ddp"]["weight_bytes_by_rank"])
     lines = [
-        "| engine | ranks | ids equal | largest weight difference | weights held, MB per rank | step / DDP | resume exact |",
+        "| engine | ranks | ids equal | largest weight difference | weights held per rank, MB | step / DDP | resumed |",
         "|---|---:|---|---:|---:|---:|---|",
     ]
     for engine, found in rows.items():
@@ -137,7 +137,7 @@ def engine_table() -> str:
             f"{found['largest_weight_difference']:.1e}" if found["largest_weight_difference"] else "0",
             f"{held / 1e6:.2f} ({held / whole:.0%})",
             f"{found['step_over_ddp']:.2f}",
-            "yes" if found["resume_exact"] else "no",
+            "bit for bit" if found["resume_exact"] else "not equal",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -139,6 +139,14 @@ class Group:
         """Payload bytes per label since the last call."""
         taken, self.traffic = dict(self.traffic), Counter()
         return taken
+
+    def collectives(self) -> int:
+        """How many collectives this rank has begun, those of the engines among them."""
+        begun = 0
+        for group in list(dist.distributed_c10d._world.pg_map):
+            with suppress(RuntimeError):  # a backend that does not count them
+                begun += group._get_backend(self.device)._get_sequence_number_for_group()
+        return begun
 
     def ensure_process_group(self) -> None:
         """Give a lone process a process group of its own, which FSDP2 and DeepSpeed want all the same."""

@@ -2,7 +2,8 @@
 
 A rank that fails announces it in the rendezvous store before it closes anything. The others look there every second,
 also while they wait in a collective that will never complete, and end. Ranks say there, too, where in the step they
-are, so that one that hangs can be named by those that wait for it. A rank whose launcher is gone has nobody left to
+are, so that one that hangs can be named by those that wait for it. The store is held by torchrun's agent or by rank 0,
+which may itself be gone or hang. A rank whose launcher is gone has nobody left to
 report to (DeepSpeed's launcher leaves its ranks running as orphans): it is told to stop, as by SIGTERM.
 """
 
@@ -13,8 +14,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 from torch.distributed import TCPStore
 
@@ -25,10 +30,12 @@ STOPPED = 143
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 """How long the main thread of a peer gets to end by itself once a failure is known."""
-_STOP_SECONDS = 60.0
-"""How long an orphan gets to finish its step and save it."""
+_ANSWER_SECONDS = 10.0
+"""How long the store gets to answer a rank that is about to end."""
 _START_SECONDS = 3600.0
 """How long reading data or loading a model may take; rank 0 alone may have a whole stream to read."""
+
+_Answer = TypeVar("_Answer")
 
 
 class Watch:
@@ -42,11 +49,12 @@ class Watch:
         self._group, self._timeout = group, timeout
         self._stop = threading.Event()
         self._prefix = f"colm_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._store = None
+        self._published = ""
+        self._store: TCPStore | None = None
+        self._holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         self._launchers = _launchers() if launched() else []
         self._step = 0
         self._place = (0, "start", time.monotonic())
-        self._orphan_since: float | None = None
         self.stop_requested = False
         """Whether this rank was told to stop: the run saves itself after the step, on all ranks, and ends."""
         if group.world_size > 1:
@@ -71,8 +79,8 @@ class Watch:
         if self._store is None:
             return True
         try:
-            return self._store.add(f"{self._prefix}/failure", 1) == 1
-        except RuntimeError:  # the store is gone with the rank that held it: say what is known
+            return self._ask(lambda: self._store.add(f"{self._prefix}/failure", 1), _ANSWER_SECONDS) == 1
+        except (RuntimeError, TimeoutError):  # the store is gone with the rank that held it: say what is known
             return True
 
     def close(self) -> None:
@@ -84,81 +92,123 @@ class Watch:
         self.stop_requested = True
 
     def _run(self) -> None:
-        published = -1
         while not self._stop.wait(_POLL_SECONDS):
             place = self._place
             try:
-                if self._store is not None and place[0] != published:
-                    self._store.set(self._key(self._group.rank), f"{place[0]} {self._step} {place[1]}")
-                    published = place[0]
-                reason = self._reason_to_end() or self._hang(place)
-            except RuntimeError:
-                reason = "the rank that holds the rendezvous store is gone or hangs"
-            if reason and not self._stop.wait(_GRACE_SECONDS):
-                print(f"rank {self._group.rank}: ended because {reason}", file=sys.stderr, flush=True)
-                os._exit(1)
+                # Asked twice: the main thread of a rank that fails with its peer may have something better to say.
+                if self._reason_to_end() and not self._stop.wait(_GRACE_SECONDS) and (why := self._reason_to_end()):
+                    _end(f"rank {self._group.rank}: ended because {why}")
+            except TimeoutError:
+                _end(
+                    f"error: step {self._step}: {self._holder} hangs: it has not answered for {self._limit():g} seconds "
+                    f"(rank {self._group.rank} is in phase {self._place[1]}); {self._way_out()}"
+                )
+            if place is self._place and time.monotonic() - place[2] > self._limit():
+                message = self._diagnosis()
+                _end(message if self.failed(message) else None)
 
     def _reason_to_end(self) -> str | None:
-        if self._store is not None and self._store.check([f"{self._prefix}/failure"]):
-            return "another rank failed"
+        """Why this rank must end now. Without a launcher it is told to stop, and may end by itself after its step."""
         gone = [pid for pid, started in self._launchers if _start_time(pid) != started]
-        if not gone:
-            return None
-        self._orphan_since = self._orphan_since or time.monotonic()
-        self.stop_requested = True
-        if self._step and time.monotonic() - self._orphan_since < _STOP_SECONDS:
-            return None
-        return f"its launcher (process {gone[0]}) is gone"
+        self.stop_requested = self.stop_requested or bool(gone)
+        if gone and not self._step:
+            return f"its launcher (process {gone[0]}) is gone"
+        try:
+            return "another rank failed" if self._store is not None and self._ask(self._exchange, self._limit()) else None
+        except RuntimeError:  # torchrun's store is gone with it, and nobody needs it to finish the step
+            return None if gone else f"{self._holder}, which holds the rendezvous store, is gone"
 
-    def _hang(self, place: tuple[int, str, float]) -> str | None:
-        """If this rank has been in one place for too long, end it; who announces it first says which rank is stuck."""
-        limit = self._timeout if self._step else max(self._timeout, _START_SECONDS)
-        if place is not self._place or time.monotonic() - place[2] < limit:
-            return None
-        message = self._diagnosis(limit)
-        if self.failed(message):
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(1)
+    def _exchange(self) -> bool:
+        """Say where this rank is; whether another has failed."""
+        count, phase, _ = self._place
+        place = f"{count} {self._group.collectives()} {self._step} {phase}"
+        if place != self._published:
+            self._store.set(self._key(self._group.rank), place)
+            self._published = place
+        return self._store.check([f"{self._prefix}/failure"])
 
-    def _diagnosis(self, limit: float) -> str:
-        way_out = f"raise --train.timeout (now {limit:g} seconds) if that is not long enough"
+    def _ask(self, question: Callable[[], _Answer], seconds: float) -> _Answer:
+        """Ask the store: in a thread, which is given up if the process that holds it is frozen and never answers.
+
+        Raises:
+            RuntimeError: That process is gone.
+            TimeoutError: It does not answer.
+        """
+        answer: Future[_Answer] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(question())
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, name="colm_scale-store", daemon=True).start()
+        return answer.result(seconds)
+
+    def _limit(self) -> float:
+        """Seconds that a rank may stay in one place."""
+        return self._timeout if self._step else max(self._timeout, _START_SECONDS)
+
+    def _diagnosis(self) -> str:
+        """Who is stuck: the ranks that have come least far, by phases and then by collectives."""
+        alone = f"error: step {self._step}: rank {self._group.rank} is stuck in phase {self._place[1]}; {self._way_out()}"
         if self._store is None:
-            return f"step {self._step} is stuck in phase {self._place[1]}; {way_out}"
+            return alone
         ranks = range(self._group.world_size)
-        places = {rank: self._place_of(rank) for rank in ranks}
-        count = min(int(place[0]) for place in places.values())
-        stuck = [rank for rank, place in places.items() if int(place[0]) == count]
-        _, step, phase = places[stuck[0]]
+        try:
+            places = self._ask(lambda: [self._place_of(rank) for rank in ranks], _ANSWER_SECONDS)
+        except (RuntimeError, TimeoutError):
+            return alone
+        least = min(place[:2] for place in places)
+        stuck = [rank for rank in ranks if places[rank][:2] == least]
+        _, _, step, phase = places[stuck[0]]
         if len(stuck) == len(ranks):
-            return f"step {step}: all ranks are stuck in phase {phase}; {way_out}"
-        waiting = next(place[2] for place in places.values() if int(place[0]) > count)
-        names = ", ".join(map(str, stuck))
-        return f"step {step}: rank {names} hangs in phase {phase}, others wait for it in phase {waiting}; {way_out}"
+            return f"error: step {step}: all ranks are stuck in phase {phase}; {self._way_out()}"
+        waiting = next(place[3] for place in places if place[:2] > least)
+        hangs = f"rank {', '.join(map(str, stuck))} hangs in phase {phase}"
+        return f"error: step {step}: {hangs}, others wait for it in phase {waiting}; {self._way_out()}"
 
-    def _place_of(self, rank: int) -> list[str]:
-        """Phases entered so far, step, and phase, as a rank last said; one that has said nothing has not begun."""
+    def _way_out(self) -> str:
+        return f"raise --train.timeout (now {self._timeout:g} seconds) if that is not long enough"
+
+    def _place_of(self, rank: int) -> tuple[int, int, int, str]:
+        """Phases entered and collectives begun so far, step, and phase, as a rank last said; one that has said nothing
+        has not begun."""
         key = self._key(rank)
-        return self._store.get(key).decode().split(" ", 2) if self._store.check([key]) else ["0", "0", "start"]
+        if not self._store.check([key]):
+            return 0, 0, 0, "start"
+        count, collectives, step, phase = self._store.get(key).decode().split(" ", 3)
+        return int(count), int(collectives), int(step), phase
 
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/place/{rank}"
 
 
+def _end(message: str | None) -> NoReturn:
+    """End this process at once: its main thread may never come back."""
+    if message is not None:
+        print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def _start_time(pid: int) -> str | None:
     """When a process started, in clock ticks since boot; None if it is gone (or where there is no /proc)."""
+    state, *fields = _stat(pid) or "Z"
+    return None if state in "ZX" else fields[18]
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and so on, see proc(5); nothing of a process that is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return []
 
 
 def _launchers() -> list[tuple[int, str | None]]:
     """The processes that must live for this rank to go on: its parent, and for DeepSpeed the runner above it."""
     pids = [os.getppid()]
-    try:
-        grandparent = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-        if b"deepspeed" in Path(f"/proc/{grandparent}/cmdline").read_bytes():
-            pids.append(grandparent)
-    except OSError:
-        pass
+    with suppress(OSError):
+        if b"deepspeed.launcher.launch" in Path(f"/proc/{pids[0]}/cmdline").read_bytes():
+            pids.append(int(_stat(pids[0])[1]))
     return [(pid, started) for pid in pids if (started := _start_time(pid)) is not None]

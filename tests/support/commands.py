@@ -159,8 +159,9 @@ class Forked:
         """Start a run, whose output goes to ``LOG.stdout`` and ``LOG.stderr``."""
         for stream in ("stdout", "stderr"):
             Path(f"{log}.{stream}").write_text("", "utf-8")
-        places = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        launched = [places | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] if ranks > 1 else [{}]
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        shared = meeting | {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        launched = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] if ranks > 1 else [{}]
         variables = [{name: str(value) for name, value in of_rank.items()} for of_rank in launched]
         return Ranks(self, self._ask({"options": list(options), "log": str(log), "ranks": variables}), log)
 
@@ -214,17 +215,12 @@ class Ranks:
 
 def run_many(jobs: Mapping[str, Sequence[str]], log: Path, at_once: int = 2) -> dict[str, Outcome]:
     """Run ``launchers/train.py`` with each job's options, in their order, each in a forked process of its own."""
-    outcomes: dict[str, Outcome] = {}
-    waiting, running = list(jobs.items()), {}
+    started: dict[str, Ranks] = {}
     with Forked(log) as forked:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                name, options = waiting.pop(0)
-                running[name] = forked.start(options, log / name)
-            wait_until(lambda: not all(ranks.running() for ranks in running.values()), 180)
-            outcomes |= {name: ranks.outcome(0) for name, ranks in running.items() if not ranks.running()}
-            running = {name: ranks for name, ranks in running.items() if name not in outcomes}
-    return {name: outcomes[name] for name in jobs}
+        for name, options in jobs.items():
+            wait_until(lambda: sum(ranks.running() for ranks in started.values()) < at_once, 180)
+            started[name] = forked.start(options, log / name)
+        return {name: ranks.outcome(180) for name, ranks in started.items()}
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""``launchers/train.py`` in which something goes wrong: what follows ``--sabotage`` at the end of the options says what.
+"""``launchers/train.py`` in which something goes wrong: what follows ``--sabotage``, the last option, says what.
 
     --sabotage kill sketch 2 1      a deed, and where: phase, step and rank (see `DEEDS`, `at`)
     --sabotage nan candidate        numbers that are not finite, and whose (see `NUMBERS`); ``inf`` likewise
