@@ -157,7 +157,7 @@ def half_table() -> str:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engines", nargs="*", default=list(ENGINES), choices=[[], *ENGINES], metavar="ENGINE")
+    parser.add_argument("engines", nargs="*", metavar="ENGINE", help=", ".join(ENGINES))
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -168,7 +168,7 @@ def main() -> None:
     for dtype in given.dtypes:
         with tempfile.TemporaryDirectory() as alone:
             run("single", Path(alone) / "run", "--train.dtype", dtype)
-            for engine in given.engines:
+            for engine in given.engines or ENGINES:
                 with tempfile.TemporaryDirectory() as folder:
                     found = row(engine, dtype, Path(folder), Path(alone) / "run")
                 with RESULTS.open("a", encoding="utf-8") as file:

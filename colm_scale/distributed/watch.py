@@ -99,10 +99,8 @@ class Watch:
                 if self._reason_to_end() and not self._stop.wait(_GRACE_SECONDS) and (why := self._reason_to_end()):
                     _end(f"rank {self._group.rank}: ended because {why}")
             except TimeoutError:
-                _end(
-                    f"error: step {self._step}: {self._holder} hangs: it has not answered for {self._limit():g} seconds "
-                    f"(rank {self._group.rank} is in phase {self._place[1]}); {self._way_out()}"
-                )
+                silent = f"{self._holder} hangs: it has not answered for {self._limit():g} seconds"
+                _end(f"error: {silent}, {self._own_place()}, waits; {self._way_out()}")
             if place is self._place and time.monotonic() - place[2] > self._limit():
                 message = self._diagnosis()
                 _end(message if self.failed(message) else None)
@@ -113,8 +111,10 @@ class Watch:
         self.stop_requested = self.stop_requested or bool(gone)
         if gone and not self._step:
             return f"its launcher (process {gone[0]}) is gone"
+        if self._store is None:
+            return None
         try:
-            return "another rank failed" if self._store is not None and self._ask(self._exchange, self._limit()) else None
+            return "another rank failed" if self._ask(self._exchange, self._limit()) else None
         except RuntimeError:  # torchrun's store is gone with it, and nobody needs it to finish the step
             return None if gone else f"{self._holder}, which holds the rendezvous store, is gone"
 
@@ -151,7 +151,7 @@ class Watch:
 
     def _diagnosis(self) -> str:
         """Who is stuck: the ranks that have come least far, by phases and then by collectives."""
-        alone = f"error: step {self._step}: rank {self._group.rank} is stuck in phase {self._place[1]}; {self._way_out()}"
+        alone = f"error: {self._own_place()}, hangs; {self._way_out()}"
         if self._store is None:
             return alone
         ranks = range(self._group.world_size)
@@ -167,6 +167,9 @@ class Watch:
         waiting = next(place[3] for place in places if place[:2] > least)
         hangs = f"rank {', '.join(map(str, stuck))} hangs in phase {phase}"
         return f"error: step {step}: {hangs}, others wait for it in phase {waiting}; {self._way_out()}"
+
+    def _own_place(self) -> str:
+        return f"step {self._step}: rank {self._group.rank}, in phase {self._place[1]}"
 
     def _way_out(self) -> str:
         return f"raise --train.timeout (now {self._timeout:g} seconds) if that is not long enough"

@@ -34,6 +34,7 @@ class RunDirectory:
         self._selection = self.path / "selection.jsonl"
         self._evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self._resume = resume
         if self.metrics.exists() and not resume:
             raise UserError(
                 f"--output_dir {self.path} holds a run already ({self.metrics.name}): give another folder, or "
@@ -54,7 +55,7 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.metrics.touch()
+            self.metrics.touch(exist_ok=self._resume)
             for rows in (self.metrics, self._selection, self._evaluations):
                 _cut(rows, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")

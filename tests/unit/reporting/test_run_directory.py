@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -146,3 +147,23 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_p
         RunDirectory(str(tmp_path / "file" / "run"))
     RunDirectory(str(tmp_path / "new" / "run"))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_goes_on_takes_later_rows_out_and_a_torn_line(directory):
+    for number in (1, 2, 3):
+        directory.report(dataclasses.replace(REPORT, step=number), ["algebra", "ζ"])
+    with (directory.path / "selection.jsonl").open("a") as file:
+        file.write('{"step": 1, "cand')
+    again = RunDirectory(str(directory.path), resume=True)
+    again.create("train:\n  steps: 4\n", {"engine": "ddp"}, after=2)
+    for name in ("metrics.jsonl", "selection.jsonl"):
+        assert [row["step"] for row in rows(directory.path / name)] == [1, 2]
+    assert (directory.path / "config.yaml").read_text() == "train:\n  steps: 4\n"
+
+
+def test_a_run_that_begins_again_has_no_rows(directory):
+    """It was killed before its first checkpoint, so even the evaluation before training comes again."""
+    directory.report(REPORT, ["algebra", "ζ"])
+    directory.evaluation(EVALUATION)
+    RunDirectory(str(directory.path), resume=True).create("", {}, after=0)
+    assert rows(directory.metrics) == rows(directory.path / "evaluations.jsonl") == []

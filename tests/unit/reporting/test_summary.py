@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,24 @@ def test_render_has_all_tables(summary):
     everything = lines(summary.render({"adapter": Path("x")}))
     for table in (summary.source_table(), summary.rank_table("nvml"), summary.closing_table({"adapter": Path("x")})):
         assert all(line in everything for line in lines(table))
+
+
+def test_a_summary_goes_on_from_its_state_as_if_it_had_never_stopped(summary):
+    small = torch.tensor([False, False, True])
+    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), small, "memory (test)", dropped={"algebra": 6, "gone": 2})
+    again.load(json.loads(json.dumps(summary.state())))
+    for one in (summary, again):
+        one.evaluation(evaluation(4, 1.5, 2.5, 0.75))
+        peaks = {"step": (9 * GIB, GIB, 8 * GIB)}
+        one.report(report(4, [2, 1], [0], 1, {"train": 1.0, "step": 2.0}, 1.5, {"gather": 7}, peaks))
+    places = {"adapter": Path("a")}
+    assert lines(again.render(places)) == lines(summary.render(places))
+    assert again.state() == summary.state()
+
+
+def test_ranks_may_become_more(summary):
+    """A run goes on with three ranks: the peaks of the two before are kept."""
+    summary.report(
+        report(4, [0], [0], 0, {"train": 1.0, "step": 1.0}, None, {}, {"step": (GIB, 6 * GIB, 7 * GIB)})
+    )
+    assert summary.state()["peaks"]["nvml"]["step"] == [3 * GIB, 6 * GIB, 7 * GIB]
