@@ -5,7 +5,7 @@ python benchmarks/engines.py fsdp zero3   these
 python benchmarks/engines.py --dtypes bfloat16 float16    the first step that differs, in half precision
 python benchmarks/engines.py --table      put the table between the markers in benchmarks/README.md
 
-For each engine, with two ranks on the built-in model and data: a run of 20 steps under DDP, the same under the engine,
+For each engine, with --processes ranks on the built-in model and data: a run of 20 steps under DDP, the same under the engine,
 and one that goes on from its checkpoint of step 7. The time of a step is compared with that of the DDP run just before.
 Rows are appended to benchmarks/results/engines.jsonl.
 """
@@ -34,8 +34,8 @@ RUN = (
     *("--eval.generate", "0", "--eval.limit", "1", "--profile.floor_every", "0", "--profile.display", "off"),
     *("--checkpoint.every", str(BREAK), "--checkpoint.keep", "9"),
 )
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", TRAIN)
-DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", TRAIN, "--ds_config")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "{ranks}", TRAIN)
+DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_gpus", "{ranks}", TRAIN, "--ds_config")
 ENGINES = {
     "single": (TRAIN,),
     "ddp": TORCHRUN,
@@ -49,19 +49,20 @@ ENGINES = {
 }
 
 
-def run(engine: str, out: Path, *options: str) -> None:
+def run(engine: str, ranks: int, out: Path, *options: str) -> None:
     """Run the product once under an engine."""
-    command = [sys.executable, *ENGINES[engine], *RUN, *options, "--output_dir", str(out)]
+    launcher = [part.format(ranks=ranks) for part in ENGINES[engine]]
+    command = [sys.executable, *launcher, *RUN, *options, "--output_dir", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def resumed(engine: str, whole: Path, out: Path, *options: str) -> None:
+def resumed(engine: str, ranks: int, whole: Path, out: Path, *options: str) -> None:
     """The run that a kill after step 7 leaves, gone on with."""
     step = f"step-{BREAK:08d}"
     shutil.copytree(whole / "checkpoints" / step, out / "checkpoints" / step)
     for rows in whole.glob("*.jsonl"):
         shutil.copy(rows, out)
-    run(engine, out, *options, "--resume", "auto")
+    run(engine, ranks, out, *options, "--resume", "auto")
 
 
 def selected(out: Path) -> list[list[int]]:
@@ -87,13 +88,13 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
-def row(engine: str, dtype: str, folder: Path, alone: Path) -> dict[str, object]:
+def row(engine: str, ranks: int, dtype: str, folder: Path, alone: Path) -> dict[str, object]:
     """Measure one engine."""
     ddp, whole, again = (folder / name for name in ("ddp", "whole", "again"))
     options = ("--train.dtype", dtype)
-    run("ddp", ddp, *options)
-    run(engine, whole, *options)
-    resumed(engine, whole, again, *options)
+    run("ddp", ranks, ddp, *options)
+    run(engine, ranks, whole, *options)
+    resumed(engine, ranks, whole, again, *options)
     pairs = zip(selected(whole), selected(alone), strict=True)
     differs = [number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs]
     environment = json.loads((whole / "environment.json").read_text())
@@ -159,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=", ".join(ENGINES))
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
@@ -167,10 +169,10 @@ def main() -> None:
         return
     for dtype in given.dtypes:
         with tempfile.TemporaryDirectory() as alone:
-            run("single", Path(alone) / "run", "--train.dtype", dtype)
+            run("single", 1, Path(alone) / "run", "--train.dtype", dtype)
             for engine in given.engines or ENGINES:
                 with tempfile.TemporaryDirectory() as folder:
-                    found = row(engine, dtype, Path(folder), Path(alone) / "run")
+                    found = row(engine, given.processes, dtype, Path(folder), Path(alone) / "run")
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
                 print({key: value for key, value in found.items() if key != "environment"}, flush=True)

@@ -229,7 +229,7 @@ def stored(benchmark: str, *key: str) -> list[dict]:
 def bytes_table() -> str:
     """Bytes per rank and step, by label."""
     lines = [
-        "| estimator | ranks | candidates | gather | columns | broadcast | moments | control | of it the matrix |",
+        "| estimator | ranks | candidates | gather | columns | broadcast | moments | control | the matrix itself |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in stored("scale", "estimator", "ranks"):
@@ -249,7 +249,7 @@ def time_table() -> str:
     for row in stored("scale", "estimator", "ranks"):
         cells = [f"{row[name]:,}" for name in ("ranks", "columns", "largest_source")]
         cells += [f"{row['cpu_seconds'][stage]:.3g} s" for stage in STAGES]
-        cells += [f"{row['peak_bytes'][stage] / 2**30:.2f} GiB" for stage in ("gather", "select")]
+        cells += [f"{row['peak_bytes'][stage] / 2**20:,.0f} MiB" for stage in ("gather", "select")]
         lines.append(f"| `{row['estimator']}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -97,6 +97,13 @@ class Session:
             self._best = evaluation
             self._save("adapter")
 
+    def saved(self, step: int, seconds: float) -> None:
+        """Say that a checkpoint was written."""
+        if self._directory is not None:
+            files = (self._directory.checkpoints / f"step-{step:08d}").iterdir()
+            size = sum(file.stat().st_size for file in files)
+            self._display.message(f"checkpoint of step {step}: {size / 1e6:,.1f} MB in {seconds:.2f} s")
+
     def stopped(self, step: int) -> None:
         """Say that the run was told to stop, and how it goes on."""
         if self._directory is not None:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -173,7 +174,9 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
             every = config.checkpoint.every
             if every and (stopping or number == steps or number % every == 0):
                 watch.enter("checkpoint")
+                started = time.perf_counter()
                 state.save(number)
+                session.saved(number, time.perf_counter() - started)
             if stopping and number < steps:
                 session.stopped(number)
                 return False

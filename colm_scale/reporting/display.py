@@ -106,6 +106,7 @@ class Display:
         parts = [
             f"step {report.step:>{len(str(self._total))}}/{self._total}",
             f"loss {report.loss:.4f}",
+            *([] if report.applied else [f"no update: overflow at loss scale {report.loss_scale:g}"]),
             f"lr {report.learning_rate:.2e}",
             f"{report.seconds['step']:.3f} s ({phase_shares(report.seconds)})",
             *([] if report.floor is None else [f"step/floor {report.floor:.3f}"]),

@@ -76,6 +76,7 @@ class RunSummary:
         self._seconds: list[float] = []
         self._outside: list[float] = []
         self._floors: list[float] = []
+        self._without_update = 0
         self._exchanged: Counter[str] = Counter()
         self._peaks: dict[str, dict[str, list[int]]] = {}
 
@@ -88,6 +89,7 @@ class RunSummary:
         total = report.seconds["step"]
         inside = sum(report.seconds.get(phase, 0.0) for phase in _FORWARD_BACKWARD)
         self._seconds.append(total)
+        self._without_update += not report.applied
         # Each phase is that of its slowest rank, so they can add up to a little more than the step.
         self._outside.append(max(0.0, 1 - inside / total))
         if report.floor is not None:
@@ -108,6 +110,7 @@ class RunSummary:
             "seconds": self._seconds,
             "outside": self._outside,
             "floors": self._floors,
+            "without_update": self._without_update,
             "exchanged": self._exchanged,
             "peaks": self._peaks,
         }
@@ -118,6 +121,7 @@ class RunSummary:
             getattr(self, name).copy_(long_tensor(state[name]))
         self._evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
+        self._without_update = state["without_update"]
         self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -183,6 +187,8 @@ class RunSummary:
             _add_row(table, name, str(path))
         _add_row(table, "seconds per step", f"{self.seconds:.3f} (median of {len(self._seconds)})")
         _add_row(table, "outside forward and backward", f"{self.share_outside:.1%} of a step (median)")
+        if self._without_update:
+            _add_row(table, "steps without update", f"{self._without_update} (float16 overflowed)")
         if floor is not None:
             _add_row(table, "step / bare floor", f"{floor:.3f} (median of {len(self._floors)})")
         _add_row(table, "exchanged bytes per step", f"{sum(exchanged.values()):,.0f} ({by_phase or 'one rank'})")

@@ -47,3 +47,27 @@ def test_memory_is_the_allocators_and_nvmls(runs):
     assert set(row["phase_peak_bytes"]) == {"nvml", "allocator"}
     assert row["phase_peak_bytes"]["allocator"]["train"][0] > 3_000_000, "the model alone"
     assert row["measured_over_floor"] > 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3", "zero3_offload"])
+def test_engines_train_on_a_gpu_and_go_on(tmp_path, engine, dtype):
+    """One rank is enough for every engine: the first step selects what one process without an engine does."""
+    script = str(ROOT / "launchers" / "train.py")
+    small = ["--train.steps", "4", "--eval.generate", "0", "--checkpoint.every", "2", "--train.dtype", dtype]
+    sharded = ["--engine", "fsdp"] if engine == "fsdp" else ["--ds_config", str(ROOT / f"ds_configs/{engine}.json")]
+    for name, options in (("alone", []), ("engine", sharded)):
+        subprocess.run([sys.executable, script, *small, *options, "--output_dir", str(tmp_path / name)], check=True)
+    first = [rows(tmp_path / name, "selection.jsonl")[0]["selected"] for name in ("alone", "engine")]
+    assert first[0] == first[1]
+    assert all(row["loss"] > 0 for row in rows(tmp_path / "engine", "metrics.jsonl"))
+    command = [sys.executable, script, *small, *sharded, "--output_dir", str(tmp_path / "engine"), "--resume", "auto"]
+    subprocess.run(command, check=True)
+
+
+def test_a_base_in_4_bits_trains_on_a_gpu(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    options = ["--train.steps", "3", "--eval.generate", "0", "--train.dtype", "bfloat16", "--model.quantize", "nf4"]
+    command = [sys.executable, str(ROOT / "launchers" / "train.py"), *options, "--output_dir", str(tmp_path / "run")]
+    subprocess.run(command, check=True)
+    assert rows(tmp_path / "run", "metrics.jsonl")[-1]["loss"] > 0

@@ -33,8 +33,11 @@ def small_run(folder: Path, engine: str = "ddp", *, steps: int = 6, every: int =
         tokenizer.save_pretrained(folder / "model")
         ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         base_model("llama", vocab_size=len(tokenizer), **ends).save_pretrained(folder / "model")
-        pairs = [("twice", i, i) for i in range(24)] + [("seven", i, 7) for i in range(24)] + [("one", i, 1) for i in range(8)]
-        sums = [{"instruction": f"What is {i} + {j}?", "output": str(i + j), "source": name} for name, i, j in pairs]
+        added = [("one", 1)] * 8 + [("seven", 7)] * 24 + [("nine", 9)] * 24
+        sums = [
+            {"instruction": f"What is {i} + {j}?", "output": str(i + j), "source": name}
+            for i, (name, j) in enumerate(added)
+        ]
         write_rows(folder / "train.jsonl", sums)
     return [
         *("--model.name", str(folder / "model"), "--data.train", str(folder / "train.jsonl")),

@@ -83,9 +83,7 @@ def selections(draw) -> tuple[Selection, int]:
 
 def shared(selection: Selection, budget: int, ranks: Ranks, candidates: tuple[Candidates, ...] | None = None):
     of_rank = candidates or (drawn(),) * len(ranks.slots)
-    return ranks.run(
-        lambda rank: share_selection(None if rank.rank else selection, budget, of_rank[rank.rank], rank)
-    )
+    return ranks.run(lambda rank: share_selection(None if rank.rank else selection, budget, of_rank[rank.rank], rank))
 
 
 @UNTIMED

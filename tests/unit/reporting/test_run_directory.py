@@ -67,6 +67,8 @@ def test_a_step_is_a_row_of_metrics_and_one_of_selection(directory):
             "loss": 2.5,
             "learning_rate": 1e-3,
             "gradient_norm": None,
+            "applied": True,
+            "loss_scale": 1.0,
             "seconds": {"sketch": 0.25, "step": 1.0},
             "measured_over_floor": None,
             "peak_bytes": [10, 20],

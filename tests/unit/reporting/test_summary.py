@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -182,3 +183,10 @@ def test_ranks_may_become_more(summary):
         report(4, [0], [0], 0, {"train": 1.0, "step": 1.0}, None, {}, {"step": (GIB, 6 * GIB, 7 * GIB)})
     )
     assert summary.state()["peaks"]["nvml"]["step"] == [3 * GIB, 6 * GIB, 7 * GIB]
+
+
+def test_steps_that_overflowed_are_counted(summary):
+    assert "steps without update" not in str(lines(summary.closing_table({})))
+    step = report(4, [0], [0], 0, {"train": 1.0, "step": 1.0}, None, {}, {"step": (GIB, GIB)})
+    summary.report(dataclasses.replace(step, applied=False, loss_scale=65536.0))
+    assert ["steps without update", "1 (float16 overflowed)"] in lines(summary.closing_table({}))

@@ -19,6 +19,7 @@ from colm_scale.selection.route import route
 from colm_scale.selection.rule import SelectionRule
 
 UNTIMED = settings(deadline=None)  # a busy machine makes no failure
+ONE_IN_THREE = st.sampled_from([False, False, True])
 # Whole numbers: ties, duplicates and constant rows are the rule, not the exception.
 ENTRIES = st.one_of(st.integers(-2, 2), st.floats(-3, 3, width=32))
 
@@ -51,7 +52,7 @@ class Step:
 
 @st.composite
 def steps(draw, method: str = "colm", invalid: bool = True) -> Step:
-    n, sources_there = draw(st.integers(1, 20)), draw(st.integers(1, 4))
+    n, sources_there = draw(st.integers(1, 20)), draw(st.integers(1, 4))  # of which some may have no candidate
     config = SelectionConfig(
         method=method,
         candidates=n,
@@ -59,7 +60,7 @@ def steps(draw, method: str = "colm", invalid: bool = True) -> Step:
         metric=draw(st.sampled_from(["l1", "l2", "cosine"])),
         weights=draw(st.sampled_from(["uniform", "cluster"])),
     )
-    kept = torch.tensor(draw(st.lists(st.booleans(), min_size=sources_there, max_size=sources_there)))
+    kept = torch.tensor(draw(st.lists(ONE_IN_THREE, min_size=sources_there, max_size=sources_there)))
     sources = long_tensor(draw(st.lists(st.integers(0, sources_there - 1), min_size=n, max_size=n)))
     rule = SelectionRule(config, kept, draw(st.integers(0, 3)))
     number = torch.arange(n)
@@ -72,7 +73,7 @@ def steps(draw, method: str = "colm", invalid: bool = True) -> Step:
 def matrices(draw, positions: Tensor, invalid: bool) -> CandidateMatrix:
     s, h = len(positions), draw(st.integers(1, 3))
     rows = torch.tensor(draw(st.lists(ENTRIES, min_size=s * h, max_size=s * h)), dtype=torch.float32).view(s, h)
-    valid = torch.tensor(draw(st.lists(st.booleans(), min_size=s, max_size=s)), dtype=torch.bool) | (not invalid)
+    valid = ~torch.tensor(draw(st.lists(ONE_IN_THREE, min_size=s, max_size=s)), dtype=torch.bool) | (not invalid)
     losses = torch.full((s,), torch.nan).masked_fill(valid, 1.0)
     return CandidateMatrix(positions, rows.masked_fill(~valid.unsqueeze(1), 0), valid, losses)
 
@@ -99,7 +100,7 @@ def test_the_kept_come_first_and_then_each_source_in_turn_nobody_twice(step):
     assert (selection.overflow, selection.invalid) == (step.quota.overflow, int((~step.matrix.valid).sum()))
 
 
-@UNTIMED
+@settings(UNTIMED, max_examples=250)
 @given(steps())
 def test_the_coreset_is_as_large_as_the_budget_and_what_can_be_picked_allow(step):
     selection = step.select()
@@ -261,6 +262,6 @@ def test_all_that_is_selected_is_trained_once_and_no_rank_waits_for_more_than_on
     assert len({len(share) for share in routed.micro_batches}) == 1
     for members in chain(*routed.micro_batches):
         assert len(members) <= 1 or len(members) * int(lengths[list(members)].max()) <= limit
-    # Longest first is at most one example above the mean.
-    longest, total = int(lengths[positions].max()), int(lengths[positions].sum())
-    assert routed.imbalance <= 1 + (ranks - 1) * longest / total + 1e-12  # the rounding of a quotient
+    # Each rank was the least loaded when it got its last example, which is its shortest.
+    for share, load in zip(routed.micro_batches, routed.tokens):
+        assert load - min((int(lengths[position]) for position in chain(*share)), default=0) <= min(routed.tokens)

@@ -1,0 +1,83 @@
+"""What a checkpoint costs: bytes, and seconds to write and to read, by the number of adapter parameters.
+
+python benchmarks/checkpoints.py           measure, on the disk of the current folder
+python benchmarks/checkpoints.py --table   put the table between the markers in benchmarks/README.md
+
+Rows are appended to benchmarks/results/checkpoints.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import tables
+import torch
+
+from colm_scale.checkpoint.store import CheckpointFolder
+from colm_scale.reporting.environment import environment
+
+RESULTS = tables.RESULTS / "checkpoints.jsonl"
+README = tables.ROOT / "benchmarks" / "README.md"
+MODELS = {
+    "built-in base, rank 16": 317_440,
+    "Phi-2, rank 16": 23_592_960,
+    "Phi-2, rank 128": 188_743_680,
+}
+"""Adapter parameters: rank times inputs and outputs of 4 layers of 2,560 and 2 of 2,560 by 10,240, in 32 blocks."""
+MATRICES = 64
+
+
+def measure(name: str, parameters: int) -> dict[str, object]:
+    """Write and read a checkpoint of the size that a run of that model has."""
+    weights = {f"matrix {i}": torch.randn(parameters // MATRICES) for i in range(MATRICES)}
+    averages = {f"{key}/{name}": weight for key in ("exp_avg", "exp_avg_sq") for name, weight in weights.items()}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoints = CheckpointFolder(Path(folder), keep=1)
+        started = time.perf_counter()
+        path = checkpoints.write(1, {"step": 1}, {"adapter": weights, "optimizer": averages})
+        written = time.perf_counter()
+        checkpoints.newest(fallback=False)
+        read = time.perf_counter()
+        size = sum(file.stat().st_size for file in path.iterdir())
+    return {
+        "benchmark": "checkpoints",
+        "name": name,
+        "parameters": parameters,
+        "bytes": size,
+        "write_seconds": written - started,
+        "read_seconds": read - written,
+    }
+
+
+def table() -> str:
+    """One row per model, the last measured of each."""
+    rows = {row["name"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
+    lines = ["| adapters | parameters | MB | write, s | read and verify, s |", "|---|---:|---:|---:|---:|"]
+    for name, row in rows.items():
+        seconds = f"{row['write_seconds']:.2f} | {row['read_seconds']:.2f}"
+        lines.append(f"| {name} | {row['parameters']:,} | {row['bytes'] / 1e6:,.1f} | {seconds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true")
+    if parser.parse_args().table:
+        README.write_text(tables.filled(README.read_text(encoding="utf-8"), {"checkpoints": table}), encoding="utf-8")
+        return
+    facts = environment(torch.device("cpu"), 1, "none")
+    facts.pop("command")
+    for name, parameters in MODELS.items():
+        row = measure(name, parameters)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"environment": facts}) + "\n")
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
