@@ -63,12 +63,15 @@ def table() -> str:
     return "\n".join(lines)
 
 
+TABLES = {"checkpoints": table}
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true")
     if parser.parse_args().table:
-        README.write_text(tables.filled(README.read_text(encoding="utf-8"), {"checkpoints": table}), encoding="utf-8")
+        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
         return
     facts = environment(torch.device("cpu"), 1, "none")
     facts.pop("command")

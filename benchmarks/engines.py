@@ -5,9 +5,9 @@ python benchmarks/engines.py fsdp zero3   these
 python benchmarks/engines.py --dtypes bfloat16 float16    the first step that differs, in half precision
 python benchmarks/engines.py --table      put the table between the markers in benchmarks/README.md
 
-For each engine, with --processes ranks on the built-in model and data: a run of 20 steps under DDP, the same under the engine,
-and one that goes on from its checkpoint of step 7. The time of a step is compared with that of the DDP run just before.
-Rows are appended to benchmarks/results/engines.jsonl.
+For each engine, with --processes ranks on the built-in model and data: a run of 20 steps under DDP, the same under the
+engine, and one that goes on from its checkpoint of step 7. The time of a step is compared with that of the DDP run just
+before. Rows are appended to benchmarks/results/engines.jsonl.
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ def half_table() -> str:
     return "\n".join(lines)
 
 
+TABLES = {"engines": engine_table, "half precision": half_table}
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,8 +167,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
-        made = {"engines": engine_table, "half precision": half_table}
-        README.write_text(tables.filled(README.read_text(encoding="utf-8"), made), encoding="utf-8")
+        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
         return
     for dtype in given.dtypes:
         with tempfile.TemporaryDirectory() as alone:
