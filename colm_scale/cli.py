@@ -47,6 +47,7 @@ def train(arguments: Sequence[str] | None = None) -> NoReturn:
         config = parse(sys.argv[1:] if arguments is None else list(arguments))
     except UserError as error:
         _fail(str(error))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in a line, not in pages of C++ frames
     from colm_scale.trainer import run  # after parsing, so that --help and a typo answer at once
 
     run(config)

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from colm_scale.inputs import Inputs
 from colm_scale.profiling.memory import MemoryMeter
 from colm_scale.records import StepReport
 from colm_scale.reporting.display import Display
-from colm_scale.reporting.run_directory import RunDirectory
+from colm_scale.reporting.run_directory import RunDirectory, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
 
 
@@ -131,14 +132,18 @@ class Session:
         """Written beside its place and renamed, so that a folder of that name always holds a whole adapter."""
         weights = collect(self._engine, keep=self._directory is not None)["adapter"]
         if self._directory is not None:
-            place = self._directory.path / name
-            new, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
-            shutil.rmtree(new, ignore_errors=True)
             named = {label.removeprefix("model."): weight for label, weight in weights.items()}
-            self._engine.module.model.save_pretrained(new, state_dict=named, save_embedding_layers=False)
-            shutil.rmtree(old, ignore_errors=True)
-            if place.exists():
-                place.rename(old)
-            new.rename(place)
-            shutil.rmtree(old, ignore_errors=True)
+            place = self._directory.path / name
+            with writing(place):
+                self._replace(place, named)
         self._group.barrier()
+
+    def _replace(self, place: Path, named: dict[str, Tensor]) -> None:
+        new, old = place.with_name(f".{place.name}.new"), place.with_name(f".{place.name}.old")
+        shutil.rmtree(new, ignore_errors=True)
+        self._engine.module.model.save_pretrained(new, state_dict=named, save_embedding_layers=False)
+        shutil.rmtree(old, ignore_errors=True)
+        if place.exists():
+            place.rename(old)
+        new.rename(place)
+        shutil.rmtree(old, ignore_errors=True)

@@ -24,7 +24,7 @@ from colm_scale.errors import TrainingError
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import global_draws
-from colm_scale.records import Batch, Candidates, Selection, StepReport, long_tensor
+from colm_scale.records import Batch, Candidates, Selection, SketchPlan, StepReport, long_tensor
 from colm_scale.selection.route import route
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch.plan import plan_sketch
@@ -71,8 +71,8 @@ class CoresetStep:
         """Train one step.
 
         Raises:
-            TrainingError: On every rank: ranks disagree, a loss of the coreset is not finite (names step and ids; the
-                weights have not changed), or the gradient is not.
+            TrainingError: On every rank: ranks disagree, no sketch is finite, a loss of the coreset is not (names step
+                and ids), or the gradient is not. The weights have not changed.
         """
         spans, group, rule, estimator = self._spans, self._group, self._rule, self.estimator
         budget_tokens = self._config.train.micro_batch_tokens
@@ -95,6 +95,7 @@ class CoresetStep:
         with spans("broadcast"):
             selection = share_selection(selection, rule.most_selected, candidates, group)
         if estimator is not None:
+            _check_sketches(plan, selection, step)
             with spans("learn"):
                 estimator.learn(selection)
         with spans("route"):
@@ -205,6 +206,16 @@ class CoresetStep:
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
         return time.perf_counter()
+
+
+def _check_sketches(plan: SketchPlan, selection: Selection, step: int) -> None:
+    """One bad example is left out and counted; if all are bad, it is not the examples."""
+    sketched = len(plan.positions)
+    if selection.invalid == sketched and (sketched > 1 or not len(selection)):
+        raise TrainingError(
+            f"step {step}: none of the {sketched} sketched candidates has a finite sketch; the adapter was not changed "
+            f"by this step. Try --train.dtype float32, or --selection.method stratified, which needs no sketch"
+        )
 
 
 def _check_losses(candidates: Candidates, selection: Selection, losses: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from colm_scale.checkpoint.identity import config_facts, model_digest
+from colm_scale.checkpoint.identity import check_same_run, config_facts, model_digest
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.config import RunConfig, TrainConfig, as_yaml
@@ -28,7 +28,7 @@ from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
 from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.distributed.shards import held_bytes
-from colm_scale.distributed.watch import STOPPED, Watch
+from colm_scale.distributed.watch import STOPPED, Watch, peer_is_gone
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs, read_inputs
@@ -133,18 +133,19 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
     directory, found = _open_directory(config, group)
     inputs = read_inputs(config, group)
-    steps = total_steps(config, int(inputs.sizes.sum()))
+    identity = {"config": config_facts(config), "data": inputs.digest}
+    _check_resumable(found, identity, group)
     module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
-    weights = model_digest(module)
-    group.agree(weights, "weights of the base model")
+    identity["model"] = model_digest(module)
+    group.agree(identity["model"], "weights of the base model")
     engine = make_engine(config, inputs.ds_config, module, group)
     meter = memory_meter(group.device)
     step = build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group)
     small = kept_sources(inputs.sizes, inputs.source_names, None)
     evaluator = _evaluator(config, inputs, small, group, watch)
+    steps = total_steps(config, int(inputs.sizes.sum()))
 
     with Session(config, directory, inputs, small, engine, evaluator, group, meter) as session:
-        identity = {"config": config_facts(config), "data": inputs.digest, "model": weights}
         state = RunState(
             folder=None if directory is None else CheckpointFolder(directory.checkpoints, config.checkpoint.keep),
             identity=identity,
@@ -159,29 +160,46 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
         _claim(directory, config, engine, meter, done, group)
         facts = _facts(config, inputs, engine, evaluator, group)
         session.start(steps, [*facts, *_resumed(found, done)], done)
-        if not done:
-            session.evaluate(0)
-        for number in range(done + 1, steps + 1):
-            watch.begin(number)
-            report, work = step(number, learning_rate(config.train, number, steps))
-            if config.profile.floor_every and number % config.profile.floor_every == 0:
-                watch.enter("floor")
-                report = dataclasses.replace(report, floor=report.seconds["step"] / step.bare_floor_seconds(work))
-            session.step(report)
-            if number == steps or (config.eval.every and number % config.eval.every == 0):
-                session.evaluate(number)
-            stopping = group.any(watch.stop_requested)
-            every = config.checkpoint.every
-            if every and (stopping or number == steps or number % every == 0):
-                watch.enter("checkpoint")
-                started = time.perf_counter()
-                state.save(number)
-                session.saved(number, time.perf_counter() - started)
-            if stopping and number < steps:
-                session.stopped(number)
-                return False
-        session.finish(steps)
-        return True
+        return _run_steps(config, done, steps, step, state, session, watch, group)
+
+
+def _run_steps(
+    config: RunConfig,
+    done: int,
+    steps: int,
+    step: CoresetStep,
+    state: RunState,
+    session: Session,
+    watch: Watch,
+    group: Group,
+) -> bool:
+    """The steps after ``done``, with what happens every so many of them; whether the run came to its end."""
+    if not done:
+        session.evaluate(0)
+    for number in range(done + 1, steps + 1):
+        watch.begin(number)
+        report, work = step(number, learning_rate(config.train, number, steps))
+        if _is_due(config.profile.floor_every, number):
+            watch.enter("floor")
+            report = dataclasses.replace(report, floor=report.seconds["step"] / step.bare_floor_seconds(work))
+        session.step(report)
+        if number == steps or _is_due(config.eval.every, number):
+            session.evaluate(number)
+        stopping = group.any(watch.stop_requested)
+        if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
+            watch.enter("checkpoint")
+            started = time.perf_counter()
+            state.save(number)
+            session.saved(number, time.perf_counter() - started)
+        if stopping and number < steps:
+            session.stopped(number)
+            return False
+    session.finish(steps)
+    return True
+
+
+def _is_due(every: int, number: int) -> bool:
+    return every > 0 and number % every == 0
 
 
 def _open_directory(config: RunConfig, group: Group) -> tuple[RunDirectory | None, Checkpoint | None]:
@@ -198,6 +216,13 @@ def _open_directory(config: RunConfig, group: Group) -> tuple[RunDirectory | Non
                 return directory, folder.newest(config.checkpoint.fallback)
             case path:
                 return directory, CheckpointFolder.read(Path(path))
+
+
+def _check_resumable(found: Checkpoint | None, identity: dict[str, object], group: Group) -> None:
+    """Refuse a checkpoint of other options or other data before the model is loaded, whose digest comes later."""
+    with group.together():
+        if found is not None:
+            check_same_run(found.state["run"], {**identity, "model": found.state["run"]["model"]}, found.path)
 
 
 def _claim(
@@ -311,12 +336,15 @@ def _end(error: BaseException, watch: Watch | None) -> None:
     code = 2 if isinstance(error, UserError) else 1
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         code = error.code
-    said_elsewhere = isinstance(error, PeerFailed) or (watch is not None and not watch.failed(str(error)))
+    said_elsewhere = isinstance(error, PeerFailed) or (watch is not None and not watch.failed())
     if not said_elsewhere:
         if isinstance(error, (UserError, TrainingError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif watch is not None and peer_is_gone(error):
+            print(f"error: {watch.place()}, lost another rank: it was killed, or cut off", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # not sys.exit: closing collectives that a peer is still in would wait for it
+    # Not sys.exit: closing collectives that a peer is still in would wait for it.
+    os._exit(code) if watch is None else watch.leave(code)

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
-from colm_scale.distributed.engine import AdamEngine, StateKey
+from colm_scale.distributed.engine import AdamEngine, LossScale, StateKey
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
@@ -61,6 +61,7 @@ class FsdpEngine(AdamEngine):
         for unit in units(self._root):
             fully_shard(unit, **options)
         super().__init__(module, train)  # its optimizer is over the shards
+        self.scale = LossScale.of(train.dtype if fsdp.param_dtype == "stored" else fsdp.param_dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.module(batch.input_ids, batch.attention_mask, batch.labels)

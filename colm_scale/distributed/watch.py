@@ -32,6 +32,8 @@ _GRACE_SECONDS = 3.0
 """How long the main thread of a peer gets to end by itself once a failure is known."""
 _ANSWER_SECONDS = 10.0
 """How long the store gets to answer a rank that is about to end."""
+_LEAVE_SECONDS = 3.0
+"""How long the rank that holds the store waits for its peers before it ends: they look every second."""
 _START_SECONDS = 3600.0
 """How long reading data or loading a model may take; rank 0 alone may have a whole stream to read."""
 
@@ -50,6 +52,7 @@ class Watch:
         self._stop = threading.Event()
         self._prefix = f"colm_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._published = ""
+        self._counted = False
         self._store: TCPStore | None = None
         self._holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         self._launchers = _launchers() if launched() else []
@@ -74,14 +77,32 @@ class Watch:
         count, _, _ = self._place
         self._place = (count + 1, phase, time.monotonic())
 
-    def failed(self, message: str) -> bool:
+    def failed(self) -> bool:
         """Tell the peers that this rank has failed. False if a peer was first, so that only one message is shown."""
-        if self._store is None:
-            return True
+        if self._store is None or self._counted:
+            return not self._counted
+        self._counted = True
         try:
             return self._ask(lambda: self._store.add(f"{self._prefix}/failure", 1), _ANSWER_SECONDS) == 1
         except (RuntimeError, TimeoutError):  # the store is gone with the rank that held it: say what is known
             return True
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process at once. The rank that holds the store first waits for its peers to have heard of a failure,
+        for a store that is gone would be all they know of it."""
+        self._stop.set()
+        holds = self._store is not None and self._holder == f"rank {self._group.rank}"
+        deadline = time.monotonic() + (_LEAVE_SECONDS if holds else 0.0)
+        heard = 0
+        with suppress(RuntimeError, TimeoutError):
+            while heard < self._group.world_size and time.monotonic() < deadline:
+                time.sleep(0.1)
+                heard = self._ask(lambda: self._store.add(f"{self._prefix}/failure", 0), _ANSWER_SECONDS)
+        os._exit(code)
+
+    def place(self) -> str:
+        """Where this rank is, for people."""
+        return f"step {self._step}: rank {self._group.rank}, in phase {self._place[1]}"
 
     def close(self) -> None:
         self._stop.set()
@@ -97,13 +118,17 @@ class Watch:
             try:
                 # Asked twice: the main thread of a rank that fails with its peer may have something better to say.
                 if self._reason_to_end() and not self._stop.wait(_GRACE_SECONDS) and (why := self._reason_to_end()):
-                    _end(f"rank {self._group.rank}: ended because {why}")
+                    _say(f"rank {self._group.rank}: ended because {why}")
+                    self.leave(1)
             except TimeoutError:
                 silent = f"{self._holder} hangs: it has not answered for {self._limit():g} seconds"
-                _end(f"error: {silent}, {self._own_place()}, waits; {self._way_out()}")
+                _say(f"error: {silent}, {self.place()}, waits; {self._way_out()}")
+                os._exit(1)
             if place is self._place and time.monotonic() - place[2] > self._limit():
                 message = self._diagnosis()
-                _end(message if self.failed(message) else None)
+                if self.failed():
+                    _say(message)
+                self.leave(1)
 
     def _reason_to_end(self) -> str | None:
         """Why this rank must end now. Without a launcher it is told to stop, and may end by itself after its step."""
@@ -114,7 +139,10 @@ class Watch:
         if self._store is None:
             return None
         try:
-            return "another rank failed" if self._ask(self._exchange, self._limit()) else None
+            if not self._ask(self._exchange, self._limit()):
+                return None
+            self.failed()  # counted as one that has heard of it
+            return "another rank failed"
         except RuntimeError:  # torchrun's store is gone with it, and nobody needs it to finish the step
             return None if gone else f"{self._holder}, which holds the rendezvous store, is gone"
 
@@ -151,7 +179,7 @@ class Watch:
 
     def _diagnosis(self) -> str:
         """Who is stuck: the ranks that have come least far, by phases and then by collectives."""
-        alone = f"error: {self._own_place()}, hangs; {self._way_out()}"
+        alone = f"error: {self.place()}, hangs; {self._way_out()}"
         if self._store is None:
             return alone
         ranks = range(self._group.world_size)
@@ -167,9 +195,6 @@ class Watch:
         waiting = next(place[3] for place in places if place[:2] > least)
         hangs = f"rank {', '.join(map(str, stuck))} hangs in phase {phase}"
         return f"error: step {step}: {hangs}, others wait for it in phase {waiting}; {self._way_out()}"
-
-    def _own_place(self) -> str:
-        return f"step {self._step}: rank {self._group.rank}, in phase {self._place[1]}"
 
     def _way_out(self) -> str:
         return f"raise --train.timeout (now {self._timeout:g} seconds) if that is not long enough"
@@ -187,11 +212,13 @@ class Watch:
         return f"{self._prefix}/place/{rank}"
 
 
-def _end(message: str | None) -> NoReturn:
-    """End this process at once: its main thread may never come back."""
-    if message is not None:
-        print(message, file=sys.stderr, flush=True)
-    os._exit(1)
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether all that an error of a collective says is that another rank is gone."""
+    return any(words in str(error) for words in ("by peer", "ncclRemoteError"))
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _start_time(pid: int) -> str | None:

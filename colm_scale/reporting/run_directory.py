@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from colm_scale.errors import UserError
+from safetensors import SafetensorError
+
+from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.summary import Evaluation
 
@@ -128,8 +131,24 @@ def _belongs(line: bytes, after: int) -> bool:
 
 def _append(path: Path, row: Mapping[str, object]) -> None:
     """Opened for each row, so that a run that is killed leaves whole lines."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(row), allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes ``path``, of a run that is under way.
+
+    Raises:
+        TrainingError: The disk is full or will not take it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TrainingError(
+            f"{path} cannot be written: {reason}. Checkpoints are untouched: make room and go on with --resume auto"
+        ) from error
 
 
 def finite(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -26,6 +27,7 @@ ENGINES: dict[str, tuple[str, ...]] = {
     "fsdp_offload": ("--engine", "fsdp", "--fsdp.cpu_offload", "true"),
 }
 
+
 def small_run(folder: Path, engine: str = "ddp", *, steps: int = 6, every: int = 2) -> list[str]:
     """Options of a run of a tiny model, which is written to ``folder`` if it is not there: seconds, once imported."""
     if not (folder / "train.jsonl").exists():
@@ -43,6 +45,7 @@ def small_run(folder: Path, engine: str = "ddp", *, steps: int = 6, every: int =
         *("--model.name", str(folder / "model"), "--data.train", str(folder / "train.jsonl")),
         *("--selection.candidates", "16", "--selection.budget", "8", "--selection.columns", "32"),
         *("--train.learning_rate", "0.01", "--train.threads", "1", "--train.steps", str(steps)),
+        *("--train.micro_batch_tokens", "64"),  # several micro-batches: some for each rank
         *("--profile.floor_every", "0", "--profile.display", "plain", "--checkpoint.every", str(every)),
         *ENGINES[engine],
     ]
@@ -51,7 +54,8 @@ def small_run(folder: Path, engine: str = "ddp", *, steps: int = 6, every: int =
 def steps_written(run: Path) -> int:
     """The last step in a run's ``metrics.jsonl``; 0 without any."""
     metrics = run / "metrics.jsonl"
-    return max((row["step"] for row in rows(metrics)), default=0) if metrics.exists() else 0
+    whole = metrics.read_bytes().rpartition(b"\n")[0].splitlines() if metrics.exists() else []
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def newest_checkpoint(run: Path) -> int:

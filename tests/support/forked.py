@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 _answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what is said while importing is no answer
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line does before it imports
 
 import deepspeed  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401

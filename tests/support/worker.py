@@ -109,13 +109,19 @@ CASES = {
 
 
 def run_config(case: Case, engine: str = "auto") -> RunConfig:
-    """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, or the name of a file in ``ds_configs``."""
+    """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, ``fsdp_bfloat16``, ``fsdp_float16``, or the
+    name of a file in ``ds_configs``."""
+    _, _, dtype = engine.partition("fsdp_")
     train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5, **case.train}
     return RunConfig(
         selection=case.selection,
         lora=LoraConfig(rank=RANK, alpha=RANK),
         train=TrainConfig(**train),
-        fsdp=FsdpConfig(cpu_offload=engine == "fsdp_offload", reshard_after_forward=engine != "fsdp_unsharded"),
+        fsdp=FsdpConfig(
+            cpu_offload=engine == "fsdp_offload",
+            reshard_after_forward=engine != "fsdp_unsharded",
+            param_dtype=dtype if dtype.endswith("float16") else "stored",
+        ),
         engine="fsdp" if engine.startswith("fsdp") else "auto",
         ds_config=_ds_config(engine) if engine.startswith("zero") else None,
     )

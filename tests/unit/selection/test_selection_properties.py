@@ -174,6 +174,18 @@ def test_what_an_invalid_row_holds_does_not_matter(step):
     assert same(dataclasses.replace(step, matrix=other).select(), step.select())
 
 
+def test_kept_candidates_that_do_not_fit_are_drawn_anew_in_every_step_and_for_every_seed():
+    sources, kept = torch.zeros(12, dtype=torch.int64), torch.tensor([True])
+    drawn = set()
+    for seed in range(4):
+        rule = SelectionRule(SelectionConfig(candidates=12, budget=6), kept, seed)
+        for step in range(1, 6):
+            quota = rule.quota(Candidates(step, sources, sources, sources, sources))
+            assert (len(quota.kept), quota.overflow) == (6, 6)
+            drawn.add(tuple(quota.kept.tolist()))
+    assert len(drawn) > 15  # of 924 subsets, 20 draws seldom repeat one
+
+
 # Its baselines
 
 
