@@ -6,7 +6,7 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install train test lint clean
+.PHONY: install train test test-faults lint clean
 
 install: .venv/installed
 
@@ -21,6 +21,10 @@ train: install
 
 test: install lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
+
+# Every fault under every engine, and resuming from every kind of step: about an hour on 2 cores.
+test-faults: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

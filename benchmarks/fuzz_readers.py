@@ -1,6 +1,7 @@
 """Malformed data files: each must be refused in one clear line that names it, or be read into well-formed rows.
 
 python benchmarks/fuzz_readers.py --files 10000 --seed 0
+python benchmarks/fuzz_readers.py --table      put the table between the markers in benchmarks/README.md
 
 Appends the tally, format by outcome, to benchmarks/results/fuzz.jsonl; exits with 1 if a file came to anything else
 (another exception, an unclear message, a hang, the end of the process), which is printed.
@@ -16,10 +17,12 @@ import time
 import warnings
 from pathlib import Path
 
+import tables
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "fuzz.jsonl"
+ROOT = tables.ROOT
+RESULTS = tables.RESULTS / "fuzz.jsonl"
+README = ROOT / "benchmarks" / "README.md"
 
 
 def measured(seed: int, files: int) -> dict[str, object]:
@@ -50,12 +53,29 @@ def measured(seed: int, files: int) -> dict[str, object]:
     }
 
 
+def table() -> str:
+    """What became of the files of the last run, by format."""
+    row = json.loads(RESULTS.read_text().splitlines()[-1])
+    lines = ["| format | files | one clear line | read | anything else |", "|---|---:|---:|---:|---:|"]
+    for suffix, found in row["tally"].items():
+        counts = f"{found['error']:,} | {found['read']:,} | {found['failure']:,}"
+        lines.append(f"| `{suffix}` | {sum(found.values()):,} | {counts} |")
+    return "\n".join(lines)
+
+
+TABLES = {"fuzz": table}
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
+    if given.table:
+        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+        return
     result = measured(given.seed, given.files)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:

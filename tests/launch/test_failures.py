@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,8 +45,10 @@ def assert_ends(command: Command, metrics: Path) -> Outcome:
     return outcome
 
 
-def start(launcher: list[str], sabotage: str, tmp_path: Path, *options: str) -> Command:
-    options = (*SMALL, "--train.steps", "4", *options, "--output_dir", str(tmp_path / "run"), "--sabotage", sabotage)
+def start(launcher: list[str], deed: str, tmp_path: Path, *options: str) -> Command:
+    """Rank 1 does that in step 2, when rank 0 is on its way into a collective."""
+    run = ("--output_dir", str(tmp_path / "run"), "--sabotage", deed, "train", "2", "1")
+    options = (*SMALL, "--train.steps", "4", *options, *run)
     return Command([*launcher, *options], tmp_path / "output")
 
 
@@ -59,21 +60,9 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(launcher, options, tmp_p
     assert len(said) == 1, outcome.stderr
 
 
-@pytest.mark.parametrize(("launcher", "options", "sabotage"), [(torchrun, (), "kill"), (deepspeed, ZERO, "exit")])
-def test_a_rank_that_vanishes_ends_all(launcher, options, sabotage, tmp_path):
-    with start(launcher(2, SABOTAGED), sabotage, tmp_path, *options) as command:
+def test_a_rank_that_vanishes_ends_all(tmp_path):
+    with start(deepspeed(2, SABOTAGED), "exit", tmp_path, *ZERO) as command:
         assert_ends(command, tmp_path / "run/metrics.jsonl")
-
-
-@pytest.mark.parametrize(("launcher", "options"), [(torchrun, ()), (deepspeed, ZERO)])
-def test_ranks_end_when_their_launcher_is_killed(launcher, options, tmp_path):
-    endless = (*SMALL, "--train.steps", "1000000", *options, "--output_dir", str(tmp_path / "run"))
-    with Command([*launcher(2), *endless], tmp_path / "output") as command:
-        wait_until(reached(tmp_path / "run/metrics.jsonl", 1), STARTED_SECONDS)
-        assert len(command.alive()) >= 3  # the launcher and two ranks
-        command.process.send_signal(signal.SIGKILL)
-        command.process.wait()
-        wait_until(lambda: not command.alive(), ENDED_SECONDS)
 
 
 def test_ranks_that_read_different_data_are_told_which(tmp_path):
@@ -100,8 +89,8 @@ def outcomes(folder) -> dict[str, Outcome]:
     data = str(write_rows(folder / "train.jsonl", EXAMPLES))
     full = ("--selection.method", "full", "--data.eval", data, "--eval.every", "1", "--train.schedule", "constant")
     options = {
-        "candidate": ("--train.steps", "3", "--sabotage", "nan_candidate"),
-        "training": (*full, "--train.steps", "3", "--sabotage", "nan_training"),
+        "candidate": ("--train.steps", "3", "--sabotage", "nan", "candidate"),
+        "training": (*full, "--train.steps", "3", "--sabotage", "nan", "training"),
         "one step": (*full, "--train.steps", "1"),
     }
     return run_many(

@@ -155,6 +155,10 @@ class Forked:
     def pid(self) -> int:
         return self._command.process.pid
 
+    def left(self) -> list[psutil.Process]:
+        """What it has started and still runs."""
+        return [process for process in self._command.alive() if process.pid != self.pid]
+
     def start(self, options: Sequence[str], log: Path, ranks: int = 1) -> Ranks:
         """Start a run, whose output goes to ``LOG.stdout`` and ``LOG.stderr``."""
         for stream in ("stdout", "stderr"):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.checkpoint.store import CheckpointFolder
-from support.commands import rows, write_rows
+from support.commands import Forked, Outcome, Ranks, rows, write_rows
 from support.families import base_model
 
 PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "checkpoint")
 WRITING = ("writing", "naming", "pruning")
 """Where rank 0 can be while it writes a checkpoint; see `support.sabotage.at`."""
+SECONDS = 120
+"""More than any of these runs takes on a busy machine: one that takes longer hangs."""
 ENGINES: dict[str, tuple[str, ...]] = {
     "single": (),
     "ddp": (),
@@ -28,27 +31,85 @@ ENGINES: dict[str, tuple[str, ...]] = {
 }
 
 
-def small_run(folder: Path, engine: str = "ddp", *, steps: int = 6, every: int = 2) -> list[str]:
-    """Options of a run of a tiny model, which is written to ``folder`` if it is not there: seconds, once imported."""
-    if not (folder / "train.jsonl").exists():
-        tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
-        tokenizer.save_pretrained(folder / "model")
-        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        base_model("llama", vocab_size=len(tokenizer), **ends).save_pretrained(folder / "model")
-        added = [("one", 1)] * 8 + [("seven", 7)] * 24 + [("nine", 9)] * 24
-        sums = [
+def write_materials(folder: Path) -> None:
+    """A tiny model, and additions from three sources, the smallest of which is kept."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    tokenizer.save_pretrained(folder / "model")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    base_model("llama", vocab_size=len(tokenizer), **ends).save_pretrained(folder / "model")
+    added = [("one", 1)] * 8 + [("seven", 7)] * 24 + [("nine", 9)] * 24
+    write_rows(
+        folder / "train.jsonl",
+        [
             {"instruction": f"What is {i} + {j}?", "output": str(i + j), "source": name}
             for i, (name, j) in enumerate(added)
+        ],
+    )
+
+
+class Workshop:
+    """Where small runs are broken and go on: seconds each, once everything is imported.
+
+    Args:
+        folder: Gets the model, the data, what the last run said, and what `unbroken` runs leave.
+    """
+
+    def __init__(self, forked: Forked, folder: Path, steps: int = 6):
+        self.forked, self.folder, self.steps = forked, folder, steps
+        self._unbroken: dict[tuple[str, int], dict[str, object]] = {}
+        write_materials(folder)
+
+    def options(self, run: Path, engine: str, *more: str) -> list[str]:
+        """Of a run that saves every second step."""
+        return [
+            *("--model.name", str(self.folder / "model"), "--data.train", str(self.folder / "train.jsonl")),
+            *("--selection.candidates", "16", "--selection.budget", "8", "--selection.columns", "32"),
+            *("--train.learning_rate", "0.01", "--train.threads", "1", "--train.steps", str(self.steps)),
+            *("--train.micro_batch_tokens", "64"),  # several micro-batches: some for each rank
+            *("--profile.floor_every", "0", "--profile.display", "plain", "--checkpoint.every", "2"),
+            *(*ENGINES[engine], "--output_dir", str(run), *more),
         ]
-        write_rows(folder / "train.jsonl", sums)
-    return [
-        *("--model.name", str(folder / "model"), "--data.train", str(folder / "train.jsonl")),
-        *("--selection.candidates", "16", "--selection.budget", "8", "--selection.columns", "32"),
-        *("--train.learning_rate", "0.01", "--train.threads", "1", "--train.steps", str(steps)),
-        *("--train.micro_batch_tokens", "64"),  # several micro-batches: some for each rank
-        *("--profile.floor_every", "0", "--profile.display", "plain", "--checkpoint.every", str(every)),
-        *ENGINES[engine],
-    ]
+
+    def start(self, run: Path, engine: str, *more: str, ranks: int = 2) -> Ranks:
+        return self.forked.start(self.options(run, engine, *more), self.folder / "output", ranks)
+
+    def go_on(self, run: Path, engine: str, *more: str, ranks: int = 2) -> Outcome:
+        """Resume a run, to its end."""
+        return self.start(run, engine, "--resume", "auto", *more, ranks=ranks).outcome(SECONDS)
+
+    def unbroken(self, engine: str, ranks: int = 2) -> dict[str, object]:
+        """The `result` of a run that nothing broke."""
+        if (engine, ranks) not in self._unbroken:
+            run = self.folder / f"unbroken-{engine}-{ranks}-{self.steps}"
+            self.start(run, engine, ranks=ranks).outcome(SECONDS).succeeded()
+            self._unbroken[engine, ranks] = result(run)
+        return self._unbroken[engine, ranks]
+
+
+class NoMounts(RuntimeError):
+    """This machine does not let us mount a disk of our own; says why."""
+
+
+def own_mounts() -> tuple[str, ...]:
+    """What starts a process whose mounts nobody else sees.
+
+    Raises:
+        NoMounts: That takes root.
+    """
+    prefix = ("unshare", "--mount")
+    try:
+        subprocess.run([*prefix, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NoMounts(f"no mounts: {getattr(error, 'stderr', None) or error}".strip()) from None
+    return prefix
+
+
+def mount_disk(forked: Forked, place: Path, megabytes: int) -> Path:
+    """Give a process of `own_mounts` a small disk at ``place``; where others find what is on it."""
+    enter = ["nsenter", "--target", str(forked.pid), "--mount"]
+    subprocess.run([*enter, "mkdir", "-p", str(place)], check=True)
+    subprocess.run([*enter, "mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)], check=True)
+    return Path(f"/proc/{forked.pid}/root{place}")
 
 
 def steps_written(run: Path) -> int:

@@ -101,6 +101,16 @@ def _xlsx(rows: list[dict[str, Any]]) -> bytes:
     for cells in [list(rows[0]), *(list(row.values()) for row in rows)]:
         book.active.append(cells)
     book.save(sink)
+    now = rb"(?<=>)\d{4}-[^<]*Z(?=<)"
+    return _zipped(zipfile.ZipFile(sink), lambda _, part: re.sub(now, b"2000-01-01T00:00:00Z", part))
+
+
+def _zipped(old: zipfile.ZipFile, change: Callable[[str, bytes], bytes]) -> bytes:
+    """An archive with its parts changed, and without the time at which it was written."""
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(zipfile.ZipInfo(name), change(name, old.read(name)), zipfile.ZIP_DEFLATED)
     return sink.getvalue()
 
 
@@ -342,12 +352,9 @@ _OF_PARQUET: dict[str, Callable[[Random, bytes], bytes]] = {
 
 def _in_a_part(rng: Random, content: bytes, mutate: Callable[[Random, bytes], bytes], part: str = "") -> bytes:
     """One of the files in the archive (one whose name holds ``part``) changed, its checksum right again."""
-    old, sink = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
+    old = zipfile.ZipFile(io.BytesIO(content))
     chosen = rng.choice([name for name in old.namelist() if part in name])
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, mutate(rng, old.read(name)) if name == chosen else old.read(name))
-    return sink.getvalue()
+    return _zipped(old, lambda name, content: mutate(rng, content) if name == chosen else content)
 
 
 _CELLS = (

@@ -51,13 +51,20 @@ def hang() -> None:
         time.sleep(60)
 
 
-def fill_disk() -> None:
-    """Leave less on the disk of the run's folder than any file of a checkpoint with tensors needs."""
+def fill_disk(but: int) -> None:
+    """Leave ``but`` bytes on the disk of the run's folder."""
     folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     with (folder / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - 2**14)
+        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - but))
 
 
+def wait_for_a_stop() -> None:
+    while not WATCHES[-1].stop_requested:
+        time.sleep(0.05)
+
+
+WATCHES: list[Watch] = []
+"""This rank's, once a step has begun."""
 DEEDS = {
     "raise": raise_error,
     "exit": lambda: os._exit(3),
@@ -65,7 +72,9 @@ DEEDS = {
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": hang,
-    "fill": fill_disk,
+    "wait": wait_for_a_stop,
+    "fill": lambda: fill_disk(but=2**14),  # enough for rows, not for a checkpoint
+    "flood": lambda: fill_disk(but=0),
 }
 
 
@@ -78,6 +87,7 @@ def at(phase: str, step: str, on_rank: str, deed: Callable[[], None]) -> None:
 
     def remember(self, number: int) -> None:
         now[0] = number
+        WATCHES.append(self)
         begin(self, number)
 
     def entered(self, name: str) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
+import zipfile
+from random import Random
+
 import pytest
 from support import fuzz
-from support.malformed import SUFFIXES, malformed
+from support.malformed import SUFFIXES, _valid, malformed
 
 from colm_scale.data.readers import Message, Row
 
@@ -24,8 +29,14 @@ def test_every_file_is_read_or_refused_in_one_clear_line():
 
 
 def test_a_file_is_a_function_of_seed_and_number():
-    assert malformed(3, 5).content == malformed(3, 5).content
+    assert [malformed(3, number) for number in range(60)] == [malformed(3, number) for number in range(60)]
     assert len({malformed(seed, 5).content for seed in range(20)}) > 15
+
+
+def test_a_book_does_not_hold_the_time_at_which_it_was_written():
+    book = zipfile.ZipFile(io.BytesIO(_valid(Random(0), ".xlsx")))
+    assert {part.date_time for part in book.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    assert set(re.findall(rb">(\d{4}-.*?)<", book.read("docProps/core.xml"))) == {b"2000-01-01T00:00:00Z"}
 
 
 # What counts as a failure
