@@ -15,7 +15,6 @@ import os
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import tables
 import torch
