@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.commands import SABOTAGED, Command, Forked, Outcome, deepspeed, rows, torchrun, wait_until
+from support.commands import SABOTAGED, Command, Forked, Outcome, deepspeed, rows, torchrun, wait_until, write_rows
 from support.faults import (
     ENGINES,
     PHASES,
@@ -33,10 +33,25 @@ SHARDED = ("ddp", "zero2", "zero3", "fsdp")
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Iterator[Workshop]:
+def mounts() -> tuple[str, ...] | NoMounts:
+    """What starts a process with mounts of its own, or why there is no such thing."""
+    try:
+        return own_mounts()
+    except NoMounts as error:
+        return error
+
+
+@pytest.fixture(scope="module")
+def workshop(mounts, tmp_path_factory) -> Iterator[Workshop]:
     folder = tmp_path_factory.mktemp("faults")
-    with Forked(folder / "forked") as forked:
+    with Forked(folder / "forked", *(() if isinstance(mounts, NoMounts) else mounts)) as forked:
         yield Workshop(forked, folder)
+
+
+@pytest.fixture(scope="module")
+def long(workshop) -> Workshop:
+    """The same with runs of 20 steps."""
+    return Workshop(workshop.forked, workshop.folder, steps=20)
 
 
 def assert_broken(workshop: Workshop, run: Path, step: int, outcome: Outcome) -> None:
@@ -85,9 +100,8 @@ def test_a_run_of_which_a_rank_is_killed(engine, phase, step, rank, workshop, tm
 @pytest.mark.faults
 @pytest.mark.parametrize("step", [1, 7, 19])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_killed_after_any_step_of_twenty_a_run_resumes_bit_by_bit(engine, step, workshop, tmp_path):
+def test_killed_after_any_step_of_twenty_a_run_resumes_bit_by_bit(engine, step, long, tmp_path):
     run, ranks = tmp_path / "run", 1 if engine == "single" else 2
-    long = _long(workshop)
     every = ("--checkpoint.every", str(step))
     kill = ("--sabotage", "kill", "sample", str(step + 1), "0")
     assert long.start(run, engine, *every, *kill, ranks=ranks).outcome(SECONDS).code != 0
@@ -95,16 +109,6 @@ def test_killed_after_any_step_of_twenty_a_run_resumes_bit_by_bit(engine, step, 
     outcome = long.go_on(run, engine, *every, ranks=ranks).succeeded()
     assert f"going on after step {step}," in outcome.stdout
     assert result(run) == long.unbroken(engine, ranks)
-
-
-_LONG: dict[Path, Workshop] = {}
-
-
-def _long(workshop: Workshop) -> Workshop:
-    """The same with runs of 20 steps; one per module, for what is unbroken is run once."""
-    if workshop.folder not in _LONG:
-        _LONG[workshop.folder] = Workshop(workshop.forked, workshop.folder, steps=20)
-    return _LONG[workshop.folder]
 
 
 def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_been(workshop, tmp_path):
@@ -232,15 +236,12 @@ def test_a_lone_process_that_hangs_ends_itself(workshop, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def own_disk(tmp_path_factory) -> Iterator[tuple[Workshop, Path, Path]]:
-    """A workshop, a small disk that its runs see, and where we see it."""
-    try:
-        prefix = own_mounts()
-    except NoMounts as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("disk")
-    with Forked(folder / "forked", *prefix) as forked:
-        yield Workshop(forked, folder), folder / "small", mount_disk(forked, folder / "small", megabytes=16)
+def small_disk(mounts, workshop) -> tuple[Path, Path]:
+    """A small disk that only the runs of the workshop see, and where we see it."""
+    if isinstance(mounts, NoMounts):
+        pytest.skip(str(mounts))
+    place = workshop.folder / "small"
+    return place, mount_disk(workshop.forked, place, megabytes=16)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +252,8 @@ def own_disk(tmp_path_factory) -> Iterator[tuple[Workshop, Path, Path]]:
         pytest.param("flood", "checkpoint", "checkpoint .*step-00000004", marks=pytest.mark.faults),
     ],
 )
-def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(deed, phase, file, own_disk):
-    workshop, place, seen = own_disk
-    name = f"{deed}-{phase}"
+def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(deed, phase, file, workshop, small_disk):
+    (place, seen), name = small_disk, f"{deed}-{phase}"
     outcome = workshop.start(place / name, "ddp", "--sabotage", deed, phase, "4", "0").outcome(SECONDS)
     (error,) = outcome.errors
     assert re.match(f"error: {file} cannot be written: No space left on device", error)
@@ -306,6 +306,29 @@ def test_numbers_that_are_not_finite_end_the_run_before_the_weights_change(whose
     assert error.startswith(f"error: {said}")
     assert "Traceback" not in outcome.stderr
     assert not (run / "adapter").exists()
+
+
+def test_what_was_saved_before_a_loss_was_not_finite_is_left_as_it_was(workshop, tmp_path):
+    scored = ("--data.eval", str(workshop.folder / "train.jsonl"), "--eval.every", "1", "--eval.generate", "0")
+    options = ("--selection.method", "full", "--train.schedule", "constant", "--train.warmup_ratio", "0", *scored)
+    broken, one = tmp_path / "broken", tmp_path / "one"
+    spoilt = workshop.start(broken, "single", *options, "--sabotage", "nan", "training", ranks=1).outcome(SECONDS)
+    assert spoilt.errors[0].startswith("error: step 2: ")
+    workshop.start(one, "single", *options, "--train.steps", "1", ranks=1).outcome(SECONDS).succeeded()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (broken / "adapter" / name).read_bytes() == (one / "adapter" / name).read_bytes()
+    assert not (broken / "adapter_last").exists()
+
+
+def test_ranks_that_read_different_data_are_told_which(workshop, tmp_path):
+    same = rows(workshop.folder / "train.jsonl")
+    write_rows(tmp_path / "train-0.jsonl", same)
+    write_rows(tmp_path / "train-1.jsonl", [*same[:-1], same[0]])
+    data = ("--data.train", str(tmp_path / "train-@RANK.jsonl"))
+    outcome = workshop.start(tmp_path / "run", "ddp", *data).outcome(SECONDS)
+    assert outcome.errors == ["error: rank 1 has other training data than rank 0: every rank must read the same input"]
+    assert outcome.code != 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_receives_another_selection_ends_the_run(workshop, tmp_path):

@@ -212,6 +212,7 @@ class Ranks:
             wait_until(lambda: not self.running(), seconds)
         except AssertionError as error:
             self.send(signal.SIGKILL)
+            wait_until(lambda: not self.running(), 10)
             raise Hung(f"ranks {self.codes()} of {self.log.name}: {error}") from None
         said = (Path(f"{self.log}.{stream}").read_text("utf-8") for stream in ("stdout", "stderr"))
         return Outcome(next((code for code in self.codes() if code), 0), *said)

@@ -1,0 +1,300 @@
+"""Small runs that are broken at random, by a real fault each, and go on: whether they end as if nothing had been.
+
+python benchmarks/faults.py --runs 200 --seed 0    break, resume and compare; appends the tally to results/faults.jsonl
+python benchmarks/faults.py --table                put the table between the markers in benchmarks/README.md
+
+Engine, ranks, fault, step, phase and rank are drawn. A run that survived has, once resumed, the ids, the losses and
+the adapter of one that was never broken, bit by bit. What became of each run is kept in runs/, so that the script can
+itself be stopped and goes on where it was. A run that does not end by itself is a hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, TypeVar
+
+import tables
+import torch
+
+from colm_scale.randomness import generator
+from colm_scale.reporting.environment import environment
+
+if TYPE_CHECKING:
+    from support.commands import Forked, Ranks
+    from support.faults import Workshop
+
+RESULTS = tables.RESULTS / "faults.jsonl"
+README = tables.ROOT / "benchmarks" / "README.md"
+STEPS, EVERY = 8, 2
+HANG_SECONDS = 10
+"""``--train.timeout`` of a run in which a rank is to hang."""
+KINDS = ("SIGKILL", "SIGTERM to a rank", "SIGTERM to all", "exception", "hang", "disk full", "damaged checkpoint")
+_DEEDS = {"SIGTERM to a rank": "terminate", "exception": "raise", "hang": "hang"}
+_Choice = TypeVar("_Choice")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is done to one run, and where.
+
+    Attributes:
+        deed: Of `support.sabotage`; none where it is done from outside.
+    """
+
+    number: int
+    engine: str
+    ranks: int
+    kind: str
+    deed: str | None
+    phase: str
+    step: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a run.
+
+    Attributes:
+        said: The first line of the broken run's complaint.
+        codes: Exit codes of its ranks, negative for a signal.
+        lost: Steps that were made twice.
+        hung: Whether it, or the one that resumed it, had to be killed.
+        different: What the resumed run did not have in common with the unbroken one.
+    """
+
+    said: str
+    codes: list[int | None]
+    lost: int
+    hung: bool
+    different: list[str]
+    seconds: float
+
+
+class Draw:
+    """Reproducible choices for one run."""
+
+    def __init__(self, seed: int, number: int):
+        self._generator = generator(seed, "fault", number)
+
+    def below(self, count: int) -> int:
+        return int(torch.randint(count, (1,), generator=self._generator))
+
+    def of(self, options: Sequence[_Choice]) -> _Choice:
+        return options[self.below(len(options))]
+
+
+def drawn_fault(seed: int, number: int, kinds: Sequence[str]) -> Fault:
+    """The fault of a run; its place is one that the run comes to."""
+    from support.faults import ENGINES, PHASES, WRITING
+
+    draw = Draw(seed, number)
+    engine, kind = draw.of(list(ENGINES)), draw.of(kinds)
+    ranks = {"single": 1, "ddp": 2}.get(engine) or draw.of((1, 2))
+    rank = draw.below(ranks)
+    phase = draw.of((*PHASES, *WRITING) if rank == 0 else PHASES)
+    deed = _DEEDS.get(kind, "kill")
+    if kind == "SIGTERM to all":
+        deed = None
+    if kind == "disk full":
+        deed, phase = draw.of((("fill", "checkpoint"), ("flood", "checkpoint"), ("flood", "train")))
+        rank = 0
+    first = 5 if kind == "damaged checkpoint" else 6 if phase == "pruning" else 1
+    saves = phase in ("checkpoint", *WRITING)
+    steps = [step for step in range(first, STEPS + 1) if not saves or step % EVERY == 0]
+    return Fault(number, engine, ranks, kind, deed, phase, draw.of(steps), rank)
+
+
+def tried(workshop: Workshop, fault: Fault, place: Path, seen: Path, seed: int) -> Fate:
+    """Break a run in the folder ``place``, which we see at ``seen``, let it go on to its end, and compare."""
+    from support.commands import Hung
+    from support.faults import SECONDS, result, steps_written
+
+    started, hung, lost, outcome = time.monotonic(), False, 0, None
+    ranks = broken(workshop, fault, place, seen)
+    try:
+        outcome = ranks.outcome(SECONDS)
+    except Hung:
+        hung = True
+    codes = ranks.codes()
+    written = steps_written(seen)
+    (seen / "filler").unlink(missing_ok=True)
+    if fault.kind == "damaged checkpoint":
+        damage(seen / "checkpoints", Draw(seed, fault.number + 1_000_000))
+    try:
+        lost = written - went_on(workshop, fault, place, seen) if any(codes) else 0
+        unbroken = workshop.unbroken(fault.engine, fault.ranks)
+        found = result(seen)
+        different = [name for name in unbroken if found[name] != unbroken[name]]
+    except Hung:
+        hung, different = True, ["end"]
+    except (AssertionError, OSError) as error:
+        different = [f"{type(error).__name__}: {error}"[:2000]]
+    said = (outcome.stderr.splitlines() or [""])[0] if outcome else "hung"
+    return Fate(said, codes, lost, hung, different, time.monotonic() - started)
+
+
+def broken(workshop: Workshop, fault: Fault, place: Path, seen: Path) -> Ranks:
+    """Start a run to which the fault happens."""
+    from support.commands import wait_until
+    from support.faults import SECONDS, steps_written
+
+    options = ["--train.timeout", str(HANG_SECONDS)] if fault.kind == "hang" else []
+    if fault.deed is not None:
+        options += ["--sabotage", fault.deed, fault.phase, str(fault.step), str(fault.rank)]
+    ranks = workshop.start(place, fault.engine, *options, ranks=fault.ranks)
+    if fault.kind == "SIGTERM to all":
+        with suppress(AssertionError):  # it ended, or hangs, which is found out next
+            wait_until(lambda: steps_written(seen) >= fault.step - 1 and (seen / "metrics.jsonl").exists(), SECONDS)
+        ranks.send(signal.SIGTERM)
+    return ranks
+
+
+def damage(checkpoints: Path, draw: Draw) -> None:
+    """Shorten a file of the newest checkpoint, or flip one of its bits."""
+    file = draw.of(sorted(sorted(checkpoints.glob("step-*"))[-1].iterdir()))
+    content = bytearray(file.read_bytes())
+    place = draw.below(len(content))
+    if draw.below(2):
+        content = content[:place]
+    else:
+        content[place] ^= 1 << draw.below(8)
+    file.write_bytes(content)
+
+
+def went_on(workshop: Workshop, fault: Fault, place: Path, seen: Path) -> int:
+    """Resume to the end; the step after which that was."""
+    options = ["--checkpoint.fallback", "true"] if fault.kind == "damaged checkpoint" else []
+    outcome = workshop.go_on(place, fault.engine, *options, ranks=fault.ranks).succeeded()
+    found = re.search(r"going on after step (\d+),", outcome.stdout)
+    return int(found[1]) if found else 0
+
+
+def tally(rows: Iterable[dict]) -> dict[str, object]:
+    """Counts of a group of runs."""
+    rows = list(rows)
+    return {
+        "tried": len(rows),
+        "survived": sum(not row["different"] and not row["hung"] for row in rows),
+        "hangs": sum(row["hung"] for row in rows),
+        "most_lost": max(row["lost"] for row in rows),
+        "mean_lost": mean(row["lost"] for row in rows),
+    }
+
+
+def grouped(rows: Sequence[dict], key: str) -> dict[str, dict[str, object]]:
+    return {value: tally(row for row in rows if row[key] == value) for value in sorted({row[key] for row in rows})}
+
+
+def summary(rows: Sequence[dict], seed: int, left_out: str | None) -> dict[str, object]:
+    """The row of all runs."""
+    facts = environment(torch.device("cpu"), 2, "all")
+    facts.pop("command")
+    return {
+        "benchmark": "faults",
+        "seed": seed,
+        "steps": STEPS,
+        "every": EVERY,
+        **tally(rows),
+        "by_kind": grouped(rows, "kind"),
+        "by_engine": grouped(rows, "engine"),
+        "by_phase": grouped([row for row in rows if row["deed"]], "phase"),
+        "failures": [row["number"] for row in rows if row["different"] or row["hung"]],
+        "left_out": left_out,
+        "seconds": sum(row["seconds"] for row in rows),
+        "environment": facts,
+    }
+
+
+def run_all(runs: int, seed: int, work: Path) -> None:
+    """Every run that ``work`` does not hold yet, and then the tally."""
+    from support.commands import Forked
+    from support.faults import NoMounts, Workshop, own_mounts
+
+    kinds, prefix, left_out = KINDS, (), None
+    try:
+        prefix = own_mounts()
+    except NoMounts as error:
+        kinds, left_out = tuple(kind for kind in KINDS if kind != "disk full"), f"disk full: {error}"
+    rows = [json.loads(line) for line in work.read_text("utf-8").splitlines()] if work.exists() else []
+    folder = work.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with Forked(folder / "forked", *prefix) as forked:
+        workshop = Workshop(forked, folder, steps=STEPS)
+        places = Places(forked, folder, mounts=bool(prefix))
+        for number in sorted(set(range(runs)) - {row["number"] for row in rows}):
+            fault = drawn_fault(seed, number, kinds)
+            place, seen = places.fresh(small=fault.kind == "disk full")
+            rows.append(asdict(fault) | asdict(tried(workshop, fault, place, seen, seed)))
+            with work.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(json.dumps(rows[-1]), flush=True)
+    shutil.rmtree(folder)
+    RESULTS.parent.mkdir(exist_ok=True)
+    row = summary(sorted(rows, key=lambda row: row["number"]), seed, left_out)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print({name: row[name] for name in ("tried", "survived", "hangs", "most_lost", "failures")}, flush=True)
+
+
+class Places:
+    """Folders for one run after the other, on the common disk or on a small one of their own."""
+
+    def __init__(self, forked: Forked, folder: Path, mounts: bool):
+        from support.faults import mount_disk
+
+        self._folder = folder
+        self._small = folder / "small"
+        self._seen = mount_disk(forked, self._small, megabytes=16) if mounts else None
+
+    def fresh(self, small: bool) -> tuple[Path, Path]:
+        """Where the run is to be, and where we see that."""
+        place, seen = (self._small / "run", self._seen / "run") if small else (self._folder / "run",) * 2
+        shutil.rmtree(seen, ignore_errors=True)
+        return place, seen
+
+
+def table() -> str:
+    """One row per fault and one per engine, of the last tally."""
+    row = json.loads(RESULTS.read_text(encoding="utf-8").splitlines()[-1])
+    lines = ["| | broken | went on to the same result | steps lost, most (mean) | hangs |", "|---|---:|---:|---:|---:|"]
+    groups = {"all": row, **row["by_kind"], **{f"`{name}`": counts for name, counts in row["by_engine"].items()}}
+    for name, counts in groups.items():
+        lost = f"{counts['most_lost']} ({counts['mean_lost']:.1f})"
+        lines.append(f"| {name} | {counts['tried']} | {counts['survived']} | {lost} | {counts['hangs']} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"faults": table}
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if given.table:
+        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+        return
+    run_all(given.runs, given.seed, tables.ROOT / "runs" / f"faults-{given.seed}.jsonl")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(tables.ROOT / "tests"))
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+    main()
