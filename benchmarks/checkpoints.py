@@ -1,27 +1,22 @@
 """What a checkpoint costs: bytes, and seconds to write and to read, by the number of adapter parameters.
 
-python benchmarks/checkpoints.py           measure, on the disk of the current folder
-python benchmarks/checkpoints.py --table   put the table between the markers in benchmarks/README.md
+python benchmarks/checkpoints.py
 
-Rows are appended to benchmarks/results/checkpoints.jsonl.
+Measures on the disk of the current folder. Rows are appended to benchmarks/results/checkpoints.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
-import tables
+import rows
 import torch
 
 from colm_scale.checkpoint.store import CheckpointFolder
-from colm_scale.reporting.environment import environment
 
-RESULTS = tables.RESULTS / "checkpoints.jsonl"
-README = tables.ROOT / "benchmarks" / "README.md"
 MODELS = {
     "built-in base, rank 16": 317_440,
     "Phi-2, rank 16": 23_592_960,
@@ -55,9 +50,9 @@ def measure(name: str, parameters: int) -> dict[str, object]:
 
 def table() -> str:
     """One row per model, the last measured of each."""
-    rows = {row["name"]: row for row in map(json.loads, RESULTS.read_text().splitlines())}
+    last = {row["name"]: row for row in rows.read("checkpoints")}
     lines = ["| adapters | parameters | MB | write, s | read and verify, s |", "|---|---:|---:|---:|---:|"]
-    for name, row in rows.items():
+    for name, row in last.items():
         seconds = f"{row['write_seconds']:.2f} | {row['read_seconds']:.2f}"
         lines.append(f"| {name} | {row['parameters']:,} | {row['bytes'] / 1e6:,.1f} | {seconds} |")
     return "\n".join(lines)
@@ -68,17 +63,11 @@ TABLES = {"checkpoints": table}
 
 def main() -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true")
-    if parser.parse_args().table:
-        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        return
-    facts = environment(torch.device("cpu"), 1, "none")
-    facts.pop("command")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    facts = rows.here()
     for name, parameters in MODELS.items():
         row = measure(name, parameters)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"environment": facts}) + "\n")
+        rows.append("checkpoints", row | {"environment": facts})
         print(row, flush=True)
 
 

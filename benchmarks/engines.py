@@ -3,7 +3,6 @@
 python benchmarks/engines.py              every engine, float32
 python benchmarks/engines.py fsdp zero3   these
 python benchmarks/engines.py --dtypes bfloat16 float16    the first step that differs, in half precision
-python benchmarks/engines.py --table      put the table between the markers in benchmarks/README.md
 
 For each engine, with --processes ranks on the built-in model and data: a run of 20 steps under DDP, the same under the
 engine, and one that goes on from its checkpoint of step 7. The time of a step is compared with that of the DDP run just
@@ -21,12 +20,10 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-import tables
+import rows
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = tables.RESULTS / "engines.jsonl"
-README = ROOT / "benchmarks" / "README.md"
+ROOT = rows.ROOT
 TRAIN = str(ROOT / "launchers" / "train.py")
 STEPS, BREAK = 20, 7
 RUN = (
@@ -60,8 +57,8 @@ def resumed(engine: str, ranks: int, whole: Path, out: Path, *options: str) -> N
     """The run that a kill after step 7 leaves, gone on with."""
     step = f"step-{BREAK:08d}"
     shutil.copytree(whole / "checkpoints" / step, out / "checkpoints" / step)
-    for rows in whole.glob("*.jsonl"):
-        shutil.copy(rows, out)
+    for file in whole.glob("*.jsonl"):
+        shutil.copy(file, out)
     run(engine, ranks, out, *options, "--resume", "auto")
 
 
@@ -130,13 +127,13 @@ def goes_on(engine: str, ranks: int, whole: Path, again: Path) -> bool:
 
 def engine_table() -> str:
     """One row per engine in float32, the last measured of each."""
-    rows = {row["engine"]: row for row in read(RESULTS) if row["dtype"] == "float32"}
-    whole = max(rows["ddp"]["weight_bytes_by_rank"])
+    last = {row["engine"]: row for row in rows.read("engines") if row["dtype"] == "float32"}
+    whole = max(last["ddp"]["weight_bytes_by_rank"])
     lines = [
         "| engine | ranks | ids equal | largest weight difference | weights held per rank, MB | step / DDP | resumed |",
         "|---|---:|---|---:|---:|---:|---|",
     ]
-    for engine, found in rows.items():
+    for engine, found in last.items():
         differs = found["first_step_that_differs"]
         held = max(found["weight_bytes_by_rank"])
         cells = [
@@ -154,11 +151,11 @@ def engine_table() -> str:
 
 def half_table() -> str:
     """The first step whose ids differ from those of one process, by engine and type."""
-    rows = {(row["engine"], row["dtype"]): row for row in read(RESULTS)}
-    types = [dtype for dtype in ("bfloat16", "float16") if any(dtype == key[1] for key in rows)]
+    last = {(row["engine"], row["dtype"]): row for row in rows.read("engines")}
+    types = [dtype for dtype in ("bfloat16", "float16") if any(dtype == key[1] for key in last)]
     lines = [f"| engine | {' | '.join(types)} |", f"|---|{'---:|' * len(types)}"]
-    for engine in dict.fromkeys(engine for engine, dtype in rows if dtype in types):
-        differs = [rows[engine, dtype]["first_step_that_differs"] for dtype in types]
+    for engine in dict.fromkeys(engine for engine, dtype in last if dtype in types):
+        differs = [last[engine, dtype]["first_step_that_differs"] for dtype in types]
         lines.append(f"| `{engine}` | {' | '.join('none' if step is None else str(step) for step in differs)} |")
     return "\n".join(lines)
 
@@ -172,19 +169,14 @@ def main() -> None:
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=", ".join(ENGINES))
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    if given.table:
-        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        return
     for dtype in given.dtypes:
         with tempfile.TemporaryDirectory() as alone:
             run("single", 1, Path(alone) / "run", "--train.dtype", dtype)
             for engine in given.engines or ENGINES:
                 with tempfile.TemporaryDirectory() as folder:
                     found = row(engine, given.processes, dtype, Path(folder), Path(alone) / "run")
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found) + "\n")
+                rows.append("engines", found)
                 print({key: value for key, value in found.items() if key != "environment"}, flush=True)
 
 

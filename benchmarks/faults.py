@@ -1,7 +1,6 @@
 """Small runs that are broken at random, by a real fault each, and go on: whether they end as if nothing had been.
 
 python benchmarks/faults.py --runs 200 --seed 0    break, resume and compare; appends the tally to results/faults.jsonl
-python benchmarks/faults.py --table                put the table between the markers in benchmarks/README.md
 
 Engine, ranks, fault, step, phase and rank are drawn. A run that survived has, once resumed, the ids, the losses and
 the adapter of one that was never broken, bit by bit. What became of each run is kept in runs/, so that the script can
@@ -25,18 +24,15 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, TypeVar
 
-import tables
+import rows
 import torch
 
 from colm_scale.randomness import generator
-from colm_scale.reporting.environment import environment
 
 if TYPE_CHECKING:
     from support.commands import Forked, Ranks
     from support.faults import Workshop
 
-RESULTS = tables.RESULTS / "faults.jsonl"
-README = tables.ROOT / "benchmarks" / "README.md"
 STEPS, EVERY = 8, 2
 HANG_SECONDS = 10
 """``--train.timeout`` of a run in which a rank is to hang."""
@@ -182,39 +178,38 @@ def went_on(workshop: Workshop, fault: Fault, place: Path, seen: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def tally(rows: Iterable[dict]) -> dict[str, object]:
+def tally(fates: Iterable[dict]) -> dict[str, object]:
     """Counts of a group of runs."""
-    rows = list(rows)
+    fates = list(fates)
     return {
-        "tried": len(rows),
-        "survived": sum(not row["different"] and not row["hung"] for row in rows),
-        "hangs": sum(row["hung"] for row in rows),
-        "most_lost": max(row["lost"] for row in rows),
-        "mean_lost": mean(row["lost"] for row in rows),
+        "tried": len(fates),
+        "survived": sum(not fate["different"] and not fate["hung"] for fate in fates),
+        "hangs": sum(fate["hung"] for fate in fates),
+        "most_lost": max(fate["lost"] for fate in fates),
+        "mean_lost": mean(fate["lost"] for fate in fates),
     }
 
 
-def grouped(rows: Sequence[dict], key: str) -> dict[str, dict[str, object]]:
-    return {value: tally(row for row in rows if row[key] == value) for value in sorted({row[key] for row in rows})}
+def grouped(fates: Sequence[dict], key: str) -> dict[str, dict[str, object]]:
+    values = sorted({fate[key] for fate in fates})
+    return {value: tally(fate for fate in fates if fate[key] == value) for value in values}
 
 
-def summary(rows: Sequence[dict], seed: int, left_out: str | None) -> dict[str, object]:
+def summary(fates: Sequence[dict], seed: int, left_out: str | None) -> dict[str, object]:
     """The row of all runs."""
-    facts = environment(torch.device("cpu"), 2, "all")
-    facts.pop("command")
     return {
         "benchmark": "faults",
         "seed": seed,
         "steps": STEPS,
         "every": EVERY,
-        **tally(rows),
-        "by_kind": grouped(rows, "kind"),
-        "by_engine": grouped(rows, "engine"),
-        "by_phase": grouped([row for row in rows if row["deed"]], "phase"),
-        "failures": [row["number"] for row in rows if row["different"] or row["hung"]],
+        **tally(fates),
+        "by_kind": grouped(fates, "kind"),
+        "by_engine": grouped(fates, "engine"),
+        "by_phase": grouped([fate for fate in fates if fate["deed"]], "phase"),
+        "failures": [fate["number"] for fate in fates if fate["different"] or fate["hung"]],
         "left_out": left_out,
-        "seconds": sum(row["seconds"] for row in rows),
-        "environment": facts,
+        "seconds": sum(fate["seconds"] for fate in fates),
+        "environment": rows.here(),
     }
 
 
@@ -228,25 +223,23 @@ def run_all(runs: int, seed: int, work: Path) -> None:
         prefix = own_mounts()
     except NoMounts as error:
         kinds, left_out = tuple(kind for kind in KINDS if kind != "disk full"), f"disk full: {error}"
-    rows = [json.loads(line) for line in work.read_text("utf-8").splitlines()] if work.exists() else []
+    done = [json.loads(line) for line in work.read_text("utf-8").splitlines()] if work.exists() else []
     folder = work.with_suffix("")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with Forked(folder / "forked", *prefix) as forked:
         workshop = Workshop(forked, folder, steps=STEPS)
         places = Places(forked, folder, mounts=bool(prefix))
-        for number in sorted(set(range(runs)) - {row["number"] for row in rows}):
+        for number in sorted(set(range(runs)) - {row["number"] for row in done}):
             fault = drawn_fault(seed, number, kinds)
             place, seen = places.fresh(small=fault.kind == "disk full")
-            rows.append(asdict(fault) | asdict(tried(workshop, fault, place, seen, seed)))
+            done.append(asdict(fault) | asdict(tried(workshop, fault, place, seen, seed)))
             with work.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(json.dumps(rows[-1]), flush=True)
+                file.write(json.dumps(done[-1]) + "\n")
+            print(json.dumps(done[-1]), flush=True)
     shutil.rmtree(folder)
-    RESULTS.parent.mkdir(exist_ok=True)
-    row = summary(sorted(rows, key=lambda row: row["number"]), seed, left_out)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    row = summary(sorted(done, key=lambda row: row["number"]), seed, left_out)
+    rows.append("faults", row)
     print({name: row[name] for name in ("tried", "survived", "hangs", "most_lost", "failures")}, flush=True)
 
 
@@ -269,7 +262,7 @@ class Places:
 
 def table() -> str:
     """One row per fault and one per engine, of the last tally."""
-    row = json.loads(RESULTS.read_text(encoding="utf-8").splitlines()[-1])
+    row = rows.read("faults")[-1]
     lines = ["| | broken | went on to the same result | steps lost, most (mean) | hangs |", "|---|---:|---:|---:|---:|"]
     groups = {"all": row, **row["by_kind"], **{f"`{name}`": counts for name, counts in row["by_engine"].items()}}
     for name, counts in groups.items():
@@ -286,15 +279,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    if given.table:
-        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        return
-    run_all(given.runs, given.seed, tables.ROOT / "runs" / f"faults-{given.seed}.jsonl")
+    run_all(given.runs, given.seed, rows.ROOT / "runs" / f"faults-{given.seed}.jsonl")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(tables.ROOT / "tests"))
+    sys.path.insert(0, str(rows.ROOT / "tests"))
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
     main()

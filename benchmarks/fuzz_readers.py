@@ -1,7 +1,6 @@
 """Malformed data files: each must be refused in one clear line that names it, or be read into well-formed rows.
 
 python benchmarks/fuzz_readers.py --files 10000 --seed 0
-python benchmarks/fuzz_readers.py --table      put the table between the markers in benchmarks/README.md
 
 Appends the tally, format by outcome, to benchmarks/results/fuzz.jsonl; exits with 1 if a file came to anything else
 (another exception, an unclear message, a hang, the end of the process), which is printed.
@@ -10,33 +9,25 @@ Appends the tally, format by outcome, to benchmarks/results/fuzz.jsonl; exits wi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 import warnings
 
-import tables
-import torch
+import rows
 
-ROOT = tables.ROOT
-RESULTS = tables.RESULTS / "fuzz.jsonl"
-README = ROOT / "benchmarks" / "README.md"
+ROOT = rows.ROOT
 
 
 def measured(seed: int, files: int) -> dict[str, object]:
     """A row: what became of the files."""
     from support.fuzz import MEMORY_BYTES, SECONDS, fuzz, tally
 
-    from colm_scale.reporting.environment import environment
-
     started, verdicts = time.monotonic(), []
     for verdict in fuzz(seed, range(files)):
         verdicts.append(verdict)
         if verdict.outcome == "failure":
             print(f"file {verdict.number} ({verdict.suffix}, {verdict.mutation}): {verdict.said!r}", flush=True)
-    facts = environment(torch.device("cpu"), 1, "none")
-    facts.pop("command")
     return {
         "benchmark": "fuzz_readers",
         "seed": seed,
@@ -48,13 +39,13 @@ def measured(seed: int, files: int) -> dict[str, object]:
         "seconds_allowed_per_file": SECONDS,
         "bytes_allowed": MEMORY_BYTES,
         "peak_bytes": max(verdict.peak_bytes for verdict in verdicts),
-        "environment": facts,
+        "environment": rows.here(),
     }
 
 
 def table() -> str:
     """What became of the files of the last run, by format."""
-    row = json.loads(RESULTS.read_text().splitlines()[-1])
+    row = rows.read("fuzz")[-1]
     lines = ["| format | files | one clear line | read | anything else |", "|---|---:|---:|---:|---:|"]
     for suffix, found in row["tally"].items():
         counts = f"{found['error']:,} | {found['read']:,} | {found['failure']:,}"
@@ -70,15 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    if given.table:
-        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        return
     result = measured(given.seed, given.files)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+    rows.append("fuzz", result)
     for suffix, outcomes in result["tally"].items():
         print(suffix.ljust(10), *(f"{outcome} {count:6d}" for outcome, count in outcomes.items()))
     sys.exit(1 if result["failures"] else 0)

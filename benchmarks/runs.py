@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import rows
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "runs.jsonl"
+ROOT = rows.ROOT
 METHODS = ("colm", "stratified", "random", "full")
 
 
@@ -82,9 +82,9 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
 
 
-def mean_by_key(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each key over the rows."""
-    return {key: float(np.mean([row.get(key, 0.0) for row in rows])) for key in rows[-1]}
+def mean_by_key(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each key over the steps."""
+    return {key: float(np.mean([step.get(key, 0.0) for step in steps])) for key in steps[-1]}
 
 
 def digest(files: list[str] | None) -> str:
@@ -104,13 +104,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
     given = parser.parse_args(own.split())
-    RESULTS.parent.mkdir(exist_ok=True)
     for seed in given.seeds:
         for method in given.methods:
             out, keep = run(method, seed, given.processes, options.split())
             result = row(out, given.name)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(portable(result)) + "\n")
+            rows.append("runs", portable(result))
             print(f"{given.name} {method} seed {seed}: {result['after']}", flush=True)
             keep.cleanup()
 

@@ -1,7 +1,6 @@
 """The selection of one step at up to 1,024 ranks, simulated by one: what it moves, how long it takes, what it holds.
 
 python benchmarks/scale.py                measure; rows are appended to benchmarks/results/scale.jsonl
-python benchmarks/scale.py --table        put the tables between the markers in benchmarks/README.md
 
 The candidates, 64 of each rank, go through the product's own stages from the plan to the route, on rank 0. Only the
 forwards and the network are missing: `SimulatedGroup` answers each collective with what the other ranks would send.
@@ -10,15 +9,13 @@ forwards and the network are missing: `SimulatedGroup` answers each collective w
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
-import tables
+import rows
 import torch
 from torch import Tensor
 
@@ -30,7 +27,6 @@ from colm_scale.distributed.group import Group
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, SketchPlan, long_tensor
-from colm_scale.reporting.environment import environment
 from colm_scale.selection import facility
 from colm_scale.selection.moments import Moments
 from colm_scale.selection.partition import partitioned_greedy
@@ -40,8 +36,6 @@ from colm_scale.selection.rule import SelectionRule
 from colm_scale.selection.similarity import similarities
 from colm_scale.sketch.plan import plan_sketch
 
-RESULTS = tables.RESULTS / "scale.jsonl"
-README = Path(__file__).with_name("README.md")
 CPU = torch.device("cpu")
 CANDIDATES_PER_RANK = 64
 MICRO_BATCH_TOKENS = 4096
@@ -212,17 +206,13 @@ def greedy_of_every_gth(rows: Tensor, count: int, groups: int) -> Tensor:
 
 def save(row: dict) -> None:
     """Append a row, with what it was measured on."""
-    facts = environment(CPU, 1, "simulated")
-    del facts["command"]
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, "environment": facts}) + "\n")
+    rows.append("scale", row | {"environment": rows.here()})
     print({key: value for key, value in row.items() if key != "environment"}, flush=True)
 
 
 def stored(benchmark: str, *key: str) -> list[dict]:
     """The rows of a benchmark in ascending order of ``key``; of the same measured twice the last."""
-    rows = [row for row in map(json.loads, RESULTS.read_text().splitlines()) if row["benchmark"] == benchmark]
-    last = {tuple(row[name] for name in key): row for row in rows}
+    last = {tuple(row[name] for name in key): row for row in rows.read("scale") if row["benchmark"] == benchmark}
     return [last[values] for values in sorted(last)]
 
 
@@ -279,11 +269,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="*", type=int, default=[8, 64, 1024], help="sizes of the run; none: skip")
     parser.add_argument("--loss", nargs="*", type=int, default=[1024, 4096, 8192], help="candidates; none: skip")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    if given.table:
-        README.write_text(tables.filled(README.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        return
     torch.set_num_threads(given.threads)
     measure_step("last_layer", 1)  # what only a first call costs
     for n in given.loss:

@@ -1,25 +1,27 @@
-"""The README's tables, made from the rows in benchmarks/results.
+"""The tables of both READMEs, made from the rows in benchmarks/results.
 
 python benchmarks/tables.py            print every table
-python benchmarks/tables.py --write    put them between the markers in README.md
-python benchmarks/tables.py --check    exit 1 if README.md does not hold them
+python benchmarks/tables.py --write    put them between the markers in README.md and benchmarks/README.md
+python benchmarks/tables.py --check    exit 1 if they do not hold them
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+import rows
+
+README = rows.ROOT / "README.md"
+BENCHMARKS_README = rows.ROOT / "benchmarks" / "README.md"
+MAKERS = ("engines", "checkpoints", "faults", "fuzz_readers", "scale")
+"""Benchmarks that make tables of their own for the second README."""
 
 
 def learning_table(name: str) -> str:
@@ -28,14 +30,15 @@ def learning_table(name: str) -> str:
         "| method | trained, step | natural mixture | mean over sources | small sources | right answers |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for method, rows in by_method(name).items():
-        first = rows[0]
+    for method, of_method in by_method(name).items():
+        first = of_method[0]
         n, b = first["candidates"], first["budget"]
         trained = f"{n} (accumulated)" if method == "full" else f"{b}" if method == "random" else f"{b} of {n}"
-        cells = [spread([row["after"][key] for row in rows], ".3f") for key in ("loss", "loss_by_source", "small_loss")]
-        accuracy = spread([row["after"]["accuracy"] for row in rows], ".1%")
+        scores = ("loss", "loss_by_source", "small_loss")
+        cells = [spread([row["after"][key] for row in of_method], ".3f") for key in scores]
+        accuracy = spread([row["after"]["accuracy"] for row in of_method], ".1%")
         lines.append(f"| {' | '.join([f'`{method}`', trained, *cells, accuracy])} |")
-    before = rows[0]["before"]
+    before = of_method[0]["before"]
     lines.append(
         f"| before training | - | {before['loss']:.3f} | {before['loss_by_source']:.3f} | {before['small_loss']:.3f} | "
         f"{percent(before['accuracy'])} |"
@@ -49,8 +52,8 @@ def cost_table(name: str) -> str:
         "| method | s per step | step / bare floor (p20 to p80) | outside forward, backward | bytes exchanged | peak |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for method, rows in by_method(name).items():
-        measured = sorted(rows, key=lambda row: row["measured_over_floor"]["p50"])[len(rows) // 2]
+    for method, of_method in by_method(name).items():
+        measured = sorted(of_method, key=lambda row: row["measured_over_floor"]["p50"])[len(of_method) // 2]
         floor, seconds = measured["measured_over_floor"], measured["step_seconds"]["p50"]
         exchanged = sum(measured["exchanged_bytes"].values())
         lines.append(
@@ -63,12 +66,11 @@ def cost_table(name: str) -> str:
 
 def by_method(name: str) -> dict[str, list[dict]]:
     """Rows called ``name``, by method in the order they were run; of a seed run twice, the last row."""
-    rows: dict[str, dict[int, dict]] = defaultdict(dict)
-    for line in (RESULTS / "runs.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    found: dict[str, dict[int, dict]] = defaultdict(dict)
+    for row in rows.read("runs"):
         if row["name"] == name:
-            rows[row["method"]][row["seed"]] = row
-    return {method: list(seeds.values()) for method, seeds in rows.items()}
+            found[row["method"]][row["seed"]] = row
+    return {method: list(seeds.values()) for method, seeds in found.items()}
 
 
 def spread(values: list[float | None], form: str) -> str:
@@ -100,19 +102,26 @@ def filled(readme: str, tables: Mapping[str, Callable[[], str]] = MappingProxyTy
     return readme
 
 
+def of_benchmarks() -> dict[str, Callable[[], str]]:
+    """The tables of the second README."""
+    return {name: make for maker in MAKERS for name, make in importlib.import_module(maker).TABLES.items()}
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
+    texts = {path: path.read_text(encoding="utf-8") for path in (README, BENCHMARKS_README)}
+    made = {README: filled(texts[README]), BENCHMARKS_README: filled(texts[BENCHMARKS_README], of_benchmarks())}
     if given.write:
-        README.write_text(filled(text), encoding="utf-8")
+        for path, text in made.items():
+            path.write_text(text, encoding="utf-8")
     elif given.check:
-        sys.exit(filled(text) != text)
+        sys.exit(made != texts)
     else:
-        print("\n\n".join(f"{name}\n{make()}" for name, make in TABLES.items()))
+        print("\n\n".join(f"{name}\n{make()}" for name, make in (TABLES | of_benchmarks()).items()))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +26,7 @@ from colm_scale.errors import TrainingError, UserError
 
 _TIMEOUT = timedelta(days=1)
 """`Watch` ends a run that hangs, and says which rank does; rank 0 may have a whole stream to read first."""
+_POLL_SECONDS = 0.1
 # torch 2.13 renamed these two and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -41,6 +44,7 @@ class Group:
         rank, world_size: Place among all ranks.
         local_rank, local_world_size: Place among the ranks of this machine.
         device: Where this rank computes.
+        attempt: Names this start of the ranks; those that a launcher starts again have another.
         traffic: Payload bytes per label since the last `take_traffic`: what a gather returns, what a reduction
             takes in, what a broadcast carries. Equal on every rank.
     """
@@ -50,6 +54,7 @@ class Group:
     local_rank: int
     local_world_size: int
     device: torch.device
+    attempt: str = ""
     traffic: Counter = field(default_factory=Counter)
 
     @property
@@ -144,7 +149,8 @@ class Group:
         """How many collectives this rank has begun, those of the engines among them."""
         begun = 0
         for group in list(dist.distributed_c10d._world.pg_map):
-            with suppress(RuntimeError):  # a backend that does not count them
+            # A backend that does not count them, or a torch without these private names: phases then tell ranks apart.
+            with suppress(RuntimeError, AttributeError):
                 begun += group._get_backend(self.device)._get_sequence_number_for_group()
         return begun
 
@@ -203,6 +209,37 @@ def connect() -> Group:
     if world_size > 1 and not dist.is_initialized():
         if interface := _interface_to(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        dist.init_process_group(_backend(device), timeout=_TIMEOUT)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        attempt = meet(store, rank, world_size)
+        dist.init_process_group(
+            _backend(device),
+            store=dist.PrefixStore(attempt, store),
+            rank=rank,
+            world_size=world_size,
+            timeout=_TIMEOUT,
+        )
+        return Group(rank, world_size, local_rank, local_world_size, device, attempt)
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Group(rank, world_size, local_rank, local_world_size, device)
+
+
+def meet(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name for this attempt that all its ranks agree on and that none before has had. All ranks call it together.
+
+    torchrun's store outlives a restart, and what the ranks before have left in it looks like the peers of the new ones:
+    torch would connect to addresses where nobody listens. The launcher's count of restarts is no such name, since
+    each host counts its own.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("colm_scale/attempt", own)
+        for peer in range(1, world_size):
+            store.set(f"colm_scale/{own}/answer/{peer}", store.get(f"colm_scale/{own}/hello/{peer}"))
+        return own
+    while True:
+        attempt = store.get("colm_scale/attempt").decode()  # it may be that of ranks which are gone
+        answer = f"colm_scale/{attempt}/answer/{rank}"
+        store.set(f"colm_scale/{attempt}/hello/{rank}", own)
+        if store.check([answer]) and store.get(answer).decode() == own:
+            return attempt
+        time.sleep(_POLL_SECONDS)

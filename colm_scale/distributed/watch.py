@@ -50,7 +50,7 @@ class Watch:
     def __init__(self, group: Group, timeout: float):
         self._group, self._timeout = group, timeout
         self._stop = threading.Event()
-        self._prefix = f"colm_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._prefix = f"colm_scale/{group.attempt}"
         self._published = ""
         self._counted = False
         self._store: TCPStore | None = None

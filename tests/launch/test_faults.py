@@ -111,7 +111,6 @@ def test_killed_after_any_step_of_twenty_a_run_resumes_bit_by_bit(engine, step, 
     assert result(run) == long.unbroken(engine, ranks)
 
 
-@pytest.mark.faults
 def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_been(workshop, tmp_path):
     run = tmp_path / "run"
     *launcher, script = torchrun(2, SABOTAGED)

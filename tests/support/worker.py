@@ -284,7 +284,7 @@ class Parts:
     spy: EstimatorSpy | None
     state: RunState
     held: list[int]
-    """Bytes of weights held while each layer of a block ran."""
+    """Bytes of weights held while the last layer of each block ran."""
 
 
 def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Parts:
@@ -304,9 +304,8 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     )
     held: list[int] = []
     engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
-    for layer in decoder_blocks(module.causal_model)[1].modules():
-        if not list(layer.children()):  # the engine's own hooks, which gather, were there first
-            layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
+    for block in decoder_blocks(module.causal_model)[1]:  # the engine's own hooks, which gather, were there first
+        block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
     step = build_step(
         config, inputs, engine, tap if sketches else None, Spans(group.device, memory_meter(group.device)), group
