@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -25,8 +25,6 @@ from unittest import mock
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
@@ -34,12 +32,11 @@ from colm_scale.config import FsdpConfig, LoraConfig, RunConfig, SelectionConfig
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.ds_config import read_ds_config
-from colm_scale.distributed.engine import Engine, Update, collect, optimizer_tensors, trainable
+from colm_scale.distributed.engine import collect
 from colm_scale.distributed.engines import make_engine
-from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
-from colm_scale.distributed.shards import held_bytes, local_tensors
+from colm_scale.distributed.shards import held_bytes
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.inputs import Inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
@@ -48,12 +45,13 @@ from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
-from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
+from colm_scale.records import Candidates, Selection, long_tensor
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 from colm_scale.trainer import build_step
 from support.families import base_model
+from support.spies import EngineSpy, EstimatorSpy
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 SIZES = (44, 30, 14, 5, 3)
@@ -178,100 +176,6 @@ def kept(config: SelectionConfig, data: Examples) -> Tensor:
 
 def adapters(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-class EngineSpy:
-    """An engine that reads its gradients, which are not yet clipped, before it steps."""
-
-    def __init__(self, engine: Engine):
-        self.inner, self.module, self.name = engine, engine.module, engine.name
-        self.forward, self.backward, self.snapshot = engine.forward, engine.backward, engine.snapshot
-        self.gradients: list[dict[str, Tensor]] = []
-
-    def step(self, learning_rate: float) -> Update:
-        self.gradients.append({name: self._gradient(p).clone() for name, p in trainable(self.module).items()})
-        return self.inner.step(learning_rate)
-
-    def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        if self.name == "deepspeed":
-            from deepspeed.utils import safe_get_full_grad
-
-            return safe_get_full_grad(parameter)
-        gradient = parameter.grad
-        return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-
-    def state(self) -> list[Tensor]:
-        """Copies of all that a step changes, from behind the engine's own `snapshot`."""
-        own = [local for parameter in trainable(self.module).values() for local in local_tensors(parameter)]
-        return [_local(tensor).detach().clone() for tensor in [*optimizer_tensors(self.inner.optimizer), *own]]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-class EstimatorSpy:
-    """An estimator that writes down what it exchanged and, at the first step, how much it held and made."""
-
-    def __init__(self, estimator: Estimator, group: Group):
-        self.inner, self._group = estimator, group
-        self.steps: list[dict] = []
-
-    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
-        self._watch = LargestTensor() if not self.steps else nullcontext()
-        self._before = live_numbers() if not self.steps else 0
-        self.steps.append(
-            {
-                "sketched": len(plan.positions),
-                "own": len(plan.rows_of(self._group.rank)),
-                "padded": plan.most_rows * self._group.world_size,
-                "ranked": plan.num_groups,
-                "largest_micro_batch": max(len(batch.positions) for batch in batches),
-            }
-        )
-        with self._watch:
-            self.inner.sketch(plan, batches)
-
-    def gather(self) -> CandidateMatrix:
-        with self._watch:
-            matrix = self.inner.gather()
-        if len(self.steps) == 1:
-            self.steps[0]["live"] = live_numbers() - self._before
-        self.steps[-1] |= {
-            "held": getattr(self.inner, "held_numbers", 0),
-            "matrix": {name: getattr(matrix, name) for name in ("positions", "rows", "valid", "losses")},
-            "coefficients": getattr(self.inner, "_coefficients", None),
-        }
-        return matrix
-
-    def learn(self, selection: Selection) -> None:
-        with self._watch:
-            self.inner.learn(selection)
-        if len(self.steps) == 1:
-            self.steps[0]["largest"] = self._watch.numbers
-        moments = self.inner.moments
-        self.steps[-1]["moments"] = (moments.first, moments.second)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The numbers of the largest tensor that any operation returned."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return result
-
-
-def live_numbers() -> int:
-    """Numbers in all tensors made since `gc.freeze`, shared memory counted once."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    storages = {tensor.untyped_storage().data_ptr(): (tensor.untyped_storage(), tensor) for tensor in tensors}
-    return sum(storage.nbytes() // tensor.element_size() for storage, tensor in storages.values())
 
 
 @dataclass

@@ -28,14 +28,6 @@ from colm_scale.modeling.losses import ExampleLoss
 WHERE = Path("runs/a/checkpoints/step-00000020")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def identity(config: RunConfig, data: str = "d", model: str = "m") -> dict:
     return {"config": config_facts(config), "data": data, "model": model}
 

@@ -13,16 +13,13 @@ from safetensors.torch import load_file, save_file
 from support.families import base_model, batch_of, fill
 
 from colm_scale.base import BASE_MODEL
-from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
+from colm_scale.config import LoraConfig, ModelConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling import load
 from colm_scale.modeling.load import (
     add_adapters,
     check_adapter,
-    check_kernels,
     check_model,
     context_length,
-    keep_block_inputs_only,
     load_model,
     load_tokenizer,
 )
@@ -365,68 +362,3 @@ def test_what_is_loaded_can_be_sketched(folder):
     expected = ExampleLoss(reference)(batch.input_ids, batch.attention_mask, batch.labels)
     torch.testing.assert_close(losses, expected, rtol=0, atol=0)
     assert (delta.transpose(1, 2) @ a).flatten(1).norm(dim=1).min() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("gpu", "dtype", "installed", "wrong"),
-    [
-        (False, "bfloat16", True, "this is a CPU with --train.dtype bfloat16: use sdpa"),
-        (True, "float32", True, "this is a GPU with --train.dtype float32: use sdpa"),
-        (True, "float16", False, "neither flash-attn nor kernels is installed"),
-        (True, "float16", True, None),
-    ],
-)
-def test_flash_attention_is_asked_for_where_it_can_run(monkeypatch, gpu, dtype, installed, wrong):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(load, "is_flash_attn_2_available", lambda: installed)
-    monkeypatch.setattr(load, "is_kernels_available", lambda: False)
-    config, train = ModelConfig(attention="flash_attention_2"), TrainConfig(dtype=dtype)
-    if wrong is None:
-        check_kernels(config, train, None)
-    else:
-        with pytest.raises(UserError, match=wrong):
-            check_kernels(config, train, None)
-
-
-@pytest.mark.parametrize(
-    ("gpu", "dtype", "has_it", "tried"),
-    [
-        (True, torch.bfloat16, True, ["flash_attention_2"]),
-        (True, torch.bfloat16, False, ["flash_attention_2", None]),
-        (True, torch.float32, True, [None]),
-        (False, torch.bfloat16, True, [None]),
-    ],
-)
-def test_auto_takes_flash_attention_where_it_runs_and_the_model_has_it(monkeypatch, folder, gpu, dtype, has_it, tried):
-    """Only the outermost call is a fake: no kernel runs here."""
-    read, asked = transformers.AutoModelForCausalLM.from_pretrained, []
-
-    def from_pretrained(name, *, attn_implementation=None, **options):
-        asked.append(attn_implementation)
-        if attn_implementation and not has_it:
-            raise ValueError("this model does not support flash attention")
-        return read(name, **options)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(load, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    load_model(named(folder), dtype, CPU)
-    assert asked == tried
-
-
-def test_checkpointing_of_activations_is_switched_on_without_a_backward_of_its_own(folder):
-    model = loaded(folder)
-    keep_block_inputs_only(model)
-    assert model.is_gradient_checkpointing
-    losses, gradients = [], []
-    for on in (True, False):
-        if not on:
-            model.gradient_checkpointing_disable()
-        module = ExampleLoss(add_adapters(loaded(folder) if not on else model, LoraConfig(rank=4), seed=0))
-        batch = batch_of([9, 6])
-        loss = module(batch.input_ids, batch.attention_mask, batch.labels).sum()
-        loss.backward()
-        losses.append(float(loss))
-        gradients.append([p.grad for p in module.parameters() if p.requires_grad])
-    assert losses[0] == losses[1]
-    assert all(map(torch.equal, *gradients))
