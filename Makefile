@@ -22,7 +22,7 @@ train: install
 test: install lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
-# Every fault under every engine, and resuming from every kind of step: about an hour on 2 cores.
+# Every fault under every engine, one after the other: long.
 test-faults: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults $(ARGS)
 

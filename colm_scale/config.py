@@ -231,8 +231,8 @@ class FsdpConfig:
     """How FSDP2 shards, with --engine fsdp."""
 
     reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward and gather them again for the backward (ZeRO-3). false: keep
-    them until the backward (ZeRO-2 for the gradients of a block; more memory, less communication)."""
+    """Free a block's gathered weights after its forward and gather them again for the backward. false: keep them until
+    the backward (more memory, less communication)."""
     cpu_offload: bool = False
     """Keep each rank's shards, gradients and optimizer in CPU memory, and bring a block to the GPU when it runs."""
     param_dtype: Literal["stored", "bfloat16", "float16"] = "stored"

@@ -19,9 +19,10 @@ from colm_scale import __version__
 from colm_scale.checkpoint.identity import check_same_run
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.data.sampler import Sampler
-from colm_scale.distributed.engine import Engine, collect, restore
+from colm_scale.distributed.engine import Engine, LossScale, collect, restore
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.group import Group
+from colm_scale.errors import UserError
 from colm_scale.reporting.run_directory import finite
 from colm_scale.selection.moments import Moments
 
@@ -80,23 +81,33 @@ class RunState:
             The step after which the run goes on; 0 without a checkpoint.
 
         Raises:
-            UserError: On the first rank: it is another run's.
+            UserError: It is another run's (on the first rank), or another version's.
         """
         with self._group.together():
             if found is not None:
                 check_same_run(found.state["run"], dict(self._identity), found.path)
-        state = self._group.share_json(None if found is None else found.state)
+        state = self._group.share_json(None if found is None else found.state | {"path": str(found.path)})
         if state is None:
             return 0
+        try:
+            self._put_back(state, found)
+        except (KeyError, TypeError) as error:
+            version = state.get("written_by", {}).get("colm_scale")
+            raise UserError(
+                f"checkpoint {state['path']} was written by colm_scale {version}, which kept other things ({error}): "
+                f"go on with that version"
+            ) from None
+        return state["step"]
+
+    def _put_back(self, state: Mapping, found: Checkpoint | None) -> None:
         restore(self._engine, {} if found is None else found.tensors, self._group)
         self._engine.updates = state["updates"]
-        self._engine.scale = type(self._engine.scale)(**state["loss_scale"])
+        self._engine.scale = LossScale(**state["loss_scale"])
         if self._estimator is not None:
             saved = {} if found is None else found.tensors["moments"]
             self._estimator.moments = self._moments(self._estimator.moments, saved, state["moment_steps"])
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
-        return state["step"]
 
     def _state(self, step: int) -> dict:
         return {

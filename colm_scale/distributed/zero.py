@@ -93,7 +93,7 @@ class ZeroEngine:
 
         parameter = self._parameters[name]
         if not self._stage:
-            return (parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]).detach()
+            return self._whole(parameter, key).detach()
         if key == "weight":
             return safe_get_full_fp32_param(parameter)
         self._start_adam()
@@ -104,7 +104,7 @@ class ZeroEngine:
         self._start_adam()
         parameter = self._parameters[name]
         if not self._stage:
-            (parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]).copy_(value)
+            self._whole(parameter, key).copy_(value)
         elif self._stage < 3:
             self._write_partition(parameter, key, value)
         else:
@@ -118,6 +118,10 @@ class ZeroEngine:
     def updates(self, count: int) -> None:
         for partition in self._partitions():
             adam_state(self.optimizer, partition)["step"].fill_(count)
+
+    def _whole(self, parameter: Tensor, key: StateKey) -> Tensor:
+        """Stage 0: nothing is cut."""
+        return parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]
 
     def _write_partition(self, parameter: Tensor, key: StateKey, value: Tensor) -> None:
         """Stages 1 and 2: the module has the whole tensor, each rank trains a part of it in float32."""

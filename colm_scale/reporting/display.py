@@ -80,10 +80,6 @@ class Display:
         """Print a text or a table, on the terminal and as plain text into the log."""
         self._write(message, shown=self._mode != "off")
 
-    def warning(self, text: str) -> None:
-        """Say something once that the user should act on."""
-        self.message(f"warning: {text}")
-
     def evaluation(self, evaluation: Evaluation) -> None:
         """Say how the held-out data does."""
         parts = [

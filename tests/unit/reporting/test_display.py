@@ -74,7 +74,7 @@ def test_messages_stay_as_they_are(tmp_path):
     shown = console()
     display = Display("plain", log=tmp_path / "log.txt", console=shown)
     display.message("ids [3, 4] " + "x" * 200)
-    display.warning("[bold] is no markup")
+    display.message("warning: [bold] is no markup")
     display.evaluation(EVALUATION)
     assert shown.file.getvalue().splitlines() == [
         "ids [3, 4] " + "x" * 200,
@@ -100,7 +100,7 @@ def test_live_shows_the_numbers_and_restores_the_terminal(tmp_path):
         display.start(10)
         display.step(report(1, floor=1.0625))
         display.step(report(2))
-        display.warning("look")
+        display.message("warning: look")
         assert SHOW_CURSOR not in shown.file.getvalue()
     printed = shown.file.getvalue()
     for text in ("2/10", "2.3457", "3.00e-03", "train 70%, sketch 25%", "1.062", "GPU memory (NVML)", "1.00 1.50 GiB"):
@@ -130,7 +130,7 @@ def test_off_writes_the_log_only(tmp_path):
     with Display("off", log=tmp_path / "log.txt", console=shown) as display:
         display.start(1)
         display.step(report(1))
-        display.warning("look")
+        display.message("warning: look")
     assert shown.file.getvalue() == ""
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
 

@@ -1,0 +1,113 @@
+"""What a run would lose is what another gets back; the launched tests do the same under every engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.families import adapted_model, batch_of
+
+from colm_scale.checkpoint.run_state import RunState
+from colm_scale.checkpoint.store import CheckpointFolder
+from colm_scale.config import TrainConfig
+from colm_scale.distributed.engine import LossScale, TorchEngine, collect
+from colm_scale.distributed.group import Group
+from colm_scale.errors import UserError
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.selection.moments import Moments
+
+GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+IDENTITY = {"config": {"train.seed": 0}, "data": "d", "model": "m"}
+
+
+class Part:
+    """A sampler or session: a number that changes."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def state(self) -> dict:
+        return {"number": self.number}
+
+    def load(self, state: dict) -> None:
+        self.number = state["number"]
+
+
+def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespace:
+    """A run whose every part says ``number``."""
+    engine = TorchEngine(ExampleLoss(adapted_model("llama")), TrainConfig(), GROUP)
+    estimator = SimpleNamespace(moments=Moments(torch.ones(3) * number, torch.ones(3), number, (0.9, 0.99), 1e-8))
+    sampler, session = Part(number), Part(number)
+    state = RunState(CheckpointFolder(folder, 1), identity, {}, sampler, engine, estimator, session, GROUP)
+    return SimpleNamespace(engine=engine, estimator=estimator, sampler=sampler, session=session, state=state)
+
+
+def trained(run: SimpleNamespace) -> None:
+    run.engine.backward(run.engine.forward(batch_of([6, 4])).sum(), last=True)
+    run.engine.step(1e-2)
+
+
+@pytest.fixture
+def saved(tmp_path) -> SimpleNamespace:
+    run = parts(tmp_path, 7)
+    trained(run)
+    trained(run)
+    run.engine.scale = LossScale(1024.0, 5)
+    run.state.save(20)
+    return run
+
+
+def load(run: SimpleNamespace, folder: Path) -> int:
+    return run.state.load(CheckpointFolder(folder, 1).newest(fallback=False))
+
+
+def test_every_part_comes_back(saved, tmp_path):
+    run = parts(tmp_path, 1)
+    assert load(run, tmp_path) == 20
+    for file, named in collect(saved.engine, keep=True).items():
+        back = collect(run.engine, keep=True)[file]
+        assert named.keys() == back.keys()
+        assert all(torch.equal(named[name], back[name]) for name in named)
+    assert run.engine.updates == 2
+    assert run.engine.scale == LossScale(1024.0, 5)
+    assert (run.sampler.number, run.session.number) == (7, 7)
+    assert run.estimator.moments.step == 7
+    assert run.estimator.moments.first.tolist() == [7.0] * 3
+    run.engine.scale = saved.engine.scale = LossScale(1.0)
+    for one in (saved, run):
+        trained(one)
+    ours, theirs = (collect(one.engine, keep=True)["adapter"] for one in (run, saved))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "Adam's bias correction counts on"
+
+
+def test_without_a_checkpoint_a_run_begins(tmp_path):
+    run = parts(tmp_path, 1)
+    assert load(run, tmp_path) == 0
+    assert run.sampler.number == 1
+
+
+def test_no_frozen_weight_is_saved(saved, tmp_path):
+    found = CheckpointFolder(tmp_path, 1).newest(fallback=False)
+    assert found.tensors.keys() == {"adapter", "optimizer", "moments"}
+    assert found.tensors["adapter"]
+    assert all("lora_" in name for file in ("adapter", "optimizer") for name in found.tensors[file])
+
+
+def test_another_runs_checkpoint_is_refused_and_nothing_changes(saved, tmp_path):
+    run = parts(tmp_path, 1, {**IDENTITY, "config": {"train.seed": 1}})
+    with pytest.raises(UserError, match=r"--train\.seed is 1, but the checkpoint was made with 0"):
+        load(run, tmp_path)
+    assert run.sampler.number == 1
+
+
+def test_a_state_of_another_version_is_told_with_it(saved, tmp_path):
+    found = CheckpointFolder(tmp_path, 1).newest(fallback=False)
+    state = json.loads(json.dumps(found.state))
+    del state["sampler"]
+    state["written_by"]["colm_scale"] = "0.0.9"
+    CheckpointFolder(tmp_path, 1).write(20, state, found.tensors)
+    with pytest.raises(UserError, match=r"written by colm_scale 0\.0\.9, which kept other things \('sampler'\)"):
+        load(parts(tmp_path, 1), tmp_path)
