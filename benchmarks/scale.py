@@ -28,7 +28,7 @@ from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, SketchPlan, long_tensor
 from colm_scale.selection import facility
-from colm_scale.selection.moments import Moments
+from colm_scale.selection.moments import AdamMoments
 from colm_scale.selection.partition import partitioned_greedy
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import route
@@ -132,11 +132,11 @@ def make_estimator(config: SelectionConfig, group: SimulatedGroup, candidates: C
     rows = draw_rows(len(positions), COLUMNS if config.estimator == "last_layer" else 1, candidates.sources[positions])
     if config.estimator == "last_layer":
         group.sketches = {2: torch.ones(len(rows), 2), COLUMNS: rows}
-        moments = Moments(torch.zeros(PROBE_NUMBERS), torch.ones(PROBE_NUMBERS), STEP - 1, (0.9, 0.999), 1e-8)
+        moments = AdamMoments(torch.zeros(PROBE_NUMBERS), torch.ones(PROBE_NUMBERS), STEP - 1, (0.9, 0.999), 1e-8)
         return LastLayer(SimpleNamespace(size=PROBE_NUMBERS), group, moments, COLUMNS)
     group.sketches = {2: torch.cat([rows, torch.ones(len(rows), 1)], dim=1)}
-    moments = Moments(torch.tensor([0.1]), torch.ones(1), STEP - 1, (0.9, 0.999), 1e-8)
-    return ZerothOrder(None, group, moments, torch.zeros(1, 1, 1), config.perturbation, COLUMNS)
+    moments = AdamMoments(torch.tensor([0.1]), torch.ones(1), STEP - 1, (0.9, 0.999), 1e-8)
+    return ZerothOrder(None, group, moments, torch.zeros(1, 1), config)
 
 
 def measure_step(estimator_name: str, ranks: int) -> dict:

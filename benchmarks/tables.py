@@ -20,7 +20,7 @@ import rows
 
 README = rows.ROOT / "README.md"
 BENCHMARKS_README = rows.ROOT / "benchmarks" / "README.md"
-MAKERS = ("engines", "checkpoints", "faults", "fuzz_readers", "scale")
+MAKERS = ("engines", "checkpoints", "faults", "fuzz_readers", "scale", "estimator_cost")
 """Benchmarks that make tables of their own for the second README."""
 
 

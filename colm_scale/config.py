@@ -16,8 +16,15 @@ import yaml
 from colm_scale.errors import UserError
 
 Method = Literal["colm", "stratified", "random", "full"]
-EstimatorName = Literal["last_layer", "zeroth_order"]
+EstimatorName = Literal["last_layer", "zeroth_order", "loss", "length"]
+Ranking = Literal["facility", "matching", "pursuit", "systematic", "importance", "top"]
+Allocation = Literal["proportional", "equal", "temperature", "neyman", "excess_loss", "agreement", "none"]
 Metric = Literal["l1", "l2", "cosine"]
+Weights = Literal["uniform", "cluster", "unbiased"]
+OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
+
+MOST_COMPARED = 8192
+"""Most candidates that are ever compared each with each other: the two float64 matrices that takes are 1 GiB."""
 
 
 def _require(condition: bool, option: str, value: object, expected: str) -> None:
@@ -53,6 +60,9 @@ class DataConfig:
     """Held-out data, the same kinds. Default: the built-in held-out split with built-in training data, else none."""
     source_column: str = "source"
     """Column with an example's source. A file without it: the file's name is the source."""
+    protected_column: str = "protected"
+    """Column with true for an example that colm and stratified train on whenever it is a candidate. It need not be
+    there."""
     instruction_column: str = "instruction"
     """Column with the prompt (with `output_column`)."""
     input_column: str = "input"
@@ -102,23 +112,75 @@ class SelectionConfig:
     budget: int = 32
     """Coreset per optimizer step, over all ranks (b)."""
     estimator: EstimatorName = "last_layer"
-    """last_layer: exact per-example gradient of the probe tensor. zeroth_order: finite differences along probes."""
+    """What is known of a candidate. last_layer: exact gradient of the probe tensor. zeroth_order: its derivatives along
+    `num_probes` random directions. loss: its loss. length: its tokens, for which nothing is forwarded."""
+    ranking: Ranking = "facility"
+    """How a source's quota is picked. facility: medoids that stand for all (the paper's). matching: the subset whose
+    mean gradient is nearest the candidates', by swaps. pursuit: the same, by orthogonal matching pursuit. systematic:
+    every so many in the order of one number. importance: drawn in proportion to the sketch's norm. top: the highest
+    loss."""
+    joint: bool = False
+    """facility, matching, pursuit: rank the candidates of all sources together, each source still filling its quota.
+    Off: every source by itself (the paper's)."""
+    allocation: Allocation = "proportional"
+    """How the budget is shared out over the sources that are not kept. proportional: to their candidates (the paper's).
+    equal: the same to each. temperature: to their size to the power of `allocation_exponent`. neyman: to size times the
+    spread of its gradients. excess_loss: to the loss above what the other sources' fall lets expect. agreement: to how
+    well a source's gradient agrees with the others'. none: the ranking alone decides (with `joint`)."""
+    allocation_exponent: float = 0.5
+    """Exponent of the temperature allocation: 1 is proportional, 0 is equal."""
+    allocation_floor: int = 1
+    """Fewest picks of a source that has candidates, for every allocation but proportional."""
     num_probes: int = 1
     """Random directions of the zeroth-order estimator (K)."""
+    derivative: Literal["finite", "exact"] = "finite"
+    """zeroth_order: by finite differences (the paper's), or exactly, by forward-mode differentiation of the tail."""
     perturbation: float = 1e-3
     """Step of the zeroth-order finite difference (eps)."""
+    float32_blocks: int = 2
+    """zeroth_order by finite differences, with a base in half precision: so many of the last blocks, head and loss run
+    in float32, for the differences are rounding otherwise. 0: none."""
     columns: int = 512
-    """Columns of the probe tensor's gradient that are compared, per source (h)."""
+    """Numbers per candidate that are compared (h)."""
+    compression: Literal["columns", "countsketch", "kronecker"] = "columns"
+    """last_layer: how the gradient becomes `columns` numbers. columns: its most telling ones, per source (the paper's).
+    countsketch: a random projection of the update, one sign and place per number. kronecker: two random projections,
+    one of each factor; of the gradient itself, not of what the optimizer would make of it."""
     metric: Metric = "l1"
     """Distance between sketches."""
-    weights: Literal["uniform", "cluster"] = "uniform"
-    """Weight of a coreset example: 1, or the number of candidates it stands for."""
+    weights: Weights = "uniform"
+    """Weight of a coreset example. uniform: 1 (the paper's). cluster (facility): the number of candidates it stands
+    for. unbiased: a source's picks stand for its candidates, each for as many; but for importance, by 1 over the chance
+    to be drawn, and for pursuit, by least squares. With a draw (systematic, importance, stratified) the expected
+    gradient is then that of all candidates, if every source has a quota. A kept example counts 1."""
     kept_sources: list[str] | None = None
-    """Sources whose candidates are all trained on. Default: those with fewer examples than the average source.
-    `[]`: none."""
-    probe: str | None = None
-    """Name of the linear layer whose LoRA B matrix is the probe. Default: found by structure (V projection of the last
-    block)."""
+    """Sources whose candidates are all trained on. Default: by `kept_rule`. `[]`: none."""
+    kept_rule: Literal["average", "quantile"] = "average"
+    """Which sources are kept by default. average: those with fewer examples than the average source (the paper's).
+    quantile: the smallest `kept_quantile` of the sources."""
+    kept_quantile: float = 0.5
+    """Share of the sources that are kept under the quantile rule."""
+    kept_cap: float = 1.0
+    """Largest share of the budget that kept and protected candidates may take, as long as others can fill the rest;
+    what is above it overflows."""
+    overflow: Literal["subset", "shares", "fail"] = "subset"
+    """Which kept candidates enter if not all can. subset: a uniform draw. shares: as many of each kept source as is its
+    due, the smallest whole. fail: the run ends."""
+    refresh_every: int = 0
+    """Steps after which `kept_rule` is asked again, about the candidates since the last time, and the moments begin
+    anew: for a mixture that drifts. 0: never, the rule goes by the whole training data."""
+    probe: str = "v"
+    """Linear layer whose LoRA B matrix is the probe: v, q, k, o (of the attention) or mlp (its last layer), found by
+    what they do, or a layer's name."""
+    probe_blocks: int = 1
+    """So many of the last blocks are probed together, each at the layer of the same name."""
+    reuse: int = 0
+    """Most steps for which the sketch of an example counts when it is a candidate again; with as many as the run has,
+    later epochs forward nothing. 0: every sketch is new. last_layer: not with compression columns."""
+    proxy: str | None = None
+    """Hub id or folder of a smaller model with the same tokenizer that sketches in place of the model."""
+    proxy_blocks: int | None = None
+    """The same base with only so many of its first blocks sketches in place of the model."""
 
     def __post_init__(self) -> None:
         _require(self.candidates >= 1, "selection.candidates", self.candidates, "at least 1")
@@ -132,6 +194,78 @@ class SelectionConfig:
         _require(self.num_probes >= 1, "selection.num_probes", self.num_probes, "at least 1")
         _require(self.perturbation > 0, "selection.perturbation", self.perturbation, "positive")
         _require(self.columns >= 1, "selection.columns", self.columns, "at least 1")
+        _require(self.float32_blocks >= 0, "selection.float32_blocks", self.float32_blocks, "0 or more")
+        _require(
+            self.allocation_exponent >= 0, "selection.allocation_exponent", self.allocation_exponent, "0 or more"
+        )
+        _require(self.allocation_floor >= 0, "selection.allocation_floor", self.allocation_floor, "0 or more")
+        _require(0 <= self.kept_quantile <= 1, "selection.kept_quantile", self.kept_quantile, "in [0, 1]")
+        _require(0 < self.kept_cap <= 1, "selection.kept_cap", self.kept_cap, "above 0 and at most 1")
+        _require(self.refresh_every >= 0, "selection.refresh_every", self.refresh_every, "0 or more")
+        if self.refresh_every and self.kept_sources is not None:
+            raise UserError(
+                f"--selection.refresh_every {self.refresh_every} chooses the kept sources anew, but "
+                f"--selection.kept_sources names them: leave one out"
+            )
+        _require(self.probe_blocks >= 1, "selection.probe_blocks", self.probe_blocks, "at least 1")
+        _require(self.reuse >= 0, "selection.reuse", self.reuse, "0 or more")
+        _require(
+            self.proxy_blocks is None or self.proxy_blocks >= 1, "selection.proxy_blocks", self.proxy_blocks,
+            "at least 1",
+        )
+        if self.proxy is not None and self.proxy_blocks is not None:
+            raise UserError(
+                f"--selection.proxy {self.proxy} and --selection.proxy_blocks {self.proxy_blocks} exclude each other: "
+                f"give one"
+            )
+        if self.preset == "none" and self.estimator == "length" and (self.proxy or self.proxy_blocks):
+            raise UserError(
+                "--selection.estimator length looks at no model: leave out --selection.proxy and "
+                "--selection.proxy_blocks"
+            )
+        if self.reuse and self.preset == "none" and (self.estimator, self.compression) == ("last_layer", "columns"):
+            raise UserError(
+                f"--selection.reuse {self.reuse} compares sketches of several steps, and the columns that "
+                f"--selection.estimator last_layer compares are others in each: add --selection.compression countsketch"
+            )
+        if self.preset == "none":
+            self._check_ranking()
+
+    def _check_ranking(self) -> None:
+        """What goes with which ranking."""
+        if self.joint and self.ranking not in ("facility", "matching", "pursuit"):
+            raise UserError(
+                f"--selection.joint true compares candidates of all sources, which --selection.ranking "
+                f"{self.ranking} does not: give facility, matching or pursuit"
+            )
+        if self.ranking == "top" and self.estimator == "length":
+            raise UserError(
+                "--selection.ranking top picks the highest losses, which --selection.estimator length does not know: "
+                "give --selection.estimator loss"
+            )
+        if self.allocation == "none" and not self.joint:
+            raise UserError("--selection.allocation none leaves it to the ranking: add --selection.joint true")
+        if self.allocation == "none" and self.method == "stratified":
+            raise UserError(
+                "--selection.allocation none leaves it to the ranking, which --selection.method stratified has not: "
+                "give --selection.method colm, or random"
+            )
+        if self.weights == "cluster" and self.ranking != "facility":
+            raise UserError(
+                f"--selection.weights cluster counts what a medoid stands for, and --selection.ranking {self.ranking} "
+                f"picks none: give --selection.ranking facility, or --selection.weights unbiased"
+            )
+        if self.weights == "unbiased" and self.ranking == "top":
+            raise UserError(
+                "--selection.weights unbiased cannot make the highest losses of --selection.ranking top stand for the "
+                "others: give --selection.weights uniform, or --selection.ranking importance"
+            )
+        if self.candidates > MOST_COMPARED and (self.joint or self.ranking in ("matching", "pursuit")):
+            raise UserError(
+                f"--selection.candidates {self.candidates} are too many to compare each with each other, as "
+                f"--selection.ranking {self.ranking}{' with --selection.joint true' if self.joint else ''} does: give "
+                f"at most {MOST_COMPARED}, or --selection.ranking facility with --selection.joint false"
+            )
 
     def resolved(self) -> SelectionConfig:
         """With the preset written out."""
@@ -141,11 +275,21 @@ class SelectionConfig:
             self,
             preset="none",
             estimator="zeroth_order",
+            ranking="facility",
+            joint=False,
+            allocation="proportional",
             num_probes=1,
+            derivative="finite",
             perturbation=1e-3,
             columns=2560,
+            compression="columns",
             metric="l1",
             weights="uniform",
+            probe="v",
+            probe_blocks=1,
+            reuse=0,
+            proxy=None,
+            proxy_blocks=None,
         )
 
 
@@ -180,18 +324,20 @@ class TrainConfig:
     """Passes over the training data as candidates; instead of `steps`."""
     seed: int = 0
     """Seed of every random draw of the run."""
+    optimizer: OptimizerName = "adamw"
+    """What updates the adapters; the selection compares candidates by the update that it would make of each."""
     learning_rate: float | None = None
-    """Peak learning rate of AdamW. Default: 1e-2 for the built-in base, 2e-4 for any other model."""
+    """Peak learning rate. Default: 1e-2 for the built-in base, 2e-4 for any other model."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates; the selection's moments use the same ones."""
+    """Decay rates of AdamW and Lion; the first one is the momentum of SGD and Muon. The selection uses the same."""
     adam_epsilon: float = 1e-8
-    """AdamW's epsilon; the selection's too."""
+    """Epsilon of AdamW and Adafactor; the selection's too."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which the gradient is scaled down. 0: no clipping."""
     loss: Literal["example", "token"] = "example"
@@ -220,6 +366,12 @@ class TrainConfig:
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         _require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two numbers in [0, 1)")
         _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "positive")
+        _require(
+            self.optimizer != "adafactor" or self.adam_epsilon >= 1e-15,
+            "train.adam_epsilon",
+            self.adam_epsilon,
+            "at least 1e-15 with --train.optimizer adafactor, which divides by it",
+        )
         _require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 or more")
         _require(self.micro_batch_tokens >= 1, "train.micro_batch_tokens", self.micro_batch_tokens, "at least 1")
         _require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "at least 1")
@@ -282,11 +434,15 @@ class ProfileConfig:
 
     floor_every: int = 20
     """Steps between re-runs of the bare floor (costs one step each). 0: never."""
+    match_every: int = 0
+    """Steps between exact comparisons of the coreset's gradient with that of all candidates, over all adapters (costs
+    a forward and backward of every candidate). 0: never."""
     display: Literal["auto", "live", "plain", "off"] = "auto"
     """live: a display that updates in place. plain: a line per step. auto: live on a terminal, else plain."""
 
     def __post_init__(self) -> None:
         _require(self.floor_every >= 0, "profile.floor_every", self.floor_every, "0 or more")
+        _require(self.match_every >= 0, "profile.match_every", self.match_every, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

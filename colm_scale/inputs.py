@@ -14,11 +14,12 @@ from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler, Sampler
 from colm_scale.data.stream import survey
-from colm_scale.distributed.engines import sharding
+from colm_scale.distributed.engines import check_optimizer, sharding
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.stream import StreamedSampler, share_survey
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
+from colm_scale.modeling.proxy import check_proxy
 from colm_scale.selection.quota import kept_sources
 
 
@@ -30,6 +31,7 @@ class Inputs:
         sampler: Draws the candidates.
         source_names, sizes: ``[Q]`` names, and ``[Q]`` int64 training examples of each source.
         kept: ``[Q]`` bool, sources all of whose candidates are trained on.
+        protected: ``[Q]`` int64, protected examples of each source.
         digest: Of the training data.
         eval: Held-out examples.
         ds_config: What DeepSpeed is given; None under other engines.
@@ -40,6 +42,7 @@ class Inputs:
     source_names: tuple[str, ...]
     sizes: Tensor
     kept: Tensor
+    protected: Tensor
     digest: str
     eval: Examples | None
     ds_config: dict | None
@@ -53,23 +56,27 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
     """
     with group.together():
         ds_config = _check_ranks(config, group)
-        check_kernels(config.model, config.train, sharding(config, ds_config))
-        context = context_length(check_model(config.model))
+        sharded = sharding(config, ds_config)
+        check_kernels(config.model, config.train, sharded)
+        _check_derivative(config, sharded)
+        model = check_model(config.model)
         check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)
-        longest = config.data.max_length or context
+        longest = config.data.max_length or context_length(model)
+        check_proxy(config, model, tokenizer, longest)
     training = _streamed if config.data.streaming else _held
-    sampler, names, sizes, digest = training(config, tokenizer, longest, group)
+    sampler, names, sizes, protected, digest = training(config, tokenizer, longest, group)
     with group.together():
-        kept = kept_sources(sizes, names, config.selection.kept_sources)
+        quantile = config.selection.kept_quantile if config.selection.kept_rule == "quantile" else None
+        kept = kept_sources(sizes, names, config.selection.kept_sources, quantile)
         held_out = None
         if config.data.eval or not config.data.train:
             held_out = _read(config, "eval", tokenizer, longest, names)
-    return Inputs(tokenizer, sampler, names, sizes, kept, digest, held_out, ds_config)
+    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config)
 
 
-_Training = tuple[Sampler, tuple[str, ...], Tensor, str]
-"""Sampler, source names, their sizes, and the digest of the data."""
+_Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str]
+"""Sampler, source names, their sizes, how many of each are protected, and the digest of the data."""
 
 
 def _held(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
@@ -79,7 +86,7 @@ def _held(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, g
         sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
     digest = train.digest()
     group.agree(digest, "training data")
-    return sampler, train.source_names, train.sizes, digest
+    return sampler, train.source_names, train.sizes, train.protected_sizes, digest
 
 
 def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
@@ -89,7 +96,7 @@ def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: in
     surveyed = share_survey(surveyed, group)
     with group.together():
         sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
-    return sampler, surveyed.source_names, surveyed.sizes, surveyed.digest
+    return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, surveyed.digest
 
 
 def _check_ranks(config: RunConfig, group: Group) -> dict | None:
@@ -106,7 +113,20 @@ def _check_ranks(config: RunConfig, group: Group) -> dict | None:
         raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
     if config.engine == "ddp" and group.world_size == 1:
         raise UserError("--engine ddp needs several processes: start it with torchrun, or leave --engine out")
-    return read_ds_config(config, group.world_size) if config.ds_config else None
+    ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
+    check_optimizer(config, ds_config)
+    return ds_config
+
+
+def _check_derivative(config: RunConfig, sharded: str | None) -> None:
+    selection = config.selection
+    exact = selection.method == "colm" and selection.estimator == "zeroth_order" and selection.derivative == "exact"
+    if exact and sharded == "zero3" and selection.proxy is None and selection.proxy_blocks is None:
+        raise UserError(
+            f"--selection.derivative exact differentiates in forward mode, for which ZeRO-3 (--ds_config "
+            f"{config.ds_config}) has no rules: use --selection.derivative finite, --selection.estimator last_layer, "
+            f"or --engine fsdp"
+        )
 
 
 def _read(

@@ -30,6 +30,7 @@ class Candidates:
         ids: ``[n]`` rows of the user's training data.
         sources: ``[n]`` source of each candidate, 0..Q-1.
         lengths: ``[n]`` tokens of each candidate.
+        protected: ``[n]`` bool, candidates that enter the coreset whatever their source; None if none does.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Candidates:
     ids: Tensor
     sources: Tensor
     lengths: Tensor
+    protected: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -49,20 +51,28 @@ class Quota:
     Attributes:
         kept: ``[k]`` positions that enter the coreset whatever their sketch says, ascending.
         per_source: ``[Q]`` how many to pick from each source that is not kept.
-        overflow: Candidates of kept sources that did not fit into the budget.
+        overflow: Kept candidates that did not fit into the budget.
+        free: How many to pick from all that are not kept, whatever their source (``--selection.allocation none``; then
+            ``per_source`` is zero).
     """
 
     kept: Tensor
     per_source: Tensor
     overflow: int = 0
+    free: int = 0
+
+    @property
+    def kept_weight(self) -> float:
+        """What a kept candidate counts for, if also for those that overflowed and have no other chance."""
+        return 1.0 if self.free else 1 + self.overflow / max(1, len(self.kept))
 
     def to_sketch(self, sources: Tensor) -> Tensor:
-        """Positions ``[s]`` whose sketch can change the selection: not kept, and of a source with a quota.
+        """Positions ``[s]`` whose sketch can change the selection: not kept, and of a source with a quota, if not free.
 
         A source whose quota equals the candidates it has needs no ranking, yet its rows still move the moments,
         so it is sketched.
         """
-        wanted = self.per_source[sources] > 0
+        wanted = (self.per_source[sources] > 0) | (self.free > 0)
         wanted[self.kept] = False
         return wanted.nonzero().flatten()
 
@@ -73,10 +83,12 @@ class SketchPlan:
 
     Attributes:
         positions: ``[s]`` candidates to sketch, ascending.
-        groups: ``[s]`` 0..num_groups-1 for the source of each if that source is ranked, else -1 (its quota takes all).
-        num_groups: How many sources are ranked.
+        groups: ``[s]`` 0..num_groups-1, the same for candidates that are compared with each other, hence in the same
+            columns: those of a source, or of all sources. -1 where a source's quota takes all.
+        num_groups: How many groups are ranked.
         shares: ``shares[rank][j]`` is a micro-batch, a tuple of positions; an empty one stands for a forward whose
-            result is dropped, so that every rank runs as many.
+            result is dropped, so that every rank runs as many. A position in none of them is not forwarded: what is to
+            be known of it is known already.
     """
 
     positions: Tensor
@@ -88,6 +100,14 @@ class SketchPlan:
         """Rows of the candidate matrix that ``rank`` computes, in the order in which it does."""
         mine = long_tensor([position for micro_batch in self.shares[rank] for position in micro_batch])
         return torch.searchsorted(self.positions, mine)
+
+    @property
+    def forwarded(self) -> Tensor:
+        """``[s]`` bool, the rows of the candidate matrix that some rank computes."""
+        computed = torch.zeros(len(self.positions), dtype=torch.bool)
+        for rank in range(len(self.shares)):
+            computed[self.rows_of(rank)] = True
+        return computed
 
     @property
     def most_rows(self) -> int:
@@ -202,6 +222,8 @@ class StepReport:
     applied: bool = True
     """False where float16's loss scale was too large for the step: it has changed nothing but the scale."""
     loss_scale: float = 1.0
+    telemetry: dict[str, float] = field(default_factory=dict)
+    """What the selection was worth, by name (`colm_scale.selection.telemetry`)."""
     floor: float | None = None
     """Measured step seconds / bare-floor seconds on the same tokens, on the steps where it was taken."""
 

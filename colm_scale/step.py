@@ -6,6 +6,7 @@ the estimator, the exchange and the engine; nothing here asks how many ranks the
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +21,18 @@ from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
+from colm_scale.distributed.match import gradient_products
+from colm_scale.distributed.observer import Observer
 from colm_scale.errors import TrainingError
+from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.profiling.spans import Spans
-from colm_scale.randomness import global_draws
-from colm_scale.records import Batch, Candidates, Selection, SketchPlan, StepReport, long_tensor
-from colm_scale.selection.route import route
+from colm_scale.randomness import generator, global_draws
+from colm_scale.records import Batch, CandidateMatrix, Candidates, Quota, Selection, SketchPlan, StepReport, long_tensor
+from colm_scale.selection import baselines, telemetry
+from colm_scale.selection.route import deal, form_micro_batches, route
 from colm_scale.selection.rule import SelectionRule, loss_shares
+from colm_scale.sketch.adapters import AdapterTap
 from colm_scale.sketch.plan import plan_sketch
 
 PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer")
@@ -57,15 +63,18 @@ class CoresetStep:
         sampler: Sampler,
         rule: SelectionRule,
         estimator: Estimator | None,
+        observer: Observer,
         engine: Engine,
         group: Group,
         spans: Spans,
         pad_id: int,
+        sketching: ExampleLoss,
+        adapters: AdapterTap | None = None,
     ):
-        self.estimator = estimator
+        self.estimator, self.observer = estimator, observer
         self._config, self._sampler, self._rule = config, sampler, rule
         self._engine, self._group, self._spans = engine, group, spans
-        self._pad_id = pad_id
+        self._pad_id, self._sketching, self._adapters = pad_id, sketching, adapters
 
     def __call__(self, step: int, learning_rate: float) -> tuple[StepReport, Work]:
         """Train one step.
@@ -74,16 +83,19 @@ class CoresetStep:
             TrainingError: On every rank: ranks disagree, no sketch is finite, a loss of the coreset is not (names step
                 and ids), or the gradient is not. The weights have not changed.
         """
-        spans, group, rule, estimator = self._spans, self._group, self._rule, self.estimator
+        spans, group, estimator = self._spans, self._group, self.estimator
+        rule = dataclasses.replace(self._rule, kept=self.observer.recent.kept)
         budget_tokens = self._config.train.micro_batch_tokens
         matrix, sketched = None, []
 
         group.take_traffic()  # what was exchanged between steps is not the step's
         with spans("sample"):
             candidates = self._sampler(step)
-            quota = rule.quota(candidates)
+            quota = rule.quota(candidates, self.observer.statistics)
             if estimator is not None:
-                plan = plan_sketch(candidates, quota, group.world_size, budget_tokens)
+                known = estimator.known(candidates)
+                joint = self._config.selection.joint
+                plan = plan_sketch(candidates, quota, group.world_size, budget_tokens, known, joint)
                 sketched = self._batches(candidates, plan.shares[group.rank])
         if estimator is not None:
             with spans("sketch"):
@@ -98,6 +110,7 @@ class CoresetStep:
             _check_sketches(plan, selection, step)
             with spans("learn"):
                 estimator.learn(selection)
+        worth = self._worth(candidates, quota, selection, matrix)
         with spans("route"):
             routed = route(candidates.lengths, selection.positions, group.world_size, budget_tokens)
             shares = self._shares(candidates, selection)
@@ -107,6 +120,10 @@ class CoresetStep:
             _check_losses(candidates, selection, losses)
         with spans("optimizer"):
             update = self._engine.step(learning_rate)
+            if update.applied:
+                self.observer.learn(candidates, selection, losses)
+            if self.observer.refreshed(candidates, rule.config) and estimator is not None:
+                estimator.moments = estimator.moments.fresh()
         if not update.applied and update.loss_scale == 1.0:
             raise TrainingError(
                 f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
@@ -133,6 +150,7 @@ class CoresetStep:
             exchanged_bytes=group.take_traffic(),
             imbalance=routed.imbalance,
             padding_share=padding,
+            telemetry=worth if estimator is None else worth | dict(estimator.facts),
         )
         return report, Work(sketched, trained)
 
@@ -145,9 +163,9 @@ class CoresetStep:
         restore = self._engine.snapshot()
         self._group.barrier()
         started = self._now()
-        with torch.no_grad(), without_dropout(self._engine.module):
+        with torch.no_grad(), without_dropout(self._sketching):
             for batch in work.sketched:
-                self._engine.module(batch.input_ids, batch.attention_mask, batch.labels)
+                self._sketching(batch.input_ids, batch.attention_mask, batch.labels)
         with global_draws(self._group.device, self._config.train.seed, "floor"):
             for number, micro_batch in enumerate(work.trained, 1):
                 losses = self._engine.forward(micro_batch.batch)
@@ -162,12 +180,52 @@ class CoresetStep:
     def _train(self, micro_batches: Sequence[MicroBatch], n: int) -> Tensor:
         """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""
         losses = torch.zeros(n, device=self._group.device)
-        for number, micro_batch in enumerate(micro_batches, 1):
-            own = self._engine.forward(micro_batch.batch)
-            self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
-            positions = micro_batch.batch.positions
-            losses[positions.to(losses.device)] = own.detach()[: len(positions)]
+        with self.observer.watching():
+            for number, micro_batch in enumerate(micro_batches, 1):
+                own = self._engine.forward(micro_batch.batch)
+                self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
+                positions = micro_batch.batch.positions
+                losses[positions.to(losses.device)] = own.detach()[: len(positions)]
+                self.observer.see(positions)
         return self._group.all_reduce(losses, "report").cpu()
+
+    def _worth(
+        self, candidates: Candidates, quota: Quota, selection: Selection, matrix: CandidateMatrix | None
+    ) -> dict[str, float]:
+        """What the selection was worth beside a random draw with its quotas; on other ranks than the first, nothing."""
+        seed, every = self._config.train.seed, self._config.profile.match_every
+        due = every > 0 and candidates.step % every == 0
+        if not (due or self._group.is_first):
+            return {}
+        eligible = telemetry.could_be_picked(candidates, selection, matrix)
+        draw = telemetry.stratified_like(
+            selection, candidates.sources, eligible, generator(seed, "telemetry", candidates.step)
+        )
+        found = telemetry.composition(candidates.sources, selection)
+        if matrix is not None and self._group.is_first:
+            joint, free = self._config.selection.joint, quota.free > 0
+            found |= telemetry.ranking(matrix, candidates.sources, eligible, selection, draw, joint=joint, free=free)
+        if due:
+            with self._spans.aside("match"):
+                found |= telemetry.nearness("match", self._match(candidates, selection, draw))
+        return found if self._group.is_first else {}
+
+    def _match(self, candidates: Candidates, selection: Selection, draw: Selection) -> Tensor:
+        """``[4, 4]`` inner products of what would be trained by all candidates, the coreset, the draw, and a uniform
+        draw of the same size: the gradients of all adapters, with dropout as in training."""
+        group, seed, n = self._group, self._config.train.seed, len(candidates)
+        uniform = baselines.random(n, len(selection), generator(seed, "telemetry uniform", candidates.step))
+        compared = (baselines.full(n), selection, draw, uniform)
+        weights = torch.stack([self._shares(candidates, chosen) for chosen in compared])
+        micro_batches = form_micro_batches(
+            candidates.lengths, torch.arange(n), self._config.train.micro_batch_tokens
+        )
+        own = deal(micro_batches, candidates.lengths, group.world_size)[group.rank]
+        scale = self._engine.scale.scale / n
+        with global_draws(group.device, seed, "match", candidates.step, group.rank):
+            products = gradient_products(self._adapters, self._batches(candidates, own), weights, group, scale)
+        del group.traffic["match"]  # it is no exchange of the step's
+        return products
 
     def _shares(self, candidates: Candidates, selection: Selection) -> Tensor:
         """``[n]`` what each candidate's loss counts for; zero where it is not selected."""

@@ -27,6 +27,8 @@ from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
 from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.distributed.observer import Observer
+from colm_scale.distributed.reuse import reusing
 from colm_scale.distributed.shards import held_bytes
 from colm_scale.distributed.watch import STOPPED, Watch, peer_is_gone
 from colm_scale.errors import TrainingError, UserError
@@ -34,15 +36,20 @@ from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probe
+from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.proxy import add_probes, describe_proxy, load_proxy
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
+from colm_scale.reporting.facts import kept_facts, update_facts
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.summary import gib
+from colm_scale.selection.allocation import allocation_facts, reads_gradients
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.session import Session
+from colm_scale.sketch.adapters import AdapterTap
+from colm_scale.sketch.observe import GradientReader
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 
@@ -94,16 +101,24 @@ def _run_of(resumed: Path) -> Path:
     return resumed.parent.parent if resumed.absolute().parent.name == "checkpoints" else resumed
 
 
-def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[ExampleLoss, Tap | None]:
-    """The adapted model on ``device``, and the tap on its probe where the method sketches."""
+def build_model(
+    config: RunConfig, device: torch.device, group: Group
+) -> tuple[ExampleLoss, Tap | None, Tap | None]:
+    """The adapted model on ``device``, the tap on its probes where its gradients are looked at, and that of a proxy."""
     with group.together():
         base = load_model(config.model, getattr(torch, config.train.dtype), device)
+        sketches = config.selection.method == "colm"
+        proxy = load_proxy(config, base, group.device) if sketches else None
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
-        sketches = config.selection.method == "colm"
-        probe = find_probe(base, config.selection.probe) if sketches else None
+        tapped = (sketches and proxy is None) or reads_gradients(config.selection)
+        probes = find_probes(base, config.selection.probe, config.selection.probe_blocks) if tapped else ()
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
-        return module, Tap(module, probe) if sketches else None
+        tap = Tap(module, *probes) if tapped else None
+        if proxy is None:
+            return module, tap, None
+        sketching, probes = add_probes(proxy, config)
+        return module, tap, Tap(sketching, *probes)
 
 
 def total_steps(config: RunConfig, examples: int) -> int:
@@ -135,12 +150,14 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
     inputs = read_inputs(config, group)
     identity = {"config": config_facts(config), "data": inputs.digest}
     _check_resumable(found, identity, group)
-    module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
-    identity["model"] = model_digest(module)
+    module, tap, proxy = build_model(config, loading_device(config, inputs.ds_config, group), group)
+    identity |= {"model": model_digest(module), "proxy": None if proxy is None else model_digest(proxy.model)}
     group.agree(identity["model"], "weights of the base model")
+    group.agree(str(identity["proxy"]), "weights of the proxy")
+    sketched_by = [] if proxy is None else [describe_proxy(config, proxy.model, module)]
     engine = make_engine(config, inputs.ds_config, module, group)
     meter = memory_meter(group.device)
-    step = build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group)
+    step = build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group, proxy)
     small = kept_sources(inputs.sizes, inputs.source_names, None)
     evaluator = _evaluator(config, inputs, small, group, watch)
     steps = total_steps(config, int(inputs.sizes.sum()))
@@ -153,13 +170,14 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
             sampler=inputs.sampler,
             engine=engine,
             estimator=step.estimator,
+            observer=step.observer,
             session=session,
             group=group,
         )
         done = state.load(found)
         _claim(directory, config, engine, meter, done, group)
         facts = _facts(config, inputs, engine, evaluator, group)
-        session.start(steps, [*facts, *_resumed(found, done)], done)
+        session.start(steps, [*facts, *sketched_by, *_resumed(found, done)], done)
         return _run_steps(config, done, steps, step, state, session, watch, group)
 
 
@@ -219,10 +237,11 @@ def _open_directory(config: RunConfig, group: Group) -> tuple[RunDirectory | Non
 
 
 def _check_resumable(found: Checkpoint | None, identity: dict[str, object], group: Group) -> None:
-    """Refuse a checkpoint of other options or other data before the model is loaded, whose digest comes later."""
+    """Refuse a checkpoint of other options or other data before models are loaded, whose digests come later."""
     with group.together():
         if found is not None:
-            check_same_run(found.state["run"], {**identity, "model": found.state["run"]["model"]}, found.path)
+            stored = found.state["run"]
+            check_same_run(stored, {**stored, **identity}, found.path)
 
 
 def _claim(
@@ -260,7 +279,6 @@ def _facts(
 ) -> list[str]:
     """What a user wants to know before the first step."""
     selection = config.selection
-    kept = [name for name, is_kept in zip(inputs.source_names, inputs.kept.tolist()) if is_kept]
     attention = engine.module.causal_model.config._attn_implementation
     facts = [
         f"model {config.model.name or 'built-in base'} in {config.train.dtype}, attention {attention}, engine "
@@ -269,13 +287,14 @@ def _facts(
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
         f"method {selection.method}: {selection.budget if selection.method != 'full' else selection.candidates} of "
         f"{selection.candidates} candidates per step",
+        *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
+        *update_facts(config),
+        *allocation_facts(selection, inputs.source_names, inputs.sizes, inputs.kept),
     ]
-    if selection.method in ("colm", "stratified"):
-        facts.append(f"kept sources ({len(kept)}): {', '.join(kept) or 'none'}")
-    if selection.method == "colm" and selection.estimator == "zeroth_order" and config.train.dtype != "float32":
+    if rounding := _rounding(config):
         facts.append(
-            f"warning: finite differences of step {selection.perturbation:g} are mostly rounding in "
-            f"{config.train.dtype}: use --selection.estimator last_layer, or --train.dtype float32"
+            f"warning: finite differences of step {selection.perturbation:g} are mostly rounding with {rounding}, or "
+            f"use --selection.derivative exact or --selection.estimator last_layer"
         )
     if not config.checkpoint.every:
         facts.append("warning: --checkpoint.every 0: a run that is interrupted is lost")
@@ -296,22 +315,50 @@ def _facts(
     return facts
 
 
+def _rounding(config: RunConfig) -> str | None:
+    """What makes finite differences of the loss mostly rounding, and what would not, if anything does."""
+    selection = config.selection
+    if selection.method != "colm" or selection.estimator != "zeroth_order" or selection.derivative != "finite":
+        return None
+    if config.engine == "fsdp" and config.fsdp.param_dtype != "stored":
+        return f"--fsdp.param_dtype {config.fsdp.param_dtype}: leave it out"
+    if config.train.dtype == "float32":
+        return None
+    if config.model.quantize != "none":
+        return f"--model.quantize {config.model.quantize} in {config.train.dtype}: give --train.dtype float32"
+    if selection.float32_blocks < selection.probe_blocks:
+        needed = selection.probe_blocks
+        return f"--selection.float32_blocks {selection.float32_blocks} in {config.train.dtype}: give {needed} or more"
+    return None
+
+
 def build_step(
-    config: RunConfig, inputs: Inputs, engine: Engine, tap: Tap | None, spans: Spans, group: Group
+    config: RunConfig,
+    inputs: Inputs,
+    engine: Engine,
+    tap: Tap | None,
+    spans: Spans,
+    group: Group,
+    proxy: Tap | None = None,
 ) -> CoresetStep:
     """One step's parts, put together."""
     estimator: Estimator | None = None
-    if tap is not None:
-        estimator = make_estimator(tap, config.selection, config.train, group)
+    if config.selection.method == "colm":
+        estimator = make_estimator(proxy or tap, config.selection, config.train, group)
+        estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
+    reader = GradientReader(tap, config.train.seed) if reads_gradients(config.selection) else None
     return CoresetStep(
         config=config,
         sampler=inputs.sampler,
-        rule=SelectionRule(config.selection, inputs.kept, config.train.seed),
+        rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes),
         estimator=estimator,
+        observer=Observer(inputs.kept, reader, group),
         engine=engine,
         group=group,
         spans=spans,
         pad_id=inputs.tokenizer.pad_token_id,
+        adapters=AdapterTap(engine.module) if config.profile.match_every else None,
+        sketching=engine.module if proxy is None else proxy.model,
     )
 
 

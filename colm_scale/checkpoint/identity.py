@@ -31,13 +31,15 @@ _LEFT_OUT = {
     "data.train": "the data's digest covers what they hold, wherever they lie",
     "data.eval": "nothing that is trained depends on it",
     "data.chat_template": "the data's digest covers what it writes",
+    "selection.proxy": "the proxy has a digest of its own, wherever it lies",
     "train.threads": "rounding at most",
     "train.activation_checkpointing": "rounding at most",
     "train.timeout": "ends a run, but changes none",
 }
 """Options of the compared sections that may differ, and why."""
 _MAKE_OTHER_WEIGHTS = {"train.dtype", "model.quantize"}
-"""Where one of these differs, the model's digest does too, and nothing more is to be said about it."""
+"""Where one of these differs, the model's digest does too, and nothing more is to be said about it; so below."""
+_MAKE_ANOTHER_PROXY = _MAKE_OTHER_WEIGHTS | {"selection.proxy_blocks"}
 _NONE = "no such option"
 """In place of the value of an option that one version has and the other has not."""
 
@@ -86,7 +88,8 @@ def check_same_run(stored: dict, current: dict, where: Path) -> None:
     """Check that a run may go on from a checkpoint.
 
     Args:
-        stored: Of the checkpoint: ``config`` (see `config_facts`), and the digests ``data`` and ``model``.
+        stored: Of the checkpoint: ``config`` (see `config_facts`), and the digests ``data``, ``model`` and ``proxy``
+            (None without one).
         current: The same of this run.
         where: The checkpoint.
 
@@ -102,6 +105,8 @@ def check_same_run(stored: dict, current: dict, where: Path) -> None:
         found.append("other training data")
     if stored["model"] != current["model"] and not _MAKE_OTHER_WEIGHTS.intersection(names):
         found.append("other base model")
+    if stored.get("proxy") != current.get("proxy") and not _MAKE_ANOTHER_PROXY.intersection(names):
+        found.append("other proxy (--selection.proxy)")
     if found:
         raise UserError(
             f"checkpoint {where} is not one of this run: {'; '.join(found)}. Go on with what it was made with, or "

@@ -22,9 +22,11 @@ from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine, LossScale, collect, restore
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.group import Group
+from colm_scale.distributed.observer import Observer
 from colm_scale.errors import UserError
 from colm_scale.reporting.run_directory import finite
-from colm_scale.selection.moments import Moments
+from colm_scale.selection.recent import RecentSources
+from colm_scale.selection.statistics import SourceStatistics
 
 
 class Counters(Protocol):
@@ -42,7 +44,7 @@ class RunState:
         folder: On the first rank; None elsewhere, or if the run keeps no checkpoints.
         identity: What makes this run this run, see `checkpoint.identity`.
         facts: Written down for people: source table, schedule.
-        sampler, engine, estimator, session: The parts; no estimator where the method does not sketch.
+        sampler, engine, estimator, observer, session: The parts; no estimator where the method does not sketch.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class RunState:
         sampler: Sampler,
         engine: Engine,
         estimator: Estimator | None,
+        observer: Observer,
         session: Counters,
         group: Group,
     ):
         self._folder, self._identity, self._facts = folder, identity, facts
         self._sampler, self._engine, self._estimator, self._session = sampler, engine, estimator, session
-        self._group = group
+        self._observer, self._group = observer, group
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step. All ranks call it together.
@@ -68,8 +71,10 @@ class RunState:
         """
         tensors = collect(self._engine, keep=self._group.is_first)
         if self._estimator is not None:
-            moments = self._estimator.moments
-            tensors["moments"] = {"first": moments.first, "second": moments.second}
+            tensors["moments"] = self._estimator.moments.tensors()
+            if self._estimator.store is not None:
+                tensors["sketches"] = self._estimator.store.state(step)
+        tensors["sources"] = self._sources()
         with self._group.together():
             if self._folder is not None:
                 self._folder.write(step, finite(self._state(step)), tensors)
@@ -104,8 +109,15 @@ class RunState:
         self._engine.updates = state["updates"]
         self._engine.scale = LossScale(**state["loss_scale"])
         if self._estimator is not None:
-            saved = {} if found is None else found.tensors["moments"]
-            self._estimator.moments = self._moments(self._estimator.moments, saved, state["moment_steps"])
+            moments = self._estimator.moments
+            saved = self._shared(moments.tensors(), None if found is None else found.tensors["moments"])
+            self._estimator.moments = moments.with_tensors(saved, state["moment_steps"])
+            if self._estimator.store is not None:
+                self._estimator.store.keep(**self._sketches(None if found is None else found.tensors["sketches"]))
+        saved = self._shared(self._sources(), None if found is None else found.tensors["sources"])
+        saved = {name: value.cpu() for name, value in saved.items()}
+        self._observer.recent = RecentSources(kept=saved.pop("kept"), seen=saved.pop("seen"))
+        self._observer.statistics = SourceStatistics(**saved)
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
 
@@ -127,11 +139,25 @@ class RunState:
             },
         }
 
-    def _moments(self, now: Moments, saved: Mapping[str, Tensor], steps: int) -> Moments:
+    def _sources(self) -> dict[str, Tensor]:
+        return dataclasses.asdict(self._observer.statistics) | dataclasses.asdict(self._observer.recent)
+
+    def _sketches(self, saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The first rank's on every rank; the others pass None."""
+        count, columns = self._group.share_json(None if saved is None else [*saved["rows"].shape])
+        shapes = {"ids": (count,), "steps": (count,), "rows": (count, columns)}
         shared = {}
-        for name in ("first", "second"):
-            value = getattr(now, name).clone()
-            if saved:
+        for name, shape in shapes.items():
+            value = torch.zeros(shape, dtype=torch.float32 if name == "rows" else torch.int64)
+            if saved is not None:
                 value.copy_(saved[name])
+            shared[name] = self._group.broadcast(value.to(self._group.device), "control").cpu()
+        return shared
+
+    def _shared(self, now: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """What the first rank has ``saved``, on every rank's device; the others pass None, and ``now`` gives shapes."""
+        shared = {}
+        for name, value in now.items():
+            value = (value if saved is None else saved[name]).to(self._group.device, value.dtype, copy=True)
             shared[name] = self._group.broadcast(value, "control")
-        return dataclasses.replace(now, step=steps, **shared)
+        return shared

@@ -41,6 +41,7 @@ class Examples:
         offsets: ``[N + 1]`` int64, example i is ``tokens[offsets[i]:offsets[i + 1]]``.
         ids: ``[N]`` int64 rows of the user's data.
         sources: ``[N]`` int64, 0..Q-1.
+        protected: ``[N]`` bool, trained on whenever they are candidates.
         source_names: ``[Q]``, sorted by name, after those of the training data where they are given.
         dropped: Examples left out per source (only sources with any): too long, or without a token to learn.
         cut: Examples cut to the longest length per source (only sources with any).
@@ -51,6 +52,7 @@ class Examples:
     offsets: Tensor
     ids: Tensor
     sources: Tensor
+    protected: Tensor
     source_names: tuple[str, ...]
     dropped: dict[str, int]
     cut: dict[str, int]
@@ -73,6 +75,11 @@ class Examples:
         """``[Q]`` int64 examples of each source."""
         return torch.bincount(self.sources, minlength=len(self.source_names))
 
+    @property
+    def protected_sizes(self) -> Tensor:
+        """``[Q]`` int64 protected examples of each source."""
+        return torch.bincount(self.sources[self.protected], minlength=len(self.source_names))
+
     def example(self, index: int) -> tuple[Tensor, Tensor]:
         """Tokens ``[T]`` int32 and marks ``[T]`` bool of one example."""
         start, end = self.offsets[index : index + 2].tolist()
@@ -94,6 +101,7 @@ class Examples:
             offsets=offsets_of(self.lengths[indices]),
             ids=self.ids[indices],
             sources=self.sources[indices],
+            protected=self.protected[indices],
             source_names=self.source_names,
             dropped={},
             cut={},
@@ -103,7 +111,7 @@ class Examples:
         """SHA-256 of everything in it, in hexadecimal: equal on ranks that read the same data in the same way."""
         counts = sorted(self.dropped.items()), sorted(self.cut.items())
         digest = hashlib.sha256(repr((self.source_names, counts, len(self), len(self.tokens))).encode())
-        for tensor in (self.tokens, self.labelled, self.offsets, self.ids, self.sources):
+        for tensor in (self.tokens, self.labelled, self.offsets, self.ids, self.sources, self.protected):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
@@ -121,6 +129,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
         offsets=offsets_of(torch.cat([part.lengths for part in parts])),
         ids=torch.cat([part.ids for part in parts]),
         sources=torch.cat([part.sources for part in parts]),
+        protected=torch.cat([part.protected for part in parts]),
         source_names=parts[0].source_names,
         dropped={},
         cut={},
@@ -208,6 +217,7 @@ def _packed(kept: Sequence[_Encoded], known: Sequence[str], dropped: dict[str, i
         offsets=offsets_of(long_tensor([len(encoded.tokens) for encoded in kept])),
         ids=long_tensor([encoded.row.id for encoded in kept]),
         sources=long_tensor([number[encoded.row.source] for encoded in kept]),
+        protected=torch.tensor([encoded.row.protected for encoded in kept], dtype=torch.bool),
         source_names=names,
         dropped=dropped,
         cut=cut,

@@ -17,6 +17,7 @@ from colm_scale.data.formats import Record, records_of, shortened, shown
 from colm_scale.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
+_FLAGS = {"true": True, "1": True, "false": False, "0": False, "": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Row:
         prompt: Text before the completion, with the template already around it; may be empty.
         completion: Text to learn, verbatim.
         where: File and line, for error messages: ``train.jsonl line 12``.
+        protected: Whether it is trained on whenever it is a candidate.
     """
 
     id: int
@@ -47,6 +49,7 @@ class Row:
     prompt: str
     completion: str
     where: str
+    protected: bool = False
 
 
 def read_rows(specs: Sequence[str], config: DataConfig) -> list[Row]:
@@ -148,7 +151,8 @@ def _row(number: int, source: str, record: Record, config: DataConfig) -> Row:
         completion = _filled(cells[config.output_column], config.output_column, where)
     else:
         raise UserError(_missing_columns(record, config))
-    return Row(number, source, messages, prompt, completion, where)
+    protected = _flag(cells.get(config.protected_column), config.protected_column, where)
+    return Row(number, source, messages, prompt, completion, where, protected)
 
 
 def _templated(instruction: str, config: DataConfig) -> str:
@@ -184,6 +188,18 @@ def _message(turn: Any, name: str, where: str) -> Message:
         raise UserError(f"{where}: the role of {name} is {shown(role)}, but must be one of {', '.join(ROLES)}")
     check = _filled if role == "assistant" else _string
     return Message(role, check(turn.get("content"), f"{name}.content", where))
+
+
+def _flag(value: Any, column: str, where: str) -> bool:
+    """Formats without truth values or numbers write them as text; an empty cell, or none, is false."""
+    known = isinstance(value, str | int | None)
+    flag = _FLAGS.get("" if value is None else str(value).lower()) if known else None
+    if flag is None:
+        raise UserError(
+            f"{where}: {column!r} is {shown(value)}, but must be true or false (or 1 or 0): it marks examples that are "
+            "always trained on (--data.protected_column names the column)"
+        )
+    return flag
 
 
 def _filled(value: Any, name: str, where: str) -> str:

@@ -53,6 +53,7 @@ class CandidateSampler:
             )
         self.examples, self.dropped, self.cut = examples, examples.dropped, examples.cut
         self._ids, self._sources, self._lengths = examples.ids, examples.sources, examples.lengths
+        self._protected = examples.protected if examples.protected.any() else None
         self._size, self._count, self._seed = len(examples), count, seed
         self._permutations: dict[int, Tensor] = {}
 
@@ -63,7 +64,8 @@ class CandidateSampler:
         self._permutations = {epoch: self._permutation(epoch) for epoch in range(first, last + 1)}
         stream = torch.cat(list(self._permutations.values()))
         indices = stream[start - first * self._size :][: self._count]
-        return Candidates(step, indices, self._ids[indices], self._sources[indices], self._lengths[indices])
+        protected = None if self._protected is None else self._protected[indices]
+        return Candidates(step, indices, self._ids[indices], self._sources[indices], self._lengths[indices], protected)
 
     def state(self) -> dict:
         return {}  # all there is to know is the step

@@ -34,6 +34,7 @@ class Survey:
     Attributes:
         source_names: ``[Q]``, sorted by name.
         sizes: ``[Q]`` int64 rows of each source, those included that will be too long.
+        protected_sizes: ``[Q]`` int64, how many of them are protected.
         rows: Rows of all sources.
         digest: SHA-256, in hexadecimal, of the rows and of the chat template's file; not of where the rows lie.
         first_chat: Where the first chat stands; None without any.
@@ -41,6 +42,7 @@ class Survey:
 
     source_names: tuple[str, ...]
     sizes: Tensor
+    protected_sizes: Tensor
     rows: int
     digest: str
     first_chat: str | None
@@ -62,14 +64,17 @@ def survey(specs: Sequence[str], config: DataConfig) -> Survey:
         UserError: As `stream_rows`, or the chat template cannot be read.
     """
     sizes: Counter[str] = Counter()
+    protected: Counter[str] = Counter()
     digest, first_chat = _RowDigest(config), None
     for row in stream_rows(specs, config):
         digest.add(row)
         sizes[row.source] += 1
+        protected[row.source] += row.protected
         if first_chat is None and row.messages:
             first_chat = row.where
     names = tuple(sorted(sizes))
-    return Survey(names, long_tensor([sizes[name] for name in names]), sizes.total(), digest.hexadecimal(), first_chat)
+    counts = (long_tensor([counted[name] for name in names]) for counted in (sizes, protected))
+    return Survey(names, *counts, sizes.total(), digest.hexadecimal(), first_chat)
 
 
 class BlockStream:
@@ -202,7 +207,7 @@ class _RowDigest:
     def add(self, row: Row) -> None:
         self.rows += 1
         messages = [(message.role, message.content) for message in row.messages or ()]
-        self._digest.update(json.dumps([row.source, messages, row.prompt, row.completion]).encode())
+        self._digest.update(json.dumps([row.source, messages, row.prompt, row.completion, row.protected]).encode())
 
     def hexadecimal(self) -> str:
         return self._digest.hexdigest()

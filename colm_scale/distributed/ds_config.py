@@ -16,7 +16,7 @@ from colm_scale.errors import UserError
 
 _STAGES = (0, 1, 2, 3)
 _DECIDED_HERE = {
-    "optimizer": "AdamW from --train.*",
+    "optimizer": "--train.optimizer",
     "scheduler": "--train.schedule",
     "amp": "--train.dtype",
     "fp16": "--train.dtype",
@@ -68,7 +68,7 @@ def read_ds_config(config: RunConfig, world_size: int) -> dict:
     _check_decisions(given, config, path)
     result = {key: value for key, value in given.items() if key not in _DECIDED_HERE}
     if "offload_optimizer" in zero:
-        result["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, as everywhere: nothing has to be compiled
+        result["zero_force_ds_cpu_optimizer"] = False  # ours, as everywhere: nothing has to be compiled
     # An optimizer step is one micro-batch as far as DeepSpeed's arithmetic goes: how many there really are changes
     # from step to step, so the engine sets the accumulation boundary itself.
     return result | {
@@ -76,6 +76,7 @@ def read_ds_config(config: RunConfig, world_size: int) -> dict:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.max_grad_norm,
+        "zero_allow_untested_optimizer": True,  # those that need whole matrices are refused before (`engines`)
     }
 
 
@@ -162,4 +163,4 @@ def _check_decisions(given: dict, config: RunConfig, path: Path) -> None:
 
 
 def _decision(key: str, train: TrainConfig) -> str:
-    return {"optimizer": "AdamW", "scheduler": train.schedule}.get(key, train.dtype)
+    return {"optimizer": train.optimizer, "scheduler": train.schedule}.get(key, train.dtype)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.optimizers import begun_state, make_optimizer, state_keys
 from colm_scale.records import Batch
 
-StateKey = Literal["weight", "exp_avg", "exp_avg_sq"]
-"""What is kept of each adapter tensor: itself, and Adam's two averages."""
+WEIGHT = "weight"
+"""Beside the averages of the optimizer, what is kept of each adapter tensor: itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class Engine(Protocol):
     module: ExampleLoss
     """The unwrapped module: sketches, evaluation and the bare floor run on it, past the engine's own hooks."""
     scale: LossScale
+    state_keys: tuple[str, ...]
+    """Names of the averages that the optimizer keeps of each adapter tensor."""
 
     def forward(self, batch: Batch) -> Tensor:
         """``[B]`` losses with a graph, to be reduced to a scalar and given to `backward`."""
@@ -90,15 +93,15 @@ class Engine(Protocol):
     def snapshot(self) -> Callable[[], None]:
         """Remember the adapters and the optimizer's state; the returned function puts them back."""
 
-    def read(self, name: str, key: StateKey) -> Tensor:
-        """An adapter tensor, or Adam's average of it, whole, in float32. All ranks call it together."""
+    def read(self, name: str, key: str) -> Tensor:
+        """An adapter tensor (`WEIGHT`), or one of `state_keys` of it, whole, in float32. All ranks call it together."""
 
-    def write(self, name: str, key: StateKey, value: Tensor) -> None:
+    def write(self, name: str, key: str, value: Tensor) -> None:
         """Set what `read` returns, to a value that every rank gives. All ranks call it together."""
 
     @property
     def updates(self) -> int:
-        """How often Adam has updated the adapters: its bias correction counts that."""
+        """How often the optimizer has updated the adapters; 0 if its update does not depend on it."""
 
     @updates.setter
     def updates(self, count: int) -> None: ...
@@ -109,21 +112,16 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the adapters; its learning rate is set at every step."""
-    parameters = list(trainable(module).values())
-    return torch.optim.AdamW(
-        parameters, lr=0.0, betas=config.betas, eps=config.adam_epsilon, weight_decay=config.weight_decay
-    )
+def updates_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
+    """How often ``optimizer`` has updated ``parameter``; 0 if it does not count."""
+    return int(begun_state(optimizer, parameter).get("step", 0))
 
 
-def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """What AdamW keeps about a parameter, as it begins where it has kept nothing yet."""
-    state = optimizer.state[parameter]
-    if not state:
-        zeros = torch.zeros_like(parameter, requires_grad=False)
-        state |= {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    return state
+def set_updates_of(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], count: int) -> None:
+    """Set what `updates_of` returns, if ``optimizer`` counts."""
+    for parameter in parameters:
+        if "step" in (state := begun_state(optimizer, parameter)):
+            state["step"].fill_(count)
 
 
 def remember(tensors: Iterable[Tensor]) -> Callable[[], None]:
@@ -145,14 +143,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [*dict.fromkeys([*parameters, *optimizer.state]), *state]
 
 
-class AdamEngine:
-    """What engines share that leave the optimizer to torch: gradients and Adam's state are where torch puts them."""
+class OptimizerEngine:
+    """What engines share that leave the optimizer to torch: gradients and its state are where torch puts them."""
 
     def __init__(self, module: ExampleLoss, config: TrainConfig):
         self.module = module
         self.scale = LossScale.of(config.dtype)
-        self.optimizer = make_optimizer(module, config)
         self._parameters = trainable(module)
+        self.optimizer = make_optimizer(self._parameters.values(), config)
+        self.state_keys = state_keys(self.optimizer)
         self._max_norm = config.max_grad_norm or math.inf
 
     @torch.no_grad()
@@ -175,28 +174,27 @@ class AdamEngine:
     def snapshot(self) -> Callable[[], None]:
         return remember(optimizer_tensors(self.optimizer))
 
-    def read(self, name: str, key: StateKey) -> Tensor:
+    def read(self, name: str, key: str) -> Tensor:
         return self._tensor(name, key).detach()
 
     @torch.no_grad()
-    def write(self, name: str, key: StateKey, value: Tensor) -> None:
+    def write(self, name: str, key: str, value: Tensor) -> None:
         self._tensor(name, key).copy_(value)
 
     @property
     def updates(self) -> int:
-        return int(adam_state(self.optimizer, next(iter(self._parameters.values())))["step"])
+        return updates_of(self.optimizer, next(iter(self._parameters.values())))
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for parameter in self._parameters.values():
-            adam_state(self.optimizer, parameter)["step"].fill_(count)
+        set_updates_of(self.optimizer, self._parameters.values(), count)
 
-    def _tensor(self, name: str, key: StateKey) -> Tensor:
+    def _tensor(self, name: str, key: str) -> Tensor:
         parameter = self._parameters[name]
-        return parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]
+        return parameter if key == WEIGHT else begun_state(self.optimizer, parameter)[key]
 
 
-class TorchEngine(AdamEngine):
+class TorchEngine(OptimizerEngine):
     """One process, or one replica per rank kept equal by DistributedDataParallel."""
 
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group):
@@ -219,13 +217,13 @@ class TorchEngine(AdamEngine):
 
 
 def collect(engine: Engine, *, keep: bool) -> dict[str, dict[str, Tensor]]:
-    """All that training has changed: ``{"adapter": {name: weight}, "optimizer": {"exp_avg/name": average, ...}}``.
+    """All that training has changed: ``{"adapter": {name: weight}, "optimizer": {"key/name": average, ...}}``.
 
     All ranks call it together; copies, on the CPU, are made where ``keep`` is set.
     """
     found: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}}
     for name in trainable(engine.module):
-        for file, label, key in _entries(name):
+        for file, label, key in _entries(engine, name):
             value = engine.read(name, key)
             if keep:
                 found[file][label] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -235,7 +233,7 @@ def collect(engine: Engine, *, keep: bool) -> dict[str, dict[str, Tensor]]:
 def restore(engine: Engine, tensors: Mapping[str, Mapping[str, Tensor]], group: Group) -> None:
     """Put back what `collect` found; only the first rank's ``tensors`` count. All ranks call it together."""
     for name in trainable(engine.module):
-        for file, label, key in _entries(name):
+        for file, label, key in _entries(engine, name):
             shape = engine.read(name, key).shape
             value = torch.empty(shape, device=group.device)
             if group.is_first:
@@ -243,7 +241,7 @@ def restore(engine: Engine, tensors: Mapping[str, Mapping[str, Tensor]], group: 
             engine.write(name, key, group.broadcast(value, "control"))
 
 
-def _entries(name: str) -> list[tuple[str, str, StateKey]]:
+def _entries(engine: Engine, name: str) -> list[tuple[str, str, str]]:
     """File, label and key of everything that is kept about an adapter tensor."""
-    averages = [("optimizer", f"{key}/{name}", key) for key in ("exp_avg", "exp_avg_sq")]
-    return [("adapter", name, "weight"), *averages]
+    averages = [("optimizer", f"{key}/{name}", key) for key in engine.state_keys]
+    return [("adapter", name, WEIGHT), *averages]

@@ -7,7 +7,9 @@ import torch
 from colm_scale.config import RunConfig
 from colm_scale.distributed.engine import Engine, TorchEngine
 from colm_scale.distributed.group import Group
+from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.optimizers import NEED_WHOLE_MATRICES
 
 
 def make_engine(config: RunConfig, ds_config: dict | None, module: ExampleLoss, group: Group) -> Engine:
@@ -21,6 +23,22 @@ def make_engine(config: RunConfig, ds_config: dict | None, module: ExampleLoss, 
 
         return FsdpEngine(module, config.train, config.fsdp, group)
     return TorchEngine(module, config.train, group)
+
+
+def check_optimizer(config: RunConfig, ds_config: dict | None) -> None:
+    """Whether the engine leaves adapters whole for an optimizer that needs them so.
+
+    Raises:
+        UserError: It cuts them, as FSDP2 does, or joins them in one row of numbers that it cuts, as ZeRO does.
+    """
+    stage = (ds_config or {}).get("zero_optimization", {}).get("stage", 0)
+    cutting = f"ZeRO-{stage} (--ds_config {config.ds_config})" if stage else "--engine fsdp"
+    if config.train.optimizer in NEED_WHOLE_MATRICES and (stage or config.engine == "fsdp"):
+        raise UserError(
+            f"--train.optimizer {config.train.optimizer} needs each adapter's whole matrix, of which a rank has only a "
+            f"part under {cutting}: use --train.optimizer adamw, sgd or lion, or the engine single or ddp (leave "
+            f"--engine and --ds_config out)"
+        )
 
 
 def sharding(config: RunConfig, ds_config: dict | None) -> str | None:

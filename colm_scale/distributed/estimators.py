@@ -8,12 +8,18 @@ S = W * (largest number of candidates that any rank sketches) rows, s of which a
 | estimator | gather | columns | moments, if any row was picked |
 |---|---|---|---|
 | `ZerothOrder` | 4 S (K + 1) | - | - |
+| `Loss` | 4 S | - | - |
+| `Length` | - | - | - |
 | `LastLayer` | 4 S (h + 2) | 4 G W e + 8 G W min(h, e) | 16 d |
+| `CountSketched` | 4 S (h + 2) | - | 16 d |
+| `Kronecker` | 4 S (h + 1) | - | - |
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -22,23 +28,49 @@ from torch import Tensor
 from colm_scale.config import SelectionConfig, TrainConfig
 from colm_scale.distributed.exchange import gather_rows
 from colm_scale.distributed.group import Group
-from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
+from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan
 from colm_scale.selection.mask import merge_proposals, top_columns
-from colm_scale.selection.moments import Moments
+from colm_scale.selection.moments import Moments, NoMoments, Shapes, make_moments
 from colm_scale.sketch import last_layer, zeroth_order
+from colm_scale.sketch.compress import CountSketch, KroneckerSketch
+from colm_scale.sketch.precision import float32_tail
+from colm_scale.sketch.store import SketchStore
 from colm_scale.sketch.tap import Tap
 
 
 class Estimator(Protocol):
-    """Called once per step in this order, on every rank."""
+    """Called once per step in this order, on every rank.
+
+    Attributes:
+        moments: What the sketches are normalised by.
+        fixed_coordinates: Whether the matrix is a function of the moments and of the numbers that `exchange` returns,
+            so that numbers of an earlier step can stand for a candidate.
+        facts: What is to be told about the last step, by name.
+        store: Numbers of earlier steps, if they count in later ones. Part of a checkpoint, as the moments are.
+    """
 
     moments: Moments
+    fixed_coordinates: bool = False
+    facts: Mapping[str, float] = MappingProxyType({})
+    store: SketchStore | None = None
+
+    def known(self, candidates: Candidates) -> Tensor | None:
+        """``[n]`` bool, candidates of which nothing is to be computed; None: there are none."""
+        return None
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         """Sketch this rank's micro-batches; what is computed for an empty one (no positions) is dropped."""
 
+    def exchange(self) -> Tensor:
+        """``[s, c]`` float32, what each candidate's rank has found out about it; zero where none was to. A row that is
+        not finite is a sketch that failed. Equal on every rank."""
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
+        """The candidate matrix, from what `exchange` returned."""
+
     def gather(self) -> CandidateMatrix:
         """Exchange; the same matrix on every rank."""
+        return self.matrix(self.exchange())
 
     def learn(self, selection: Selection) -> None:
         """Let the moments learn from the picked (not kept) rows, and forget the sketches."""
@@ -47,46 +79,61 @@ class Estimator(Protocol):
 def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, group: Group) -> Estimator:
     """The estimator that the configuration names, with fresh moments."""
 
-    def fresh(size: int) -> Moments:
-        return Moments.zeros(size, train.betas, train.adam_epsilon, group.device)
+    shapes = tuple(probe.shape for probe in tap.probes)
 
+    def fresh(shapes: Shapes) -> Moments:
+        return make_moments(train, shapes, group.device)
+
+    if selection.estimator == "loss":
+        return Loss(tap, group)
+    if selection.estimator == "length":
+        return Length(group)
     if selection.estimator == "zeroth_order":
+        if selection.derivative == "exact":
+            zeroth_order.check_exact_derivatives(tap)
         directions = zeroth_order.probes(train.seed, selection.num_probes, tap.shape, group.device)
-        moments = fresh(1 if selection.num_probes == 1 else tap.size)
-        return ZerothOrder(tap, group, moments, directions, selection.perturbation, selection.columns)
-    return LastLayer(tap, group, fresh(tap.size), selection.columns)
+        moments = fresh(((1, 1),) if selection.num_probes == 1 else shapes)
+        return ZerothOrder(tap, group, moments, directions, selection)
+    match selection.compression:
+        case "columns":
+            return LastLayer(tap, group, fresh(shapes), selection.columns)
+        case "countsketch":
+            projection = CountSketch(train.seed, tap.size, selection.columns, group.device)
+            return CountSketched(tap, group, fresh(shapes), projection)
+        case "kronecker":
+            return Kronecker(tap, group, KroneckerSketch(train.seed, shapes, selection.columns, group.device))
 
 
-class ZerothOrder:
-    """K finite differences per candidate. All that is exchanged is them; the rest is a pure function of them."""
+class ZerothOrder(Estimator):
+    """K derivatives per candidate. All that is exchanged is them; the rest is a pure function of them."""
 
-    def __init__(
-        self, tap: Tap, group: Group, moments: Moments, directions: Tensor, perturbation: float, columns: int
-    ):
+    fixed_coordinates = True
+
+    def __init__(self, tap: Tap, group: Group, moments: Moments, directions: Tensor, selection: SelectionConfig):
         self.moments = moments
         self._tap, self._group = tap, group
-        self._directions, self._perturbation, self._columns = directions, perturbation, columns
+        self._directions, self._config = directions, selection
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._plan = plan
         width = len(self._directions) + 1
         found = [torch.zeros(0, width, device=self._group.device)]
         for batch in batches:
-            losses, coefficients = zeroth_order.directional_derivatives(
-                self._tap, batch, self._directions, self._perturbation
-            )
+            losses, coefficients = self._derivatives(batch)
             found.append(torch.cat([coefficients, losses.unsqueeze(1)], dim=1)[: len(batch.positions)])
         self._local = torch.cat(found)
 
-    def gather(self) -> CandidateMatrix:
-        gathered = gather_rows(self._local, self._plan, self._group, "gather")
-        valid = gathered.isfinite().all(1)
-        gathered = torch.where(valid.unsqueeze(1), gathered, 0.0)
-        self._coefficients = gathered[:, :-1]
+    def exchange(self) -> Tensor:
+        return gather_rows(self._local, self._plan, self._group, "gather")
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
+        valid = numbers.isfinite().all(1)
+        numbers = torch.where(valid.unsqueeze(1), numbers, 0.0)
+        self._coefficients = numbers[:, :-1]
         rows = zeroth_order.rows_from_coefficients(
-            self._coefficients, valid, self._directions, self.moments, self._plan, self._columns
+            self._coefficients, valid, self._directions, self.moments, self._plan, self._config.columns
         )
-        return CandidateMatrix(self._plan.positions, rows, valid, gathered[:, -1])
+        return CandidateMatrix(self._plan.positions, rows, valid, numbers[:, -1])
 
     def learn(self, selection: Selection) -> None:
         picked = self._coefficients[_picked_rows(self._plan, selection).to(self._group.device)]
@@ -97,8 +144,14 @@ class ZerothOrder:
         )
         self._coefficients = self._local = None
 
+    def _derivatives(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self._config.derivative == "exact":
+            return zeroth_order.exact_derivatives(self._tap, batch, self._directions)
+        with float32_tail(self._tap, self._config.float32_blocks):
+            return zeroth_order.directional_derivatives(self._tap, batch, self._directions, self._config.perturbation)
 
-class LastLayer:
+
+class LastLayer(Estimator):
     """The exact gradient, of which h columns per source are exchanged; each rank chooses among the columns it owns."""
 
     def __init__(self, tap: Tap, group: Group, moments: Moments, columns: int):
@@ -126,40 +179,44 @@ class LastLayer:
             rows = rows[count:]
         self._local = torch.cat(found)
 
-    def gather(self) -> CandidateMatrix:
+    def exchange(self) -> Tensor:
+        return gather_rows(self._local, self._plan, self._group, "gather")
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
         plan, group = self._plan, self._group
-        scalars = gather_rows(self._local, plan, group, "gather")
-        valid = scalars.isfinite().all(1)
-        self._largest = torch.where(valid, scalars[:, 1], 0.0)
+        valid = numbers.isfinite().all(1)
+        self._largest = torch.where(valid, numbers[:, 1], 0.0)
         groups = plan.groups.to(group.device)
-        columns = self._agree_on_columns(groups, valid)
-        rows = gather_rows(last_layer.rows_at(self._held, columns, groups, self.moments), plan, group, "gather")
+        moments = self.moments.fitted(self._largest)
+        columns = self._agree_on_columns(groups, valid, moments)
+        rows = gather_rows(last_layer.rows_at(self._held, columns, groups, moments), plan, group, "gather")
         rows = torch.where(valid.unsqueeze(1), rows, 0.0)
-        return CandidateMatrix(plan.positions, rows, valid, torch.where(valid, scalars[:, 0], 0.0))
+        return CandidateMatrix(plan.positions, rows, valid, torch.where(valid, numbers[:, 0], 0.0))
 
     def learn(self, selection: Selection) -> None:
         group = self._group
         picked = torch.zeros(len(self._plan.positions), dtype=torch.bool)
-        rows = _picked_rows(self._plan, selection)
-        picked[rows] = True
+        picked[_picked_rows(self._plan, selection)] = True
+        picked &= self._plan.forwarded  # of the others the gradient is not at hand
+        count = int(picked.sum())
         picked = picked.to(group.device)
-        if len(rows):
+        if count:
             largest = float(self._largest[picked].max())
             exponent = math.frexp(largest)[1] if largest > 0 else 0
             sums = last_layer.moment_sums(self._held, picked, self._tap.size, exponent)
             sums = group.all_reduce(sums, "moments")
-            self.moments = self.moments.learn(*last_layer.from_moment_sums(sums, len(picked), len(rows), exponent))
+            self.moments = self.moments.learn(*last_layer.from_moment_sums(sums, len(picked), count, exponent))
         else:
             self.moments = self.moments.skip()
         self._held = []
 
-    def _agree_on_columns(self, groups: Tensor, valid: Tensor) -> Tensor:
+    def _agree_on_columns(self, groups: Tensor, valid: Tensor, moments: Moments) -> Tensor:
         """``[G, h]`` columns of each ranked source. Each rank sums the columns it owns and proposes its best."""
         plan, group = self._plan, self._group
         d, ranks = self._tap.size, group.world_size
         if not plan.num_groups:
             return torch.zeros(0, min(self._columns, d), dtype=torch.int64, device=group.device)
-        sums = last_layer.source_sums(self._held, groups, plan.num_groups, self.moments, valid)
+        sums = last_layer.source_sums(self._held, groups, plan.num_groups, moments, valid)
         owned = math.ceil(d / ranks)
         padded = sums.new_zeros(plan.num_groups, ranks * owned)
         padded[:, :d] = sums
@@ -169,6 +226,103 @@ class LastLayer:
         proposal = torch.stack([mine.gather(1, best), (best + group.rank * owned).int()])
         proposals = group.all_gather(proposal, "columns")
         return merge_proposals(proposals[:, 0], proposals[:, 1].long(), min(self._columns, d))
+
+
+class CountSketched(LastLayer):
+    """The exact gradient, of whose update a random projection is exchanged: no columns to agree on."""
+
+    fixed_coordinates = True
+
+    def __init__(self, tap: Tap, group: Group, moments: Moments, projection: CountSketch):
+        super().__init__(tap, group, moments, projection.columns)
+        self._projection = projection
+
+    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
+        super().sketch(plan, batches)
+        rows = [torch.zeros(0, self._columns, device=self._group.device)]
+        rows += [self._projection.rows(gradients, self.moments) for gradients in self._held]
+        self._local = torch.cat([self._local, torch.cat(rows)], dim=1)
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
+        valid = numbers.isfinite().all(1)
+        numbers = torch.where(valid.unsqueeze(1), numbers, 0.0)
+        self._largest = numbers[:, 1]
+        return CandidateMatrix(self._plan.positions, numbers[:, 2:], valid, numbers[:, 0])
+
+
+class Kronecker(Estimator):
+    """A random projection of the exact gradient, made of its factors: as it is, for nothing is known of its d numbers
+    that an optimizer's averages could be taken of."""
+
+    fixed_coordinates = True
+
+    def __init__(self, tap: Tap, group: Group, projection: KroneckerSketch):
+        self.moments = NoMoments()
+        self._tap, self._group, self._projection = tap, group, projection
+
+    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
+        self._plan = plan
+        found = [torch.zeros(0, 1 + self._projection.columns, device=self._group.device)]
+        for batch in batches:
+            losses, factors = self._tap.factors(batch)
+            rows = torch.cat([losses.unsqueeze(1), self._projection.rows(factors)], dim=1)
+            found.append(rows[: len(batch.positions)])
+        self._local = torch.cat(found)
+
+    def exchange(self) -> Tensor:
+        return gather_rows(self._local, self._plan, self._group, "gather")
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
+        valid = numbers.isfinite().all(1)
+        numbers = torch.where(valid.unsqueeze(1), numbers, 0.0)
+        return CandidateMatrix(self._plan.positions, numbers[:, 1:], valid, numbers[:, 0])
+
+
+class Loss(Estimator):
+    """The loss of each candidate, by a bare forward, compared as it is."""
+
+    fixed_coordinates = True
+
+    def __init__(self, tap: Tap, group: Group):
+        self.moments = NoMoments()
+        self._tap, self._group = tap, group
+
+    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
+        self._plan = plan
+        losses = [self._tap.bare_losses(batch)[: len(batch.positions)] for batch in batches]
+        self._local = torch.cat([torch.zeros(0, device=self._group.device), *losses]).unsqueeze(1)
+
+    def exchange(self) -> Tensor:
+        return gather_rows(self._local, self._plan, self._group, "gather")
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
+        valid = numbers.isfinite().all(1)
+        rows = torch.where(valid.unsqueeze(1), numbers, 0.0)
+        return CandidateMatrix(self._plan.positions, rows, valid, rows[:, 0])
+
+
+class Length(Estimator):
+    """The tokens of each candidate, which every rank knows: nothing is forwarded, and no loss is known."""
+
+    fixed_coordinates = True
+
+    def __init__(self, group: Group):
+        self.moments = NoMoments()
+        self._group = group
+
+    def known(self, candidates: Candidates) -> Tensor:
+        self._lengths = candidates.lengths
+        return torch.ones(len(candidates), dtype=torch.bool)
+
+    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
+        self._plan = plan
+
+    def exchange(self) -> Tensor:
+        return self._lengths[self._plan.positions].float().unsqueeze(1).to(self._group.device)
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
+        valid = torch.ones(len(numbers), dtype=torch.bool, device=numbers.device)
+        return CandidateMatrix(self._plan.positions, numbers, valid, torch.full_like(numbers[:, 0], torch.nan))
 
 
 def _picked_rows(plan: SketchPlan, selection: Selection) -> Tensor:

@@ -18,12 +18,15 @@ _HEADER = 5
 def gather_rows(local: Tensor, plan: SketchPlan, group: Group, label: str) -> Tensor:
     """``[rows of this rank, c]`` on each rank -> ``[s, c]`` on all, in the order of the plan's positions.
 
-    Shares may differ in size, so each is padded to the largest: a fixed-size tensor, as collectives want it.
+    Shares may differ in size, so each is padded to the largest: a fixed-size tensor, as collectives want it. A row that
+    no rank computes is zero, and if that is so for all, nothing is exchanged.
     """
+    rows = local.new_zeros(len(plan.positions), local.shape[1])
+    if not plan.most_rows:
+        return rows
     padded = local.new_zeros(plan.most_rows, local.shape[1])
     padded[: len(local)] = local
     gathered = group.all_gather(padded, label)
-    rows = local.new_empty(len(plan.positions), local.shape[1])
     for rank, share in enumerate(gathered):
         of_rank = plan.rows_of(rank).to(local.device)
         rows[of_rank] = share[: len(of_rank)]

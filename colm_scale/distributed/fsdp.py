@@ -9,7 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
-from colm_scale.distributed.engine import AdamEngine, LossScale, StateKey
+from colm_scale.distributed.engine import LossScale, OptimizerEngine
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
@@ -36,7 +36,7 @@ def units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
     return [*blocks, *groups.values(), model]
 
 
-class FsdpEngine(AdamEngine):
+class FsdpEngine(OptimizerEngine):
     """`fully_shard` behind the `Engine` protocol. The model comes on the CPU; block after block moves to the device.
 
     The root is the causal language model itself, not the loss module around it, so that generating gathers too.
@@ -71,12 +71,12 @@ class FsdpEngine(AdamEngine):
         self._root.set_requires_gradient_sync(last)
         (loss * (self._ranks * self.scale.scale)).backward()
 
-    def read(self, name: str, key: StateKey) -> Tensor:
+    def read(self, name: str, key: str) -> Tensor:
         tensor = self._tensor(name, key).detach()
         return tensor.to(self._device).full_tensor()  # offloaded shards are on the CPU, where NCCL cannot gather
 
     @torch.no_grad()
-    def write(self, name: str, key: StateKey, value: Tensor) -> None:
+    def write(self, name: str, key: str, value: Tensor) -> None:
         tensor = self._tensor(name, key)
         value = value.to(self._device, tensor.dtype)
         whole = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -18,9 +18,13 @@ from colm_scale.records import Candidates, long_tensor
 
 def share_survey(surveyed: Survey | None, group: Group) -> Survey:
     """The first rank's survey on every rank; the others pass None."""
-    plain = None if surveyed is None else dataclasses.asdict(surveyed) | {"sizes": surveyed.sizes.tolist()}
+    plain = None
+    if surveyed is not None:
+        counts = {name: getattr(surveyed, name).tolist() for name in ("sizes", "protected_sizes")}
+        plain = dataclasses.asdict(surveyed) | counts
     shared = group.share_json(plain)
-    return Survey(**shared | {"source_names": tuple(shared["source_names"]), "sizes": long_tensor(shared["sizes"])})
+    counts = {name: long_tensor(shared[name]) for name in ("sizes", "protected_sizes")}
+    return Survey(**shared | {"source_names": tuple(shared["source_names"])} | counts)
 
 
 class StreamedSampler:
@@ -43,6 +47,7 @@ class StreamedSampler:
         self, config: RunConfig, surveyed: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, group: Group
     ):
         self._count, self._group, self._names = config.selection.candidates, group, surveyed.source_names
+        self._protects = bool(surveyed.protected_sizes.any())
         if self._count > surveyed.rows:
             raise UserError(
                 f"--selection.candidates is {self._count}, but only {surveyed.rows} training examples are there: "
@@ -72,7 +77,8 @@ class StreamedSampler:
                 drawn = self._stream.draw(self._count)
         self.examples = self._shared(drawn)
         indices = torch.arange(self._count)
-        return Candidates(step, indices, self.examples.ids, self.examples.sources, self.examples.lengths)
+        protected = self.examples.protected if self._protects else None
+        return Candidates(step, indices, self.examples.ids, self.examples.sources, self.examples.lengths, protected)
 
     def state(self) -> dict:
         """Where the next step begins and what was left out so far, on the first rank; elsewhere nothing."""
@@ -97,12 +103,14 @@ class StreamedSampler:
         """The first rank's examples on every rank: ``24 n`` bytes, and 4 per token; the others pass None.
 
         A message of known size says how long the examples are, and so how long the other one is: their tokens one after
-        the other, those that carry loss as their complement, which is negative.
+        the other, those that carry loss as their complement, which is negative; and so are the sources of protected
+        ones.
         """
         n, device = self._count, self._group.device
         header = torch.zeros(3 * n, dtype=torch.int64)
         if drawn is not None:
-            header = torch.cat([drawn.ids, drawn.sources, drawn.lengths])
+            sources = torch.where(drawn.protected, ~drawn.sources, drawn.sources)
+            header = torch.cat([drawn.ids, sources, drawn.lengths])
         ids, sources, lengths = self._group.broadcast(header.to(device), "stream").cpu().split(n)
         tokens = torch.empty(int(lengths.sum()), dtype=torch.int32)
         if drawn is not None:
@@ -115,7 +123,8 @@ class StreamedSampler:
             labelled=marked < 0,
             offsets=offsets_of(lengths),
             ids=ids,
-            sources=sources,
+            sources=torch.where(sources < 0, ~sources, sources),
+            protected=sources < 0,
             source_names=self._names,
             dropped={},
             cut={},

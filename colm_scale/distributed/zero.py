@@ -11,18 +11,19 @@ from torch import Tensor
 
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.engine import (
+    WEIGHT,
     LossScale,
-    StateKey,
     Update,
-    adam_state,
-    make_optimizer,
     optimizer_tensors,
     remember,
+    set_updates_of,
     trainable,
+    updates_of,
 )
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.shards import local_tensors
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.optimizers import begun_state, make_optimizer, state_keys
 from colm_scale.records import Batch
 
 
@@ -40,8 +41,9 @@ class ZeroEngine:
         group.ensure_process_group()
         self.module = module
         self.scale = LossScale.of(config.dtype)
-        self.optimizer = make_optimizer(module, config)
         self._parameters = trainable(module)
+        self.optimizer = make_optimizer(self._parameters.values(), config)
+        self.state_keys = state_keys(self.optimizer)
         self._ranks, self._rank = group.world_size, group.rank
         self._stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         self._max_norm = config.max_grad_norm or math.inf
@@ -88,20 +90,20 @@ class ZeroEngine:
         module = [tensor for parameter in self._parameters.values() for tensor in local_tensors(parameter)]
         return remember([*self._partitions(), *optimizer_tensors(self.optimizer), *module])
 
-    def read(self, name: str, key: StateKey) -> Tensor:
+    def read(self, name: str, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._parameters[name]
         if not self._stage:
             return self._whole(parameter, key).detach()
-        if key == "weight":
+        if key == WEIGHT:
             return safe_get_full_fp32_param(parameter)
-        self._start_adam()
+        self._begin_state()
         return safe_get_full_optimizer_state(parameter, key)
 
     @torch.no_grad()
-    def write(self, name: str, key: StateKey, value: Tensor) -> None:
-        self._start_adam()
+    def write(self, name: str, key: str, value: Tensor) -> None:
+        self._begin_state()
         parameter = self._parameters[name]
         if not self._stage:
             self._whole(parameter, key).copy_(value)
@@ -112,28 +114,27 @@ class ZeroEngine:
 
     @property
     def updates(self) -> int:
-        return int(adam_state(self.optimizer, self._partitions()[0])["step"])
+        return updates_of(self.optimizer, self._partitions()[0])
 
     @updates.setter
     def updates(self, count: int) -> None:
-        for partition in self._partitions():
-            adam_state(self.optimizer, partition)["step"].fill_(count)
+        set_updates_of(self.optimizer, self._partitions(), count)
 
-    def _whole(self, parameter: Tensor, key: StateKey) -> Tensor:
+    def _whole(self, parameter: Tensor, key: str) -> Tensor:
         """Stage 0: nothing is cut."""
-        return parameter if key == "weight" else adam_state(self.optimizer, parameter)[key]
+        return parameter if key == WEIGHT else begun_state(self.optimizer, parameter)[key]
 
-    def _write_partition(self, parameter: Tensor, key: StateKey, value: Tensor) -> None:
+    def _write_partition(self, parameter: Tensor, key: str, value: Tensor) -> None:
         """Stages 1 and 2: the module has the whole tensor, each rank trains a part of it in float32."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if key == "weight":
+        if key == WEIGHT:
             parameter.data.copy_(value)
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
-    def _write_shard(self, parameter: Tensor, key: StateKey, value: Tensor) -> None:
+    def _write_shard(self, parameter: Tensor, key: str, value: Tensor) -> None:
         """Stage 3: each rank has a shard, the last one padded."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -142,7 +143,7 @@ class ZeroEngine:
         padded = value.new_zeros(size * self._ranks)
         padded[: value.numel()] = value.flatten()
         own = padded[self._rank * size :][:size]
-        if key != "weight":
+        if key != WEIGHT:
             safe_set_local_optimizer_state(parameter, own, key)
             return
         safe_set_local_fp32_param(parameter, own)
@@ -150,7 +151,7 @@ class ZeroEngine:
             parameter.data.copy_(value)
 
     def _partitions(self) -> list[Tensor]:
-        """What Adam trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
+        """What the optimizer trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
         match self._stage:
             case 0:
                 return list(self._parameters.values())
@@ -159,10 +160,10 @@ class ZeroEngine:
             case _:
                 return self._engine.optimizer.single_partition_of_fp32_groups
 
-    def _start_adam(self) -> None:
-        """Make Adam's averages, which it otherwise makes in its first step, and let DeepSpeed find them."""
+    def _begin_state(self) -> None:
+        """Make the optimizer's averages, which it may make in its first step, and let DeepSpeed find them."""
         for partition in self._partitions():
-            adam_state(self.optimizer, partition)
+            begun_state(self.optimizer, partition)
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 

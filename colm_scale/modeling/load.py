@@ -32,30 +32,34 @@ from colm_scale.modeling.probe import decoder_blocks, linear_layers
 from colm_scale.randomness import global_draws
 
 _LONGEST_DEFAULT = 2048
+_OPTION = "model.name"
 
 
-def check_model(config: ModelConfig) -> PretrainedConfig:
+def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
     """The model's configuration, read without its weights.
+
+    Args:
+        option: Where its name comes from, here and below.
 
     Raises:
         UserError: There is no such model, it brings code that was not asked for, or it is no causal language model.
     """
-    with _one_line(config):
+    with _one_line(config, option):
         found = AutoConfig.from_pretrained(_name(config), **_hub_arguments(config))
     causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(found, "auto_map", {})
     architectures = getattr(found, "architectures", None) or []
     # An encoder such as BERT can be loaded as a decoder, but was not trained as one: its own architecture decides.
     if not causal or (architectures and not any(re.search(r"CausalLM|LMHead", name) for name in architectures)):
         what = ", ".join(architectures) or type(found).__name__
-        raise UserError(f"--model.name {_name(config)} is not a causal language model, it is a {what}")
+        raise UserError(f"--{option} {_name(config)} is not a causal language model, it is a {what}")
     return found
 
 
-def context_length(config: PretrainedConfig) -> int:
-    """Default of ``--data.max_length``: tokens the model was made for, at most 2,048."""
+def context_length(config: PretrainedConfig, most: int = _LONGEST_DEFAULT) -> int:
+    """Tokens the model was made for, at most ``most``, whose default makes it that of ``--data.max_length``."""
     text = config.get_text_config()
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    return min([_LONGEST_DEFAULT, *(length for length in known if length)])
+    return min([most, *(length for length in known if length)])
 
 
 def check_adapter(config: LoraConfig) -> None:
@@ -125,16 +129,18 @@ def _has_flash_attention() -> bool:
     return is_flash_attn_2_available() or is_kernels_available()
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, option: str = _OPTION) -> PreTrainedTokenizerBase:
     """The model's tokenizer. One without a padding token pads with its end token, which the mask hides."""
-    with _one_line(config, what="a tokenizer"):
+    with _one_line(config, option, what="a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(_name(config), **_hub_arguments(config))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, option: str = _OPTION
+) -> PreTrainedModel:
     """The base model, frozen, in ``dtype`` on ``device``.
 
     Its attention is the one that is named, else flash attention where that runs, else what the model picks itself.
@@ -143,26 +149,26 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
         UserError: The weights cannot be read, or are not all those that the model's configuration asks for.
     """
     if config.attention != "auto":
-        model, read = _load(config, dtype, device, attn_implementation=config.attention)
+        model, read = _load(config, dtype, device, option, attn_implementation=config.attention)
     elif torch.cuda.is_available() and dtype != torch.float32 and _has_flash_attention():
         try:
-            model, read = _load(config, dtype, device, attn_implementation="flash_attention_2")
+            model, read = _load(config, dtype, device, option, attn_implementation="flash_attention_2")
         except UserError:  # this model has no such attention, or its kernel cannot be had: what was picked is shown
-            model, read = _load(config, dtype, device)
+            model, read = _load(config, dtype, device, option)
     else:
-        model, read = _load(config, dtype, device)
+        model, read = _load(config, dtype, device, option)
     # What is not in the files was drawn at random, by every rank for itself.
     drawn = sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})
     if drawn:
         raise UserError(
-            f"--model.name {_name(config)}: {len(drawn)} weights that its config.json asks for are not in its files or "
+            f"--{option} {_name(config)}: {len(drawn)} weights that its config.json asks for are not in its files or "
             f"have another shape there, the first is {drawn[0]}: the folder is incomplete or mixes two models"
         )
     return model.requires_grad_(False).to(device)
 
 
 def _load(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, **options: object
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, option: str, **options: object
 ) -> tuple[PreTrainedModel, dict]:
     """The model, and what transformers says about its weights."""
     if config.quantize == "nf4":
@@ -175,7 +181,7 @@ def _load(
                 bnb_4bit_compute_dtype=dtype,
             ),
         }
-    with _one_line(config):
+    with _one_line(config, option):
         return AutoModelForCausalLM.from_pretrained(
             _name(config),
             dtype=dtype,
@@ -266,7 +272,7 @@ def _hub_arguments(config: ModelConfig) -> dict[str, object]:
 
 
 @contextmanager
-def _one_line(config: ModelConfig, what: str = "a model") -> Iterator[None]:
+def _one_line(config: ModelConfig, option: str, what: str = "a model") -> Iterator[None]:
     """Turn what the hub library raises into one line that says what was tried."""
     name = _name(config)
     try:
@@ -274,10 +280,10 @@ def _one_line(config: ModelConfig, what: str = "a model") -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"--model.name {name} brings its own code, which is run only with --model.trust_remote_code true"
+                f"--{option} {name} brings its own code, which is run only with --model.trust_remote_code true"
             ) from None
         where = "the folder" if Path(name).exists() else "there is no such folder, and the hub id"
-        raise UserError(f"--model.name {name}: cannot load {what} ({where} was tried: {_flat(error)})") from None
+        raise UserError(f"--{option} {name}: cannot load {what} ({where} was tried: {_flat(error)})") from None
 
 
 def _flat(error: Exception, lines: int | None = None) -> str:

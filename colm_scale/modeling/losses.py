@@ -50,6 +50,15 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return scaled.to(gradient.dtype), None, None, None, None, None
 
 
+def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post, chunk: int) -> Tensor:
+    """What `_FrozenHeadCrossEntropy` computes."""
+    losses = [
+        F.cross_entropy(post(F.linear(rows, weight, bias).float()), wanted, reduction="none")
+        for rows, wanted in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    return torch.cat(losses)
+
+
 def _post_processing(config) -> Callable[[Tensor], Tensor]:
     """What the model does to its logits after the head (Gemma-2 caps them, Cohere and Granite scale them)."""
     cap = getattr(config, "final_logit_softcapping", None)
@@ -129,9 +138,9 @@ class ExampleLoss(nn.Module):
         if not self._fused:
             return (taken.unsqueeze(0), *args[1:])
         chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-        current.losses = _FrozenHeadCrossEntropy.apply(
-            taken, head.weight, head.bias, current.targets, self._post, chunk
-        )
+        # Without a graph nothing is kept; plain operations also carry a tangent (`sketch.zeroth_order`).
+        cross_entropy = _FrozenHeadCrossEntropy.apply if torch.is_grad_enabled() else _cross_entropy
+        current.losses = cross_entropy(taken, head.weight, head.bias, current.targets, self._post, chunk)
         return (hidden[:1, :1], *args[1:])
 
     def _after_head(self, _head: nn.Module, _args: tuple, logits: Tensor) -> None:

@@ -106,6 +106,7 @@ class Display:
             f"lr {report.learning_rate:.2e}",
             f"{report.seconds['step']:.3f} s ({phase_shares(report.seconds)})",
             *([] if report.floor is None else [f"step/floor {report.floor:.3f}"]),
+            *nearness(report.telemetry),
             f"peak {rank_memory(report.peak_bytes)}",
             f"left {timedelta(seconds=round(left))}",
         ]
@@ -117,6 +118,7 @@ class Display:
         for name, value in (
             ("loss", f"{report.loss:.4f}"),
             ("learning rate", f"{report.learning_rate:.2e}"),
+            ("selection", "  ".join(nearness(report.telemetry)) or "-"),
             ("time per step", f"{report.seconds['step']:.3f} s: {phase_shares(report.seconds)}"),
             ("step / bare floor", floor),
             (self._memory_label, rank_memory(report.peak_bytes)),
@@ -137,6 +139,16 @@ def phase_shares(seconds: dict[str, float]) -> str:
     shares = {phase: taken / seconds["step"] for phase, taken in seconds.items() if phase != "step"}
     longest_first = sorted(shares.items(), key=lambda item: -item[1])
     return ", ".join(f"{phase} {share:.0%}" for phase, share in longest_first if share >= _LEAST_SHARE)
+
+
+def nearness(telemetry: dict[str, float]) -> list[str]:
+    """How far the coreset's mean is from the candidates', beside that of a random draw with the same quotas."""
+    names = {"sketch": "sketch error", "match": "gradient error"}
+    return [
+        f"{name} {telemetry[f'{measure}_error']:.2f} (random {telemetry[f'{measure}_error_stratified']:.2f})"
+        for measure, name in names.items()
+        if f"{measure}_error" in telemetry
+    ]
 
 
 def rank_memory(peak_bytes: Sequence[int]) -> str:

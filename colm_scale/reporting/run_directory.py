@@ -98,6 +98,7 @@ def metrics_row(report: StepReport) -> dict[str, object]:
         "kept": selection.kept,
         "invalid": selection.invalid,
         "overflow": selection.overflow,
+        "telemetry": report.telemetry,
     }
 
 

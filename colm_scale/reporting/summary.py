@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from colm_scale.records import StepReport, long_tensor
+from colm_scale.reporting.worth import Worth
 
 _FORWARD_BACKWARD = ("sketch", "train")
 """Phases that are forwards and backwards of the model; everything else is overhead or the optimizer."""
@@ -70,7 +71,8 @@ class RunSummary:
     ):
         self._names, self._small, self._memory_label = list(source_names), small, memory_label
         self.sizes = sizes
-        self.candidates, self.selected, self.kept = torch.zeros(3, len(source_names), dtype=torch.int64).unbind()
+        counts = torch.zeros(4, len(source_names), dtype=torch.int64)
+        self.candidates, self.selected, self.kept, self.protected = counts.unbind()
         self._too_long = {"dropped": dropped or {}, "cut": cut or {}}
         self._evaluations: list[Evaluation] = []
         self._seconds: list[float] = []
@@ -79,13 +81,17 @@ class RunSummary:
         self._without_update = 0
         self._exchanged: Counter[str] = Counter()
         self._peaks: dict[str, dict[str, list[int]]] = {}
+        self._worth = Worth()
 
     def report(self, report: StepReport) -> None:
         """Add one step."""
         sources, selection = report.candidates.sources, report.selection
         self.candidates += self._per_source(sources)
         self.selected += self._per_source(sources[selection.positions])
-        self.kept += self._per_source(sources[selection.positions[: selection.kept]])
+        kept = selection.positions[: selection.kept]
+        self.kept += self._per_source(sources[kept])
+        if report.candidates.protected is not None:
+            self.protected += self._per_source(sources[kept[report.candidates.protected[kept]]])
         total = report.seconds["step"]
         inside = sum(report.seconds.get(phase, 0.0) for phase in _FORWARD_BACKWARD)
         self._seconds.append(total)
@@ -95,6 +101,7 @@ class RunSummary:
         if report.floor is not None:
             self._floors.append(report.floor)
         self._exchanged.update(report.exchanged_bytes)
+        self._worth.add(report.telemetry)
         for kind, by_phase in report.phase_peak_bytes.items():
             so_far = self._peaks.setdefault(kind, {})
             for phase, peaks in by_phase.items():
@@ -106,6 +113,7 @@ class RunSummary:
             "candidates": self.candidates.tolist(),
             "selected": self.selected.tolist(),
             "kept": self.kept.tolist(),
+            "protected": self.protected.tolist(),
             "evaluations": [asdict(evaluation) for evaluation in self._evaluations],
             "seconds": self._seconds,
             "outside": self._outside,
@@ -113,16 +121,18 @@ class RunSummary:
             "without_update": self._without_update,
             "exchanged": self._exchanged,
             "peaks": self._peaks,
+            "worth": self._worth.state(),
         }
 
     def load(self, state: dict) -> None:
         """Go on from what `state` returned."""
-        for name in ("candidates", "selected", "kept"):
+        for name in ("candidates", "selected", "kept", "protected"):
             getattr(self, name).copy_(long_tensor(state[name]))
         self._evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
         self._without_update = state["without_update"]
         self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]
+        self._worth.load(state["worth"])
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation; the first and the last are compared."""
@@ -150,12 +160,13 @@ class RunSummary:
 
     def render(self, places: Mapping[str, Path]) -> Group:
         """All tables; ``places`` says where things are, e.g. ``{"adapter": ..., "metrics": ..., "log": ...}``."""
-        return Group(self.source_table(), *map(self.rank_table, self._peaks), self.closing_table(places))
+        told = map(Text, self._worth.sentences())
+        return Group(self.source_table(), *map(self.rank_table, self._peaks), self.closing_table(places), *told)
 
     def source_table(self) -> Table:
         """One row per source, then totals. Sources that left no training example have a row too."""
         too_long = {title: counts for title, counts in self._too_long.items() if any(counts.values())}
-        table = _table("source", "examples", "candidates", "selected", "kept", *too_long, "held-out loss", "accuracy")
+        table = _table("source", *self._columns(), *too_long, "held-out loss", "accuracy")
         held_out = [evaluation.losses for evaluation in self._evaluations[-1:]]
         names = dict.fromkeys(chain(self._names, *too_long.values(), *held_out))
         for source, name in enumerate(names):
@@ -178,7 +189,7 @@ class RunSummary:
         return table
 
     def closing_table(self, places: Mapping[str, Path]) -> Table:
-        """Where things are and what a step cost."""
+        """Where things are, what a step cost, and what its selection was worth."""
         floor = self.measured_over_floor
         exchanged = self.exchanged_bytes
         by_phase = ", ".join(f"{phase} {count:,.0f}" for phase, count in exchanged.items())
@@ -192,6 +203,8 @@ class RunSummary:
         if floor is not None:
             _add_row(table, "step / bare floor", f"{floor:.3f} (median of {len(self._floors)})")
         _add_row(table, "exchanged bytes per step", f"{sum(exchanged.values()):,.0f} ({by_phase or 'one rank'})")
+        for name, value in self._worth.rows().items():
+            _add_row(table, name, value)
         return table
 
     def _add_totals(self, table: Table, too_long: list[str]) -> None:
@@ -201,12 +214,16 @@ class RunSummary:
         accuracy = self._change(lambda e: e.accuracy, ".1%")
         small = self._change(lambda e: e.small_loss, ".3f")
         _add_row(table, "mean over examples", *self._counts(slice(None)), *too_long, natural, _NONE)
-        _add_row(table, "mean over sources", *[_NONE] * 4, *blank, by_source, accuracy)
+        _add_row(table, "mean over sources", *[_NONE] * len(self._columns()), *blank, by_source, accuracy)
         _add_row(table, "small sources", *self._counts(self._small), *blank, small, _NONE)
 
     def _counts(self, which: slice | Tensor) -> list[str]:
-        columns = (self.sizes, self.candidates, self.selected, self.kept)
-        return [f"{int(column[which].sum()):,}" for column in columns]
+        return [f"{int(column[which].sum()):,}" for column in self._columns().values()]
+
+    def _columns(self) -> dict[str, Tensor]:
+        """Counts per source, by the title of their column; those of protected candidates only where there are any."""
+        counts = {"examples": self.sizes, "candidates": self.candidates, "selected": self.selected, "kept": self.kept}
+        return counts | ({"protected": self.protected} if self.protected.any() else {})
 
     def _change(self, value: Callable[[Evaluation], float | None], form: str) -> str:
         """A number of the first evaluation and, if there are two, of the last."""

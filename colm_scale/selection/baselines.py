@@ -8,22 +8,27 @@ from torch import Tensor
 from colm_scale.records import Quota, Selection
 
 
-def stratified(sources: Tensor, quota: Quota, generator: torch.Generator) -> Selection:
+def stratified(sources: Tensor, quota: Quota, generator: torch.Generator, unbiased: bool = False) -> Selection:
     """The kept candidates and quotas of CoLM, but a uniform draw within each source.
 
     Args:
         sources: ``[n]`` source of each candidate.
         generator: Rank-equal.
+        unbiased: Let the picks of a source count for all its candidates that are not kept, rather than 1 each.
     """
-    positions = [quota.kept]
+    positions, weights = [quota.kept], [torch.full((len(quota.kept),), quota.kept_weight if unbiased else 1.0)]
     for source, count in enumerate(quota.per_source.tolist()):
-        positions.append(_draw((sources == source).nonzero().flatten(), count, generator))
-    return _equally_weighted(torch.cat(positions), kept=len(quota.kept), overflow=quota.overflow)
+        # Shuffled even for 0, so that a source's quota moves no other draw.
+        shuffled = _shuffled((sources == source).nonzero().flatten(), generator)
+        others = shuffled[~torch.isin(shuffled, quota.kept)]
+        positions.append(others[:count].sort().values)
+        weights.append(torch.full((count,), len(others) / count if unbiased and count else 1.0))
+    return Selection(torch.cat(positions), torch.cat(weights), kept=len(quota.kept), overflow=quota.overflow)
 
 
 def random(n: int, budget: int, generator: torch.Generator) -> Selection:
     """``budget`` of ``n`` candidates, uniformly (all of them if that is fewer)."""
-    return _equally_weighted(_draw(torch.arange(n), budget, generator))
+    return _equally_weighted(_shuffled(torch.arange(n), generator)[:budget].sort().values)
 
 
 def full(n: int) -> Selection:
@@ -31,10 +36,9 @@ def full(n: int) -> Selection:
     return _equally_weighted(torch.arange(n))
 
 
-def _draw(positions: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` of ``positions`` in ascending order. Draws even for 0, so that a source's quota moves no other draw."""
-    return positions[torch.randperm(len(positions), generator=generator)[:count]].sort().values
+def _shuffled(positions: Tensor, generator: torch.Generator) -> Tensor:
+    return positions[torch.randperm(len(positions), generator=generator)]
 
 
-def _equally_weighted(positions: Tensor, kept: int = 0, overflow: int = 0) -> Selection:
-    return Selection(positions, torch.ones(len(positions)), kept=kept, overflow=overflow)
+def _equally_weighted(positions: Tensor) -> Selection:
+    return Selection(positions, torch.ones(len(positions)))

@@ -3,16 +3,36 @@
 The value of a set of picks is the sum over candidates of the similarity to the most similar pick. Similarities are
 first rounded to whole multiples of one tiny unit, held in float64: then every sum is exact, gains can be updated
 instead of recomputed, ties are real ties, and the picks depend on no order of addition, device or number of threads.
+
+*Rounds.* A pick takes from another's gain only where it covers a candidate that the other would cover better too. So,
+in descending order of gain, a candidate that improves on nobody on whom an earlier one improves keeps its gain until
+it is picked. All such candidates are picks, found at once; sorted by gain they are in greedy's order. Half of 128
+candidates takes about 12 rounds of a few array operations each, half of 4,096 about 120.
+
+*Lists.* After a few picks hardly any candidate is more similar to another than the pick that covers that one: 1 to 9 %
+of the pairs after 8 picks. Of many candidates only these pairs are listed, and only those of candidates that a round
+covers better are looked at. The first picks are found by lazy greedy (Minoux 1978).
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+_WINDOW = 32
+"""Candidates that a round looks at."""
+_WINDOW_ON_DEVICE = 128
+_FEW = 256
+"""Most candidates whose pairs are not listed: there rows are short, and the number of operations counts."""
+_FIRST = 8
+"""Picks before pairs are listed."""
+_BLOCK = 65536
+"""Similarities that are worked on at a time."""
 _BLOCK_ROWS = 1024
+_RANK = np.arange(_WINDOW)[:, None]
 
 
 def greedy(similarity: Tensor, k: int) -> Tensor:
@@ -23,8 +43,8 @@ def greedy(similarity: Tensor, k: int) -> Tensor:
 def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Pick ``k`` candidates, each the one that raises the value most; the lowest index wins ties.
 
-    A pick changes the gains of the others only through the candidates it now covers better, so the ``k`` picks cost
-    about ``n^2 ln k`` operations rather than ``n^2 k``.
+    On the CPU numpy does it, on one core: its small operations take a third of torch's time. Nothing else of size
+    ``n x n`` is held, but for a shifted copy where the smallest similarity is not 0, and 16 bytes per listed pair.
 
     Args:
         similarity: ``[n, n]``, symmetric; may be negative.
@@ -34,20 +54,56 @@ def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
         int64 ``[k]`` in the order of picking, and float64 ``[k]`` by how much each raised the value, which never grows.
         The first counts from the smallest similarity.
     """
+    if similarity.device.type != "cpu":
+        return greedy_on_device(similarity, k)
+    low, high = (float(end) for end in similarity.aminmax())
+    worth = (similarity.double() - low if low else similarity.double()).numpy()
+    n = len(worth)
+    exponent = math.frexp(high - low)[1] + n.bit_length()
+    lift = 1.5 * 2.0**exponent  # next to it float64 has no finer numbers than the unit: adding it rounds to the unit
+    picks, raised = np.empty(0, np.int64), np.empty(0)
+    if n <= _FEW:
+        pairs = _AllPairs(worth + lift - lift)
+    else:
+        slack = n * 2.0 ** (exponent - 50)  # more than rounding takes off the sums
+        picks, raised, covered = _first_picks(worth, lift, worth.sum(1) + slack, min(k, _FIRST))
+        if len(picks) == k:
+            return torch.from_numpy(picks), torch.from_numpy(raised)
+        pairs = _ListedPairs(worth, lift, covered)
+    gains = pairs.gains()
+    gains[picks] = -1
+    picks, raised = _rounds(pairs, gains, k, [picks], [raised])
+    return torch.from_numpy(picks), torch.from_numpy(raised)
+
+
+def greedy_on_device(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`greedy_with_gains` by torch, for a GPU: rounds again, but all excesses are computed anew from whole rows.
+
+    Holds a second matrix of float64. The host waits for the device three times a round, not once a pick.
+    """
     worth, unit = _whole_numbers(similarity)
-    covered = worth.new_zeros(len(worth))
-    gains = worth.sum(0)
-    picks, raised = [], worth.new_empty(k)
-    for number in range(k):
-        pick = int(gains.argmax())
-        picks.append(pick)
-        raised[number] = gains[pick]
-        for better in (worth[pick] > covered).nonzero().flatten().split(_BLOCK_ROWS):
-            old, new = covered[better], worth[pick, better]
-            gains -= worth[better].clamp_(old.unsqueeze(1), new.unsqueeze(1)).sum(0) - old.sum()
-            covered[better] = new
-        gains[pick] = -1  # below the gain of any candidate that is left, which is 0 or more
-    return torch.tensor(picks, dtype=torch.int64, device=similarity.device), raised * unit
+    covered, gains = worth.new_zeros(len(worth)), worth.sum(0)
+    rank = torch.arange(_WINDOW_ON_DEVICE, device=worth.device)[: len(worth)].unsqueeze(1)
+    picks, raised = [gains.new_empty(0, dtype=torch.int64)], [gains.new_empty(0)]
+    while (best := gains.max()) > 0 and (torch.cat(raised) > best).sum() < k:
+        top = gains.sort(descending=True, stable=True).indices[: len(rank)]
+        better = worth[top] > covered
+        first = torch.where(better, rank, len(rank)).amin(0)
+        free = ~(better & (first < rank)).any(1) & (gains[top] >= 0)
+        chosen = top[free]
+        picks.append(chosen)
+        raised.append(gains[chosen])
+        rows = (free[first.clamp(max=len(rank) - 1)] & (first < len(rank))).nonzero().flatten()
+        for some in rows.split(_BLOCK_ROWS):
+            old, new = covered[some], worth[top[first[some]], some]
+            gains -= worth[some].clamp_(old.unsqueeze(1), new.unsqueeze(1)).sum(0) - old.sum()
+            covered[some] = new
+        gains[chosen] = -1
+    left = (gains >= 0).nonzero().flatten()
+    picks, raised = torch.cat([*picks, left]), torch.cat([*raised, gains[left]])
+    by_index = picks.argsort()
+    order = by_index[raised[by_index].argsort(descending=True, stable=True)][:k]
+    return picks[order], raised[order] * unit
 
 
 def objective(similarity: Tensor, picks: Tensor) -> float:
@@ -63,6 +119,152 @@ def cluster_sizes(similarity: Tensor, picks: Tensor) -> Tensor:
     owner = similarity[:, picks].argmax(1)
     owner[picks] = torch.arange(len(picks), device=picks.device)
     return torch.bincount(owner, minlength=len(picks))
+
+
+def _rounds(
+    pairs: _AllPairs | _ListedPairs, gains: np.ndarray, k: int, picks: list[np.ndarray], raised: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` picks, some of them given, and by how much each raised the value.
+
+    Args:
+        gains: ``[n]`` of the candidates, -1 for those that are picked; overwritten.
+        picks: Arrays of picks that are known; extended.
+        raised: By how much each of them raised the value; extended.
+    """
+    made = sum(map(len, picks))
+    while (best := gains.max()) > 0 and (made < k or (np.concatenate(raised) > best).sum() < k):
+        top = _best(gains)
+        free, lost = pairs.cover(top)
+        chosen = top[free]
+        made += len(chosen)
+        picks.append(chosen)
+        raised.append(gains[chosen])
+        gains -= lost
+        gains[chosen] = -1
+    left = (gains >= 0).nonzero()[0]
+    picks, raised = np.concatenate([*picks, left]), np.concatenate([*raised, gains[left]])
+    order = np.lexsort((picks, -raised))[:k]
+    return picks[order], raised[order]
+
+
+def _best(gains: np.ndarray) -> np.ndarray:
+    """The candidates with the largest gains, in the order in which greedy would pick them."""
+    bar = max(0.0, np.partition(gains, -_WINDOW)[-_WINDOW]) if len(gains) > _WINDOW else 0.0
+    top = (gains >= bar).nonzero()[0]
+    return top[(-gains[top]).argsort(kind="stable")][:_WINDOW]
+
+
+def _first_picks(
+    worth: np.ndarray, lift: float, bounds: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first picks, by lazy greedy: a gain never grows, so what it was is a bound.
+
+    Args:
+        bounds: ``[n]`` not below the gains; overwritten.
+
+    Returns:
+        The picks, by how much each raised the value, and ``[n]`` how similar each candidate is to the nearest pick.
+    """
+    picks, raised, covered = np.empty(count, np.int64), np.empty(count), np.zeros(len(worth))
+    made = 0
+    while made < count:
+        top = _best(bounds)
+        bounds[top] = _gains(worth[top], lift, covered)
+        pick = bounds.argmax()
+        if pick in top:
+            picks[made], raised[made] = pick, bounds[pick]
+            covered = np.maximum(covered, worth[pick])
+            if made == 0:  # it takes most from all others, so most would be looked at next
+                bounds = np.concatenate([_gains(worth[rows], lift, covered) for rows in _blocks(len(worth))])
+            bounds[pick] = -1
+            made += 1
+    return picks, raised, covered
+
+
+def _gains(worth: np.ndarray, lift: float, covered: np.ndarray) -> np.ndarray:
+    """``[r]`` the gains of some candidates, from their rows ``[r, n]`` of similarities that are not rounded."""
+    above = worth + lift
+    above -= covered + lift
+    return np.maximum(above, 0, out=above).sum(1)
+
+
+def _blocks(n: int) -> list[slice]:
+    """All of ``n`` rows of ``n`` numbers, a block at a time that stays in the cache."""
+    rows = max(1, _BLOCK // n)
+    return [slice(start, start + rows) for start in range(0, n, rows)]
+
+
+class _AllPairs:
+    """Every pair: ``worth`` ``[n, n]``, rounded."""
+
+    def __init__(self, worth: np.ndarray):
+        self._worth, self._covered = worth, np.zeros(len(worth))
+
+    def gains(self) -> np.ndarray:
+        return self._worth.sum(1)
+
+    def cover(self, top: np.ndarray) -> tuple:
+        """Which of ``top`` are picks: bool ``[len(top)]``; and how much gain every candidate loses: ``[n]``."""
+        better = self._worth[top] > self._covered
+        free = ~(better & (better.argmax(0) < _RANK[: len(top)])).any(1)
+        nearest = self._worth[top[free]].max(0)
+        rows = (nearest > self._covered).nonzero()[0]
+        old, new = self._covered[rows], nearest[rows]
+        self._covered[rows] = new
+        lost = np.minimum(self._worth[rows], new[:, None])
+        np.maximum(lost, old[:, None], out=lost)
+        return free, lost.sum(0) - old.sum()
+
+
+class _ListedPairs:
+    """The pairs of which one is more similar to the other than the pick that covers that one, by the latter.
+
+    ``worth`` ``[n, n]`` is not rounded, so what a pick covers is rounded where it is needed.
+    """
+
+    def __init__(self, worth: np.ndarray, lift: float, covered: np.ndarray):
+        self._worth, self._lift, self._covered = worth, lift, covered
+        n = len(worth)
+        counts, candidates, values = [], [], []
+        for rows in _blocks(n):
+            block = worth[rows]
+            at = (block > covered[rows, None]).ravel().nonzero()[0]
+            starts = np.arange(0, block.size + 1, n)
+            counts.append(np.diff(np.searchsorted(at, starts)))
+            candidates.append(at - np.repeat(starts[:-1], counts[-1]))
+            values.append(block.ravel()[at])
+        self._counts = np.concatenate(counts)
+        self._starts = self._counts.cumsum() - self._counts
+        self._candidates = np.concatenate(candidates)
+        self._values = np.concatenate(values) + lift
+        self._first = np.empty(n, np.int64)
+
+    def gains(self) -> np.ndarray:
+        every = np.arange(len(self._worth))
+        return self._between(every, self._covered + self._lift, np.full(len(every), np.inf))
+
+    def cover(self, top: np.ndarray) -> tuple:
+        """As `_AllPairs.cover`."""
+        n = len(self._worth)
+        rows = self._worth[top]
+        at = (rows > self._covered).ravel().nonzero()[0]
+        by, of = np.divmod(at, n)
+        self._first[of[::-1]] = by[::-1]  # of several the last is kept: the first of the candidates
+        free = np.ones(len(top), bool)
+        free[by[self._first[of] != by]] = False
+        picked = free[by]
+        of, new = of[picked], rows.ravel()[at[picked]]
+        old, self._covered[of] = self._covered[of], new
+        return free, self._between(of, old + self._lift, new + self._lift)
+
+    def _between(self, of: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """``[n]`` the sum over ``of`` of how far each candidate's value lies above ``low``, at most up to ``high``."""
+        counts = self._counts[of]
+        ends = counts.cumsum()
+        at = np.repeat(self._starts[of] - ends + counts, counts) + np.arange(counts.sum())
+        above = np.minimum(self._values[at], np.repeat(high, counts))
+        above -= np.repeat(low, counts)
+        return np.bincount(self._candidates[at], np.maximum(above, 0, out=above), len(self._worth))
 
 
 def _whole_numbers(similarity: Tensor) -> tuple[Tensor, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,14 +12,17 @@ from colm_scale.errors import UserError
 from colm_scale.records import Quota
 
 
-def kept_sources(sizes: Tensor, names: Sequence[str], chosen: Sequence[str] | None) -> Tensor:
+def kept_sources(
+    sizes: Tensor, names: Sequence[str], chosen: Sequence[str] | None, quantile: float | None = None
+) -> Tensor:
     """Which sources enter the coreset with all their candidates.
 
     Args:
         sizes: ``[Q]`` training examples of each source.
         names: ``[Q]`` their names.
-        chosen: Names of the sources to keep; none of them for ``[]``. By default those with fewer examples than the
-            average source.
+        chosen: Names of the sources to keep; none of them for ``[]``. None: those that the rule tells.
+        quantile: The rule: this share of the sources, rounded down, the smallest (the lowest number among equals).
+            None: those with fewer examples than the average source (the paper's).
 
     Returns:
         ``[Q]`` bool.
@@ -27,8 +30,12 @@ def kept_sources(sizes: Tensor, names: Sequence[str], chosen: Sequence[str] | No
     Raises:
         UserError: A chosen name is no source of the training data.
     """
-    if chosen is None:
+    if chosen is None and quantile is None:
         return sizes * len(sizes) < sizes.sum()
+    if chosen is None:
+        kept = torch.zeros(len(sizes), dtype=torch.bool)
+        kept[sizes.argsort(stable=True)[: _whole(quantile * len(sizes))]] = True
+        return kept
     for name in chosen:
         if name not in names:
             (closest,) = difflib.get_close_matches(name, names, n=1, cutoff=0)
@@ -39,28 +46,72 @@ def kept_sources(sizes: Tensor, names: Sequence[str], chosen: Sequence[str] | No
     return torch.tensor([name in chosen for name in names], dtype=torch.bool)
 
 
-def allocate(sources: Tensor, kept: Tensor, budget: int, generator: torch.Generator) -> Quota:
+Share = Callable[[Tensor, int], Tensor]
+"""``[Q]`` quotas from the ``[Q]`` candidates that are not kept, and the most that the quotas may add up to."""
+
+
+def proportional(available: Tensor, total: int) -> Tensor:
+    """Quotas in proportion to candidates, rounded down, and then one more to each of those with the smallest quota (the
+    lowest id among equals) until the sum is met: the paper's `Share`."""
+    quota = available * total // max(int(available.sum()), 1)
+    return _top_up(quota, available, total - int(quota.sum()))
+
+
+def allocate(
+    sources: Tensor,
+    kept: Tensor,
+    budget: int,
+    generator: torch.Generator,
+    share: Share = proportional,
+    *,
+    protected: Tensor | None = None,
+    cap: float = 1.0,
+    by_source: bool = False,
+) -> Quota:
     """Share out the budget of one step.
 
-    Candidates of kept sources all enter; if they alone exceed the budget, a uniform subset of them does. What is left
-    goes to the other sources in proportion to their candidates, rounded down, and then one more to each of those with
-    the smallest quota (the lowest id among equals) until the sum is met.
+    Protected candidates all enter, then those of kept sources; if there is no room for all of either, a subset of them
+    does. What is left goes to the other sources, where protected candidates that did not fit are ranked like any other.
 
     Args:
         sources: ``[n]`` source of each candidate.
         kept: ``[Q]`` bool.
         budget: Size of the coreset; at ``n`` or more all candidates enter.
         generator: Draws the subset; rank-equal.
+        share: How what is left is shared out. What its quotas leave over is free, to be picked from any source.
+        protected: ``[n]`` bool, candidates that enter whatever their source; none by default.
+        cap: Share of the budget that kept and protected candidates may take; more where others cannot fill the rest.
+        by_source: Let the subset of those that do not all fit be of as many of each source as any has, or all that it
+            has. Otherwise it is uniform.
     """
-    positions = kept[sources].nonzero().flatten()
-    overflow = max(0, len(positions) - budget)
-    if overflow:
-        positions = positions[torch.randperm(len(positions), generator=generator)[:budget]].sort().values
-    others = torch.bincount(sources, minlength=len(kept)).masked_fill(kept, 0)
-    total = int(others.sum())
-    left = min(budget - len(positions), total)
-    quota = others * left // max(total, 1)
-    return Quota(positions, _top_up(quota, others, left - int(quota.sum())), overflow)
+    of_kept = kept[sources]
+    protected = torch.zeros_like(of_kept) if protected is None else protected
+    wanted = int((of_kept | protected).sum())
+    room = min(budget, max(_whole(cap * budget), budget - (len(sources) - wanted)))
+    entering = of_kept.new_zeros(len(sources))
+    for mask in (protected, of_kept & ~protected):
+        positions = mask.nonzero().flatten()
+        entering[_fitting(positions, sources, room - int(entering.sum()), by_source, generator)] = True
+    others = torch.bincount(sources[~entering], minlength=len(kept)).masked_fill(kept, 0)
+    left = min(budget - int(entering.sum()), int(others.sum()))
+    per_source = share(others, left)
+    overflow = wanted - int(entering.sum())
+    return Quota(entering.nonzero().flatten(), per_source, overflow, free=left - int(per_source.sum()))
+
+
+def expected_share(sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budget: int, cap: float) -> float:
+    """How many of the kept and protected candidates enter, over many steps: 1 if there is room for the average step's.
+
+    Args:
+        sizes: ``[Q]`` training examples of each source.
+        kept: ``[Q]`` bool.
+        protected: ``[Q]`` protected examples of each source.
+        n: Candidates of a step.
+        budget, cap: As in `allocate`.
+    """
+    wanted = n * int(torch.where(kept, sizes, protected).sum()) / int(sizes.sum())
+    room = min(budget, max(_whole(cap * budget), budget - (n - wanted)))
+    return min(1.0, room / wanted) if wanted else 1.0
 
 
 def reallocate(per_source: Tensor, available: Tensor) -> Tensor:
@@ -76,6 +127,23 @@ def reallocate(per_source: Tensor, available: Tensor) -> Tensor:
     """
     quota = torch.minimum(per_source, available)
     return _top_up(quota, available, int(per_source.sum() - quota.sum()))
+
+
+def _fitting(positions: Tensor, sources: Tensor, room: int, by_source: bool, generator: torch.Generator) -> Tensor:
+    """``positions``, or a draw of ``room`` of them; the generator is only touched if a draw is needed."""
+    if len(positions) <= room:
+        return positions
+    drawn = positions[torch.randperm(len(positions), generator=generator)]
+    if by_source:
+        counts = torch.bincount(sources[positions])
+        quota = _top_up(torch.zeros_like(counts), counts, room)
+        drawn = torch.cat([drawn[sources[drawn] == source][:count] for source, count in enumerate(quota.tolist())])
+    return drawn[:room]
+
+
+def _whole(number: float) -> int:
+    """Rounded down; but 0.29 * 100 is 29, although not in binary."""
+    return int(number + 1e-9)
 
 
 def _top_up(quota: Tensor, available: Tensor, missing: int) -> Tensor:

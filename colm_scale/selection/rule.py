@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
+from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
 from colm_scale.selection import baselines
-from colm_scale.selection.quota import allocate
+from colm_scale.selection.allocation import quotas, shares
+from colm_scale.selection.quota import Share, allocate, proportional
 from colm_scale.selection.select import select_coreset
+from colm_scale.selection.statistics import SourceStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +27,13 @@ class SelectionRule:
         config: The method, the budget, metric and weights.
         kept: ``[Q]`` bool, the sources that are kept.
         seed: Of the run; each step draws from its own generators, equal on every rank.
+        sizes: ``[Q]`` training examples of each source; only the temperature allocation needs them.
     """
 
     config: SelectionConfig
     kept: Tensor
     seed: int
+    sizes: Tensor | None = None
 
     @property
     def sketches(self) -> bool:
@@ -39,22 +45,64 @@ class SelectionRule:
         """The largest coreset the method can return."""
         return self.config.candidates if self.config.method == "full" else self.config.budget
 
-    def quota(self, candidates: Candidates) -> Quota:
-        """Kept candidates and the shares of the other sources (DESIGN 2.3)."""
+    def quota(self, candidates: Candidates, statistics: SourceStatistics | None = None) -> Quota:
+        """Kept candidates and the shares of the other sources (DESIGN 2.3).
+
+        Args:
+            statistics: Of the steps before; only the allocations that go by it need it.
+
+        Raises:
+            TrainingError: Not all kept candidates fit, and ``--selection.overflow`` is ``fail``.
+        """
         draw = generator(self.seed, "kept", candidates.step)
-        return allocate(candidates.sources, self.kept, self.config.budget, draw)
+        share = self._share(generator(self.seed, "allocation", candidates.step), statistics)
+        config = self.config
+        quota = allocate(
+            candidates.sources,
+            self.kept,
+            config.budget,
+            draw,
+            share,
+            protected=candidates.protected,
+            cap=config.kept_cap,
+            by_source=config.overflow == "shares",
+        )
+        if quota.overflow and config.overflow == "fail" and config.method in ("colm", "stratified"):
+            raise TrainingError(
+                f"step {candidates.step}: {quota.overflow} of {len(quota.kept) + quota.overflow} kept candidates do "
+                f"not fit into the coreset, and --selection.overflow is fail. Try a larger --selection.budget or "
+                f"--selection.kept_cap, fewer --selection.kept_sources or protected examples, or another "
+                f"--selection.overflow"
+            )
+        return quota
 
     def select(self, candidates: Candidates, quota: Quota, matrix: CandidateMatrix | None) -> Selection:
         """The coreset. ``matrix`` is needed exactly if `sketches`."""
         match self.config.method:
             case "colm":
-                return select_coreset(matrix, candidates.sources, quota, self.config.metric, self.config.weights)
+                draws = partial(generator, self.seed, self.config.ranking, candidates.step)
+                return select_coreset(matrix, candidates.sources, quota, self.config, draws)
             case "stratified":
-                return baselines.stratified(candidates.sources, quota, self._draw(candidates))
+                unbiased = self.config.weights == "unbiased"
+                return baselines.stratified(candidates.sources, quota, self._draw(candidates), unbiased)
             case "random":
                 return baselines.random(len(candidates), self.config.budget, self._draw(candidates))
             case "full":
                 return baselines.full(len(candidates))
+
+    def _share(self, lots: torch.Generator, statistics: SourceStatistics | None) -> Share:
+        config = self.config
+        match config.allocation:
+            case "proportional":
+                return proportional
+            case "none":
+                return lambda available, _: torch.zeros_like(available)
+
+        def share(available: Tensor, total: int) -> Tensor:
+            wanted = shares(config, self.sizes, available, statistics)
+            return quotas(wanted, available, total, config.allocation_floor, lots)
+
+        return share
 
     def _draw(self, candidates: Candidates) -> torch.Generator:
         return generator(self.seed, self.config.method, candidates.step)

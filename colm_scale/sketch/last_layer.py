@@ -1,13 +1,15 @@
-"""The exact per-example gradient of the probe tensor, of which only a few columns ever leave the rank (DESIGN 2.2).
+"""The exact per-example gradient of the probe tensors, of which only a few columns ever leave the rank (DESIGN 2.2).
 
-The gradient of example i is ``G_i = delta_i.T @ a_i``. A rank keeps its own examples' gradients as these factors (or
-multiplied out, where that is smaller) and answers three questions about them: the sum of the normalised rows per
-source, the rows at given columns, and the sums that the moments learn from. The sums are taken in fixed point: integer
-addition does not depend on order, so the answers do not depend on which rank holds which example.
+The gradient of example i in a probe is ``G_i = delta_i.T @ a_i``. A rank keeps its own examples' gradients as these
+factors (or multiplied out, where that is smaller) and answers three questions about them: the sum of the normalised
+rows per source, the rows at given columns, and the sums that the moments learn from. The sums are taken in fixed point:
+integer addition does not depend on order, so the answers do not depend on which rank holds which example.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,27 +25,25 @@ BLOCK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
-class Gradients:
-    """The probe tensor's gradients of one micro-batch, as factors or multiplied out, whichever holds fewer numbers.
+class Part:
+    """The gradients of one probe tensor of one micro-batch, as factors or multiplied out, whichever is smaller.
 
     Attributes:
-        rows: ``[B]`` row of each example in the candidate matrix.
         delta: ``[B, T, d_out]`` and
         a: ``[B, T, r]`` the factors, or None.
         product: ``[B, d_out, r]`` the gradients, or None.
     """
 
-    rows: Tensor
     delta: Tensor | None
     a: Tensor | None
     product: Tensor | None
 
     @classmethod
-    def of(cls, rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
+    def of(cls, delta: Tensor, a: Tensor) -> Part:
         tokens, d_out = delta.shape[1:]
         if tokens * (d_out + a.shape[2]) < d_out * a.shape[2]:
-            return cls(rows, delta, a, None)
-        return cls(rows, None, None, delta.transpose(1, 2) @ a)
+            return cls(delta, a, None)
+        return cls(None, None, delta.transpose(1, 2) @ a)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,16 +55,11 @@ class Gradients:
         """How many numbers are held."""
         return self.product.numel() if self.product is not None else self.delta.numel() + self.a.numel()
 
-    def blocks(self):
-        """Yield ``(columns, [B, columns])`` over all d columns, a few output rows of the probe at a time."""
-        d_out, r = self.shape
-        step = max(1, BLOCK_NUMBERS // (len(self.rows) * r))
-        for start in range(0, d_out, step):
-            out = slice(start, min(start + step, d_out))
-            block = (
-                self.product[:, out] if self.product is not None else self.delta[:, :, out].transpose(1, 2) @ self.a
-            )
-            yield slice(out.start * r, out.stop * r), block.flatten(1)
+    def rows(self, out: slice, examples: slice = slice(None)) -> Tensor:
+        """The gradients of some output rows of the probe, ``[B, rows * r]``."""
+        if self.product is not None:
+            return self.product[examples, out].flatten(1)
+        return (self.delta[examples, :, out].transpose(1, 2) @ self.a[examples]).flatten(1)
 
     def at(self, columns: Tensor) -> Tensor:
         """Entries ``[B, h]`` of the gradients; ``columns`` ``[B, h]`` are each example's own."""
@@ -76,15 +71,74 @@ class Gradients:
         return (delta * a).sum(1)
 
 
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """The gradients of one micro-batch: the d numbers of a row are those of its first probe, then of the next.
+
+    Attributes:
+        rows: ``[B]`` row of each example in the candidate matrix.
+        parts: One for each probe.
+    """
+
+    rows: Tensor
+    parts: tuple[Part, ...]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are held."""
+        return sum(part.numbers for part in self.parts)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield ``(columns, [B, columns])`` over all d columns, a few output rows of a probe at a time."""
+        before = 0
+        for part in self.parts:
+            d_out, r = part.shape
+            step = max(1, BLOCK_NUMBERS // (len(self.rows) * r))
+            for start in range(0, d_out, step):
+                out = slice(start, min(start + step, d_out))
+                yield slice(before + out.start * r, before + out.stop * r), part.rows(out)
+            before += d_out * r
+
+    def updates(self, moments: Moments) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield ``(examples, columns, [examples, columns])`` of the normalised rows: a few columns of all examples at a
+        time, or all columns of a few examples where the moments need whole rows."""
+        if not moments.whole_rows:
+            for columns, block in self.blocks():
+                yield slice(None), columns, moments.normalise(block, columns)
+            return
+        step = max(1, BLOCK_NUMBERS // moments.size)
+        for start in range(0, len(self.rows), step):
+            examples = slice(start, start + step)
+            rows = torch.cat([part.rows(slice(None), examples) for part in self.parts], dim=1)
+            yield examples, slice(None), moments.normalise(rows)
+
+    def updates_at(self, columns: Tensor, moments: Moments) -> Tensor:
+        """Entries ``[B, h]`` of the normalised rows; ``columns`` ``[B, h]`` are each example's own."""
+        if not moments.whole_rows:
+            return moments.normalise(self.at(columns), columns)
+        return torch.cat([u.gather(1, columns[examples]) for examples, _, u in self.updates(moments)])
+
+    def at(self, columns: Tensor) -> Tensor:
+        """Entries ``[B, h]`` of the gradients; ``columns`` ``[B, h]`` are each example's own."""
+        entries = torch.zeros(columns.shape, device=columns.device)
+        before = 0
+        for part in self.parts:
+            size = math.prod(part.shape)
+            inside = (columns >= before) & (columns < before + size)
+            entries = torch.where(inside, part.at((columns - before).clamp(0, size - 1)), entries)
+            before += size
+        return entries
+
+
 def sketch(tap: Tap, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Gradients]:
-    """One forward and one backward of the last block.
+    """One forward, and one backward of the probed blocks.
 
     Returns:
         losses ``[B]``; the largest entry of each gradient ``[B]``, NaN or infinite where the gradient is not finite;
         the gradients.
     """
-    losses, delta, a = tap.factors(batch)
-    gradients = Gradients.of(rows, delta, a)
+    losses, factors = tap.factors(batch)
+    gradients = Gradients(rows, tuple(Part.of(delta, a) for delta, a in factors))
     largest = torch.stack([block.abs().amax(1) for _, block in gradients.blocks()]).amax(0)
     return losses, largest, gradients
 
@@ -100,13 +154,13 @@ def source_sums(held: list[Gradients], groups: Tensor, num_groups: int, moments:
     Returns:
         int32 ``[num_groups, d]``.
     """
-    sums = torch.zeros(num_groups, len(moments.first), dtype=torch.int32, device=moments.first.device)
+    sums = torch.zeros(num_groups, moments.size, dtype=torch.int32, device=groups.device)
     for gradients in held:
-        counted = (groups[gradients.rows] >= 0) & valid[gradients.rows]
-        of = groups[gradients.rows][counted]
-        for columns, block in gradients.blocks():
-            fixed = to_fixed(moments.normalise(block[counted], columns), len(groups))
-            sums[:, columns].index_add_(0, of, fixed)
+        of = groups[gradients.rows]
+        counted = (of >= 0) & valid[gradients.rows]
+        for examples, columns, u in gradients.updates(moments):
+            some = counted[examples]
+            sums[:, columns].index_add_(0, of[examples][some], to_fixed(u[some], len(groups)))
     return sums
 
 
@@ -126,7 +180,7 @@ def rows_at(held: list[Gradients], columns: Tensor, groups: Tensor, moments: Mom
     for gradients in held:
         group = groups[gradients.rows]
         own = columns[group.clamp(min=0)]
-        rows.append(moments.normalise(gradients.at(own), own) * (group >= 0).unsqueeze(1))
+        rows.append(gradients.updates_at(own, moments) * (group >= 0).unsqueeze(1))
     return torch.cat(rows)
 
 
@@ -135,7 +189,7 @@ def moment_sums(held: list[Gradients], picked: Tensor, d: int, exponent: int) ->
 
     Args:
         picked: ``[s]`` bool.
-        d: Numbers in the probe tensor.
+        d: Numbers in the probe tensors.
         exponent: Every entry of a picked gradient is below ``2**exponent`` in size.
 
     Returns:

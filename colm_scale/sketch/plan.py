@@ -7,28 +7,41 @@ sketch, does not depend on the number of ranks.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from colm_scale.records import Candidates, Quota, SketchPlan
 from colm_scale.selection.route import deal, form_micro_batches
 
 
-def plan_sketch(candidates: Candidates, quota: Quota, world_size: int, token_budget: int) -> SketchPlan:
+def plan_sketch(
+    candidates: Candidates,
+    quota: Quota,
+    world_size: int,
+    token_budget: int,
+    known: Tensor | None = None,
+    joint: bool = False,
+) -> SketchPlan:
     """Plan the sketch of one step.
 
     Candidates that are kept, and those of a source without a quota, are not forwarded: nothing is decided about them.
     A source is *ranked*, and takes part in choosing columns, if its quota is smaller than what it has.
+
+    Args:
+        known: ``[n]`` bool, candidates that are ranked like the others, but need no forward; none by default.
+        joint: Whether sources are ranked together.
     """
     positions = quota.to_sketch(candidates.sources)
     sources = candidates.sources[positions]
-    present, counts = sources.unique(return_counts=True)
-    ranked = present[quota.per_source[present] < counts]
+    there = torch.bincount(sources, minlength=len(quota.per_source))
+    ranked = (quota.per_source < there)[sources] & (quota.free < len(positions))
+    compared = torch.zeros_like(sources) if joint else sources
     groups = torch.full_like(sources, -1)
-    for group, source in enumerate(ranked.tolist()):
-        groups[sources == source] = group
-    micro_batches = form_micro_batches(candidates.lengths, positions, token_budget)
+    present, groups[ranked] = compared[ranked].unique(return_inverse=True)
+    unknown = positions if known is None else positions[~known[positions]]
+    micro_batches = form_micro_batches(candidates.lengths, unknown, token_budget)
     return SketchPlan(
         positions=positions,
         groups=groups,
-        num_groups=len(ranked),
+        num_groups=len(present),
         shares=deal(micro_batches, candidates.lengths, world_size),
     )

@@ -76,6 +76,26 @@ OPTIONS = {
     "budget too large": Case("--selection.budget 17", ("--selection.budget is 17", "--selection.candidates (16)")),
     "budget zero": Case("--selection.budget 0", ("--selection.budget is 0", "at least 1")),
     "no candidates": Case("--selection.candidates 0", ("--selection.candidates is 0", "at least 1")),
+    "highest lengths": Case(
+        "--selection.estimator length --selection.ranking top", ("ranking top", "--selection.estimator loss"),
+    ),
+    "joint draws": Case(
+        "--selection.joint true --selection.ranking systematic", ("--selection.joint true", "systematic", "matching")
+    ),
+    "no allocation": Case("--selection.allocation none", ("--selection.allocation none", "--selection.joint true")),
+    "no allocation and no ranking": Case(
+        "--selection.allocation none --selection.joint true --selection.method stratified",
+        ("--selection.allocation none", "--selection.method stratified", "colm"),
+    ),
+    "clusters without medoids": Case(
+        "--selection.weights cluster --selection.ranking matching", ("--selection.weights cluster", "facility")
+    ),
+    "unbiased extremes": Case(
+        "--selection.weights unbiased --selection.ranking top", ("--selection.ranking top", "uniform", "importance")
+    ),
+    "too many to compare": Case(
+        "--selection.candidates 8193 --selection.ranking matching", ("--selection.candidates 8193", "at most 8192")
+    ),
     "no steps": Case("--train.steps 0", ("--train.steps is 0", "at least 1")),
     "steps and epochs": Case("--train.epochs 1", ("--train.steps 2", "--train.epochs 1", "give one")),
     "deepspeed without a file": Case("--engine deepspeed", ("--engine deepspeed", "--ds_config FILE")),
@@ -120,6 +140,10 @@ FILES = {
     ),
     "output not text": data(lines((7, {"instruction": "a", "output": 5, "source": "a"})), "line 7", "'output' is 5"),
     "a source missing": data(lines((5, {"instruction": "a", "output": "b"})), "line 5", "no source", "'source'"),
+    "an odd mark of protection": data(
+        lines((6, {"instruction": "a", "output": "b", "source": "a", "protected": "yes"})),
+        *("line 6", "'protected' is \"yes\"", "--data.protected_column"),
+    ),
     "short CSV line": data("instruction,output\na,b\nc\n", "train.csv line 3", "1 cells", name="train.csv"),
     "a twisted chat": data(
         json.dumps({"messages": [{"role": "usr", "content": "a"}]}), "line 1", "messages[0]", '"usr"', "user, assistant"
@@ -153,7 +177,25 @@ FILES = {
         options="--train.max_grad_norm 0.5",
     ),
     "ds_config with a type": ds('{"bf16": {"enabled": true}}', "bf16", "--train.dtype", "float32"),
-    "ds_config with an optimizer": ds('{"optimizer": {"type": "SGD"}}', '{"type": "SGD"}', "AdamW"),
+    "ds_config with an optimizer": ds('{"optimizer": {"type": "SGD"}}', '{"type": "SGD"}', "--train.optimizer"),
+    "whole matrices in shards": good(
+        "--engine fsdp --train.optimizer muon", "--train.optimizer muon", "whole", "fsdp", "single", "ddp"
+    ),
+    "whole matrices under ZeRO-1": ds(
+        '{"zero_optimization": {"stage": 1}}', "--train.optimizer adafactor", "ZeRO-1", "single", "ddp",
+        options="--train.optimizer adafactor",
+    ),
+    "tiny epsilon": good("--train.optimizer adafactor --train.adam_epsilon 1e-30", "--train.adam_epsilon", "1e-15"),
+    "exact derivatives under ZeRO-3": ds(
+        '{"zero_optimization": {"stage": 3}}', "--selection.derivative exact", "ZeRO-3", "--engine fsdp",
+        options="--selection.estimator zeroth_order --selection.derivative exact",
+    ),
+    "no such proxy": good("--selection.proxy {here}/no_proxy", "--selection.proxy", "no_proxy", "cannot load a model"),
+    "a proxy that is no causal model": good(
+        "--selection.proxy {here}/../encoder", "--selection.proxy", "not a causal language model"
+    ),
+    "all blocks as a proxy": good("--selection.proxy_blocks 8", "--selection.proxy_blocks is 8", "below the 8 blocks"),
+    "reused columns": good("--selection.reuse 3", "--selection.reuse 3", "--selection.compression countsketch"),
     "no such model": good("", "no_model", "cannot load a model", model="no_model"),
     "not causal": good("", "not a causal language model", "BertForMaskedLM", model="encoder"),
     "its own code": good("", "own code", "--model.trust_remote_code true", model="own_code"),
@@ -164,6 +206,9 @@ FILES = {
     "no folder to write to": good("--output_dir {here}/train.jsonl/a", "--output_dir", "be written"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),
     "no such target": good("--lora.targets w_proj", "--lora.targets", "w_proj", "self_attn.v_proj", model="base"),
+    "too many blocks": good(
+        "--selection.probe_blocks 99", "--selection.probe_blocks is 99", "has 8 blocks", model="base"
+    ),
     "probe without adapter": good("--lora.targets q_proj", "v_proj", "--lora.targets", model="base"),
     "no such adapter": good("--lora.adapter {here}/no", "--lora.adapter", "/no", "no adapter", model="base"),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from colm_scale.config import SelectionConfig
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Quota
 from colm_scale.selection.facility import cluster_sizes, objective
 from colm_scale.selection.mask import source_sums, top_columns
-from colm_scale.selection.moments import Moments
+from colm_scale.selection.moments import AdamMoments
 from colm_scale.selection.quota import allocate
 from colm_scale.selection.select import select_coreset
 from colm_scale.selection.similarity import similarities
@@ -37,7 +39,7 @@ class Step:
     coefficients: Tensor
     """``[n, 1]`` of a rank-one case, else empty."""
     gradients: Tensor
-    moments: Moments
+    moments: AdamMoments
     """Before the step."""
     kept: Tensor
     per_source: Tensor
@@ -65,7 +67,7 @@ def load(path: Path) -> Case:
         meta = json.loads(str(stored["meta"]))
     kept_sources = torch.zeros(meta["Q"], dtype=torch.bool)
     kept_sources[meta["kept"]] = True
-    moments = Moments(*torch.zeros(2, meta["d"], dtype=torch.float64), 0, tuple(meta["betas"]), meta["eps"])
+    moments = AdamMoments(*torch.zeros(2, meta["d"], dtype=torch.float64), 0, tuple(meta["betas"]), meta["eps"])
     steps = []
     for t in (1, 2, 3):
         coefficients = numbers[f"coef_{t}"].double().unsqueeze(1) if meta["rank1"] else torch.empty(meta["n"], 0)
@@ -86,7 +88,7 @@ def load(path: Path) -> Case:
                 after=after,
             )
         )
-        moments = Moments(*after, t, moments.betas, moments.epsilon)
+        moments = AdamMoments(*after, t, moments.betas, moments.epsilon)
     return Case(meta, METRICS[meta["metric"]], kept_sources, steps)
 
 
@@ -133,7 +135,8 @@ def choose(case: Case, step: Step, rows: Tensor, weights: str = "uniform"):
     matrix = CandidateMatrix(
         positions, rows[positions], torch.ones(len(positions), dtype=torch.bool), torch.zeros(len(positions))
     )
-    return select_coreset(matrix, step.sources, quota, case.metric, weights)
+    config = SelectionConfig(metric=case.metric, weights=weights)
+    return select_coreset(matrix, step.sources, quota, config, partial(generator, 0, "facility"))
 
 
 def test_all_cases_are_here():
@@ -234,7 +237,7 @@ def test_one_number_per_candidate_stands_for_a_rank_one_row():
     found = [loaded for loaded in map(load, CASES) if loaded.meta["rank1"]]
     assert len(found) == 7
     for case in found:
-        moments = Moments(*torch.zeros(2, 1, dtype=torch.float64), 0, tuple(case.meta["betas"]), case.meta["eps"])
+        moments = AdamMoments(*torch.zeros(2, 1, dtype=torch.float64), 0, tuple(case.meta["betas"]), case.meta["eps"])
         for step in case.steps:
             line = moments.normalise(step.coefficients)
             selection = choose(case, step, line)

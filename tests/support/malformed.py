@@ -53,8 +53,11 @@ def malformed(seed: int, number: int) -> Malformed:
 
 def _rows(rng: Random, chats: bool) -> list[dict[str, Any]]:
     kind = rng.randrange(3 if chats else 2)
-    sources = rng.random() < 0.5
-    return [_row(rng, kind) | ({"source": rng.choice("ab")} if sources else {}) for _ in range(rng.randint(1, 6))]
+    sources, protected = rng.random() < 0.5, rng.random() < 0.2
+    more = {"protected": rng.choice((True, "false", 0))} if protected else {}
+    return [
+        _row(rng, kind) | ({"source": rng.choice("ab")} if sources else {}) | more for _ in range(rng.randint(1, 6))
+    ]
 
 
 def _row(rng: Random, kind: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colm_scale.distributed.engine import Engine, Update, optimizer_tensors, trainable
+from colm_scale.distributed.engine import Engine, LossScale, Update, optimizer_tensors, trainable
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.shards import local_tensors
@@ -23,6 +23,10 @@ class EngineSpy:
         self.inner, self.module, self.name = engine, engine.module, engine.name
         self.forward, self.backward, self.snapshot = engine.forward, engine.backward, engine.snapshot
         self.gradients: list[dict[str, Tensor]] = []
+
+    @property
+    def scale(self) -> LossScale:
+        return self.inner.scale
 
     def step(self, learning_rate: float) -> Update:
         self.gradients.append({name: self._gradient(p).clone() for name, p in trainable(self.module).items()})
@@ -53,6 +57,9 @@ class EstimatorSpy:
         self.inner, self._group = estimator, group
         self.steps: list[dict] = []
 
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._watch = LargestTensor() if not self.steps else nullcontext()
         self._before = live_numbers() if not self.steps else 0
@@ -62,7 +69,7 @@ class EstimatorSpy:
                 "own": len(plan.rows_of(self._group.rank)),
                 "padded": plan.most_rows * self._group.world_size,
                 "ranked": plan.num_groups,
-                "largest_micro_batch": max(len(batch.positions) for batch in batches),
+                "largest_micro_batch": max((len(batch.positions) for batch in batches), default=0),
             }
         )
         with self._watch:
@@ -76,7 +83,7 @@ class EstimatorSpy:
         self.steps[-1] |= {
             "held": getattr(self.inner, "held_numbers", 0),
             "matrix": {name: getattr(matrix, name) for name in ("positions", "rows", "valid", "losses")},
-            "coefficients": getattr(self.inner, "_coefficients", None),
+            "coefficients": getattr(getattr(self.inner, "inner", self.inner), "_coefficients", None),
         }
         return matrix
 
@@ -85,8 +92,7 @@ class EstimatorSpy:
             self.inner.learn(selection)
         if len(self.steps) == 1:
             self.steps[0]["largest"] = self._watch.numbers
-        moments = self.inner.moments
-        self.steps[-1]["moments"] = (moments.first, moments.second)
+        self.steps[-1]["moments"] = tuple(self.inner.moments.tensors().values())
 
 
 class LargestTensor(TorchDispatchMode):

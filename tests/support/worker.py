@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
-from colm_scale.config import FsdpConfig, LoraConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import FsdpConfig, LoraConfig, ProfileConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.ds_config import read_ds_config
@@ -41,7 +41,8 @@ from colm_scale.errors import TrainingError, UserError
 from colm_scale.inputs import Inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import decoder_blocks, find_probe
+from colm_scale.modeling.probe import decoder_blocks, find_probes
+from colm_scale.modeling.proxy import add_probes, load_proxy
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
@@ -64,6 +65,8 @@ EPSILON = 1e-3 * (327_680 / D) ** 0.5
 root). With a shorter one the rounding of the two losses decides between candidates, and ids soon differ."""
 RATE = 1e-3
 STEPS = 6
+REUSE_STEPS = 9
+"""Two epochs of four steps, and the beginning of a third."""
 FLOOR_AFTER = 3
 
 
@@ -77,6 +80,7 @@ class Case:
     floor: bool = False
     break_after: int | None = None
     """Save after this step, and go on from the checkpoint with everything made anew."""
+    match_every: int = 0
 
 
 def _selection(**options) -> SelectionConfig:
@@ -97,6 +101,56 @@ CASES = {
     "not_clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.0}),
     "checkpointed": Case(_selection(), steps=2, train={"activation_checkpointing": True}),
     "broken": Case(_selection(), break_after=3),
+    "matched": Case(_selection(), steps=3, match_every=1),
+    **{name: Case(_selection(), 3, {"optimizer": name}) for name in ("sgd", "lion", "adafactor", "muon")},
+    **{
+        f"{name}_broken": Case(_selection(), 3, {"optimizer": name}, break_after=1)
+        for name in ("sgd", "lion", "adafactor", "muon")
+    },
+    "neyman": Case(
+        _selection(method="stratified", allocation="neyman", kept_sources=[]), train={"activation_checkpointing": True}
+    ),
+    "agreement": Case(_selection(allocation="agreement", kept_sources=[])),
+    "agreement_broken": Case(_selection(allocation="agreement", kept_sources=[]), break_after=3),
+    "excess_loss": Case(_selection(method="stratified", allocation="excess_loss", kept_sources=[])),
+    "loss": Case(_selection(estimator="loss"), 3),
+    "loss_broken": Case(_selection(estimator="loss"), 3, break_after=1),
+    "length": Case(_selection(estimator="length"), 3),
+    "length_broken": Case(_selection(estimator="length"), 3, break_after=1),
+    "reused_1": Case(_selection(estimator="zeroth_order", perturbation=EPSILON, reuse=3), REUSE_STEPS),
+    **{
+        f"reused_3{broken}": Case(
+            _selection(estimator="zeroth_order", perturbation=EPSILON, num_probes=3, reuse=99),
+            REUSE_STEPS,
+            break_after=6 if broken else None,
+        )
+        for broken in ("", "_broken")
+    },
+    **{
+        f"reused_sketch{broken}": Case(
+            _selection(compression="countsketch", reuse=3), REUSE_STEPS, break_after=6 if broken else None
+        )
+        for broken in ("", "_broken")
+    },
+    "countsketch": Case(_selection(compression="countsketch", weights="cluster"), 3),
+    "countsketch_broken": Case(_selection(compression="countsketch", weights="cluster"), 3, break_after=1),
+    "kronecker": Case(_selection(compression="kronecker", weights="cluster"), 3),
+    "kronecker_broken": Case(_selection(compression="kronecker", weights="cluster"), 3, break_after=1),
+    "probes": Case(_selection(probe="k", probe_blocks=2, weights="cluster"), 3),
+    "probes_branched": Case(
+        _selection(estimator="zeroth_order", num_probes=2, perturbation=EPSILON, probe="mlp", probe_blocks=3), 3
+    ),
+    "proxy": Case(_selection(proxy_blocks=2), 3, floor=True),
+    "proxy_reused": Case(_selection(estimator="zeroth_order", num_probes=2, proxy_blocks=1, reuse=99), REUSE_STEPS),
+    "exact": Case(_selection(estimator="zeroth_order", num_probes=2, derivative="exact"), 2),
+    "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}),
+    "no_tail": Case(_selection(estimator="zeroth_order", num_probes=2, float32_blocks=0), 1, {"dtype": "bfloat16"}),
+    "ranked_facility": Case(_selection(joint=True, weights="cluster"), 2),
+    "ranked_matching": Case(_selection(ranking="matching", joint=True, allocation="none", kept_sources=[]), 2),
+    "ranked_pursuit": Case(_selection(ranking="pursuit", joint=True, weights="unbiased"), 2),
+    "ranked_systematic": Case(_selection(ranking="systematic", weights="unbiased"), 2),
+    "ranked_importance": Case(_selection(ranking="importance", weights="unbiased"), 2),
+    "ranked_top": Case(_selection(ranking="top"), 2),
     "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
     "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
     # Every example is a micro-batch of its own, and three examples are too few for two ranks, let alone four.
@@ -120,6 +174,7 @@ def run_config(case: Case, engine: str = "auto") -> RunConfig:
             reshard_after_forward=engine != "fsdp_unsharded",
             param_dtype=dtype if dtype.endswith("float16") else "stored",
         ),
+        profile=ProfileConfig(match_every=case.match_every),
         engine="fsdp" if engine.startswith("fsdp") else "auto",
         ds_config=_ds_config(engine) if engine.startswith("zero") else None,
     )
@@ -151,23 +206,35 @@ def examples() -> Examples:
         offsets=offsets,
         ids=1000 + torch.randperm(count, generator=drawn),
         sources=torch.repeat_interleave(long_tensor(SIZES))[torch.randperm(count, generator=drawn)],
+        protected=torch.zeros(count, dtype=torch.bool),
         source_names=("a", "b", "c", "d", "e"),
         dropped={},
         cut={},
     )
 
 
-def model(train: TrainConfig | None = None) -> tuple[ExampleLoss, Tap]:
-    """Equal in every process; its adapters are those that a run starts with."""
+def model() -> tuple[ExampleLoss, Tap]:
+    """What every case trains, before anything is trained, and the tap on its probe."""
+    return models()[:2]
+
+
+def models(config: RunConfig | None = None) -> tuple[ExampleLoss, Tap, Tap | None]:
+    """Equal in every process; its adapters are those that a run starts with. With the tap on its probes, and that of
+    the proxy if ``config`` has one."""
     options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS}
     base = base_model("llama", **options).requires_grad_(False)
-    probe = find_probe(base, None)
-    if train is not None:
-        base.to(getattr(torch, train.dtype))
-        if train.activation_checkpointing:
+    selection = SelectionConfig() if config is None else config.selection
+    probes, proxy = find_probes(base, selection.probe, selection.probe_blocks), None
+    if config is not None:
+        base.to(getattr(torch, config.train.dtype))
+        proxy = load_proxy(config, base, torch.device("cpu"))
+        if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
     module = ExampleLoss(add_adapters(base, LoraConfig(rank=RANK, alpha=RANK), seed=0))
-    return module, Tap(module, probe)
+    if proxy is not None:
+        sketching, of_proxy = add_probes(proxy, config)
+        proxy = Tap(sketching, *of_proxy)
+    return module, Tap(module, *probes), proxy
 
 
 def kept(config: SelectionConfig, data: Examples) -> Tensor:
@@ -183,6 +250,7 @@ class Parts:
     """A run, made anew."""
 
     module: ExampleLoss
+    sketching: ExampleLoss
     engine: EngineSpy
     step: CoresetStep
     spy: EstimatorSpy | None
@@ -194,7 +262,7 @@ class Parts:
 def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Parts:
     config = run_config(case, engine_name)
     data = examples()
-    module, tap = model(config.train)
+    module, tap, proxy = models(config)
     ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
     inputs = Inputs(
         tokenizer=SimpleNamespace(pad_token_id=PAD),
@@ -202,6 +270,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         source_names=data.source_names,
         sizes=data.sizes,
         kept=kept(case.selection, data),
+        protected=data.protected_sizes,
         digest="",
         eval=None,
         ds_config=ds_config,
@@ -211,9 +280,8 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     for block in decoder_blocks(module.causal_model)[1]:  # the engine's own hooks, which gather, were there first
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
-    step = build_step(
-        config, inputs, engine, tap if sketches else None, Spans(group.device, memory_meter(group.device)), group
-    )
+    spans = Spans(group.device, memory_meter(group.device))
+    step = build_step(config, inputs, engine, tap, spans, group, proxy)
     spy = None
     if sketches:
         spy = step.estimator = EstimatorSpy(step.estimator, group)
@@ -225,20 +293,26 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         sampler=inputs.sampler,
         engine=engine.inner,
         estimator=None if spy is None else spy.inner,
+        observer=step.observer,
         session=nothing,
         group=group,
     )
-    return Parts(module, engine, step, spy, state, held)
+    return Parts(module, module if proxy is None else proxy.model, engine, step, spy, state, held)
 
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
     """Train a case on this rank. ``A > B`` begins under one engine and, from its checkpoint, goes on under another."""
     first, _, second = engine_name.partition(" > ")
     folder = Path(tempfile.mkdtemp())
-    parts = make_parts(case, first, group, folder)
+    try:
+        parts = make_parts(case, first, group, folder)
+    except UserError as error:
+        return {"refused": str(error)}
     held_at_start = held_bytes(parts.module)
-    forwards = []
+    forwards, by_proxy = [], []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
+    if parts.sketching is not parts.module:
+        parts.sketching.register_forward_hook(lambda *_: by_proxy.append(1))
     steps, floor = [], {}
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
@@ -249,6 +323,9 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
         module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
+        steps[-1] |= {"by_proxy": len(by_proxy), "sketched_batches": len(work.sketched)}
+        by_proxy.clear()
+        steps[-1]["statistics"] = step.observer.statistics.recent
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
         if spy is not None:
             steps[-1] |= spy.steps[-1]
@@ -257,7 +334,9 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
             before = engine.state()
             seconds = step.bare_floor_seconds(work)
             floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
+            floor["by_proxy"] = len(by_proxy)
             forwards.clear()
+            by_proxy.clear()
     gradients = engine.gradients[0]
     return {
         "steps": steps,
@@ -285,6 +364,7 @@ def _row(report) -> dict:
         "norm": report.gradient_norm,
         "applied": report.applied,
         "loss_scale": report.loss_scale,
+        "telemetry": report.telemetry,
     }
 
 

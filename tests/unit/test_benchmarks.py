@@ -7,8 +7,17 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
+from support.families import base_model, batch_of, with_adapters
+
+from colm_scale.config import EstimatorName, Ranking, SelectionConfig
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import find_probes
+from colm_scale.randomness import generator
+from colm_scale.sketch.tap import Tap
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
@@ -46,3 +55,64 @@ def test_rows_are_whole_and_name_no_path(path):
     for row in rows:
         assert row["environment"]["versions"]["torch"]
         assert not re.search(r'"/\w', json.dumps(row))
+
+
+# gradient_match.py
+
+
+def test_nearness_is_that_of_the_gradients_themselves(modules):
+    draw = generator(0, "test")
+    gradients, own, whole = (torch.rand(shape, generator=draw).double() for shape in ((9, 4), (5, 9), (5, 9)))
+    found = modules["gradient_match"].nearness(gradients @ gradients.T, own, whole)
+    ours, theirs, mean = own @ gradients, whole @ gradients, gradients.mean(0)
+    torch.testing.assert_close(found["error"], (ours - theirs).norm(dim=1) / theirs.norm(dim=1))
+    torch.testing.assert_close(found["cosine"], torch.cosine_similarity(ours, theirs))
+    torch.testing.assert_close(found["squared"], (ours - mean).square().sum(1) / mean.square().sum())
+
+
+def test_bias_is_what_no_number_of_draws_averages_out(modules):
+    """Weightings of random examples have none; of the first five examples it is all there is."""
+    near, draw = modules["gradient_match"].nearness, generator(0, "test")
+    gradients = torch.rand(50, 4, generator=draw).double()
+    random, first = torch.zeros(2, 2000, 50, dtype=torch.float64)
+    for row in random:
+        row[torch.randperm(50, generator=draw)[:5]] = 0.2
+    first[:, :5] = 0.2
+    unbiased, biased = (near(gradients @ gradients.T, own, own) for own in (random, first))
+    assert unbiased["bias"] < 0.02 * unbiased["squared"].mean()
+    assert biased["bias"] == pytest.approx(float(biased["squared"][0]))
+
+
+def test_every_estimator_is_tried_with_every_ranking_and_every_way_is_an_option(modules):
+    bench = modules["gradient_match"]
+    ways = {name: SelectionConfig(**options) for name, options in bench.ways().items()}
+    assert {way.estimator for way in ways.values()} == set(get_args(EstimatorName))
+    for estimator in bench.ESTIMATORS:
+        tried = {way.ranking for name, way in ways.items() if name.startswith(f"{estimator};")}
+        assert tried == set(get_args(Ranking)) - ({"top"} if estimator == "length" else set())
+
+
+def test_parameters_are_taken_in_groups_that_fit(modules, monkeypatch):
+    monkeypatch.setattr(modules["gradient_match"], "MOST_NUMBERS", 100)
+    groups = list(modules["gradient_match"].in_memory({"a": 4, "b": 6, "c": 1, "d": 30}, examples=10))
+    assert groups == [["a", "b"], ["c"], ["d"]]
+
+
+def test_what_is_remembered_is_what_the_tap_says(modules):
+    base = base_model("llama")
+    probes = find_probes(base, "v", 1)
+    model = ExampleLoss(with_adapters(base))
+    tap = Tap(model, *probes)
+    remembered = modules["gradient_match"].Remembered(tap)
+    changes = torch.randn(2, tap.size, generator=generator(0, "test"))
+    batches = [batch_of([9, 5, 7]), batch_of([9, 5]), batch_of([9, 5, 7])]  # the last two are known
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for batch in batches:
+        losses, ((delta, a),) = remembered.factors(batch)
+        expected, ((true_delta, true_a),) = tap.factors(batch)
+        torch.testing.assert_close(losses, expected)
+        torch.testing.assert_close(delta.transpose(1, 2) @ a, true_delta.transpose(1, 2) @ true_a)
+        torch.testing.assert_close(remembered.branched_losses(batch, changes), tap.branched_losses(batch, changes))
+        torch.testing.assert_close(remembered.bare_losses(batch), tap.bare_losses(batch))
+    assert len(passes) == 3 + 3 * len(batches), "three of them are the remembered tap's"

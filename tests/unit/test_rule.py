@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from colm_scale.config import SelectionConfig
+from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Selection, long_tensor
 from colm_scale.selection.rule import SelectionRule, loss_shares
@@ -78,6 +81,31 @@ def test_quota_keeps_the_kept_source_and_shares_out_the_rest():
     assert quota.per_source.tolist() == [3, 2, 0]  # 5 over 7 and 4: floor(3.2), floor(1.8), one more to the smallest
 
 
+def test_protected_candidates_are_kept_by_the_methods_with_kept_sources():
+    drawn = dataclasses.replace(candidates(), protected=torch.isin(torch.arange(12), long_tensor([2, 5])))
+    stratified = rule("stratified").select(drawn, rule("stratified").quota(drawn), None)
+    assert stratified.positions[: stratified.kept].tolist() == [2, 3, 5]
+    assert SOURCES[stratified.picked].tolist() == [0, 0, 1]
+    assert len(set(stratified.positions.tolist())) == 6
+    of = rule("random")
+    assert of.select(drawn, of.quota(drawn), None).kept == 0
+
+
+def test_overflow_can_end_the_run():
+    of = rule(overflow="fail", kept_cap=0.1)
+    with pytest.raises(TrainingError, match=r"step 4: 1 of 1 kept candidates.*--selection\.overflow is fail"):
+        of.quota(candidates(4))
+    assert rule(overflow="fail").quota(candidates(4)).kept.tolist() == [3]
+    rule("random", overflow="fail", kept_cap=0.1).quota(candidates(4))  # keeps none anyway
+
+
+def test_the_rule_follows_cap_and_overflow():
+    of = rule(kept_cap=0.34)
+    drawn = dataclasses.replace(candidates(), protected=torch.ones(12, dtype=torch.bool))
+    assert len(of.quota(drawn).kept) == 6, "there are no others"
+    assert SOURCES[rule(overflow="shares").quota(drawn).kept].bincount().tolist() == [3, 2, 1]
+
+
 def test_full_takes_all_in_order():
     assert selected(rule("full")) == list(range(12))
 
@@ -103,6 +131,20 @@ def test_random_ignores_sources():
     assert (counts - torch.tensor([206.5, 118.0, 29.5])).abs().lt(torch.tensor([37.0, 35.0, 21.0])).all()
 
 
+@pytest.mark.parametrize("ranking", ["systematic", "importance"])
+def test_rankings_that_draw_depend_on_seed_and_step_and_the_others_do_not(ranking):
+    matrix = on_a_line([1.0, 5, 1, 0, 2, 1, 3, 6, 2, 2, 3, 1])
+
+    def picks(step: int, seed: int = 0, ranking: str = ranking) -> tuple[int, ...]:
+        of = rule(ranking=ranking, seed=seed)
+        return tuple(of.select(candidates(step), of.quota(candidates(step)), matrix).positions.tolist())
+
+    assert picks(5) == picks(5)
+    assert len({picks(step) for step in range(1, 9)} | {picks(5, seed=1)}) > 3
+    for other in ("facility", "matching", "pursuit", "top"):
+        assert picks(5, ranking=other) == picks(6, seed=1, ranking=other)
+
+
 def test_colm_picks_the_medoids_of_each_source():
     # Source 0 is 0 1 2 20 21 22 90: first its median, position 6, then what is worst covered, then the middle of 0 1 2.
     # Source 1 is 50 51 52 99: first 51 (position 5), the lower of two medians, then 99.
@@ -119,6 +161,23 @@ def test_cluster_weights_count_the_candidates_a_medoid_stands_for():
     selection = of.select(candidates(), of.quota(candidates()), on_a_line(values))
     weights = dict(zip(selection.positions.tolist(), selection.weights.tolist()))
     assert weights == {3: 1, 2: 3, 6: 3, 10: 1, 5: 3, 11: 1}
+
+
+@pytest.mark.parametrize("ranking", ["stratified", "systematic", "importance"])
+def test_a_draw_with_unbiased_weights_is_on_average_all_candidates(ranking):
+    options = {"method": "stratified"} if ranking == "stratified" else {"ranking": ranking}
+    of = rule(weights="unbiased", **options)
+    matrix = on_a_line([4.0, 5, 1, 0, 2, 1, 3, 6, 2, 2, 9, 1])
+    values = torch.tensor([1.0, 2, 4, 8, -3, 5, -7, 2, 6, 1, 0, 9], dtype=torch.float64)  # have no part in the draw
+    totals = []
+    for step in range(1, 1001):
+        drawn = candidates(step)
+        selection = of.select(drawn, of.quota(drawn), matrix)
+        assert len(selection) == 6
+        totals.append(float(selection.weights.double() @ values[selection.positions]))
+    totals = torch.tensor(totals)
+    assert abs(totals.mean() - values.sum()) < 4 * totals.std() / len(totals) ** 0.5
+    assert totals.std() / len(totals) ** 0.5 < 0.7
 
 
 def test_the_metric_is_the_configured_one():

@@ -90,6 +90,7 @@ def write(path: Path, rows: int) -> None:
             "source": "odd" if number % 2 else "even",
             "prompt": f"{number} + 1?",
             "completion": "la " * 30 if number % 9 == 4 else f"{number + 1}",
+            "protected": number % 5 == 0,
         }
         for number in range(rows)
     ]
@@ -123,6 +124,7 @@ def content(sampler: StreamedSampler, candidates: Candidates) -> dict:
         "indices": candidates.indices.tolist(),
         "ids": candidates.ids.tolist(),
         "sources": [examples.source_names[source] for source in candidates.sources.tolist()],
+        "protected": candidates.protected.tolist(),
         "examples": [(tokens.tolist(), labelled.tolist()) for tokens, labelled in pairs],
         "types": [tensor.dtype for tensor in (candidates.ids, candidates.sources, candidates.lengths, *pairs[0])],
     }
@@ -149,6 +151,7 @@ def test_candidates_are_the_examples_of_the_data(data, tokenizer, overlong):
                 assert drawn.dtype == expected.dtype
                 assert drawn.tolist() == expected.tolist()
             assert candidates.sources[position] == whole.sources[index[number]]
+            assert candidates.protected[position] == whole.protected[index[number]] == (number % 5 == 0)
             assert candidates.lengths[position] == whole.lengths[index[number]]
     assert (sampler.dropped, sampler.cut) == (whole.dropped, whole.cut)
 
@@ -158,6 +161,12 @@ def test_every_example_is_a_candidate_once_per_epoch(data, tokenizer):
     drawn = [number for step in steps for number in step["ids"]]
     usable = [number for number in range(ROWS) if number % 9 != 4]
     assert [sorted(drawn[start : start + 40]) for start in (0, 40, 80)] == [usable] * 3
+
+
+def test_candidates_of_data_without_protected_rows_say_so(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n" + '{"prompt": "c", "completion": "d"}')
+    assert sampler_of(run_config(path, 2), tokenizer, alone())(1).protected is None
 
 
 @pytest.mark.parametrize("shuffle_rows", [4, 11, ROWS])
@@ -211,7 +220,8 @@ def test_the_survey_is_equal_on_every_rank(data):
         assert isinstance(shared, Survey)
         assert shared.source_names == found.source_names == ("even", "größe", "odd")
         assert shared.sizes.tolist() == found.sizes.tolist() == [23, 1, 22]
-        assert shared.sizes.dtype == torch.int64
+        assert shared.protected_sizes.tolist() == found.protected_sizes.tolist() == [5, 0, 4]
+        assert shared.sizes.dtype == shared.protected_sizes.dtype == torch.int64
         assert (shared.rows, shared.digest, shared.first_chat) == (46, found.digest, f"{specs[1]} line 1")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from colm_scale.config import ModelConfig, RunConfig, SelectionConfig, TrainConfig
-from colm_scale.trainer import learning_rate, resolve, total_steps
+from colm_scale.config import FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.trainer import _rounding, learning_rate, resolve, total_steps
 
 
 def rates(steps: int, **options) -> list[float]:
@@ -51,3 +51,28 @@ def test_the_default_learning_rate_is_the_built_in_base_s_only_there():
     assert resolve(RunConfig(model=ModelConfig(name="a/b"))).train.learning_rate == 2e-4
     given = RunConfig(train=TrainConfig(learning_rate=0.5))
     assert resolve(given).train.learning_rate == 0.5
+
+
+BF16 = {"train": TrainConfig(dtype="bfloat16")}
+SHARDED = {"engine": "fsdp", "fsdp": FsdpConfig(param_dtype="float16")}
+
+
+@pytest.mark.parametrize(
+    ("selection", "options", "told"),
+    [
+        ({}, {}, None),
+        ({"float32_blocks": 0}, {}, None),
+        ({}, BF16, None),
+        ({"float32_blocks": 0}, BF16, "--selection.float32_blocks 0 in bfloat16: give 1 or more"),
+        ({"probe_blocks": 3}, BF16, "--selection.float32_blocks 2 in bfloat16: give 3 or more"),
+        ({"probe_blocks": 3, "derivative": "exact"}, BF16, None),
+        ({"estimator": "last_layer", "float32_blocks": 0}, BF16, None),
+        ({"method": "stratified", "float32_blocks": 0}, BF16, None),
+        ({}, {**BF16, "model": ModelConfig(quantize="nf4")}, "nf4 in bfloat16: give --train.dtype float32"),
+        ({}, SHARDED, "--fsdp.param_dtype float16: leave it out"),
+    ],
+)
+def test_finite_differences_that_are_rounding_are_told(selection, options, told):
+    config = RunConfig(selection=SelectionConfig(**{"estimator": "zeroth_order", **selection}), **options)
+    found = _rounding(config)
+    assert found is None if told is None else told in found

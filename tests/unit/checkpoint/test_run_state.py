@@ -17,7 +17,10 @@ from colm_scale.distributed.engine import LossScale, TorchEngine, collect
 from colm_scale.distributed.group import Group
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.selection.moments import Moments
+from colm_scale.selection.moments import AdamMoments
+from colm_scale.selection.recent import RecentSources
+from colm_scale.selection.statistics import SourceStatistics
+from colm_scale.sketch.store import SketchStore
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 IDENTITY = {"config": {"train.seed": 0}, "data": "d", "model": "m"}
@@ -39,10 +42,16 @@ class Part:
 def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespace:
     """A run whose every part says ``number``."""
     engine = TorchEngine(ExampleLoss(adapted_model("llama")), TrainConfig(), GROUP)
-    estimator = SimpleNamespace(moments=Moments(torch.ones(3) * number, torch.ones(3), number, (0.9, 0.99), 1e-8))
+    moments = AdamMoments(torch.ones(3) * number, torch.ones(3), number, (0.9, 0.99), 1e-8)
+    estimator = SimpleNamespace(moments=moments, store=None)
     sampler, session = Part(number), Part(number)
-    state = RunState(CheckpointFolder(folder, 1), identity, {}, sampler, engine, estimator, session, GROUP)
-    return SimpleNamespace(engine=engine, estimator=estimator, sampler=sampler, session=session, state=state)
+    known = SourceStatistics(torch.full((2, 3), number / 3, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64))
+    recent = RecentSources(torch.tensor([number > 3, False]), torch.tensor([number, 2]))
+    observer = SimpleNamespace(statistics=known, recent=recent)
+    state = RunState(CheckpointFolder(folder, 1), identity, {}, sampler, engine, estimator, observer, session, GROUP)
+    return SimpleNamespace(
+        engine=engine, estimator=estimator, observer=observer, sampler=sampler, session=session, state=state
+    )
 
 
 def trained(run: SimpleNamespace) -> None:
@@ -76,6 +85,9 @@ def test_every_part_comes_back(saved, tmp_path):
     assert (run.sampler.number, run.session.number) == (7, 7)
     assert run.estimator.moments.step == 7
     assert run.estimator.moments.first.tolist() == [7.0] * 3
+    assert run.observer.statistics.recent.tolist() == [[7 / 3] * 3] * 2, "in float64"
+    assert run.observer.recent.kept.tolist() == [True, False]
+    assert run.observer.recent.seen.tolist() == [7, 2]
     run.engine.scale = saved.engine.scale = LossScale(1.0)
     for one in (saved, run):
         trained(one)
@@ -91,7 +103,7 @@ def test_without_a_checkpoint_a_run_begins(tmp_path):
 
 def test_no_frozen_weight_is_saved(saved, tmp_path):
     found = CheckpointFolder(tmp_path, 1).newest(fallback=False)
-    assert found.tensors.keys() == {"adapter", "optimizer", "moments"}
+    assert found.tensors.keys() == {"adapter", "optimizer", "moments", "sources"}
     assert found.tensors["adapter"]
     assert all("lora_" in name for file in ("adapter", "optimizer") for name in found.tensors[file])
 
@@ -111,3 +123,27 @@ def test_a_state_of_another_version_is_told_with_it(saved, tmp_path):
     CheckpointFolder(tmp_path, 1).write(20, state, found.tensors)
     with pytest.raises(UserError, match=r"written by colm_scale 0\.0\.9, which kept other things \('sampler'\)"):
         load(parts(tmp_path, 1), tmp_path)
+
+
+def test_sketches_that_still_count_come_back(tmp_path):
+    run, again = parts(tmp_path, 7), parts(tmp_path, 1)
+    for one in (run, again):
+        one.estimator.store = SketchStore(reuse=4, entries=8)
+    run.estimator.store.keep(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
+    run.estimator.store.keep(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    run.state.save(20)
+    assert load(again, tmp_path) == 20
+    places = again.estimator.store.find(torch.tensor([90, 70, 80, 60]), 21)
+    assert (places >= 0).tolist() == [True, False, True, False], "70 counts until step 20"
+    rows, steps = again.estimator.store.at(places[[0, 2]])
+    assert torch.equal(rows, torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    assert steps.tolist() == [18, 18]
+
+
+def test_a_store_without_sketches_comes_back_empty(tmp_path):
+    run, again = parts(tmp_path, 7), parts(tmp_path, 1)
+    for one in (run, again):
+        one.estimator.store = SketchStore(reuse=4, entries=8)
+    run.state.save(20)
+    assert load(again, tmp_path) == 20
+    assert again.estimator.store.find(torch.tensor([0, 70]), 21).tolist() == [-1, -1]

@@ -14,6 +14,7 @@ EXAMPLES = Examples(
     offsets=long_tensor([0, 3, 8, 10]),
     ids=long_tensor([0, 1, 2]),
     sources=long_tensor([0, 0, 0]),
+    protected=torch.zeros(3, dtype=torch.bool),
     source_names=("a",),
     dropped={},
     cut={},

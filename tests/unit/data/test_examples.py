@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from colm_scale.config import DataConfig
-from colm_scale.data.examples import Examples, tokenise
+from colm_scale.data.examples import Examples, joined, tokenise
 from colm_scale.data.readers import Message, Row, builtin_as_rows
 from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
@@ -305,6 +305,16 @@ def test_storage_is_flat_and_typed():
     assert len(examples) == 5
 
 
+def test_protected_rows_are_protected_examples():
+    rows = [dataclasses.replace(row, protected=number in (1, 4)) for number, row in enumerate(MIXED)]
+    examples = tokenise(rows, PLAIN, CONFIG, 100)
+    assert examples.protected.tolist() == [False, True, False, False, True]
+    assert examples.take(long_tensor([4, 0])).protected.tolist() == [True, False]
+    assert joined([examples, examples.take(long_tensor([1]))]).protected.tolist() == [0, 1, 0, 0, 1, 1]
+    by_source = dict(zip(examples.source_names, examples.protected_sizes.tolist()))
+    assert by_source == {name: sum(row.source == name and row.protected for row in rows) for name in by_source}
+
+
 def test_the_digest_changes_with_everything_and_with_nothing_else():
     examples = tokenise(MIXED, PLAIN, DataConfig(overlong="cut"), 6)
     assert examples.digest() == tokenise(MIXED, PLAIN, DataConfig(overlong="cut"), 6).digest()
@@ -316,8 +326,9 @@ def test_the_digest_changes_with_everything_and_with_nothing_else():
         dataclasses.replace(examples, offsets=long_tensor([0, 5, 12, 18, 21])),
         dataclasses.replace(examples, ids=examples.ids + 1),
         dataclasses.replace(examples, sources=examples.sources.flip(0)),
+        dataclasses.replace(examples, protected=~examples.protected),
         dataclasses.replace(examples, source_names=("x", "y", "w")),
         dataclasses.replace(examples, dropped={"y": 2}),
         dataclasses.replace(examples, cut={"x": 1}),
     ]
-    assert len({examples.digest(), *(variant.digest() for variant in variants)}) == 9
+    assert len({examples.digest(), *(variant.digest() for variant in variants)}) == 10

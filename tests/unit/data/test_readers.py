@@ -160,6 +160,32 @@ def test_trailing_columns_without_name_and_content_are_none(in_tmp):
     assert "b.csv line 2 has 4 cells, but 2 columns are named" in error_of(["b.csv"])
 
 
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("marks", [(True, False), (1, 0), ("true", "false"), ("TRUE", ""), ("1", "0")], ids=str)
+def test_a_column_marks_protected_rows(in_tmp, suffix, marks):
+    WRITERS[suffix](Path(f"p{suffix}"), [{"prompt": "a", "completion": "b", "protected": mark} for mark in marks])
+    assert [row.protected for row in read_rows([f"p{suffix}"], CONFIG)] == [True, False]
+    other = DataConfig(protected_column="must")
+    assert [row.protected for row in read_rows([f"p{suffix}"], other)] == [False, False]
+
+
+def test_rows_without_a_mark_are_not_protected(in_tmp):
+    pair = {"prompt": "a", "completion": "b"}
+    write_jsonl(Path("a.jsonl"), [pair, pair | {"protected": None}, pair | {"must": True}])
+    assert not any(row.protected for row in read_rows(["a.jsonl"], CONFIG))
+    other = DataConfig(protected_column="must")
+    assert [row.protected for row in read_rows(["a.jsonl"], other)] == [False, False, True]
+
+
+@pytest.mark.parametrize("mark", ["yes", 2, -1, 1.0, [], {"a": True}, " true"], ids=str)
+def test_any_other_mark_is_refused(in_tmp, mark):
+    pair = {"prompt": "a", "completion": "b"}
+    write_jsonl(Path("a.jsonl"), [pair, pair | {"protected": mark}])
+    message = error_of(["a.jsonl"])
+    assert f"a.jsonl line 2: 'protected' is {json.dumps(mark)}, but must be true or false" in message
+    assert "--data.protected_column" in message
+
+
 # Kinds of rows
 
 

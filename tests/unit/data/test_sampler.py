@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ def examples_of(size: int, dropped: int = 0) -> Examples:
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         ids=torch.arange(size) * 10 + 7,
         sources=torch.arange(size) % 3,
+        protected=torch.arange(size) % 4 == 1,
         source_names=("a", "b", "c"),
         dropped={"a": dropped} if dropped else {},
         cut={},
@@ -70,6 +73,9 @@ def test_candidates_carry_what_belongs_to_them():
     assert candidates.ids.tolist() == [10 * index + 7 for index in candidates.indices.tolist()]
     assert candidates.sources.tolist() == [index % 3 for index in candidates.indices.tolist()]
     assert candidates.lengths.tolist() == [index % 5 + 2 for index in candidates.indices.tolist()]
+    assert candidates.protected.tolist() == [index % 4 == 1 for index in candidates.indices.tolist()]
+    unmarked = dataclasses.replace(examples, protected=torch.zeros(20, dtype=torch.bool))
+    assert CandidateSampler(unmarked, 15, 0)(2).protected is None
 
 
 def test_global_generators_are_left_alone():

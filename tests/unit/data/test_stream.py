@@ -150,6 +150,7 @@ def test_the_survey_counts_rows_and_sources(files):
     found = survey(files, DataConfig())
     assert found.source_names == ("more", "songs", "sums")
     assert found.sizes.tolist() == [5, 11, 21]
+    assert found.protected_sizes.tolist() == [0, 0, 0]
     assert found.rows == 37
     assert found.first_chat is None
 
@@ -175,6 +176,7 @@ def test_the_digest_is_of_the_rows_and_not_of_where_they_lie(files):
         [{**RECORDS[0], "prompt": "x"}, *RECORDS[1:]],
         [{**RECORDS[0], "completion": "x"}, *RECORDS[1:]],
         [{"source": "songs", **CHAT}, *RECORDS[1:]],
+        [{**RECORDS[0], "protected": True}, *RECORDS[1:]],
         RECORDS[:-1],
         [RECORDS[1], RECORDS[0], *RECORDS[2:]],
     ],

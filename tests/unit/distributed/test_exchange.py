@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from colm_scale.config import SelectionConfig
 from colm_scale.distributed.exchange import gather_rows, share_selection
 from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
@@ -195,7 +197,7 @@ def test_which_rank_sketches_what_changes_no_selection(plan, data):
 
     def selected(rows: Tensor) -> Selection:
         matrix = CandidateMatrix(plan.positions, rows * valid.unsqueeze(1), valid, rows[:, 0])
-        return select_coreset(matrix, sources, quota, "l1", "cluster")
+        return select_coreset(matrix, sources, quota, SelectionConfig(weights="cluster"), partial(generator, 0, "none"))
 
     alone = selected(of_candidate[plan.positions])
     for rows in gathered(plan, of_candidate):

@@ -17,6 +17,7 @@ DECIDED = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
     "gradient_clipping": 0.5,
+    "zero_allow_untested_optimizer": True,
 }
 
 
@@ -77,7 +78,7 @@ def test_what_is_switched_off_or_auto_is_left_out(written):
         ("train_micro_batch_size_per_gpu", 8, "decided per step", "--train.micro_batch_tokens"),
         ("gradient_accumulation_steps", 16, "decided per step", "--train.micro_batch_tokens"),
         ("gradient_clipping", 1.0, "0.5", "--train.max_grad_norm"),
-        ("optimizer", {"type": "Lamb"}, "AdamW", "--train.*"),
+        ("optimizer", {"type": "Lamb"}, "adamw", "--train.optimizer"),
         ("scheduler", {"type": "WarmupLR"}, "linear", "--train.schedule"),
         ("amp", {"enabled": True}, "bfloat16", "--train.dtype"),
         ("fp16", {"enabled": True}, "bfloat16", "--train.dtype"),

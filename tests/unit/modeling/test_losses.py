@@ -70,6 +70,18 @@ def test_a_head_in_chunks_equals_the_whole(monkeypatch, rows_at_once):
     assert_equals_reference(adapted_model("llama"), batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_without_a_graph_losses_are_the_same_bit_for_bit(monkeypatch, family, dtype):
+    monkeypatch.setattr(losses_module, "CHUNK_BYTES", 4 * VOCABULARY * 3)
+    module, batch = ExampleLoss(adapted_model(family, dtype=dtype)), batch_of(LENGTHS)
+    with_graph = losses_of(module, batch)
+    with torch.no_grad():
+        assert torch.equal(losses_of(module, batch), with_graph)
+        batch.labels.fill_(-100)
+        assert losses_of(module, batch).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_logits_exist_only_where_labels_are(family):
     model = adapted_model(family)

@@ -31,6 +31,7 @@ REPORT = StepReport(
     exchanged_bytes={"gather": 128},
     imbalance=1.5,
     padding_share={"train": math.nan},
+    telemetry={"rank": 2.5, "share": math.nan},
     floor=None,
 )
 EVALUATION = Evaluation(
@@ -81,6 +82,7 @@ def test_a_step_is_a_row_of_metrics_and_one_of_selection(directory):
             "kept": 1,
             "invalid": 5,
             "overflow": 4,
+            "telemetry": {"rank": 2.5, "share": None},
         }
     ]
     assert rows(directory.path / "selection.jsonl") == [

@@ -125,6 +125,23 @@ def test_source_table(summary):
     assert ["small sources", "4", "3", "3", "3", "-", "3.500 -> 3.000", "-"] in table
 
 
+def test_protected_candidates_have_a_column_where_there_are_any(summary):
+    """Those that entered for that; one that is selected otherwise does not count."""
+    step = report(4, [0, 1, 0, 2], [0, 3, 1], 2, {"step": 1.0}, None, {}, {"step": (GIB, GIB)})
+    marked = torch.tensor([True, True, False, False])
+    before = lines(summary.source_table())
+    summary.report(dataclasses.replace(step, candidates=dataclasses.replace(step.candidates, protected=marked)))
+    table = lines(summary.source_table())
+    assert "protected" not in before[1]
+    assert table[1][:6] == ["source", "examples", "candidates", "selected", "kept", "protected"]
+    assert ["algebra", "1,200", "8", "4", "1", "1", "6", "2.500", "25.0%"] in table
+    assert ["[bold]odd", "30", "4", "2", "0", "0", "0", "-", "-"] in table
+    assert ["mean over sources", *["-"] * 6, "2.502", "25.0%"] in table
+    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), torch.tensor([False, False, True]), "memory (test)")
+    again.load(json.loads(json.dumps(summary.state())))
+    assert again.protected.tolist() == [1, 0, 0]
+
+
 def test_source_table_after_one_evaluation_has_nothing_to_compare(summary):
     table = lines(summary.source_table())
     assert ["tiny", "4", "3", "3", "3", "0", "3.500", "-"] in table
@@ -175,6 +192,26 @@ def test_a_summary_goes_on_from_its_state_as_if_it_had_never_stopped(summary):
     places = {"adapter": Path("a")}
     assert lines(again.render(places)) == lines(summary.render(places))
     assert again.state() == summary.state()
+
+
+def test_what_the_selection_was_worth_is_told_and_goes_on(summary):
+    step = report(4, [0], [0], 0, {"train": 1.0, "step": 1.0}, None, {}, {"step": (GIB, GIB)})
+    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), torch.tensor([False, False, True]), "memory (test)")
+    for number in range(8):
+        telemetry = {"rank": number, "sketch_error": 0.25, "sketch_error_stratified": 0.5}
+        telemetry |= {"sketch_cosine": 0.75, "sketch_cosine_stratified": 0.625}
+        summary.report(dataclasses.replace(step, telemetry=telemetry))
+        if number == 3:
+            again.load(json.loads(json.dumps(summary.state())))
+        elif number > 3:
+            again.report(dataclasses.replace(step, telemetry=telemetry))
+    for one in (summary, again):
+        table = lines(one.closing_table({}))
+        assert ["effective rank of the sketches", "3.5"] in table
+        assert ["error to the candidates' mean, by sketches", "0.250 (random: same quotas 0.500)"] in table
+        told = " ".join(word for line in lines(one.render({}))[-2:] for word in line)
+        assert "nearer to the candidates' mean than a random draw with the same quotas" in told
+        assert "nearer in 8 of 8 steps" in told
 
 
 def test_ranks_may_become_more(summary):

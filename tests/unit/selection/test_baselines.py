@@ -28,6 +28,21 @@ def test_stratified_draws_uniformly_within_a_source():
     assert ((counts[SOURCES == 1] - 200).abs() < 55).all()
 
 
+def test_stratified_can_let_picks_stand_for_the_candidates_of_their_source():
+    selection = stratified(SOURCES, QUOTA, generator(0, "stratified", 1), unbiased=True)
+    # 2 of 5 candidates of source 1, all of source 2; one kept candidate has overflowed, so two stand for three.
+    assert selection.weights.tolist() == [1.5, 1.5, 2.5, 2.5, 1, 1, 1]
+    assert torch.equal(selection.positions, stratified(SOURCES, QUOTA, generator(0, "stratified", 1)).positions)
+
+
+def test_a_kept_candidate_of_a_source_with_a_quota_is_not_drawn_again():
+    protected = Quota(kept=long_tensor([3]), per_source=long_tensor([0, 4, 0]))
+    for step in range(20):
+        selection = stratified(SOURCES, protected, generator(0, "stratified", step), unbiased=True)
+        assert selection.positions.tolist() == [3, 1, 4, 7, 9]
+        assert selection.weights.tolist() == [1] * 5
+
+
 def test_random_is_a_uniform_subset():
     counts = torch.zeros(8, dtype=torch.int64)
     for trial in range(600):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from colm_scale.config import SelectionConfig
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Quota, long_tensor
 from colm_scale.selection import facility, partition
@@ -136,7 +139,8 @@ def test_a_source_that_does_not_fit_is_partitioned(monkeypatch):
     sources = (torch.arange(100) >= 41).long() + (torch.arange(100) >= 81).long()  # 41, 40 and 19 candidates
     matrix = CandidateMatrix(torch.arange(100), rows, torch.ones(100, dtype=torch.bool), torch.zeros(100))
     quota = Quota(long_tensor([]), long_tensor([20, 20, 9]))
-    selection = select_coreset(matrix, sources, quota, "l1", "cluster")
+    config = SelectionConfig(weights="cluster")
+    selection = select_coreset(matrix, sources, quota, config, partial(generator, 0, "none"))
     assert selection.positions[:20].tolist() == partitioned_greedy(rows[:41], 20, "l1", largest=40).tolist()
     assert selection.positions[20:40].tolist() == [
         41 + pick for pick in facility.greedy(similarities(rows[41:81].double(), "l1"), 20).tolist()

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,16 +51,33 @@ class Step:
         return torch.bincount(self.sources[positions], minlength=len(self.rule.kept))
 
 
+JOINT = ("facility", "matching", "pursuit")
+RANKINGS = (*JOINT, "systematic", "importance", "top")
+
+
 @st.composite
-def steps(draw, method: str = "colm", invalid: bool = True) -> Step:
-    n, sources_there = draw(st.integers(1, 20)), draw(st.integers(1, 4))  # of which some may have no candidate
-    config = SelectionConfig(
+def configs(draw, method: str, n: int, joint: bool) -> SelectionConfig:
+    """Any ranking with any weights that it has, one by one or (if ``joint``) perhaps together, or free."""
+    ranking = draw(st.sampled_from(RANKINGS))
+    together = draw(st.booleans()) if joint and ranking in JOINT else False
+    free = draw(st.booleans()) if together and method == "colm" else False
+    weights = {"facility": ["uniform", "cluster", "unbiased"], "top": ["uniform"]}.get(ranking, ["uniform", "unbiased"])
+    return SelectionConfig(
         method=method,
         candidates=n,
         budget=draw(st.integers(1, n)),
+        ranking=ranking,
+        joint=together,
+        allocation="none" if free else "proportional",
         metric=draw(st.sampled_from(["l1", "l2", "cosine"])),
-        weights=draw(st.sampled_from(["uniform", "cluster"])),
+        weights=draw(st.sampled_from(weights)),
     )
+
+
+@st.composite
+def steps(draw, method: str = "colm", invalid: bool = True, joint: bool = True) -> Step:
+    n, sources_there = draw(st.integers(1, 20)), draw(st.integers(1, 4))  # of which some may have no candidate
+    config = draw(configs(method, n, joint))
     kept = torch.tensor(draw(st.lists(ONE_IN_THREE, min_size=sources_there, max_size=sources_there)))
     sources = long_tensor(draw(st.lists(st.integers(0, sources_there - 1), min_size=n, max_size=n)))
     rule = SelectionRule(config, kept, draw(st.integers(0, 3)))
@@ -74,7 +92,7 @@ def matrices(draw, positions: Tensor, invalid: bool) -> CandidateMatrix:
     s, h = len(positions), draw(st.integers(1, 3))
     rows = torch.tensor(draw(st.lists(ENTRIES, min_size=s * h, max_size=s * h)), dtype=torch.float32).view(s, h)
     valid = ~torch.tensor(draw(st.lists(ONE_IN_THREE, min_size=s, max_size=s)), dtype=torch.bool) | (not invalid)
-    losses = torch.full((s,), torch.nan).masked_fill(valid, 1.0)
+    losses = torch.full((s,), torch.nan).where(~valid, rows[:, 0])
     return CandidateMatrix(positions, rows.masked_fill(~valid.unsqueeze(1), 0), valid, losses)
 
 
@@ -95,7 +113,7 @@ def test_the_kept_come_first_and_then_each_source_in_turn_nobody_twice(step):
     positions = selection.positions.tolist()
     assert len(set(positions)) == len(positions)
     assert positions[: selection.kept] == step.quota.kept.tolist()
-    assert not step.rule.kept[step.sources[selection.picked]].any()
+    assert step.quota.free or not step.rule.kept[step.sources[selection.picked]].any()
     assert all(a <= b for a, b in pairwise(step.sources[selection.picked].tolist()))
     assert (selection.overflow, selection.invalid) == (step.quota.overflow, int((~step.matrix.valid).sum()))
 
@@ -124,23 +142,30 @@ def test_a_source_gets_its_quota_and_more_only_if_another_lacks_some(step):
     picked = step.counts(step.select().picked)
     assert (picked >= torch.minimum(step.quota.per_source, step.available)).all()
     assert (picked <= step.available).all()
-    if (step.available >= step.quota.per_source).all():
+    if not step.quota.free and (step.available >= step.quota.per_source).all():
         assert picked.tolist() == step.quota.per_source.tolist()
 
 
-@UNTIMED
+@settings(UNTIMED, max_examples=250)
 @given(steps())
-def test_cluster_weights_share_out_the_valid_candidates_of_every_source_that_is_picked_from(step):
-    selection = step.select()
+def test_weights_share_out_the_valid_candidates_of_every_source_that_is_picked_from(step):
+    selection, config = step.select(), step.rule.config
+    kept, picked = selection.weights.split([selection.kept, len(selection.picked)])
     assert selection.weights.dtype == torch.float32
-    assert (selection.weights[: selection.kept] == 1).all()
-    if step.rule.config.weights == "uniform":
+    assert (selection.weights > 0).all()
+    if config.weights == "uniform":
         assert (selection.weights == 1).all()
         return
-    assert (selection.weights >= 1).all()
-    for source in step.sources[selection.picked].unique():
-        of_source = step.sources[selection.picked] == source
-        assert selection.weights[selection.kept :][of_source].sum() == step.available[source]
+    stand_for = 1.0 if config.weights == "cluster" or step.quota.free else 1 + step.quota.overflow / max(1, len(kept))
+    assert kept.tolist() == pytest.approx([stand_for] * len(kept))
+    assert config.ranking == "pursuit" or (picked >= 1).all()
+    if config.ranking == "importance":  # the sum is right on average only
+        return
+    sources, there = step.sources[selection.picked], step.available
+    together = step.quota.free or (config.joint and (config.weights == "cluster" or config.ranking == "pursuit"))
+    for group in [sources.unique()] if together else sources.unique().split(1):
+        counted = float(picked[torch.isin(sources, group)].sum())
+        assert counted == pytest.approx(int(there.sum() if step.quota.free and len(group) else there[group].sum()))
 
 
 @UNTIMED
@@ -153,7 +178,7 @@ def test_the_same_arguments_give_the_same_bits_whatever_was_drawn_before(step, d
 
 
 @UNTIMED
-@given(steps(), st.data())
+@given(steps(joint=False), st.data())
 def test_the_picks_of_a_source_depend_on_its_own_rows_alone(step, data):
     source = data.draw(st.integers(0, len(step.rule.kept) - 1))
     of_row = step.sources[step.matrix.positions]
@@ -195,13 +220,20 @@ def test_baselines_are_of_the_size_and_composition_they_state(step):
     selection, config = step.select(), step.rule.config
     positions = selection.positions.tolist()
     assert len(set(positions)) == len(positions)
-    assert (selection.weights == 1).all()
+    if config.method != "stratified" or config.weights != "unbiased":
+        assert (selection.weights == 1).all()
     assert same(step.select(), selection)
     match config.method:
         case "stratified":
             assert positions[: selection.kept] == step.quota.kept.tolist()
             assert step.counts(selection.picked).tolist() == step.quota.per_source.tolist()
             assert selection.overflow == step.quota.overflow
+            if config.weights == "unbiased":
+                there = step.counts(torch.arange(len(step.candidates))) - step.counts(step.quota.kept)
+                stand_for = torch.bincount(step.sources[selection.picked], selection.weights[selection.kept :])
+                assert stand_for.tolist() == pytest.approx(
+                    torch.where(step.quota.per_source > 0, there, 0)[: len(stand_for)].tolist()
+                )
         case "random":
             assert len(positions) == config.budget
             assert positions == sorted(positions)

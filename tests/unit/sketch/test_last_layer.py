@@ -7,13 +7,14 @@ import torch
 from support.families import PROBES, ROWS, adapted_model, batch_of
 from torch import Tensor
 
+from colm_scale.config import TrainConfig
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe
 from colm_scale.randomness import generator
 from colm_scale.selection.mask import to_fixed
-from colm_scale.selection.moments import Moments
+from colm_scale.selection.moments import AdamMoments, Moments, make_moments
 from colm_scale.sketch import last_layer
-from colm_scale.sketch.last_layer import Gradients
+from colm_scale.sketch.last_layer import Gradients, Part
 from colm_scale.sketch.tap import Tap
 
 D_OUT, RANK, TOKENS = 6, 3, 2
@@ -41,16 +42,22 @@ def dense() -> Tensor:
     return torch.einsum("sto,str->sor", delta, a).flatten(1)
 
 
-def moments() -> Moments:
-    return Moments(0.1 * normal("m", D), normal("v", D).square(), step=3, betas=(0.9, 0.99), epsilon=1e-8)
+def moments() -> AdamMoments:
+    return AdamMoments(0.1 * normal("m", D), normal("v", D).square(), step=3, betas=(0.9, 0.99), epsilon=1e-8)
 
 
 def as_factors(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-    return Gradients(rows, delta, a, None)
+    return Gradients(rows, (Part(delta, a, None),))
 
 
 def as_product(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-    return Gradients(rows, None, None, delta.transpose(1, 2) @ a)
+    return Gradients(rows, (Part(None, None, delta.transpose(1, 2) @ a),))
+
+
+def as_two_probes(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
+    """The output rows shared out to two probe tensors, held in either form: the numbers follow in the same order."""
+    first, second = delta.split([2, D_OUT - 2], dim=2)
+    return Gradients(rows, (*as_factors(rows, first, a).parts, *as_product(rows, second, a).parts))
 
 
 def held(split: list[list[int]], make=as_factors) -> list[Gradients]:
@@ -61,7 +68,7 @@ def held(split: list[list[int]], make=as_factors) -> list[Gradients]:
 
 SPLITS = [[[0, 1, 2, 3, 4, 5, 6]], [[6, 2], [0], [5, 1, 3], [4]]]
 each_split = pytest.mark.parametrize("split", SPLITS, ids=["together", "apart"])
-each_form = pytest.mark.parametrize("make", [as_factors, as_product])
+each_form = pytest.mark.parametrize("make", [as_factors, as_product, as_two_probes])
 
 
 @pytest.fixture(params=[10**6, 25, 1], ids=["one block", "few rows", "row by row"])
@@ -70,8 +77,8 @@ def _block_size(request, monkeypatch):
 
 
 def test_the_smaller_form_is_kept():
-    short = Gradients.of(torch.arange(2), normal("delta", 2, 1, D_OUT), normal("a", 2, 1, RANK))
-    long = Gradients.of(torch.arange(2), normal("delta", 2, 5, D_OUT), normal("a", 2, 5, RANK))
+    short = Part.of(normal("delta", 2, 1, D_OUT), normal("a", 2, 1, RANK))
+    long = Part.of(normal("delta", 2, 5, D_OUT), normal("a", 2, 5, RANK))
     assert short.product is None
     assert short.numbers == 2 * (D_OUT + RANK)
     assert long.delta is long.a is None
@@ -146,7 +153,7 @@ def test_rows_at_their_sources_columns(split, make):
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
 def test_moment_sums_are_means_of_g_and_its_square(split, make, scale):
     picked = torch.tensor([True, True, False, True, False, False, True])
-    gradients = [make(rows.rows, scale * rows.delta, rows.a) for rows in held(split)]
+    gradients = [make(of.rows, scale * of.parts[0].delta, of.parts[0].a) for of in held(split)]
     g = scale * dense()[picked].double()
     exponent = math.frexp(float(g.abs().max()) * (1 + 1e-6))[1]
     sums = last_layer.moment_sums(gradients, picked, D, exponent)
@@ -159,7 +166,7 @@ def test_moment_sums_are_means_of_g_and_its_square(split, make, scale):
 def test_moment_sums_of_the_largest_entries_fit():
     count = 1000
     largest = torch.full((count, 1, 1), 4.0 - 2**-22)  # just below 2 ** exponent
-    gradients = [Gradients(torch.arange(count), None, None, largest)]
+    gradients = [Gradients(torch.arange(count), (Part(None, None, largest),))]
     sums = last_layer.moment_sums(gradients, torch.ones(count, dtype=torch.bool), 1, 2)
     mean, mean_square = last_layer.from_moment_sums(sums, count, count, 2)
     torch.testing.assert_close(mean, largest[0, 0])
@@ -189,11 +196,12 @@ def test_the_sketch_of_a_model(lengths):
     probe = Probe("model.layers.1", PROBES[family], torch.tensor(ROWS[family]))
     tap, batch = Tap(ExampleLoss(adapted_model(family)), probe), batch_of(lengths, prompt=1)
     losses, largest, gradients = last_layer.sketch(tap, batch, torch.tensor([5, 2]))
-    exact_losses, delta, a = tap.factors(batch)
+    exact_losses, [(delta, a)] = tap.factors(batch)
     exact = delta.transpose(1, 2) @ a
-    assert (gradients.product is None) == (lengths[0] == 3)
+    (part,) = gradients.parts
+    assert (part.product is None) == (lengths[0] == 3)
     assert gradients.rows.tolist() == [5, 2]
-    assert gradients.shape == tap.shape
+    assert part.shape == tap.probes[0].shape
     torch.testing.assert_close(losses, exact_losses)
     torch.testing.assert_close(largest, exact.abs().amax((1, 2)))
     torch.testing.assert_close(torch.cat([b for _, b in gradients.blocks()], dim=1), exact.flatten(1), **ROUNDING)
@@ -203,8 +211,32 @@ def test_a_gradient_that_is_not_finite_shows_in_its_largest_entry():
     class Broken:
         def factors(self, _batch):
             delta, a = factors()
-            return torch.zeros(ROWS_TOTAL), delta, a
+            return torch.zeros(ROWS_TOTAL), [(delta, a)]
 
     _, largest, _ = last_layer.sketch(Broken(), None, torch.arange(ROWS_TOTAL))
     assert torch.equal(largest.isfinite(), VALID)
 
+
+# Updates that depend on whole rows
+
+
+def whole_row_moments(optimizer: str) -> Moments:
+    moments = make_moments(TrainConfig(optimizer=optimizer), ((D_OUT, RANK),))
+    return moments.learn(0.1 * normal("m", D), normal("v", D).square())
+
+
+@each_split
+@each_form
+@pytest.mark.usefixtures("_block_size")
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_updates_of_whole_rows_by_brute_force(optimizer, split, make):
+    moments, columns = whole_row_moments(optimizer), torch.tensor([[0, 4, 9], [2, 7, 17]])
+    u = torch.stack([moments.normalise(row) for row in dense()])
+    sums = last_layer.source_sums(held(split, make), GROUPS, 2, moments, VALID)
+    one = float(to_fixed(torch.tensor(1.0), ROWS_TOTAL))
+    expected = torch.stack([u[[2, 6]].sum(0), u[[0, 3, 5]].sum(0)])
+    torch.testing.assert_close(sums.float() / one, expected, rtol=1e-4, atol=1e-4)  # five rounds of matrix products
+    rows = last_layer.rows_at(held(split, make), columns, GROUPS, moments)
+    for row, at in zip(rows, [row for rows_of in split for row in rows_of]):
+        if VALID[at] and GROUPS[at] >= 0:
+            torch.testing.assert_close(row, u[at, columns[GROUPS[at]]], rtol=1e-4, atol=1e-4)

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from support.families import PROBES, ROWS, adapted_model, batch_of
-from torch import Tensor
+from support.families import BLOCKS, FAMILIES, PROBES, ROWS, adapted_model, batch_of, part_of
+from torch import Tensor, nn
 
+from colm_scale.config import TrainConfig
+from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe
 from colm_scale.randomness import generator
 from colm_scale.records import SketchPlan
-from colm_scale.selection.moments import Moments
+from colm_scale.selection.moments import AdamMoments, make_moments
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
 from colm_scale.sketch.zeroth_order import (
+    check_exact_derivatives,
     directional_derivatives,
+    exact_derivatives,
     learn_from_coefficients,
     probes,
     rows_from_coefficients,
@@ -44,8 +50,8 @@ def coefficients(num_probes: int) -> Tensor:
     return normal("coefficients", len(GROUPS), num_probes) * VALID.unsqueeze(1)
 
 
-def moments(d: int) -> Moments:
-    return Moments(0.1 * normal("m", d), normal("v", d).square() + 0.1, step=3, betas=BETAS, epsilon=EPSILON)
+def moments(d: int) -> AdamMoments:
+    return AdamMoments(0.1 * normal("m", d), normal("v", d).square() + 0.1, step=3, betas=BETAS, epsilon=EPSILON)
 
 
 def dense(coefficients: Tensor, directions: Tensor) -> Tensor:
@@ -86,13 +92,95 @@ def test_coefficients_estimate_the_exact_derivatives(family, num_probes):
     tap, batch = Tap(ExampleLoss(adapted_model(family)), probe), batch_of([9, 5, 7])
     z = probes(0, num_probes, tap.shape, CPU)
     losses, found = directional_derivatives(tap, batch, z, 1e-2)
-    exact_losses, delta, a = tap.factors(batch)
-    exact = torch.einsum("bto,btr,kor->bk", delta, a, z)
+    exact_losses, [(delta, a)] = tap.factors(batch)
+    exact = (delta.transpose(1, 2) @ a).flatten(1) @ z.flatten(1).T
     # Losses of about 5 are rounded to 5e-7, divided by 2 eps: 3e-5 a step. The third derivative along a z of length
     # 8 leaves 0.5 % of the largest derivative.
     assert (found - exact).abs().max() <= 5e-3 * exact.abs().max()
     # The branches are averaged, so their second derivative stays: eps^2 |z|^2 / 2 = 0.3 %.
     torch.testing.assert_close(losses, exact_losses, rtol=3e-3, atol=0)
+
+
+DIFFERENTIABLE = [family for family in FAMILIES if family != "bloom"]
+"""BLOOM's activation is a function of its own, without a rule for forward mode."""
+
+
+def tap_of(family: str, blocks: int = 1, **options) -> Tap:
+    """With a probe in each of the last blocks."""
+    last = Probe(BLOCKS[family], PROBES[family], torch.tensor(ROWS[family]))
+    first = Probe(last.block.replace(".1", ".0"), last.layer.replace(".1", ".0"), last.rows)
+    return Tap(ExampleLoss(adapted_model(family, **options)), *[first, last][-blocks:])
+
+
+def products(tap: Tap, batch, z: Tensor) -> Tensor:
+    """``<G_i, z_k>`` ``[B, K]`` from the factors of the gradients."""
+    _, factors = tap.factors(batch)
+    gradients = [(delta.transpose(1, 2) @ a).flatten(1) for delta, a in factors]
+    return torch.cat(gradients, dim=1) @ z.flatten(1).T
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("family", DIFFERENTIABLE)
+def test_exact_derivatives_are_the_gradients_along_the_directions(family, blocks):
+    tap, batch = tap_of(family, blocks), batch_of([9, 5, 7], width=12)
+    z = probes(0, 3, tap.shape, CPU)
+    losses, found = exact_derivatives(tap, batch, z)
+    expected = products(tap, batch, z)
+    # float32 sums in another order, forwards and backwards through two blocks.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(losses, tap.bare_losses(batch), rtol=1e-5, atol=0)
+    assert found.dtype == losses.dtype == torch.float32
+    check_exact_derivatives(tap)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_derivatives_in_half_precision_are_those_of_the_backward_pass(dtype):
+    tap, batch = tap_of("llama", dtype=dtype), batch_of([9, 5, 7])
+    z = probes(0, 8, tap.shape, CPU)
+    apart = exact_derivatives(tap, batch, z)[1] - products(tap, batch, z)
+    # Both round a dozen times, in another order: sqrt(12) times 2^-8 or 2^-11.
+    assert apart.norm() <= {torch.bfloat16: 0.02, torch.float16: 0.003}[dtype] * products(tap, batch, z).norm()
+
+
+def test_exact_derivatives_of_an_example_alone_and_without_a_graph():
+    tap, batch = tap_of("phi3"), batch_of([9, 5, 7])
+    z = probes(0, 2, tap.shape, CPU)
+    states = [torch.is_grad_enabled(), torch.backends.cuda.flash_sdp_enabled(), torch.get_rng_state()]
+    losses, together = exact_derivatives(tap, batch, z)
+    for row in range(3):
+        torch.testing.assert_close(exact_derivatives(tap, part_of(batch, row), z)[1][0], together[row], **ROUNDING)
+    assert not losses.requires_grad
+    assert not together.requires_grad
+    assert states[:2] == [torch.is_grad_enabled(), torch.backends.cuda.flash_sdp_enabled()]
+    assert torch.equal(states[2], torch.get_rng_state())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tap.model.modules())
+
+
+def test_checkpointed_blocks_have_the_same_exact_derivatives():
+    tap, batch = tap_of("llama"), batch_of([9, 5, 7])
+    z = probes(0, 2, tap.shape, CPU)
+    before = exact_derivatives(tap, batch, z)[1]
+    tap.model.model.enable_input_require_grads()
+    tap.model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(exact_derivatives(tap, batch, z)[1], before)
+
+
+def test_a_function_without_a_rule_is_refused():
+    with pytest.raises(UserError, match=r"exact.*\(You must implement the jvp.*derivative finite, or"):
+        check_exact_derivatives(tap_of("bloom"))
+
+
+def test_a_model_that_loses_the_tangent_on_one_of_its_ways_is_refused():
+    tap = tap_of("llama")
+
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.silu(x).detach() if not torch.is_grad_enabled() else nn.functional.silu(x)
+
+    check_exact_derivatives(tap)
+    tap.block.mlp.act_fn = Detached()
+    with pytest.raises(UserError, match=r"the derivative of a short example is \S+ instead of"):
+        check_exact_derivatives(tap)
 
 
 @each_block_size
@@ -136,7 +224,7 @@ def test_one_probe_is_the_sign_of_the_direction_times_one_number():
     z, c = probes(0, 1, SHAPE, CPU), coefficients(1)
     scalar = moments(1)
     flat = z.flatten()
-    full = Moments(flat * scalar.first, flat.square() * scalar.second, scalar.step, BETAS, EPSILON)
+    full = AdamMoments(flat * scalar.first, flat.square() * scalar.second, scalar.step, BETAS, EPSILON)
     f = rows_from_coefficients(c, VALID, z, scalar, plan(), 6)
     assert f.shape == (len(GROUPS), 1)
     u = full.normalise(dense(c, z))
@@ -160,9 +248,26 @@ def test_learning_with_several_probes_equals_dense_learning(monkeypatch, block_c
 def test_learning_with_one_probe_equals_dense_learning_along_it():
     z, c = probes(0, 1, SHAPE, CPU), coefficients(1)[VALID]
     scalar, flat = moments(1), z.flatten()
-    full = Moments(flat * scalar.first, flat.square() * scalar.second, scalar.step, BETAS, EPSILON)
+    full = AdamMoments(flat * scalar.first, flat.square() * scalar.second, scalar.step, BETAS, EPSILON)
     learned, g = learn_from_coefficients(scalar, c, z), dense(c, z)
     dense_learned = full.learn(g.mean(0), g.square().mean(0))
     torch.testing.assert_close(flat * learned.first, dense_learned.first, **ROUNDING)
     torch.testing.assert_close(flat.square() * learned.second, dense_learned.second, **ROUNDING)
     assert learned.step == dense_learned.step == 4
+
+
+@each_block_size
+@pytest.mark.parametrize("optimizer", ["sgd", "lion", "adafactor", "muon"])
+def test_rows_of_the_other_optimizers_are_the_dense_ones(monkeypatch, block_columns, optimizer):
+    monkeypatch.setattr(zeroth_order, "BLOCK_COLUMNS", block_columns)
+    z, c = probes(0, 3, (D,), CPU), coefficients(3)
+    of = make_moments(TrainConfig(optimizer=optimizer), (SHAPE,))
+    of = of.learn(0.1 * normal("m", D), normal("v", D).square())
+    rows = rows_from_coefficients(c, VALID, z, of, plan(), D)  # every column of every source
+    u = of.normalise(dense(c, z))
+    ranked = VALID & (GROUPS >= 0)
+    assert not rows[~ranked].any()
+    scale = 2.0 ** round(math.log2(float(rows[0] @ u[0] / (u[0] @ u[0]))))  # SGD's rows are fitted
+    assert optimizer == "sgd" or scale == 1
+    # Lion's sign of what is rounding is arbitrary; here nothing is. Muon: five rounds of matrix products.
+    torch.testing.assert_close(rows[ranked], scale * u[ranked], rtol=1e-4, atol=1e-4)

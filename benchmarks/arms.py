@@ -1,0 +1,101 @@
+"""The ways to spend a step that the learning benchmark compares, as options of the product, in groups.
+
+Of n = 64 candidates b = 32 are trained on, the default. What ranks or allocates keeps the sources that `stratified`
+keeps, unless its name says otherwise.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+REFERENCE = "stratified"
+"""The arm whose time is the unit: what ranking and allocation have to beat."""
+
+_Options = tuple[str, ...]
+
+
+def _options(**selection: object) -> _Options:
+    return tuple(part for name, value in selection.items() for part in (f"--selection.{name}", str(value)))
+
+
+def _full(n: int) -> _Options:
+    return _options(method="full", candidates=n, budget=n)
+
+
+def _stratified(**selection: object) -> _Options:
+    return _options(method="stratified", **selection)
+
+
+def _by_loss(ranking: str) -> _Options:
+    return _options(estimator="loss", ranking=ranking)
+
+
+_NOTHING_KEPT = {"kept_sources": "[]"}
+
+GROUPS: MappingProxyType[str, dict[str, _Options]] = MappingProxyType(
+    {
+        "main": {
+            "stratified": _stratified(),
+            "random": _options(method="random"),
+            "full b": _full(32),
+            "full n": _full(64),
+            "full 2n": _full(128),
+            "paper": _options(preset="paper"),
+            "last_layer": _options(),
+        },
+        "probes": {
+            "zeroth_order 16": _options(estimator="zeroth_order", num_probes=16),
+        },
+        "rankings": {
+            "last_layer matching": _options(ranking="matching"),
+            "last_layer pursuit": _options(ranking="pursuit"),
+            "last_layer systematic": _options(ranking="systematic"),
+            "last_layer importance": _options(ranking="importance", weights="unbiased"),
+            "last_layer top": _options(ranking="top"),
+            "last_layer joint": _options(joint="true"),
+            "last_layer joint matching": _options(joint="true", ranking="matching"),
+            "last_layer free matching, nothing kept": _options(
+                joint="true", allocation="none", ranking="matching", **_NOTHING_KEPT
+            ),
+            "last_layer countsketch": _options(compression="countsketch", columns=256),
+            "loss systematic": _by_loss("systematic"),
+            "loss top": _by_loss("top"),
+            "length systematic": _options(estimator="length", ranking="systematic"),
+        },
+        "amortised": {
+            "amortised 100": _options(compression="countsketch", columns=256, reuse=100),
+            "amortised loss systematic 100": (*_by_loss("systematic"), *_options(reuse=100)),
+            "proxy 2 blocks": _options(proxy_blocks=2),
+        },
+        "allocations": {
+            "stratified, nothing kept": _stratified(**_NOTHING_KEPT),
+            "equal": _stratified(allocation="equal", **_NOTHING_KEPT),
+            "equal unbiased": _stratified(allocation="equal", weights="unbiased", **_NOTHING_KEPT),
+            "temperature": _stratified(allocation="temperature", **_NOTHING_KEPT),
+            "neyman": _stratified(allocation="neyman", weights="unbiased", **_NOTHING_KEPT),
+            "excess_loss": _stratified(allocation="excess_loss", **_NOTHING_KEPT),
+            "agreement": _stratified(allocation="agreement", **_NOTHING_KEPT),
+            "equal systematic by loss": (*_by_loss("systematic"), *_options(allocation="equal", **_NOTHING_KEPT)),
+            "equal last_layer": _options(allocation="equal", **_NOTHING_KEPT),
+        },
+        "h": {f"h {h}": _options(columns=h) for h in (32, 128, 2048)},
+        "eps": {
+            f"eps {eps:g}": _options(preset="none", estimator="zeroth_order", perturbation=eps)
+            for eps in (1e-4, 1e-3, 1e-2, 1e-1)
+        },
+        "K": {f"K {k}": _options(estimator="zeroth_order", num_probes=k) for k in (1, 4)},
+        "ratio": {
+            f"b {b} of n {n}": _options(candidates=n, budget=b) for n, b in ((64, 16), (128, 32), (256, 32), (64, 48))
+        },
+        "boundary": {
+            f"keep {share:.0%} of the sources": _stratified(kept_rule="quantile", kept_quantile=share)
+            for share in (0.25, 0.5, 0.75)
+        },
+        "cap": {f"cap {cap:.0%}": _stratified(kept_cap=cap, overflow="shares") for cap in (0.1, 0.2)},
+        "staleness": {
+            f"staleness {reuse}": _options(compression="countsketch", columns=256, reuse=reuse)
+            for reuse in (0, 25, 400)
+        },
+    }
+)
+ARMS = MappingProxyType({arm: options for group in GROUPS.values() for arm, options in group.items()})

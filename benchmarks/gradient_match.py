@@ -1,0 +1,384 @@
+"""How near the coreset's gradient, over all adapters, is to that of all candidates: every estimator x ranking.
+
+python benchmarks/gradient_match.py       the built-in base and mixture, before training and after 40 steps
+python benchmarks/gradient_match.py --model FOLDER --data F.jsonl --steps 0 --pool 512 -- --train.dtype bfloat16
+
+The gradient of every example of a pool is computed once, exactly, and so are the inner products of all of them: what
+any weighting of any examples would train is then known. Every way to select picks 64 of the same 128 candidates, draw
+after draw, through the product's own estimators and rule; its moments learn from draw to draw, while the weights stay.
+What is sketched of an example is kept too, for it is the same in every draw. Options after -- go to the product. A row
+per setting is appended to benchmarks/results/gradient_match.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import rows
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from colm_scale import cli, trainer
+from colm_scale.data.batching import collate
+from colm_scale.distributed.engines import loading_device, make_engine
+from colm_scale.distributed.estimators import make_estimator
+from colm_scale.distributed.group import connect
+from colm_scale.errors import UserError
+from colm_scale.inputs import read_inputs
+from colm_scale.profiling.memory import memory_meter
+from colm_scale.profiling.spans import Spans
+from colm_scale.randomness import generator
+from colm_scale.records import Batch, Candidates
+from colm_scale.selection.quota import kept_sources
+from colm_scale.selection.route import form_micro_batches
+from colm_scale.selection.rule import SelectionRule, loss_shares
+from colm_scale.sketch.adapters import AdapterTap
+from colm_scale.sketch.plan import plan_sketch
+from colm_scale.sketch.tap import Tap
+
+CANDIDATES, BUDGET = 128, 64
+WARM_UP = 10
+"""Draws that moments learn from before any counts."""
+MOST_NUMBERS = 2**30
+"""Numbers of gradients held at a time, 4 GiB; of more adapters some are taken after the others."""
+BUILT_IN, REFERENCE = "built-in", "stratified"
+ESTIMATORS: Mapping[str, dict[str, Any]] = {
+    "zeroth_order, K=1": {"estimator": "zeroth_order", "num_probes": 1},
+    "zeroth_order, K=16": {"estimator": "zeroth_order", "num_probes": 16},
+    "last_layer, columns": {"estimator": "last_layer", "compression": "columns"},
+    "last_layer, countsketch": {"estimator": "last_layer", "compression": "countsketch"},
+    "last_layer, kronecker": {"estimator": "last_layer", "compression": "kronecker"},
+    "loss": {"estimator": "loss"},
+    "length": {"estimator": "length"},
+}
+RANKINGS = ("facility", "matching", "pursuit", "systematic", "importance", "top")
+TOGETHER = ("facility", "matching")
+"""Rankings that are also tried with `joint`, and without quotas."""
+ONE_NUMBER = ("zeroth_order, K=1", "loss", "length")
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "kept": {},
+    "kept, unbiased": {"weights": "unbiased"},
+    "none kept": {"kept_sources": []},
+}
+"""The default's kept sources and weights; weights by which kept sources count no more than they are; none kept."""
+TITLES = {"kept": "kept sources", "kept, unbiased": "kept, unbiased weights", "none kept": "none kept"}
+
+
+EXAMPLES = ("zeroth_order, K=1; facility", "zeroth_order, K=1; systematic", "loss; systematic", "length; systematic")
+"""Shown in the table of variances, beside the rankings of the default's estimator."""
+
+
+def ways() -> dict[str, dict[str, Any]]:
+    """Options of every way to select, by name; the first two rank nothing."""
+    found: dict[str, dict[str, Any]] = {method: {"method": method} for method in (REFERENCE, "random")}
+    for estimator, options in ESTIMATORS.items():
+        for ranking in RANKINGS:
+            if (estimator, ranking) == ("length", "top"):
+                continue  # it knows no loss
+            found[f"{estimator}; {ranking}"] = options | {"ranking": ranking}
+            if ranking in TOGETHER and estimator not in ONE_NUMBER:
+                together = options | {"ranking": ranking, "joint": True}
+                found[f"{estimator}; {ranking}, joint"] = together
+                found[f"{estimator}; {ranking}, no quotas"] = together | {"allocation": "none"}
+    return found
+
+
+class Remembered:
+    """A tap that computes what it is asked about an example once; in all else it is the tap that it was made from."""
+
+    def __init__(self, tap: Tap):
+        self._tap, self._known = tap, {}
+
+    def __getattr__(self, name: str):
+        return getattr(self._tap, name)
+
+    def bare_losses(self, batch: Batch) -> Tensor:
+        return torch.stack(self._recall("loss", batch, self._tap.bare_losses))
+
+    def branched_losses(self, batch: Batch, changes: Tensor) -> Tensor:
+        found = self._recall(len(changes), batch, lambda b: self._tap.branched_losses(b, changes).T)
+        return torch.stack(found, dim=1)
+
+    def factors(self, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        losses, parts = zip(*self._recall("factors", batch, self._factors))
+        return torch.stack(losses), [
+            tuple(pad_sequence(factor, batch_first=True) for factor in zip(*of_probe)) for of_probe in zip(*parts)
+        ]
+
+    def _factors(self, batch: Batch) -> list[tuple[Tensor, list]]:
+        losses, parts = self._tap.factors(batch)
+        lengths = batch.attention_mask.sum(1).tolist()
+        return [(losses[i], [(delta[i, :n], a[i, :n]) for delta, a in parts]) for i, n in enumerate(lengths)]
+
+    def _recall(self, what: object, batch: Batch, compute: Callable) -> list:
+        lengths = batch.attention_mask.sum(1).tolist()
+        keys = [(what, *tokens[:n]) for tokens, n in zip(batch.input_ids.tolist(), lengths)]
+        if any(key not in self._known for key in keys):
+            self._known.update(zip(keys, compute(batch)))
+        return [self._known[key] for key in keys]
+
+
+class Bench:
+    """One model on one pool of examples.
+
+    Args:
+        options: The product's command line.
+        pool: N, how many examples.
+    """
+
+    def __init__(self, options: list[str], pool: int):
+        torch.set_num_threads(1)
+        self._config = config = trainer.resolve(cli.parse(options))
+        self._group = group = connect()
+        self._inputs = inputs = read_inputs(config, group)
+        self._examples = inputs.sampler.examples
+        self._module, self._tap, _ = trainer.build_model(config, loading_device(config, None, group), group)
+        engine = make_engine(config, None, self._module, group)
+        random = replace(config, selection=replace(config.selection, method="random"))
+        spans = Spans(group.device, memory_meter(group.device))
+        self._step = trainer.build_step(random, inputs, engine, None, spans, group)
+        count = int(inputs.sizes.sum())
+        self.pool = torch.randperm(count, generator=generator(config.train.seed, "pool"))[:pool]
+        """``[N]`` indices of the examples."""
+
+    def train(self, numbers: Iterable[int], of: int) -> None:
+        """Train these steps of a run of so many on random candidates."""
+        for number in numbers:
+            self._step(number, trainer.learning_rate(self._config.train, number, of))
+
+    def products(self) -> Tensor:
+        """``[N, N]`` float64 inner products of the gradients of the pool's examples, over all adapters."""
+        tap, n = AdapterTap(self._module), len(self.pool)
+        found = torch.zeros(n, n, dtype=torch.float64)
+        for names in in_memory({name: matrix.weight.numel() for name, matrix in tap.matrices.items()}, n):
+            gradients = torch.zeros(n, sum(tap.matrices[name].weight.numel() for name in names))
+            for batch in self._micro_batches():
+                own = tap.gradients(batch, torch.eye(len(batch.positions), device=self._group.device))
+                gradients[batch.positions] = torch.cat([own[name].flatten(1) for name in names], dim=1).cpu()
+            found += (gradients @ gradients.T).double()
+        return found
+
+    def weights(self, options: Mapping[str, Any], tap: Remembered, draws: int) -> Tensor:
+        """``[draws, N]`` what each example of the pool counts for in the coreset of each draw."""
+        selection = replace(self._config.selection, candidates=CANDIDATES, budget=BUDGET, **options)
+        kept = kept_sources(self._inputs.sizes, self._inputs.source_names, selection.kept_sources)
+        rule = SelectionRule(selection, kept, self._config.train.seed, self._inputs.sizes)
+        estimator = None
+        if selection.method == "colm":
+            estimator = make_estimator(tap, selection, self._config.train, self._group)
+        found = torch.zeros(WARM_UP + draws, len(self.pool), dtype=torch.float64)
+        for number in range(WARM_UP + draws):
+            places, candidates = self.candidates(number)
+            chosen = self._select(rule, estimator, candidates)
+            labels = self._examples.label_counts(candidates.indices[chosen.positions])
+            found[number, places[chosen.positions]] = loss_shares(chosen, labels, self._config.train.loss).double()
+        return found[WARM_UP:]
+
+    def everything(self, draws: int) -> Tensor:
+        """``[draws, N]`` the same of all candidates."""
+        return self.weights({"method": "full"}, self.tap(), draws)
+
+    def tap(self) -> Remembered:
+        """A tap that knows nothing yet."""
+        return Remembered(self._tap)
+
+    def candidates(self, number: int) -> tuple[Tensor, Candidates]:
+        """Places in the pool, and the candidates, of a draw."""
+        draw = generator(self._config.train.seed, "draw", number)
+        places = torch.randperm(len(self.pool), generator=draw)[:CANDIDATES]
+        index, data = self.pool[places], self._examples
+        return places, Candidates(number, index, data.ids[index], data.sources[index], data.lengths[index])
+
+    def _select(self, rule: SelectionRule, estimator, candidates: Candidates):
+        """As `CoresetStep` does it, on one rank."""
+        quota = rule.quota(candidates)
+        if estimator is None:
+            return rule.select(candidates, quota, None)
+        budget, joint = self._config.train.micro_batch_tokens, rule.config.joint
+        plan = plan_sketch(candidates, quota, 1, budget, estimator.known(candidates), joint)
+        share = [torch.tensor(positions) for positions in plan.shares[0]]
+        estimator.sketch(plan, [self._collate(candidates.indices[at], at) for at in share])
+        selection = rule.select(candidates, quota, estimator.gather())
+        estimator.learn(selection)
+        return selection
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        lengths, budget = self._examples.lengths[self.pool], self._config.train.micro_batch_tokens
+        for members in form_micro_batches(lengths, torch.arange(len(lengths)), budget):
+            positions = torch.tensor(members)
+            yield self._collate(self.pool[positions], positions)
+
+    def _collate(self, indices: Tensor, positions: Tensor) -> Batch:
+        return collate(self._examples, indices, positions, self._inputs.tokenizer.pad_token_id, self._group.device)
+
+
+def in_memory(sizes: Mapping[str, int], examples: int) -> Iterator[list[str]]:
+    """Parameters in groups, of whose gradients those of all examples fit into memory."""
+    names, held = [], 0
+    for name, size in sizes.items():
+        if names and (held + size) * examples > MOST_NUMBERS:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    yield names
+
+
+def nearness(products: Tensor, own: Tensor, whole: Tensor) -> dict[str, Tensor]:
+    """Gradients of weightings ``own`` beside those of ``whole``, both ``[draws, N]``: ``[draws]`` error and cosine.
+
+    ``squared`` is ``|g - G|^2 / |G|^2`` with the gradient ``G`` of the whole pool, and ``bias`` the part of its mean
+    that would be left of the mean of infinitely many draws.
+    """
+
+    def inner(one: Tensor, other: Tensor) -> Tensor:
+        return (one @ products * other).sum(-1)
+
+    mean = torch.full_like(own[0], 1 / len(products))
+    length, draws = inner(mean, mean), len(own)
+    squared = inner(own - mean, own - mean) / length
+    variance = inner(own - own.mean(0), own - own.mean(0)).sum() / (draws - 1) / length
+    return {
+        "cosine": inner(own, whole) / (inner(own, own) * inner(whole, whole)).sqrt(),
+        "error": (inner(own - whole, own - whole) / inner(whole, whole)).sqrt(),
+        "squared": squared,
+        "bias": (squared.mean() - variance).clamp(min=0),
+    }
+
+
+def interval(values: Tensor) -> dict[str, float]:
+    """Mean over draws, and half of its 95 % interval."""
+    return {"mean": float(values.mean()), "interval": float(1.96 * values.std() / math.sqrt(len(values)))}
+
+
+def uniform(bench: Bench, size: int, draws: int) -> Tensor:
+    """``[draws, N]`` equal weights of ``size`` examples of the pool, drawn anew."""
+    found = torch.zeros(draws, len(bench.pool), dtype=torch.float64)
+    for number, own in enumerate(found):
+        own[torch.randperm(len(own), generator=generator(0, "uniform", size, number))[:size]] = 1 / size
+    return found
+
+
+def measure(bench: Bench, draws: int, only: str) -> Iterator[tuple[str, dict[str, Any], dict[str, float]]]:
+    """Every setting with its ways to select; and the squared errors of as many examples drawn at random."""
+    products, tap, whole = bench.products(), bench.tap(), bench.everything(draws)
+    sizes = {
+        size: interval(nearness(products, uniform(bench, size, draws), whole)["squared"])
+        for size in (BUDGET, CANDIDATES, 2 * CANDIDATES)
+    }
+    for setting, shared in SETTINGS.items():
+        found, reference = {}, None
+        for way, options in ways().items():
+            if only not in way and way != REFERENCE:
+                continue
+            try:
+                own = bench.weights(shared | options, tap, draws)
+            except UserError as error:  # these options exclude each other
+                print(f"{setting}: {way}: {error}", flush=True)
+                continue
+            near = nearness(products, own, whole)
+            reference = near["error"] if way == REFERENCE else reference
+            numbers = {name: interval(near[name]) for name in ("cosine", "error", "squared")}
+            beyond = interval(near["error"] - (near["error"] if reference is None else reference))
+            found[way] = numbers | {"bias": float(near["bias"]), "error_beyond_stratified": beyond}
+            print(f"{setting}: {way}: error {numbers['error']['mean']:.3f}", flush=True)
+        yield setting, found, sizes
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="hub id or folder; default: the built-in base")
+    parser.add_argument("--data", help="training file; default: the built-in mixture")
+    parser.add_argument("--steps", nargs="+", type=int, default=[0, 40], help="measure after so many steps of training")
+    parser.add_argument("--pool", type=int, default=2048, help="examples whose gradients are computed")
+    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--only", default="", help="ways with this in their names, and stratified")
+    own, options = sys.argv[1:], []
+    if "--" in own:
+        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+    given = parser.parse_args(own)
+    named = {"--model.name": given.model, "--data.train": given.data}
+    bench = Bench([part for pair in named.items() if pair[1] for part in pair] + options, given.pool)
+    done = 0
+    for steps in sorted(given.steps):
+        bench.train(range(done + 1, steps + 1), of=2 * max(given.steps))
+        done = steps
+        facts = {"model": name(given.model), "data": name(given.data), "steps": steps, "draws": given.draws}
+        for setting, found, sizes in measure(bench, given.draws, given.only):
+            row = {"benchmark": "gradient_match", **facts, "pool": len(bench.pool), "setting": setting}
+            row |= {"ways": found, "random_sizes": sizes, "environment": rows.here()}
+            rows.append("gradient_match", row)
+
+
+def name(given: str | None) -> str:
+    """Of a model or file, without the folder it is in."""
+    return given.rstrip("/").split("/")[-1] if given else BUILT_IN
+
+
+def by_setting(steps: int) -> dict[str, dict]:
+    """The last row of each setting, on the built-in base and mixture."""
+    found = [row for row in rows.read("gradient_match") if row["steps"] == steps and row["model"] == BUILT_IN]
+    last = {row["setting"]: row for row in found if row["data"] == BUILT_IN}
+    return {setting: last[setting] for setting in SETTINGS}
+
+
+def match_table(steps: int) -> str:
+    """Relative error and cosine of every way; bold where the error is below that of `stratified`."""
+
+    def cell(row: dict, way: str) -> str:
+        if way not in row["ways"]:
+            return "-"
+        found = row["ways"][way]
+        error, beyond = found["error"], found["error_beyond_stratified"]
+        text = f"{error['mean']:.3f} ± {error['interval']:.3f}"
+        text = f"**{text}**" if beyond["mean"] + beyond["interval"] < 0 else text
+        return f"{text} ({found['cosine']['mean']:.3f})"
+
+    return _table(steps, "estimator; ranking", dict.fromkeys(ways(), cell))
+
+
+def variance_table(steps: int) -> str:
+    """Squared error against the gradient of the whole pool, for some ways and for random examples."""
+
+    def cell(row: dict, way: str) -> str:
+        if way not in row["ways"]:
+            return "-"
+        squared = row["ways"][way]["squared"]
+        return f"{squared['mean']:.3f} ± {squared['interval']:.3f} ({row['ways'][way]['bias']:.3f})"
+
+    def random(row: dict, size: str) -> str:
+        squared = row["random_sizes"][size.split()[0]]
+        return f"{squared['mean']:.3f} ± {squared['interval']:.3f}"
+
+    sizes = [f"{size} at random, no candidates" for size in (BUDGET, CANDIDATES, 2 * CANDIDATES)]
+    shown = [way for way in ways() if "; " not in way or way.startswith("last_layer, columns") or way in EXAMPLES]
+    return _table(steps, "trained", dict.fromkeys(sizes, random) | dict.fromkeys(shown, cell))
+
+
+def _table(steps: int, first: str, cells: Mapping[str, Callable[[dict, str], str]]) -> str:
+    settings = by_setting(steps)
+    lines = [
+        f"| {first} | {' | '.join(TITLES[setting] for setting in settings)} |",
+        f"|---|{'---:|' * len(settings)}",
+    ]
+    for way, cell in cells.items():
+        lines.append(f"| {way} | {' | '.join(cell(row, way) for row in settings.values())} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "gradient match before training": lambda: match_table(0),
+    "gradient match": lambda: match_table(40),
+    "gradient variance": lambda: variance_table(40),
+}
+
+
+if __name__ == "__main__":
+    main()

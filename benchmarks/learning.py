@@ -1,0 +1,176 @@
+"""Is the selection worth it? Ways to spend a step on the same candidates, at matched steps and at matched time.
+
+python benchmarks/learning.py cost                        what a step of each arm costs, interleaved in one process
+python benchmarks/learning.py run --seeds 0 1 2 --minutes 60
+python benchmarks/learning.py run --arms stratified last_layer --match time --data maths=train.jsonl,held_out.jsonl
+python benchmarks/learning.py run --model FOLDER --workers 1 -- --train.dtype bfloat16     a larger model, on a GPU
+
+An arm is the product's own command with its options (`arms.py`). With --match steps all arms make as many steps; with
+--match time each makes as many as take the time of the reference's, by the costs measured before. What is done already
+is not run again, so an interrupted benchmark goes on; seeds come before arms, so that a part is a fair part. Rows are
+appended to benchmarks/results/learning.jsonl; options after -- go to every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import rows
+import runs
+from arms import ARMS, GROUPS, REFERENCE
+from numpy import percentile
+
+STEPS, REFERENCE_STEPS = 80, 140
+QUIET = (
+    *("--engine", "single", "--train.threads", "1", "--checkpoint.every", "0", "--profile.floor_every", "0"),
+    *("--profile.display", "off", "--eval.limit", "60", "--eval.generate", "12"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all arms share: the data by name, training and held-out file (built-in: none), and further options."""
+
+    data: str
+    options: tuple[str, ...]
+
+    @classmethod
+    def of(cls, data: str, model: str | None, options: Sequence[str]) -> Setting:
+        """From the command line: ``built-in`` or ``NAME=TRAIN,EVAL``."""
+        name, _, files = data.partition("=")
+        train, _, held_out = files.partition(",")
+        given = [*(("--data.train", train) if train else ()), *(("--data.eval", held_out) if held_out else ())]
+        if model:
+            given += ["--model.name", model]
+            name += f" {Path(model).name}"
+        return cls(name, (*given, *options))
+
+
+def cost(setting: Setting, arms: Sequence[str], rounds: int) -> None:
+    """Time a step of every arm in turn, round after round, in this process on one thread."""
+    steps = {arm: _prepared([*QUIET, *setting.options, *ARMS[arm]]) for arm in arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(1, rounds + 1):
+        for arm, step in steps.items():
+            started = time.perf_counter()
+            step(number, 1e-3)
+            seconds[arm].append(time.perf_counter() - started)
+    for arm, taken in seconds.items():
+        ratios = [own / reference for own, reference in zip(taken[1:], seconds[REFERENCE][1:])]  # the first warms up
+        row = {"benchmark": "learning", "kind": "cost", "data": setting.data, "arm": arm, "rounds": rounds - 1}
+        row |= {"step_seconds": runs.quantiles(taken[1:]), "over_reference": runs.quantiles(ratios)}
+        rows.append("learning", row | {"environment": rows.here()})
+        print(f"{arm:28} {percentile(ratios, 50):.2f} of {REFERENCE}", flush=True)
+
+
+def _prepared(options: list[str]):
+    """The product's step of one arm, ready to be called with a number and a learning rate."""
+    import torch
+    import transformers
+
+    from colm_scale import cli, trainer
+    from colm_scale.distributed.engines import loading_device, make_engine
+    from colm_scale.distributed.group import connect
+    from colm_scale.inputs import read_inputs
+    from colm_scale.profiling.memory import memory_meter
+    from colm_scale.profiling.spans import Spans
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    config = trainer.resolve(cli.parse(options))
+    group = connect()
+    inputs = read_inputs(config, group)
+    module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    engine = make_engine(config, inputs.ds_config, module, group)
+    spans = Spans(group.device, memory_meter(group.device), lambda phase: None)
+    return trainer.build_step(config, inputs, engine, tap, spans, group, proxy)
+
+
+def steps_of(arm: str, match: str, setting: Setting, steps: int) -> int:
+    """Steps of an arm's run: as many as all, or as many as take the time of the reference's `REFERENCE_STEPS`."""
+    if match == "steps":
+        return steps
+    costs = {row["arm"]: row["over_reference"]["p50"] for row in rows.read("learning") if _is_cost(row, setting)}
+    if arm not in costs:
+        sys.exit(f"the cost of {arm} on {setting.data} is not known: python benchmarks/learning.py cost --arms {arm}")
+    return round(REFERENCE_STEPS / costs[arm])
+
+
+def _is_cost(row: dict, setting: Setting) -> bool:
+    return row["kind"] == "cost" and row["data"] == setting.data
+
+
+def run(setting: Setting, arm: str, match: str, seed: int, steps: int) -> None:
+    """One run of the product, and its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        options = [*QUIET, *setting.options, *ARMS[arm]]
+        options += ["--train.steps", str(steps), "--train.seed", str(seed), "--output_dir", str(out)]
+        command = [sys.executable, str(rows.ROOT / "launchers" / "train.py"), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        whole = runs.row(out, setting.data)
+        telemetry = [json.loads(line).get("telemetry", {}) for line in (out / "metrics.jsonl").open()]
+    facts = {key: whole[key] for key in ("before", "after", "step_seconds", "environment")}
+    del facts["environment"]["command"]
+    row = {"benchmark": "learning", "kind": "run", "data": setting.data, "digest": whole["data"], "arm": arm}
+    row |= {"match": match, "seed": seed, "steps": steps, "peak_bytes": max(whole["peak_bytes"])}
+    rows.append("learning", row | {"telemetry": runs.mean_by_key(telemetry) if telemetry[-1] else {}} | facts)
+    print(f"{setting.data} {arm} {match} seed {seed}: {steps} steps, {whole['after']}", flush=True)
+
+
+def missing(
+    setting: Setting, arms: Sequence[str], matches: Sequence[str], seeds: Sequence[int], steps: int
+) -> Iterator:
+    """What is still to be run; a run at matched time that is the run at matched steps counts for both."""
+    done = {
+        (row["data"], row["arm"], row["seed"], row["steps"]) for row in rows.read("learning") if row["kind"] == "run"
+    }
+    for seed in seeds:
+        for match in matches:
+            for arm in arms:
+                count = steps_of(arm, match, setting, steps)
+                if (setting.data, arm, seed, count) not in done:
+                    done.add((setting.data, arm, seed, count))
+                    yield setting, arm, match, seed, count
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cost", "run"))
+    parser.add_argument("--data", default="built-in", help="built-in, or NAME=TRAIN,HELD_OUT")
+    parser.add_argument("--model", help="hub id or folder; default: the built-in base")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of groups")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--match", nargs="+", choices=("steps", "time"), default=["steps", "time"])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of every arm at matched steps")
+    parser.add_argument("--rounds", type=int, default=12, help="steps of every arm that are timed")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further run is begun")
+    own, options = sys.argv[1:], []
+    if "--" in own:
+        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+    given = parser.parse_args(own)
+    arms = given.arms or [arm for group in given.groups for arm in GROUPS[group]]
+    setting = Setting.of(given.data, given.model, options)
+    if given.what == "cost":
+        cost(setting, list(dict.fromkeys([REFERENCE, *arms])), given.rounds)
+        return
+    until = time.monotonic() + 60 * given.minutes
+    todo = list(missing(setting, arms, given.match, given.seeds, given.steps))
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(lambda job: time.monotonic() < until and run(*job), todo))
+
+
+if __name__ == "__main__":
+    main()

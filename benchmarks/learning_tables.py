@@ -1,0 +1,156 @@
+"""Tables and plots of the learning benchmark: means over seeds with 95 % confidence intervals (Student's t).
+
+python benchmarks/learning_tables.py      draw the plots into docs/plots
+
+The last columns are paired: a seed gives every arm the same candidates in the same order and the same adapters to begin
+with, so the difference to `stratified` of the same seed has less spread than either. A difference whose interval does
+not hold zero is bold.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import sqrt
+from statistics import mean, stdev
+
+import rows
+from arms import GROUPS, REFERENCE
+
+PLOTS = rows.ROOT / "docs" / "plots"
+SCORES = {"loss": "natural mixture", "loss_by_source": "mean over sources", "small_loss": "small sources"}
+# Student's t, 97.5 %, by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+Runs = dict[int, dict]
+"""The runs of an arm by seed."""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % confidence interval; NaN for one value."""
+    if len(values) == 1:
+        return values[0], float("nan")
+    return mean(values), _T[len(values) - 2] * stdev(values) / sqrt(len(values))
+
+
+def of(data: str, match: str) -> dict[str, Runs]:
+    """The runs of every arm at matched ``steps`` or ``time``, by seed; of a run made twice the last."""
+    found: dict[str, Runs] = defaultdict(dict)
+    counts = _steps(data)[match]
+    for row in rows.read("learning"):
+        if row["kind"] == "run" and row["data"] == data and row["steps"] == counts.get(row["arm"]):
+            found[row["arm"]][row["seed"]] = row
+    return found
+
+
+def _steps(data: str) -> dict[str, dict[str, int]]:
+    """How many steps each arm made at matched steps and at matched time: a run may be both."""
+    counts: dict[str, dict[str, int]] = {"steps": {}, "time": {}}
+    for row in rows.read("learning"):
+        if row["kind"] == "run" and row["data"] == data:
+            counts[row["match"]][row["arm"]] = row["steps"]
+    for arm in GROUPS["main"]:
+        counts["time"].setdefault(arm, counts["steps"].get(arm, 0))
+    return counts
+
+
+def costs(data: str) -> dict[str, float]:
+    """Median time of a step of each arm over that of the reference."""
+    return {
+        row["arm"]: row["over_reference"]["p50"]
+        for row in rows.read("learning")
+        if row["kind"] == "cost" and row["data"] == data
+    }
+
+
+def table(data: str, match: str, groups: Sequence[str]) -> str:
+    """Held-out scores of the arms of some groups, and their differences to `stratified` of the same seed."""
+    lines = [
+        "| arm | steps | seeds | time of a step | peak | natural mixture | mean over sources | small sources | right "
+        "answers | natural, minus `stratified` | over sources, minus `stratified` |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    found, price = of(data, match), costs(data)
+    for arm in [REFERENCE, *(arm for group in groups for arm in GROUPS[group] if arm != REFERENCE)]:
+        if runs := found.get(arm):
+            any_run = next(iter(runs.values()))
+            cells = [f"`{arm}`", str(any_run["steps"]), str(len(runs)), f"{price[arm]:.2f}" if arm in price else "-"]
+            cells.append(f"{max(run['peak_bytes'] for run in runs.values()) / 2**30:.2f} GiB")
+            cells += [_cell([run["after"][score] for run in runs.values()]) for score in SCORES]
+            accuracies = [run["after"]["accuracy"] for run in runs.values()]
+            cells.append(
+                "-" if None in accuracies else _cell([100 * accuracy for accuracy in accuracies], ".1f") + " %"
+            )
+            cells += [_difference(runs, found[REFERENCE], score) for score in ("loss", "loss_by_source")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float], form: str = ".3f") -> str:
+    middle, half = interval(values)
+    return f"{middle:{form}}" if half != half else f"{middle:{form}} ± {half:{form}}"
+
+
+def _difference(runs: Runs, reference: Runs, score: str) -> str:
+    both = sorted(runs.keys() & reference.keys())
+    if runs is reference or not both:
+        return "-"
+    middle, half = interval([runs[seed]["after"][score] - reference[seed]["after"][score] for seed in both])
+    text = f"{middle:+.3f}" if half != half else f"{middle:+.3f} ± {half:.3f}"
+    return f"**{text}**" if abs(middle) > half else text
+
+
+def draw(data: str, match: str, groups: Sequence[str]) -> None:
+    """Dots with error bars: an arm per line, a panel per score, the band is that of `stratified`."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "colm_scale"  # the same rows, the same file
+    from matplotlib import pyplot
+
+    found = of(data, match)
+    arms = [arm for group in groups for arm in GROUPS[group] if arm in found]
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 0.6 + 0.32 * len(arms)), sharey=True, layout="constrained")
+    for panel, (score, title) in zip(panels, SCORES.items()):
+        for place, arm in enumerate(arms):
+            middle, half = interval([run["after"][score] for run in found[arm].values()])
+            panel.errorbar(middle, place, xerr=half, fmt="o", color="C3" if arm == REFERENCE else "C0", capsize=3)
+            if arm == REFERENCE:
+                panel.axvspan(middle - half, middle + half, color="C3", alpha=0.12)
+        panel.set_title(f"held-out loss, {title}", fontsize=9)
+        panel.tick_params(labelsize=8)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(arms)), arms)
+    panels[0].invert_yaxis()
+    PLOTS.mkdir(exist_ok=True)
+    name = f"learning-{data.replace(' ', '-')}-{match}.svg"
+    figure.savefig(PLOTS / name, metadata={"Date": None})
+    print(PLOTS.relative_to(rows.ROOT) / name)
+
+
+METHODS = ("main", "probes", "rankings", "amortised", "allocations")
+SENSITIVITIES = ("h", "eps", "K", "ratio", "boundary", "cap", "staleness")
+DATA = ("built-in", "maths", "superglue")
+TABLES = {
+    **{
+        f"learning {data} {match}": lambda data=data, match=match: table(data, match, METHODS)
+        for data in DATA
+        for match in ("time", "steps")
+    },
+    **{
+        f"sensitivity {group}": lambda group=group: table("built-in", "steps", ["main", group])
+        for group in SENSITIVITIES
+    },
+}
+
+
+def main() -> None:
+    """Draw what there is."""
+    for data in DATA:
+        for match in ("time", "steps"):
+            if of(data, match):
+                draw(data, match, METHODS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The optimizers of ``--train.optimizer``, and what each keeps about a parameter.
+
+Weight decay is decoupled in all of them: a parameter shrinks by ``learning rate * weight decay`` of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
+
+from colm_scale.config import TrainConfig
+
+NEED_WHOLE_MATRICES = ("adafactor", "muon")
+"""Optimizers whose update of an entry depends on its whole row and column."""
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
+    """The optimizer of a run. Its learning rate, 0 here, is set at every step.
+
+    Adafactor and Muon are set up so that a learning rate means about what it means to AdamW: a share of a root mean
+    square of 1 and of 0.2, whatever the size of a parameter. (Adafactor's own step is in proportion to the parameter,
+    and LoRA's B begins at zero.)
+    """
+    parameters, decay = list(parameters), {"weight_decay": config.weight_decay}
+    match config.optimizer:
+        case "adamw":
+            return AdamW(parameters, lr=0.0, betas=config.betas, eps=config.adam_epsilon, **decay)
+        case "sgd":
+            return Sgd(parameters, config.betas[0], **decay)
+        case "lion":
+            return Lion(parameters, config.betas, **decay)
+        case "adafactor":
+            return Adafactor(parameters, lr=0.0, eps=(config.adam_epsilon, 1.0), **decay)
+        case "muon":
+            return Muon(parameters, lr=0.0, momentum=config.betas[0], adjust_lr_fn="match_rms_adamw", **decay)
+
+
+class Sgd(SGD):
+    """SGD with momentum: ``m = b m + g``, ``x -= lr m``."""
+
+    def __init__(self, parameters: list[nn.Parameter], momentum: float, weight_decay: float):
+        super().__init__(parameters, lr=0.0, momentum=momentum)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            if group["decoupled_weight_decay"]:
+                for parameter in group["params"]:
+                    parameter.mul_(1 - group["lr"] * group["decoupled_weight_decay"])
+        super().step(closure)
+
+
+class Lion(Optimizer):
+    """Chen et al. 2023, algorithm 2: ``x -= lr sign(b1 m + (1 - b1) g)``, then ``m = b2 m + (1 - b2) g``."""
+
+    def __init__(self, parameters: list[nn.Parameter], betas: tuple[float, float], weight_decay: float):
+        super().__init__(parameters, {"lr": 0.0, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                momentum = begun_state(self, parameter)["exp_avg"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(momentum.lerp(parameter.grad, 1 - beta1).sign_(), alpha=-group["lr"])
+                momentum.lerp_(parameter.grad, 1 - beta2)
+
+
+_KEPT: dict[type[Optimizer], tuple[str, ...]] = {
+    AdamW: ("exp_avg", "exp_avg_sq"),
+    Sgd: ("momentum_buffer",),
+    Lion: ("exp_avg",),
+    Adafactor: ("row_var", "col_var"),
+    Muon: ("momentum_buffer",),
+}
+_COUNTING = (AdamW, Adafactor)
+
+
+def state_keys(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the averages that ``optimizer`` keeps about each parameter."""
+    return _KEPT[type(optimizer)]
+
+
+def begun_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What ``optimizer`` keeps about a parameter, as it begins where it has kept nothing yet.
+
+    That is the averages, and where the update depends on it, ``step``: how many updates there have been.
+    """
+    state = optimizer.state[parameter]
+    if not state:
+        for key in state_keys(optimizer):
+            state[key] = torch.zeros_like(_part(parameter, key), requires_grad=False)
+        if isinstance(optimizer, _COUNTING):
+            state["step"] = torch.tensor(0.0)
+    return state
+
+
+def _part(parameter: Tensor, key: str) -> Tensor:
+    """Of as many numbers as an average has; ``parameter`` is a matrix where it has fewer."""
+    match key:
+        case "row_var":
+            return parameter[:, :1]
+        case "col_var":
+            return parameter[:1]
+    return parameter

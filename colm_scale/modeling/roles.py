@@ -1,0 +1,207 @@
+"""What the linear layers of a decoder block do, by what happens when their outputs change rather than by their names.
+
+Of all linear layers of a block, only the values enter the attention output *linearly and across tokens*: a change of
+V at some tokens reaches later ones in proportion to its size. Keys reach them through a softmax, queries move
+only their own token, and an MLP never mixes tokens. Testing that on tiny forwards finds V, Q and K in every
+architecture, and inside fused projections (Phi-3's qkv_proj) it finds the rows that belong to each. The output
+projection is the first layer that feels V; the MLP ends with the last layer that runs and is as wide as the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from colm_scale.errors import UserError
+from colm_scale.randomness import generator
+
+ROLES = {
+    "v": "V projection",
+    "q": "Q projection",
+    "k": "K projection",
+    "o": "output projection of the attention",
+    "mlp": "last layer of the MLP",
+}
+
+_TOKENS = 4
+_OWN, _EARLIER = slice(-1, None), slice(-1)
+"""The token at which the other layers are looked at, and those before it."""
+_LARGE = 1e8
+"""Size of a large change (less in float16, whose range ends before): saturates a softmax even through the keys of a
+head whose queries are close to zero, which at 1e4 some heads of a trained model still pass on in proportion."""
+_SMALLER = 16
+"""The other large change is so many times smaller. It still saturates, and values stand out of half-precision rounding
+even behind a head that hardly looks at the changed token; a power of two, so that both are rounded alike."""
+_LINEAR_TOLERANCE = 0.05
+"""Relative deviation from proportionality. In the tested families values stay below 0.01, rounding in bfloat16
+included, and what has saturated is at 15."""
+
+
+def find_role(model: nn.Module, linears: dict[str, nn.Module], role: str) -> tuple[str, Tensor]:
+    """The linear layer of the last block that has a role, and which of its output rows have it.
+
+    Args:
+        model: A causal language model without adapters, in evaluation mode.
+        linears: The block's linear layers, by qualified name.
+        role: One of `ROLES`.
+
+    Returns:
+        The layer's name, and int64 ``[rows]``, ascending.
+
+    Raises:
+        UserError: Not exactly one layer behaves like it (a role other than v is told by V). Lists the layers.
+    """
+    trials = _Trials(model, linears)
+    reached = {name: trials.in_proportion(name) for name in linears}
+    chunks = {name: torch.stack([*by_layer.values()]).any(0) for name, by_layer in reached.items()}
+    if role != "v":
+        value = _only("v", chunks, model)
+        # Attention hands over to the output projection, which is the first to feel the values of other tokens.
+        output = next(name for name, felt in reached[value].items() if felt.any())
+        chunks = _chunks_of(role, trials, output, chunks)
+    name = _only(role, chunks, model)
+    return name, chunks[name].repeat_interleave(width(linears[name]) // len(chunks[name])).nonzero().flatten()
+
+
+def width(module: nn.Module) -> int:
+    """Output features of a linear layer."""
+    return getattr(module, "out_features", None) or module.nf
+
+
+def listing(linears: dict[str, nn.Module]) -> str:
+    """The end of an error that asks for one of these layers."""
+    return "its linear layers are: " + ", ".join(linears)
+
+
+def _only(role: str, chunks: dict[str, Tensor], model: nn.Module) -> str:
+    found = [name for name, has_role in chunks.items() if has_role.any()]
+    if len(found) != 1:
+        several = f"{len(found)} layers behave like one" if found else "no layer behaves like one"
+        raise UserError(
+            f"cannot tell the {ROLES[role]} of {type(model).__name__}: {several}. Name the layer to probe with "
+            f"--selection.probe; {listing(chunks)}"
+        )
+    return found[0]
+
+
+def _chunks_of(role: str, trials: _Trials, output: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which chunks of each layer have a role other than V: bool ``[chunks]`` by layer, in the order of ``values``."""
+    linears = trials.linears
+    order = trials.order()
+    every, none = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
+    found = dict.fromkeys(values, none)
+    match role:
+        case "q":
+            for name in order[: order.index(output)]:
+                found[name] = trials.felt(name, _OWN, output) & ~trials.felt(name, _EARLIER, output)
+        case "k":
+            for name in order[: order.index(output)]:
+                found[name] = trials.felt(name, _EARLIER, output) & ~values[name]
+        case "o":
+            found[output] = every
+        case "mlp":
+            wide = [name for name in order if width(linears[name]) == width(linears[output])]
+            if wide[-1] != output:
+                found[wide[-1]] = every
+    return found
+
+
+class _Trials:
+    """Tiny forwards in which the output of one layer is changed, and what then enters the others is seen.
+
+    A batch holds the same tokens once per *chunk*, as many output rows of the layer as a head has, with those changed.
+    """
+
+    def __init__(self, model: nn.Module, linears: dict[str, nn.Module]):
+        self._model, self.linears = model, linears
+        self._large = min(_LARGE, torch.finfo(model.dtype).max / 6)
+        self._unchanged: dict[int, dict[str, Tensor]] = {}
+
+    def order(self) -> list[str]:
+        """The layers that see all tokens, in the order in which they run."""
+        return list(self._without_change(1))
+
+    def in_proportion(self, name: str) -> dict[str, Tensor]:
+        """Which chunks of a layer act like values: bool ``[chunks]`` by other layer, in the order in which they run.
+
+        A chunk does if the other layer feels a change of it at another token, and feels a larger one in proportion.
+        """
+        smaller, large = (self._changes(name, _EARLIER, self._large / by) for by in (_SMALLER, 1))
+        felt = {}
+        for other in large:
+            reach = large[other].norm(dim=1)
+            deviation = (smaller[other] - large[other]).norm(dim=1)
+            felt[other] = ((reach > 0) & (deviation <= _LINEAR_TOLERANCE * reach)).cpu()
+        return felt
+
+    def felt(self, name: str, tokens: slice, by: str) -> Tensor:
+        """Which chunks of a layer, changed at ``tokens``, another layer feels at the last token: bool ``[chunks]``.
+
+        The change is large, so that one head of a softmax shows it: upwards, or downwards where it was at its limit.
+        """
+        up, down = (self._changes(name, tokens, size)[by] for size in (self._large, -self._large))
+        return ((up != 0) | (down != 0)).any(1).cpu()
+
+    def _changes(self, name: str, tokens: slice, size: float) -> dict[str, Tensor]:
+        """How the inputs of the other layers change at the last token when a layer's output changes at ``tokens``.
+
+        Both forwards have the same shape, so what does not change is equal to the last bit.
+
+        Returns:
+            By layer, in the order in which they run, ``[chunks, d_in]`` change of its input per unit of ``size``.
+        """
+        layer = self.linears[name]
+        chunk = _head_dim(self._model, width(layer))
+        copies = width(layer) // chunk
+        order = torch.randperm(chunk, generator=generator(0, "probe finding"))
+        changes = torch.block_diag(*[torch.linspace(-1, 1, chunk)[order]] * copies)
+
+        def shift(_module, _args, output: Tensor) -> Tensor:
+            shifted = output.clone()  # OPT's MLP flattens tokens into rows: the view undoes that
+            shifted.view(copies, -1, width(layer))[:, tokens] += (changes * size).unsqueeze(1).to(output)
+            return shifted
+
+        before = self._without_change(copies)
+        handle = layer.register_forward_hook(shift)
+        try:
+            after = self._inputs(copies)
+        finally:
+            handle.remove()
+        return {other: (x - before[other]) / size for other, x in after.items() if other != name}
+
+    def _without_change(self, copies: int) -> dict[str, Tensor]:
+        if copies not in self._unchanged:
+            self._unchanged[copies] = self._inputs(copies)
+        return self._unchanged[copies]
+
+    @torch.no_grad()
+    def _inputs(self, copies: int) -> dict[str, Tensor]:
+        """What enters each layer at the last token: ``[copies, d_in]``, in the order in which they run.
+
+        A layer that does not see all tokens, such as one of several experts, is left out.
+        """
+        inputs: dict[str, Tensor] = {}
+
+        def watch(name: str):
+            def hook(_module, args):
+                x = args[0]
+                if x.numel() == copies * _TOKENS * x.shape[-1]:
+                    inputs[name] = x.reshape(copies, _TOKENS, -1)[:, -1].float()
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(watch(name)) for name, module in self.linears.items()]
+        try:
+            tokens = torch.arange(1, _TOKENS + 1, device=next(self._model.parameters()).device).repeat(copies, 1)
+            self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs
+
+
+def _head_dim(model: nn.Module, width: int) -> int:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return head_dim if width % head_dim == 0 else width

@@ -1,0 +1,52 @@
+"""What is told before the first step about what the selection can and cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from colm_scale.config import RunConfig, SelectionConfig
+from colm_scale.selection.quota import expected_share
+
+
+def kept_facts(
+    selection: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor, protected: Tensor
+) -> list[str]:
+    """Which sources are kept, how many examples are protected, and whether there is room for them.
+
+    Args:
+        names: ``[Q]`` of the sources.
+        sizes: ``[Q]`` training examples of each.
+        kept: ``[Q]`` bool.
+        protected: ``[Q]`` protected examples of each.
+    """
+    by_source = ", ".join(f"{name} {count:,}" for name, count in zip(names, protected.tolist()) if count)
+    marked = [f"protected examples: {int(protected.sum()):,} ({by_source})"] if by_source else []
+    if selection.method == "random":
+        return [f"{fact}; --selection.method random does not protect them" for fact in marked]
+    if selection.method == "full":
+        return []
+    names_kept = [name for name, is_kept in zip(names, kept.tolist()) if is_kept]
+    facts = [f"kept sources ({len(names_kept)}): {', '.join(names_kept) or 'none'}", *marked]
+    share = expected_share(sizes, kept, protected, selection.candidates, selection.budget, selection.kept_cap)
+    if share < 1:
+        what = "kept and protected candidates" if by_source else "candidates of kept sources"
+        facts.append(
+            f"warning: about {share:.0%} of the {what} enter, for an average step has more than there is room for: "
+            f"give a larger --selection.budget (or --selection.kept_cap), or keep less"
+        )
+    return facts
+
+
+def update_facts(config: RunConfig) -> list[str]:
+    """What the optimizer's update leaves of the differences between candidates, where that is next to nothing."""
+    selection, optimizer = config.selection, config.train.optimizer
+    one_probe = selection.estimator == "zeroth_order" and selection.num_probes == 1
+    if selection.method != "colm" or not one_probe or optimizer not in ("lion", "muon"):
+        return []
+    return [
+        f"warning: along one probe an update of --train.optimizer {optimizer} is one of two, by the sign of the "
+        f"derivative, and most candidates are alike: give a larger --selection.num_probes, or --selection.estimator "
+        f"last_layer"
+    ]

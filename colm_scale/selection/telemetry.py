@@ -1,0 +1,153 @@
+"""What a step's selection was worth, in numbers, each beside that of a random draw with the same quotas.
+
+Nothing here decides anything. The draw picks as many of each source as the selection did, uniformly among those that it
+could have picked, and lets each source weigh as much in all: it has the selection's composition, but no ranking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
+from colm_scale.selection import baselines
+
+_RANKED_ROWS = 256
+"""Most rows of a source whose effective rank is taken: they come in random order, and the cost is cubic."""
+COMPARED = ("", "_stratified", "_random")
+"""What is compared with the candidates, as the ends of names: the selection, its draw with the same quotas, and a
+uniform draw of the same size."""
+
+
+def could_be_picked(candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None) -> Tensor:
+    """``[n]`` bool, the candidates that the selection could have picked: not kept and, where sketched, valid."""
+    found = torch.ones(len(candidates), dtype=torch.bool)
+    if matrix is not None:
+        found[:] = False
+        found[matrix.positions[matrix.valid.cpu()]] = True
+    found[selection.positions[: selection.kept]] = False
+    return found
+
+
+def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, generator: torch.Generator) -> Selection:
+    """A random draw with the selection's quotas: its kept candidates, and as many picks of each source.
+
+    Args:
+        sources: ``[n]``.
+        eligible: ``[n]`` bool, what could be picked.
+        generator: Rank-equal.
+
+    Returns:
+        Kept candidates with their weights, and picks with the mean weight that the selection gave their source.
+    """
+    nobody = int(sources.max()) + 1
+    of_picks, weights = sources[selection.picked], selection.weights[selection.kept :].double()
+    counts = torch.bincount(of_picks, minlength=nobody + 1)
+    quota = Quota(selection.positions[: selection.kept], counts)
+    drawn = baselines.stratified(torch.where(eligible, sources, nobody), quota, generator)
+    means = torch.bincount(of_picks, weights, minlength=nobody + 1) / counts.clamp(min=1)
+    own = [selection.weights[: selection.kept], means[sources[drawn.picked]].float()]
+    return dataclasses.replace(drawn, weights=torch.cat(own))
+
+
+def composition(sources: Tensor, selection: Selection) -> dict[str, float]:
+    """Effective number of sources of the coreset, by weight, and of the candidates."""
+    return {
+        "effective_sources": effective_number(torch.bincount(sources[selection.positions], selection.weights)),
+        "effective_sources_candidates": effective_number(torch.bincount(sources).double()),
+    }
+
+
+def ranking(
+    matrix: CandidateMatrix,
+    sources: Tensor,
+    eligible: Tensor,
+    selection: Selection,
+    draw: Selection,
+    *,
+    joint: bool,
+    free: bool = False,
+) -> dict[str, float]:
+    """What ranking has made of the candidate matrix.
+
+    Args:
+        sources: ``[n]``.
+        eligible: ``[n]`` bool, what could be picked.
+        draw: Of `stratified_like`.
+        joint: Whether the rows of all ranked sources were compared. If not, the columns are each source's own, so
+            everything is taken source by source, and a source counts by its candidates.
+        free: Whether no source had a quota, so that all were ranked.
+
+    Returns:
+        ``rank``, the effective rank of the rows; ``overlap``, the share of picks that the draw has picked too, and
+        ``overlap_by_chance``, what that is on average; ``sketch_error`` and ``sketch_cosine``, between the mean of the
+        selected rows and of all, and with ``_stratified`` the same of the draw. Only sources that had to be ranked
+        count towards rank, error and cosine; without one these are missing.
+    """
+    counted = torch.bincount(sources[selection.picked], minlength=int(sources.max()) + 1).double()
+    available = torch.bincount(sources[eligible], minlength=len(counted)).double().clamp(min=1)
+    found = {}
+    if len(selection.picked):
+        found["overlap"] = float(torch.isin(selection.picked, draw.picked).double().mean())
+        found["overlap_by_chance"] = float((counted.square() / available).sum() / counted.sum())
+    weights = torch.zeros(3, len(sources), dtype=torch.float64)
+    weights[0, eligible] = 1
+    for row, chosen in enumerate((selection, draw), 1):
+        weights[row, chosen.picked] = chosen.weights[chosen.kept :].double()
+    weights = weights[:, matrix.positions]
+    groups = sources[matrix.positions]
+    if free:
+        groups = torch.zeros_like(groups)
+    elif joint:
+        groups = torch.where((counted == available)[groups], -1, 0)  # what was taken whole is passed over below
+    ranks, sizes, products = [], [], torch.zeros(3, 3, dtype=torch.float64)
+    for group in groups.unique():
+        own = torch.where((groups == group) & (weights[0] > 0), weights, 0)  # [3, s]
+        valid = own[0].nonzero().flatten()
+        if not 0 < int((own[1] > 0).sum()) < len(valid):
+            continue
+        means = (own / own.sum(1, keepdim=True)).to(matrix.rows) @ matrix.rows
+        products += len(valid) ** 2 * (means.double() @ means.double().T).cpu()
+        ranks.append(effective_rank(matrix.rows[valid[:_RANKED_ROWS].to(matrix.rows.device)]))
+        sizes.append(len(valid))
+    if sizes:
+        found["rank"] = sum(rank * size for rank, size in zip(ranks, sizes)) / sum(sizes)
+    return found | nearness("sketch", products)
+
+
+def nearness(name: str, products: Tensor) -> dict[str, float]:
+    """How near vectors are to the first of them: relative error ``|v - v0| / |v0|`` and cosine.
+
+    Args:
+        name: How the results' names begin; they end as `COMPARED` says.
+        products: ``[m, m]`` float64 inner products of the vectors.
+
+    Returns:
+        Nothing if a product is not finite or a vector is zero.
+    """
+    lengths = products.diagonal().sqrt()
+    if not products.isfinite().all() or not lengths.all():
+        return {}
+    errors = (products.diagonal() - 2 * products[0] + products[0, 0]).clamp(min=0).sqrt() / lengths[0]
+    cosines = products[0] / (lengths[0] * lengths)
+    both = zip(COMPARED, errors[1:].tolist(), cosines[1:].tolist())
+    return {
+        f"{name}_{what}{end}": value
+        for end, error, cosine in both
+        for what, value in (("error", error), ("cosine", cosine))
+    }
+
+
+def effective_number(counts: Tensor) -> float:
+    """Exponential of the entropy of the shares of ``counts``: as many equal shares would have it."""
+    return float(torch.special.entr(counts / counts.sum()).sum().exp())
+
+
+def effective_rank(rows: Tensor) -> float:
+    """Effective number of the singular values of ``rows`` ``[s, h]`` (Roy and Vetterli, 2007); 0 if all are zero."""
+    rows = rows.double()
+    products = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    values = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
+    return effective_number(values) if values.any() else 0.0

@@ -1,0 +1,97 @@
+"""Gradients of all adapters at once, as weighted sums over a micro-batch's examples, by hooks on activations.
+
+The gradient of a LoRA matrix is ``sum_t delta_t (x) a_t`` over the tokens of all examples, with ``delta`` the gradient
+of its output and ``a`` its input. A hook on each matrix's output sees both when the loss is differentiated, so one
+backward gives the gradients of as many weightings of the examples as are asked for. Nothing is differentiated with
+respect to a parameter: whatever shards the model, parameters, their gradients and the hooks on them are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from colm_scale.errors import UserError
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.records import Batch
+
+
+class AdapterTap:
+    """The LoRA matrices of one model.
+
+    Raises:
+        UserError: Something else is trained too.
+    """
+
+    def __init__(self, model: ExampleLoss):
+        self._model = model
+        matrices = {
+            f"{name}.weight": module
+            for name, module in model.named_modules()
+            if name.split(".")[-2:-1] in (["lora_A"], ["lora_B"])
+        }
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if strange := [name for name in trained if name not in matrices]:
+            raise UserError(
+                f"--profile.match_every compares gradients of LoRA matrices, but {strange[0]} is trained too: "
+                f"leave it out, or use another --lora.adapter"
+            )
+        self.matrices = {name: matrices[name] for name in trained}
+        """Module of each trained parameter, by its name; equal order on every rank."""
+
+    def gradients(self, batch: Batch, weights: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        """Gradients of weighted sums of the losses.
+
+        Args:
+            batch: ``B`` examples.
+            weights: ``[m, B]``; the identity gives each example's own gradient.
+            scale: Multiplies the losses, so that half precision can hold their gradients.
+
+        Returns:
+            ``{parameter: [m, *its shape]}`` float32.
+
+        Raises:
+            UserError: A layer does not see every token of every example.
+        """
+        found: dict[str, Tensor] = {}
+        anchor = torch.zeros((), device=weights.device, requires_grad=True)
+
+        def watch(name: str):
+            def take(delta: Tensor, a: Tensor) -> None:
+                if delta.shape[:-1].numel() != batch.input_ids.numel():
+                    raise UserError(f"--profile.match_every: not every token passes through {name}; leave it out")
+                delta, a = (x.reshape(*batch.input_ids.shape, -1).float() for x in (delta, a))
+                of_layer = torch.tensordot(weights, delta.transpose(1, 2) @ a, 1)
+                found[name] = found[name] + of_layer if name in found else of_layer
+
+            return lambda _module, args, output: _Seen.apply(output, args[0], anchor, take)
+
+        with ExitStack() as hooks, torch.enable_grad():
+            for name, module in self.matrices.items():
+                hooks.enter_context(module.register_forward_hook(watch(name)))
+            losses = self._model(batch.input_ids, batch.attention_mask, batch.labels)
+            torch.autograd.grad(losses.sum() * scale, anchor, allow_unused=True)
+        return found
+
+
+class _Seen(torch.autograd.Function):
+    """The identity on a layer's output; its backward hands ``take`` the gradient and the layer's input.
+
+    The input is saved as autograd saves its own, so that with activation checkpointing it is not held but recomputed.
+    ``anchor`` is what the loss is differentiated with respect to: it makes every backward run, and none of a parameter.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, a: Tensor, anchor: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(a)
+        ctx.take = take
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, delta: Tensor):
+        (a,) = ctx.saved_tensors
+        ctx.take(delta, a)
+        return delta, None, None, None

@@ -1,0 +1,84 @@
+"""In which precision, and by which kernels, the tail of a sketch runs (DESIGN 2.1).
+
+Two losses that differ by a change of size eps differ by little more than the rounding of half precision. So everything
+behind the change is computed in float32. Whichever layer runs is lent a float32 copy of its weights, from when its
+engine has gathered them until it is done: no weight is written, a sharded one needs no special case, and one layer's
+copy is alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.sketch.tap import Tap
+
+
+@contextmanager
+def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
+    """sdpa within it, if the model has another attention than that or eager; such kernels take no float32, and have no
+    derivative in forward mode."""
+    config = model.causal_model.config.get_text_config()
+    chosen = config._attn_implementation
+    if chosen not in ("sdpa", "eager"):
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
+
+
+@contextmanager
+def float32_tail(tap: Tap, blocks: int) -> Iterator[None]:
+    """The forward within it runs its last ``blocks`` blocks, final norm, head and loss in float32; with 0 nothing.
+
+    4-bit layers compute as they do, on float32 activations.
+    """
+    if not blocks:
+        yield
+        return
+    model = tap.model.causal_model
+    every = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tap.block in [*m])
+    tail = every[-blocks:]
+    before = {module for block in every[:-blocks] for module in block.modules()}
+    lent: dict[nn.Module, dict[str, Tensor | None]] = {}
+    reached = False
+
+    def enter(_block, args, kwargs):
+        nonlocal reached
+        reached = True
+        return pytree.tree_map_only(Tensor, _in_float32, (args, kwargs))
+
+    def lend(layer: nn.Module, _args) -> None:
+        if reached and any(weight is not None and _is_half(weight) for weight in layer._parameters.values()):
+            lent[layer] = layer._parameters
+            layer._parameters = {k: None if v is None else _in_float32(v) for k, v in layer._parameters.items()}
+
+    def take_back(layer: nn.Module, *_) -> None:
+        if layer in lent:
+            layer._parameters = lent.pop(layer)
+
+    with ExitStack() as stack:
+        stack.enter_context(without_flash_attention(tap.model))
+        stack.callback(lambda: [take_back(layer) for layer in [*lent]])
+        for block in tail:
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for layer in model.modules():
+            if layer._parameters and layer not in before:
+                # Within the engine's own hooks, which gather before the layer runs and free the weights behind it.
+                stack.callback(layer.register_forward_pre_hook(lend).remove)
+                stack.callback(layer.register_forward_hook(take_back, prepend=True).remove)
+        yield
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if _is_half(tensor) else tensor

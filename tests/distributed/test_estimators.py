@@ -1,0 +1,81 @@
+"""Exact derivatives, the float32 tail, losses and lengths: the same on two ranks under any engine as on one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import worker
+
+from colm_scale.selection.line import medoids_on_line
+
+JOBS = {
+    "auto": ("exact", "loss", "length"),
+    "fsdp": ("exact", "tail", "loss", "length_broken"),
+    "zero3": ("tail", "loss_broken", "length", "exact"),  # the last one leaves a forward half done
+}
+PAIRS = [(engine, case) for engine, cases in JOBS.items() for case in cases if (engine, case) != ("zero3", "exact")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    jobs = {case: ("auto", case) for case in ("exact", "tail", "no_tail", "loss", "length")}
+    return worker.launch(1, jobs, tmp_path_factory.mktemp("alone"))[0]["cases"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    jobs = {f"{engine}/{case}": (engine, case) for engine, cases in JOBS.items() for case in cases}
+    return [rank["cases"] for rank in worker.launch(2, jobs, tmp_path_factory.mktemp("two"))]
+
+
+@pytest.mark.parametrize(("engine", "case"), PAIRS)
+def test_sketches_and_ids_are_those_of_one_process(ranks, alone, engine, case):
+    expected = alone[case.removesuffix("_broken")]["steps"]
+    for cases in ranks:
+        steps = cases[f"{engine}/{case}"]["steps"]
+        assert [step["ids"].tolist() for step in steps] == [step["ids"].tolist() for step in expected]
+        # The weights of the first step are equal, and so are the shapes of the forwards: bit for bit.
+        for name in ("positions", "rows", "valid"):
+            assert torch.equal(steps[0]["matrix"][name], expected[0]["matrix"][name])
+
+
+def test_no_rank_can_differentiate_forwards_under_zero_3(ranks):
+    for cases in ranks:
+        said = cases["zero3/exact"]["refused"]
+        assert "--selection.derivative exact" in said
+        assert "use --selection.derivative finite, or --selection.estimator last_layer" in said
+
+
+def test_a_float32_tail_finds_the_derivatives_that_half_precision_rounds_away(alone):
+    """Both of the base as bfloat16 stores it, beside those of the base in float32: its own 2^-9 apart."""
+    exact = alone["exact"]["steps"][0]["coefficients"]
+    errors = [
+        float((alone[case]["steps"][0]["coefficients"] - exact).norm() / exact.norm()) for case in ("tail", "no_tail")
+    ]
+    assert errors[0] < 0.05
+    assert errors[1] > 0.3
+
+
+def test_lengths_cost_no_forward_and_no_byte(ranks, alone):
+    for result in (alone["length"], *(cases["zero3/length"] for cases in ranks)):
+        for step in result["steps"]:
+            assert step["forwards"] == step["trained_batches"]
+            assert "gather" not in step["bytes"]
+    for step in ranks[0]["auto/loss"]["steps"]:
+        assert step["forwards"] > step["trained_batches"]
+        assert step["bytes"]["gather"] == 4 * step["padded"]
+
+
+@pytest.mark.parametrize("case", ["loss", "length"])
+def test_the_medoids_of_each_source_are_those_of_its_numbers_on_the_line(alone, case):
+    data = worker.examples()
+    for step in alone[case]["steps"]:
+        indices, positions = step["indices"], step["matrix"]["positions"]
+        numbers = data.lengths[indices[positions]].float() if case == "length" else step["matrix"]["losses"]
+        sources, picked = data.sources[indices], step["positions"][step["kept"] :]
+        assert torch.equal(step["matrix"]["rows"], numbers.unsqueeze(1))
+        for source in sources[picked].unique():
+            of_source = positions[sources[positions] == source]
+            chosen = picked[sources[picked] == source]
+            medoids, _ = medoids_on_line(numbers[sources[positions] == source], len(chosen))
+            assert chosen.tolist() == of_source[medoids].tolist()

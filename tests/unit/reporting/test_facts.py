@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from colm_scale.config import RunConfig, SelectionConfig, TrainConfig
+from colm_scale.reporting.facts import kept_facts, update_facts
+
+NAMES = ("a", "b", "c")
+SIZES = torch.tensor([10, 60, 30])
+KEPT = torch.tensor([True, False, True])
+NONE = torch.zeros(3, dtype=torch.int64)
+SOME = torch.tensor([0, 12, 3])
+
+
+def facts(protected: torch.Tensor = NONE, **options) -> list[str]:
+    return kept_facts(SelectionConfig(candidates=100, **options), NAMES, SIZES, KEPT, protected)
+
+
+@pytest.mark.parametrize("method", ["colm", "stratified"])
+def test_kept_sources_and_protected_examples_are_named(method):
+    assert facts(method=method, budget=52) == ["kept sources (2): a, c"]
+    assert facts(SOME, method=method, budget=52) == ["kept sources (2): a, c", "protected examples: 15 (b 12, c 3)"]
+
+
+def test_methods_that_keep_nothing():
+    assert facts(method="random") == facts(method="full") == facts(SOME, method="full") == []
+    (fact,) = facts(SOME, method="random")
+    assert fact == "protected examples: 15 (b 12, c 3); --selection.method random does not protect them"
+
+
+def test_too_little_room_is_told_with_the_share_that_enters():
+    # On average 40 of 100 candidates are of a kept source, and 12 more are protected.
+    assert len(facts(budget=40)) == 1
+    *_, warning = facts(budget=30)
+    assert "about 75% of the candidates of kept sources enter" in warning
+    *_, warning = facts(SOME, budget=39)
+    assert "about 75% of the kept and protected candidates enter" in warning
+    *_, warning = facts(budget=40, kept_cap=0.5)
+    assert "about 50%" in warning
+    assert "--selection.kept_cap" in warning
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "method", "estimator", "probes", "warned"),
+    [
+        ("lion", "colm", "zeroth_order", 1, True),
+        ("muon", "colm", "zeroth_order", 1, True),
+        ("muon", "colm", "zeroth_order", 2, False),
+        ("lion", "colm", "last_layer", 1, False),
+        ("lion", "stratified", "zeroth_order", 1, False),
+        ("sgd", "colm", "zeroth_order", 1, False),
+    ],
+)
+def test_updates_that_are_nothing_but_a_sign_are_told(optimizer, method, estimator, probes, warned):
+    selection = SelectionConfig(method=method, estimator=estimator, num_probes=probes)
+    facts = update_facts(RunConfig(selection=selection, train=TrainConfig(optimizer=optimizer)))
+    assert len(facts) == warned
+    assert all(f"--train.optimizer {optimizer}" in fact and "--selection.num_probes" in fact for fact in facts)
