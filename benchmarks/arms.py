@@ -48,6 +48,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options]] = MappingProxyType(
         },
         "rankings": {
             "last_layer matching": _options(ranking="matching"),
+            "last_layer matching unbiased": _options(ranking="matching", weights="unbiased"),
             "last_layer pursuit": _options(ranking="pursuit"),
             "last_layer systematic": _options(ranking="systematic"),
             "last_layer importance": _options(ranking="importance", weights="unbiased"),

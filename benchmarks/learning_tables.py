@@ -136,12 +136,15 @@ TABLES = {
         f"learning {data} {match}": lambda data=data, match=match: table(data, match, METHODS)
         for data in DATA
         for match in ("time", "steps")
+        if of(data, match)
     },
     **{
         f"sensitivity {group}": lambda group=group: table("built-in", "steps", ["main", group])
         for group in SENSITIVITIES
+        if GROUPS[group].keys() & of("built-in", "steps").keys()
     },
 }
+"""Of what has rows."""
 
 
 def main() -> None:

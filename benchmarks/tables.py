@@ -20,7 +20,10 @@ import rows
 
 README = rows.ROOT / "README.md"
 BENCHMARKS_README = rows.ROOT / "benchmarks" / "README.md"
-MAKERS = ("engines", "checkpoints", "faults", "fuzz_readers", "scale", "estimator_cost")
+MAKERS = (
+    *("engines", "checkpoints", "faults", "fuzz_readers"),
+    *("scale", "selection_speed", "estimator_cost", "gradient_match", "learning_tables"),
+)
 """Benchmarks that make tables of their own for the second README."""
 
 

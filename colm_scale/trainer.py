@@ -36,6 +36,7 @@ from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.optimizers import default_learning_rate
 from colm_scale.modeling.probe import find_probes
 from colm_scale.modeling.proxy import add_probes, describe_proxy, load_proxy
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
@@ -54,7 +55,6 @@ from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 
 _DEFAULT_STEPS = 80
-_BUILTIN_LEARNING_RATE, _LEARNING_RATE = 1e-2, 2e-4
 
 
 def run(config: RunConfig) -> None:
@@ -89,7 +89,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """With presets and defaults that depend on other options written out."""
     train, output_dir = config.train, config.output_dir
     if train.learning_rate is None:
-        rate = _BUILTIN_LEARNING_RATE if config.model.name is None else _LEARNING_RATE
+        rate = default_learning_rate(train.optimizer, builtin=config.model.name is None)
         train = dataclasses.replace(train, learning_rate=rate)
     if output_dir is None and config.resume != "none":
         output_dir = str(_run_of(Path(config.resume)))

@@ -11,10 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
-from colm_scale.config import TrainConfig
+from colm_scale.config import OptimizerName, TrainConfig
 
 NEED_WHOLE_MATRICES = ("adafactor", "muon")
 """Optimizers whose update of an entry depends on its whole row and column."""
+
+
+_LEARNING_RATES: dict[OptimizerName, tuple[float, float]] = {
+    "adamw": (1e-2, 2e-4),
+    "sgd": (0.5, 1e-2),
+    "lion": (2e-3, 4e-5),
+    "adafactor": (1e-2, 2e-4),
+    "muon": (3e-2, 6e-4),
+}
+"""For the built-in base, where they were tried, and for any other model, in the same proportion to AdamW's."""
+
+
+def default_learning_rate(optimizer: OptimizerName, *, builtin: bool) -> float:
+    """The peak learning rate of a run that names none."""
+    return _LEARNING_RATES[optimizer][0 if builtin else 1]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:

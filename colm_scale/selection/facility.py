@@ -59,14 +59,13 @@ def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     low, high = (float(end) for end in similarity.aminmax())
     worth = (similarity.double() - low if low else similarity.double()).numpy()
     n = len(worth)
-    exponent = math.frexp(high - low)[1] + n.bit_length()
-    lift = 1.5 * 2.0**exponent  # next to it float64 has no finer numbers than the unit: adding it rounds to the unit
+    lift = _lift(high - low, n)
     picks, raised = np.empty(0, np.int64), np.empty(0)
     if n <= _FEW:
         pairs = _AllPairs(worth + lift - lift)
     else:
-        slack = n * 2.0 ** (exponent - 50)  # more than rounding takes off the sums
-        picks, raised, covered = _first_picks(worth, lift, worth.sum(1) + slack, min(k, _FIRST))
+        bounds = worth.sum(1) + n * lift / 2**50  # more than rounding takes off the sums
+        picks, raised, covered = _first_picks(worth, lift, bounds, min(k, _FIRST))
         if len(picks) == k:
             return torch.from_numpy(picks), torch.from_numpy(raised)
         pairs = _ListedPairs(worth, lift, covered)
@@ -77,11 +76,13 @@ def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def greedy_on_device(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`greedy_with_gains` by torch, for a GPU: rounds again, but all excesses are computed anew from whole rows.
+    """`greedy_with_gains` by torch, for a GPU: the same rounds, but gains are lost by whole rows, without lists.
 
-    Holds a second matrix of float64. The host waits for the device three times a round, not once a pick.
+    Holds a second matrix. The host waits for the device a few times a round, not for each pick.
     """
-    worth, unit = _whole_numbers(similarity)
+    shifted = similarity.double() - similarity.min()
+    lift = _lift(float(shifted.max()), len(shifted))
+    worth = shifted.add_(lift).sub_(lift)
     covered, gains = worth.new_zeros(len(worth)), worth.sum(0)
     rank = torch.arange(_WINDOW_ON_DEVICE, device=worth.device)[: len(worth)].unsqueeze(1)
     picks, raised = [gains.new_empty(0, dtype=torch.int64)], [gains.new_empty(0)]
@@ -103,7 +104,7 @@ def greedy_on_device(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     picks, raised = torch.cat([*picks, left]), torch.cat([*raised, gains[left]])
     by_index = picks.argsort()
     order = by_index[raised[by_index].argsort(descending=True, stable=True)][:k]
-    return picks[order], raised[order] * unit
+    return picks[order], raised[order]
 
 
 def objective(similarity: Tensor, picks: Tensor) -> float:
@@ -119,6 +120,14 @@ def cluster_sizes(similarity: Tensor, picks: Tensor) -> Tensor:
     owner = similarity[:, picks].argmax(1)
     owner[picks] = torch.arange(len(picks), device=picks.device)
     return torch.bincount(owner, minlength=len(picks))
+
+
+def _lift(largest: float, n: int) -> float:
+    """A number so large that adding it rounds what is at most ``largest`` to whole multiples of a unit.
+
+    Next to it float64 has no finer numbers than the unit, of which sums of n have fewer than 2^53.
+    """
+    return 1.5 * 2.0 ** (math.frexp(largest)[1] + n.bit_length())
 
 
 def _rounds(
@@ -265,17 +274,3 @@ class _ListedPairs:
         above = np.minimum(self._values[at], np.repeat(high, counts))
         above -= np.repeat(low, counts)
         return np.bincount(self._candidates[at], np.maximum(above, 0, out=above), len(self._worth))
-
-
-def _whole_numbers(similarity: Tensor) -> tuple[Tensor, float]:
-    """Shifted to 0 or more, in whole multiples of a power of two: the sum of n of which float64 holds exactly.
-
-    The shift adds the same to every candidate's value with anything picked, so it changes no choice.
-
-    Returns:
-        float64 ``[n, n]`` whole numbers, and the unit they count.
-    """
-    shifted = similarity.to(torch.float64, copy=True).sub_(similarity.min())
-    _, exponent = math.frexp(float(shifted.max()))
-    unit = 2.0 ** (exponent + len(similarity).bit_length() - 52)
-    return shifted.div_(unit).round_(), unit

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FEW = 2**20
-"""Most k times nodes for which layers are as fast as prices."""
-_GUESSES = 6
-"""Prices that are interpolated before they are taken from the costs."""
+_LAYERS = 2**15
+"""Square of the most layers that are always faster than prices."""
+_GUESSES = 8
+"""Most prices that are guessed before they are taken from the costs, which always ends."""
+_CLOSE = 64
+"""Steps between two paths from which on they are."""
 
 
 def medoids_on_line(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,7 @@ def medoids_on_line(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k >= line.last:  # nothing but equal values need share a medoid
         equal = np.setdiff1d(np.arange(len(x)), line.starts, assume_unique=True)
         edges = np.union1d(line.starts, equal[: k - line.last])
-    elif k * line.last <= _FEW or k * k <= line.last:
+    elif k * k <= 4 * line.last + _LAYERS:
         edges = line.starts[_by_layers(line, k)]
     else:
         edges = line.starts[_by_price(line, k)]
@@ -68,7 +70,7 @@ class _Line:
 
     @classmethod
     def of(cls, x: np.ndarray) -> _Line:
-        """In units of which any path's cost and price have fewer than 2^62."""
+        """In units of which no sum of costs and prices reaches 2^62."""
         bits = 58 - len(x).bit_length()
         whole = np.rint(np.ldexp(x - x[0], bits - math.frexp(x[-1] - x[0])[1])).astype(np.int64)
         starts = np.concatenate([[0], np.diff(whole).nonzero()[0] + 1, [len(x)]])
@@ -90,40 +92,43 @@ class _Line:
 
 def _by_layers(line: _Line, k: int) -> np.ndarray:
     """Nodes ``[k + 1]`` of a shortest path of ``k`` steps."""
-    cost = line.cost(0, np.arange(1, line.last - k + 2))
-    before = []
+    nodes = np.arange(1, line.last - k + 2)  # at which a path of one step can be, if k - 1 more reach the last
+    cost, before = line.cost(0, nodes), [np.zeros_like(nodes)]
     for layer in range(2, k + 1):
-        cost, step = _with_one_step_more(line, layer, cost)
+        cost, step = _with_one_step_more(line, layer, cost, before[-1])
         before.append(step)
     path = [line.last]
-    for layer in range(k, 1, -1):
-        path.append(int(before[layer - 2][path[-1] - layer]))
-    return np.array([0, *reversed(path)])
+    for layer in range(k, 0, -1):
+        path.append(int(before[layer - 1][path[-1] - layer]))
+    return np.array(path[::-1])
 
 
-def _with_one_step_more(line: _Line, layer: int, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _with_one_step_more(line: _Line, layer: int, cost: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shortest paths of ``layer`` steps.
 
     Args:
         cost: ``[r]`` of shortest paths of a step less, to the nodes ``layer - 1`` and up.
+        before: ``[r]`` the node before the last on each.
 
     Returns:
-        ``[r]`` their cost and ``[r]`` the node before the last, for the nodes ``layer`` and up.
+        As ``cost`` and ``before``, to the nodes ``layer`` and up.
     """
     count = len(cost)
-    stride = 4 ** math.ceil(math.log(count, 4))
-    least, best = np.empty_like(cost), np.full(count + stride, count)
+    branch = 16 if count < 4096 else 2  # of few rows the number of operations counts, of many that of their elements
+    stride = branch ** math.ceil(math.log(count, branch))
+    least, best = np.empty_like(cost), np.full(count + stride, count)  # best: counted from node layer - 1
     least[0], best[0] = cost[0] + line.cost(layer - 1, layer), 0
+    lowest = np.append(before[1:] - layer + 1, 0)
     while stride > 1:
-        row = np.arange(0, count, stride // 4)
+        row = np.arange(0, count, stride // branch)
         row = row[row % stride > 0]
         left = row - row % stride
-        first = best[left]
+        first = np.maximum(best[left], lowest[row])
         run, place = _runs(np.minimum(row, best[left + stride]) - first + 1)
         column = first[run] + place
         least[row], found = _least(cost[column] + line.cost(layer - 1 + column, layer + row[run]), run, place)
         best[row] = first + found
-        stride //= 4
+        stride //= branch
     return least, best[:count] + layer - 1
 
 
@@ -134,11 +139,16 @@ def _by_price(line: _Line, k: int) -> np.ndarray:
     """
     few, many = _Path(line, np.array([0, line.last])), _Path(line, np.arange(line.last + 1))
     high, low = few.cost + 1, 1  # prices of which these are the cheapest paths
-    # Where many candidates share a step, their density's square root is that of the steps (Zador 1982).
-    gaps = np.diff(line.sums[line.starts[:-1] + 1] - line.sums[line.starts[:-1]])
-    price, power = (np.sqrt(gaps).sum() / (2 * k)) ** 2, -2.0
-    seen: list[tuple[int, int]] = []
+    aim, guesses = float(k), 0
     while high - low > 2:
+        guesses += 1
+        if guesses > _GUESSES or many.steps - few.steps < _CLOSE:
+            saved = (few.cost - many.cost) // (many.steps - few.steps) // 2 * 2  # by each step more, on average
+            price = saved + 1 if saved + 1 < high else saved - 1
+        elif few.steps == 1 or many.steps == line.last:
+            price = _guess(line, aim)
+        else:
+            price = low * (high / low) ** (math.log(many.steps / k) / math.log(many.steps / few.steps))
         price = min(max(int(price) | 1, low + 2), high - 2)
         path = _Path(line, _cheapest_path(line, price, k))
         if path.steps == k:
@@ -147,15 +157,22 @@ def _by_price(line: _Line, k: int) -> np.ndarray:
             few, high = path, price
         else:
             many, low = path, price
-        seen.append((price, path.steps))
-        if len(seen) < _GUESSES:
-            if len(seen) > 1 and seen[-2][1] != path.steps:
-                power = math.log(price / seen[-2][0]) / math.log(path.steps / seen[-2][1])
-            price *= (k / path.steps) ** power
-        else:
-            saved = (few.cost - many.cost) // (many.steps - few.steps) // 2 * 2  # by each step more, on average
-            price = saved + 1 if saved + 1 < high else saved - 1
+        aim *= (k / path.steps) ** 2  # to the other side
     return _joined(few.nodes, many.nodes, k)
+
+
+def _guess(line: _Line, steps: float) -> float:
+    """A price of which the cheapest path has about so many steps.
+
+    Where candidates are dense, steps are as dense as the square root of that (Zador 1982): a gap between candidates has
+    ``sqrt(gap / (2 price))`` steps. It has one at most, so the largest have one, and of the others the sum is the rest.
+    """
+    values = line.sums[line.starts[:-1] + 1] - line.sums[line.starts[:-1]]
+    roots = np.sort(np.sqrt(np.diff(values)))[::-1] / 2
+    steps = min(steps, len(roots) - 0.5)
+    whole = np.arange(math.ceil(steps))
+    price_root = roots[::-1].cumsum()[::-1][whole] / (steps - whole)
+    return float(price_root[(roots[whole] <= price_root).argmax()]) ** 2
 
 
 class _Path:
@@ -178,7 +195,7 @@ def _joined(few: np.ndarray, many: np.ndarray, k: int) -> np.ndarray:
 
 def _cheapest_path(line: _Line, price: int, k: int) -> np.ndarray:
     """The nodes of a path whose cost is least if every step adds ``price``; about ``k`` steps are expected."""
-    before = _steps_at_price(line, price, 32 * -(-line.last // k)).tolist()
+    before = _steps_at_price(line, price, min(32 * -(-line.last // k), line.last)).tolist()
     path = [line.last]
     while path[-1]:
         path.append(before[path[-1]])
@@ -191,15 +208,16 @@ def _steps_at_price(line: _Line, price: int, reach: int) -> np.ndarray:
     The line is cut into blocks of ``reach`` nodes, and all are worked on at once. Through which nodes the path comes is
     not known; but it steps over no two nodes so far apart that a stop between them saves more than the price. Paths do
     not cross, so it stays between the paths that begin at either. These two soon meet, and where their last steps
-    to every node of the block are the same, so is that of the cheapest path. Where they are not, two nodes farther
-    back are taken.
+    to every node of the block are the same, so is that of the cheapest path. Where they are not, it is done again with
+    blocks twice as long and nodes twice as far back.
     """
-    before = np.zeros(line.last + 1, np.int64)
-    blocks, back = np.arange(0, line.last, reach), reach
-    while len(blocks):
-        left = np.maximum(blocks - back, 0)
+    before = np.full(line.last + 1, -1)
+    before[0] = 0
+    while (unknown := (before < 0).nonzero()[0]).size:
+        blocks = reach * np.unique((unknown - 1) // reach)
+        left = np.maximum(blocks - reach, 0)
         right, sure = _a_step_beyond(line, price, left, blocks)
-        steps = _paths_from(line, price, np.concatenate([left, right]), back + reach)
+        steps = _paths_from(line, price, np.concatenate([left, right]), reach + int((blocks - left).max()))
         node = blocks[:, None] + np.arange(1, reach + 1)
         lane = np.arange(len(blocks))[:, None]
         lower, upper = steps[node - left[:, None], lane], steps[node - right[:, None], lane + len(blocks)]
@@ -207,8 +225,7 @@ def _steps_at_price(line: _Line, price: int, reach: int) -> np.ndarray:
         sure &= (lower == upper).all(1, where=within)
         within &= sure[:, None]
         before[node[within]] = lower[within]
-        blocks = blocks[~sure]
-        back *= 2
+        reach *= 2
     return before
 
 

@@ -19,8 +19,6 @@ from colm_scale.config import Metric
 from colm_scale.selection.facility import greedy, greedy_with_gains
 from colm_scale.selection.similarity import similarities
 
-LARGEST = 8192
-"""Most candidates compared all with all: the two float64 matrices that takes are 1 GiB."""
 _BLOCK_ROWS = 1024
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from colm_scale.config import Metric, SelectionConfig
+from colm_scale.config import SelectionConfig
 from colm_scale.records import CandidateMatrix, Quota, Selection, long_tensor
 from colm_scale.selection import line, partition
 from colm_scale.selection.facility import cluster_sizes, greedy
@@ -90,7 +90,7 @@ def _rank(
         stands_for = torch.bincount(groups) / quotas.double()
     match config.ranking:
         case "facility":
-            picks, sizes = _medoids(sketches, groups, quotas, config.metric, config.weights == "cluster")
+            picks, sizes = _medoids(sketches, groups, quotas, config)
             if config.weights == "cluster":
                 return picks, sizes
         case "matching":
@@ -116,16 +116,17 @@ def _along_the_mean(rows: Tensor) -> Tensor:
     return rows.flatten() if rows.shape[1] == 1 else (rows * rows.mean(0)).sum(1)
 
 
-def _medoids(rows: Tensor, groups: Tensor, quotas: Tensor, metric: Metric, counted: bool) -> tuple[Tensor, Tensor]:
+def _medoids(rows: Tensor, groups: Tensor, quotas: Tensor, config: SelectionConfig) -> tuple[Tensor, Tensor]:
     """``[k]`` medoids among ``rows`` ``[m, h]`` and how many rows each stands for, on the CPU.
 
-    Counting costs a large source as much as picking, so unless ``counted`` is asked for its counts may be 1.
+    Counting costs a large source as much as picking, so where weights do not count its counts may be 1.
     """
-    k, alone = int(quotas.sum()), len(quotas) == 1
+    k, alone, metric = int(quotas.sum()), len(quotas) == 1, config.metric
     if alone and rows.shape[1] == 1 and metric != "cosine":
         return line.medoids_on_line(rows[:, 0], k)
-    if alone and len(rows) > partition.LARGEST:
-        picks = partition.partitioned_greedy(rows, k, metric, partition.LARGEST)
+    if alone and len(rows) > config.largest_group:
+        picks = partition.partitioned_greedy(rows, k, metric, config.largest_group)
+        counted = config.weights == "cluster"
         counts = partition.cluster_sizes(rows, picks, metric) if counted else torch.ones_like(picks)
         return picks.cpu(), counts.cpu()
     # Where few directions make the rows, many candidates lie between two others in every column, and medoids tie. In

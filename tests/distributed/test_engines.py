@@ -214,8 +214,10 @@ def test_half_precision_trains_the_same_first_step(ranks, alone, engine, dtype, 
     assert not differs[0]
     losses = [step["loss"] for step in result["steps"]]
     assert all(map(math.isfinite, losses))
-    # Two ranks form other micro-batches than one: some activation in a thousand is rounded to its neighbour.
-    assert losses[0] == pytest.approx(expected["steps"][0]["loss"], rel=1e-4)
+    # Two ranks form other micro-batches than one: some activations are rounded to their neighbour, which is a relative
+    # 2**-8 away in bfloat16 and 2**-11 in float16. The loss is a mean over some hundred tokens, so far less is left.
+    spacing = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
+    assert losses[0] == pytest.approx(expected["steps"][0]["loss"], rel=spacing / 10)
     assert {values.dtype for values in result["adapters"].values()} == {torch.float32}
 
 

@@ -18,16 +18,9 @@ from colm_scale.data.batching import collate
 from colm_scale.records import CandidateMatrix, Candidates
 from colm_scale.selection.rule import SelectionRule
 
-CASES = {
-    name: case
-    for name, case in worker.CASES.items()
-    if name not in ("clipped", "not_clipped", "checkpointed", "broken", "bfloat16", "float16")  # see test_engines.py
-    and name not in ("neyman", "agreement", "agreement_broken", "excess_loss")  # see test_allocation.py
-    and not name.startswith(("reused", "proxy"))  # see test_reuse_and_proxy.py
-    and not name.startswith(("loss", "length", "exact", "tail", "no_tail"))  # see test_estimators.py
-    and not name.startswith("ranked")  # see test_rankings.py
-    and not name.startswith(("countsketch", "kronecker", "probes"))  # see test_probes.py
-}
+METHODS = ("last_layer", "zeroth_order_1", "zeroth_order_3", "stratified", "random", "full")
+CASES = {name: worker.CASES[name] for name in (*METHODS, "last_layer_with_floor", "cluster", "token", "starved")}
+"""The others have a file each beside this one."""
 RUNS = {
     "single": ("auto", 1),
     "ddp-2": ("auto", 2),
@@ -35,7 +28,6 @@ RUNS = {
     "zero2-1": ("zero2", 1),
     "zero2-2": ("zero2", 2),
 }
-METHODS = ("last_layer", "zeroth_order_1", "zeroth_order_3", "stratified", "random", "full")
 SKETCHED = tuple(name for name, case in CASES.items() if case.selection.method == "colm")
 GRADIENT = 2e-6
 """Largest deviation of a gradient, relative to its largest entry: float32 sums over at most 400 tokens, in another

@@ -37,7 +37,7 @@ LAUNCHERS = sorted((ROOT / "launchers").glob("*.py"))
 METRICS = {
     *("step", "loss", "learning_rate", "gradient_norm", "seconds", "measured_over_floor", "peak_bytes"),
     *("phase_peak_bytes", "exchanged_bytes", "padding_share", "imbalance", "candidates", "selected", "kept"),
-    *("invalid", "overflow", "applied", "loss_scale"),
+    *("invalid", "overflow", "applied", "loss_scale", "telemetry"),
 }
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

@@ -17,6 +17,7 @@ from colm_scale.config import EstimatorName, Ranking, SelectionConfig
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probes
 from colm_scale.randomness import generator
+from colm_scale.selection.line import medoids_on_line
 from colm_scale.sketch.tap import Tap
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -116,3 +117,23 @@ def test_what_is_remembered_is_what_the_tap_says(modules):
         torch.testing.assert_close(remembered.branched_losses(batch, changes), tap.branched_losses(batch, changes))
         torch.testing.assert_close(remembered.bare_losses(batch), tap.bare_losses(batch))
     assert len(passes) == 3 + 3 * len(batches), "three of them are the remembered tap's"
+
+
+# selection_speed.py
+
+
+def test_greedy_is_timed_beside_one_that_picks_the_same(modules):
+    row = modules["selection_speed"].measure_greedy("normal", 60, "cpu", rounds=3)
+    assert row["same_picks"]["numpy"]
+    assert row["objective_over_ours"]["numpy"] == 1
+    assert row["selected"] == 30
+    assert 0 < row["seconds"]["colm_scale"]["p20"] <= row["seconds"]["colm_scale"]["p80"]
+
+
+def test_the_distance_on_the_line_is_that_to_the_nearest_pick(modules, monkeypatch):
+    monkeypatch.setattr(modules["selection_speed"], "ON_LINE", 48)
+    values = modules["scale"].draw_rows(48, 1).flatten()
+    row = modules["selection_speed"].measure_line(4, rounds=1)
+    picks = values[medoids_on_line(values, 12)[0]]
+    apart = (values.unsqueeze(1) - picks).abs().amin(1)
+    assert row["distance"] == pytest.approx(float(apart.double().sum()), rel=1e-6)  # of float32

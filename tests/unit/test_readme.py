@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_options_exist():
-    mentioned = set(re.findall(r"--([a-z]+\.[a-z_]+)", README + (ROOT / "docs" / "method.md").read_text()))
+    mentioned = set(re.findall(r"--([a-z]+\.[a-z0-9_]+)", README + (ROOT / "docs" / "method.md").read_text()))
     assert "selection.method" in mentioned
     assert mentioned <= set(option_types())
 

@@ -48,6 +48,7 @@ def test_the_paper_s_preset_wins_over_the_options_it_decides():
 
 def test_the_default_learning_rate_is_the_built_in_base_s_only_there():
     assert resolve(RunConfig()).train.learning_rate == 1e-2
+    assert resolve(RunConfig(train=TrainConfig(optimizer="sgd"))).train.learning_rate == 0.5
     assert resolve(RunConfig(model=ModelConfig(name="a/b"))).train.learning_rate == 2e-4
     given = RunConfig(train=TrainConfig(learning_rate=0.5))
     assert resolve(given).train.learning_rate == 0.5

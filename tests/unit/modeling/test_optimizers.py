@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from colm_scale.config import TrainConfig
-from colm_scale.modeling.optimizers import Lion, Sgd, begun_state, make_optimizer, state_keys
+from colm_scale.modeling.optimizers import Lion, Sgd, begun_state, default_learning_rate, make_optimizer, state_keys
 from colm_scale.randomness import generator
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
@@ -97,3 +97,10 @@ def test_steps_are_about_as_large_as_those_of_adamw(name):
     parameter.data.zero_()
     moved = train(parameter, optimizer, range(1)).square().mean().sqrt() / RATE
     assert 0.5 <= moved / (1.0 if name == "adafactor" else 0.2) <= 1.5
+
+
+def test_default_rates_are_in_the_same_proportion_for_every_model():
+    times = {"adamw": 1, "sgd": 50, "lion": 0.2, "adafactor": 1, "muon": 3}
+    for name, factor in times.items():
+        assert default_learning_rate(name, builtin=True) == pytest.approx(1e-2 * factor)
+        assert default_learning_rate(name, builtin=False) == pytest.approx(2e-4 * factor)

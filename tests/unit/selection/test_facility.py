@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colm_scale.randomness import generator
-from colm_scale.selection.facility import cluster_sizes, greedy, objective
+from colm_scale.selection import facility
+from colm_scale.selection.facility import cluster_sizes, greedy, greedy_on_device, greedy_with_gains, objective
 from colm_scale.selection.similarity import similarities
 
 
@@ -40,6 +41,58 @@ def literal_greedy(similarity: torch.Tensor, k: int) -> list[int]:
 def test_each_pick_is_the_best_next_one(trial, lowest):
     similarity = without_ties(9, trial, lowest)
     assert greedy(similarity, 9).tolist() == literal_greedy(similarity, 9)
+
+
+def test_picks_of_a_round_that_do_not_touch_are_in_the_order_of_their_gains():
+    """Three clusters of 3, 2 and 4: one round finds the medoids of all, another their neighbours."""
+    similarity = similarities(torch.tensor([[0.0, 1, 2, 50, 51, 90, 91, 93, 94]]).T, "l1")
+    assert greedy(similarity, 9).tolist() == literal_greedy(similarity, 9)
+    assert greedy(similarity, 4).tolist() == literal_greedy(similarity, 4)
+
+
+def gains_one_by_one(similarity: torch.Tensor, k: int) -> tuple[list[int], list[float]]:
+    """Picks and gains, all gains computed afresh for every pick; for similarities that are small whole numbers."""
+    covered, picks, raised = similarity.min().expand(len(similarity)).clone(), [], []
+    for _ in range(k):
+        gains = (similarity - covered.unsqueeze(1)).clamp(min=0).sum(0)
+        gains[picks] = -1
+        picks.append(int(gains.argmax()))
+        raised.append(float(gains.max()))
+        covered = torch.maximum(covered, similarity[picks[-1]])
+    return picks, raised
+
+
+@pytest.fixture(params=["few", "many", "device"])
+def way(request, monkeypatch):
+    """Each of the ways in which it is done, for any number of candidates; the device's on the CPU."""
+    monkeypatch.setattr(facility, "_FEW", 10**6 if request.param == "few" else 0)
+    return greedy_on_device if request.param == "device" else greedy_with_gains
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 40, 300])
+@pytest.mark.parametrize("high", [2, 9, 10**6])
+def test_all_ways_are_greedy_to_the_last_tie(way, n, high):
+    drawn = torch.randint(-high, high, (n, n), generator=generator(n, "test similarity"), dtype=torch.float64)
+    for similarity in (drawn + drawn.T, similarities(drawn[:, :2], "l1"), similarities(drawn[:, :1] // 2, "l1")):
+        for k in {0, 1, n // 16, n // 2, n}:
+            picks, raised = way(similarity, k)
+            assert picks.dtype == torch.int64
+            assert (picks.tolist(), raised.tolist()) == gains_one_by_one(similarity, k)
+
+
+def test_all_ways_leave_the_similarities_as_they_are(way):
+    similarity = similarities(rows(60).double(), "cosine")
+    before = similarity.clone()
+    way(similarity, 30)
+    assert torch.equal(similarity, before)
+
+
+def test_all_ways_agree_where_similarities_are_rounded():
+    similarity = similarities(rows(300, 8).double(), "cosine")
+    picks, raised = greedy_with_gains(similarity, 150)
+    by_device = greedy_on_device(similarity, 150)
+    assert picks.tolist() == by_device[0].tolist()
+    assert raised.tolist() == by_device[1].tolist()
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2", "cosine"])
@@ -106,7 +159,7 @@ def test_many_candidates_equal_recomputed_gains():
 
 
 def test_repeats_are_identical_whatever_the_number_of_threads():
-    similarity = similarities(rows(300, 1), "l1")
+    similarity = similarities(rows(400, 1), "l1")
     threads = torch.get_num_threads()
     try:
         found = []
