@@ -10,3 +10,4 @@ python -m pytest -m gpu
 python benchmarks/runs.py gpu-default --processes "$gpus" --seeds 0 1 2
 python benchmarks/runs.py gpu-cost --processes "$gpus" --seeds 0 -- --profile.floor_every 2 --eval.generate 0
 python benchmarks/engines.py --processes "$gpus" --dtypes float32 bfloat16 float16
+python benchmarks/selection_speed.py --device cuda --shares

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from colm_scale.randomness import generator
+from colm_scale.selection.facility import greedy_with_gains
+from colm_scale.selection.similarity import similarities
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -85,3 +89,13 @@ def test_the_first_blocks_sketch_whole_on_the_gpu_beside_a_sharded_model(tmp_pat
     subprocess.run([sys.executable, script, *options, "--output_dir", str(tmp_path)], check=True)
     assert len(rows(tmp_path, "metrics.jsonl")) == 3
     assert "sketched by the first 2 of its 8 blocks" in (tmp_path / "log.txt").read_text("utf-8")
+
+
+@pytest.mark.parametrize("n", [100, 1000])
+def test_greedy_on_the_gpu_picks_what_it_picks_on_the_cpu(n):
+    drawn = torch.randint(0, 99, (n, 3), generator=generator(0, "test rows", n)).double()
+    for candidates in (drawn, drawn.sqrt()):
+        similarity = similarities(candidates, "l1")
+        on_gpu, on_cpu = (greedy_with_gains(of, n // 2) for of in (similarity.cuda(), similarity))
+        assert on_gpu[0].tolist() == on_cpu[0].tolist()
+        assert on_gpu[1].tolist() == on_cpu[1].tolist()
