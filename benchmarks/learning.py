@@ -130,16 +130,14 @@ def run(setting: Setting, arm: str, match: str, seed: int, steps: int) -> None:
 def missing(
     setting: Setting, arms: Sequence[str], matches: Sequence[str], seeds: Sequence[int], steps: int
 ) -> Iterator:
-    """What is still to be run; a run at matched time that is the run at matched steps counts for both."""
-    done = {
-        (row["data"], row["arm"], row["seed"], row["steps"]) for row in rows.read("learning") if row["kind"] == "run"
-    }
+    """What is still to be run."""
+    of_runs = [row for row in rows.read("learning") if row["kind"] == "run" and row["data"] == setting.data]
+    done = {(row["arm"], row["match"], row["seed"], row["steps"]) for row in of_runs}
     for seed in seeds:
         for match in matches:
             for arm in arms:
                 count = steps_of(arm, match, setting, steps)
-                if (setting.data, arm, seed, count) not in done:
-                    done.add((setting.data, arm, seed, count))
+                if (arm, match, seed, count) not in done:
                     yield setting, arm, match, seed, count
 
 
@@ -167,9 +165,14 @@ def main() -> None:
         cost(setting, list(dict.fromkeys([REFERENCE, *arms])), given.rounds)
         return
     until = time.monotonic() + 60 * given.minutes
-    todo = list(missing(setting, arms, given.match, given.seeds, given.steps))
+
+    def run_in_time(job: tuple) -> None:
+        if time.monotonic() < until:
+            run(*job)
+
     with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(lambda job: time.monotonic() < until and run(*job), todo))
+        for _ in pool.map(run_in_time, missing(setting, arms, given.match, given.seeds, given.steps)):
+            pass  # what a run raised is raised here
 
 
 if __name__ == "__main__":

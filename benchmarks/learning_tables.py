@@ -34,24 +34,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def of(data: str, match: str) -> dict[str, Runs]:
-    """The runs of every arm at matched ``steps`` or ``time``, by seed; of a run made twice the last."""
+    """The runs of every arm at matched ``steps`` or ``time``, by seed; of a run made twice the last.
+
+    Where an arm's cost was measured anew, runs of as many steps as the cost before allowed do not count.
+    """
     found: dict[str, Runs] = defaultdict(dict)
-    counts = _steps(data)[match]
-    for row in rows.read("learning"):
-        if row["kind"] == "run" and row["data"] == data and row["steps"] == counts.get(row["arm"]):
+    of_runs = [row for row in rows.read("learning") if row["kind"] == "run"]
+    of_match = [row for row in of_runs if (row["data"], row["match"]) == (data, match)]
+    steps = {row["arm"]: row["steps"] for row in of_match}
+    for row in of_match:
+        if row["steps"] == steps[row["arm"]]:
             found[row["arm"]][row["seed"]] = row
     return found
-
-
-def _steps(data: str) -> dict[str, dict[str, int]]:
-    """How many steps each arm made at matched steps and at matched time: a run may be both."""
-    counts: dict[str, dict[str, int]] = {"steps": {}, "time": {}}
-    for row in rows.read("learning"):
-        if row["kind"] == "run" and row["data"] == data:
-            counts[row["match"]][row["arm"]] = row["steps"]
-    for arm in GROUPS["main"]:
-        counts["time"].setdefault(arm, counts["steps"].get(arm, 0))
-    return counts
 
 
 def costs(data: str) -> dict[str, float]:

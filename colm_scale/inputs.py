@@ -67,8 +67,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
     training = _streamed if config.data.streaming else _held
     sampler, names, sizes, protected, digest = training(config, tokenizer, longest, group)
     with group.together():
-        quantile = config.selection.kept_quantile if config.selection.kept_rule == "quantile" else None
-        kept = kept_sources(sizes, names, config.selection.kept_sources, quantile)
+        kept = kept_sources(sizes, names, config.selection.kept_sources, config.selection.quantile)
         held_out = None
         if config.data.eval or not config.data.train:
             held_out = _read(config, "eval", tokenizer, longest, names)

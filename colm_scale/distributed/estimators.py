@@ -64,6 +64,7 @@ class Estimator(Protocol):
     def exchange(self) -> Tensor:
         """``[s, c]`` float32, what each candidate's rank has found out about it; zero where none was to. A row that is
         not finite is a sketch that failed. Equal on every rank."""
+        return gather_rows(self._local, self._plan, self._group, "gather")
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         """The candidate matrix, from what `exchange` returned."""
@@ -78,7 +79,6 @@ class Estimator(Protocol):
 
 def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, group: Group) -> Estimator:
     """The estimator that the configuration names, with fresh moments."""
-
     shapes = tuple(probe.shape for probe in tap.probes)
 
     def fresh(shapes: Shapes) -> Moments:
@@ -123,12 +123,8 @@ class ZerothOrder(Estimator):
             found.append(torch.cat([coefficients, losses.unsqueeze(1)], dim=1)[: len(batch.positions)])
         self._local = torch.cat(found)
 
-    def exchange(self) -> Tensor:
-        return gather_rows(self._local, self._plan, self._group, "gather")
-
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
-        valid = numbers.isfinite().all(1)
-        numbers = torch.where(valid.unsqueeze(1), numbers, 0.0)
+        valid, numbers = _finite(numbers)
         self._coefficients = numbers[:, :-1]
         rows = zeroth_order.rows_from_coefficients(
             self._coefficients, valid, self._directions, self.moments, self._plan, self._config.columns
@@ -179,19 +175,16 @@ class LastLayer(Estimator):
             rows = rows[count:]
         self._local = torch.cat(found)
 
-    def exchange(self) -> Tensor:
-        return gather_rows(self._local, self._plan, self._group, "gather")
-
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         plan, group = self._plan, self._group
-        valid = numbers.isfinite().all(1)
-        self._largest = torch.where(valid, numbers[:, 1], 0.0)
+        valid, numbers = _finite(numbers)
+        self._largest = numbers[:, 1]
         groups = plan.groups.to(group.device)
         moments = self.moments.fitted(self._largest)
         columns = self._agree_on_columns(groups, valid, moments)
         rows = gather_rows(last_layer.rows_at(self._held, columns, groups, moments), plan, group, "gather")
         rows = torch.where(valid.unsqueeze(1), rows, 0.0)
-        return CandidateMatrix(plan.positions, rows, valid, torch.where(valid, numbers[:, 0], 0.0))
+        return CandidateMatrix(plan.positions, rows, valid, numbers[:, 0])
 
     def learn(self, selection: Selection) -> None:
         group = self._group
@@ -244,8 +237,7 @@ class CountSketched(LastLayer):
         self._local = torch.cat([self._local, torch.cat(rows)], dim=1)
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
-        valid = numbers.isfinite().all(1)
-        numbers = torch.where(valid.unsqueeze(1), numbers, 0.0)
+        valid, numbers = _finite(numbers)
         self._largest = numbers[:, 1]
         return CandidateMatrix(self._plan.positions, numbers[:, 2:], valid, numbers[:, 0])
 
@@ -269,12 +261,8 @@ class Kronecker(Estimator):
             found.append(rows[: len(batch.positions)])
         self._local = torch.cat(found)
 
-    def exchange(self) -> Tensor:
-        return gather_rows(self._local, self._plan, self._group, "gather")
-
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
-        valid = numbers.isfinite().all(1)
-        numbers = torch.where(valid.unsqueeze(1), numbers, 0.0)
+        valid, numbers = _finite(numbers)
         return CandidateMatrix(self._plan.positions, numbers[:, 1:], valid, numbers[:, 0])
 
 
@@ -292,13 +280,9 @@ class Loss(Estimator):
         losses = [self._tap.bare_losses(batch)[: len(batch.positions)] for batch in batches]
         self._local = torch.cat([torch.zeros(0, device=self._group.device), *losses]).unsqueeze(1)
 
-    def exchange(self) -> Tensor:
-        return gather_rows(self._local, self._plan, self._group, "gather")
-
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
-        valid = numbers.isfinite().all(1)
-        rows = torch.where(valid.unsqueeze(1), numbers, 0.0)
-        return CandidateMatrix(self._plan.positions, rows, valid, rows[:, 0])
+        valid, numbers = _finite(numbers)
+        return CandidateMatrix(self._plan.positions, numbers, valid, numbers[:, 0])
 
 
 class Length(Estimator):
@@ -323,6 +307,12 @@ class Length(Estimator):
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         valid = torch.ones(len(numbers), dtype=torch.bool, device=numbers.device)
         return CandidateMatrix(self._plan.positions, numbers, valid, torch.full_like(numbers[:, 0], torch.nan))
+
+
+def _finite(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are finite ``[s]``, and all of them, zero where they are not."""
+    valid = numbers.isfinite().all(1)
+    return valid, torch.where(valid.unsqueeze(1), numbers, 0.0)
 
 
 def _picked_rows(plan: SketchPlan, selection: Selection) -> Tensor:

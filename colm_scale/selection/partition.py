@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_scale.config import Metric
+from colm_scale.config.selection import Metric
 from colm_scale.selection.facility import greedy, greedy_with_gains
 from colm_scale.selection.similarity import similarities
 

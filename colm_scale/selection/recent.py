@@ -37,8 +37,7 @@ class RecentSources:
         if not is_refreshed(step, config):
             return RecentSources(self.kept, seen)
         kept, present = torch.zeros_like(self.kept), seen > 0
-        quantile = config.kept_quantile if config.kept_rule == "quantile" else None
-        kept[present] = kept_sources(seen[present], (), None, quantile)
+        kept[present] = kept_sources(seen[present], (), None, config.quantile)
         return RecentSources.beginning(kept)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colm_scale.config import Metric
+from colm_scale.config.selection import Metric
 
 _ORDER = {"l1": 1.0, "l2": 2.0}
 _BLOCK_ROWS = 1024

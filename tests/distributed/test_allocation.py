@@ -11,7 +11,7 @@ from support.worker import PAD
 from colm_scale.data.batching import collate
 from colm_scale.sketch.observe import PROJECTED
 
-CASES = ("neyman", "agreement", "excess_loss")
+CASES = ("neyman", "agreement", "agreement_broken", "excess_loss")
 PAIRS = [
     ("auto", "neyman"),
     ("auto", "agreement_broken"),
@@ -20,27 +20,6 @@ PAIRS = [
     ("fsdp", "neyman"),
 ]
 SOURCES = len(worker.SIZES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the ranks, and tiny models are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    jobs = {case: ("auto", case) for case in (*CASES, "agreement_broken")}
-    return worker.launch(1, jobs, tmp_path_factory.mktemp("alone"))[0]["cases"]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    jobs = {f"{engine}/{case}": (engine, case) for engine, case in PAIRS}
-    return [rank["cases"] for rank in worker.launch(2, jobs, tmp_path_factory.mktemp("two"))]
 
 
 def quotas(step: dict) -> list[int]:

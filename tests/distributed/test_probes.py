@@ -24,17 +24,6 @@ SOME = 5
 """So many examples are compared with plain gradients."""
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return worker.launch(1, {case: ("auto", case) for case in CASES}, tmp_path_factory.mktemp("alone"))[0]["cases"]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    jobs = {f"{engine}/{case}": (engine, case) for engine, case in PAIRS}
-    return [rank["cases"] for rank in worker.launch(2, jobs, tmp_path_factory.mktemp("two"))]
-
-
 @pytest.mark.parametrize(("engine", "case"), PAIRS)
 def test_sketches_and_ids_are_those_of_one_process(ranks, alone, engine, case):
     expected = alone[case.removesuffix("_broken")]["steps"]

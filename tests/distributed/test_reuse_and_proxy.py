@@ -24,17 +24,6 @@ EPOCH = 4
 """Steps in which 96 examples are each a candidate once."""
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return worker.launch(1, {case: ("auto", case) for case in CASES}, tmp_path_factory.mktemp("alone"))[0]["cases"]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    jobs = {f"{engine}/{case}": (engine, case) for engine, case in PAIRS}
-    return [rank["cases"] for rank in worker.launch(2, jobs, tmp_path_factory.mktemp("two"))]
-
-
 @functools.cache
 def ages(case: str, candidate_ids: tuple[tuple[int, ...], ...], positions: tuple[tuple[int, ...], ...]):
     """By step, for each row of the matrix, how many steps ago its sketch was made; 0 for those to be made."""

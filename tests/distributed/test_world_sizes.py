@@ -34,15 +34,6 @@ GRADIENT = 2e-6
 order and grouped into other micro-batches, are off by a few times 2**-24 of the sum of what is added."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the ranks, and tiny models are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The results of each rank of a run, which is started when the first test asks for it."""

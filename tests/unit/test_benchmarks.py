@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.families import base_model, batch_of, with_adapters
 
-from colm_scale.config import EstimatorName, Ranking, SelectionConfig
+from colm_scale.config.selection import EstimatorName, Ranking, SelectionConfig
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probes
 from colm_scale.randomness import generator

@@ -1,0 +1,276 @@
+"""Every option of a run, with its unit and default. The tree is frozen: a run never changes its own configuration.
+
+Each class checks its own fields when it is made; `RunConfig` checks what fields mean together. A wrong value is a
+`UserError` that names the option as the user writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+import yaml
+
+from colm_scale.config.checks import require
+from colm_scale.config.selection import SelectionConfig
+from colm_scale.errors import UserError
+
+OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str | None = None
+    """Hub id or folder of a causal language model. Default: the small base model in the package."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub model."""
+    trust_remote_code: bool = False
+    """Run code that a hub repository brings along. Off: such a model is refused."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation. auto: flash_attention_2 on a GPU in half precision where flash-attn or its hub kernel
+    is installed, else what the model picks (sdpa nearly everywhere)."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: the frozen weights of the blocks in 4 bits, by bitsandbytes (QLoRA)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the examples come from and how a row becomes tokens."""
+
+    train: list[str] | None = None
+    """Files (.jsonl, .json, .parquet, .csv, .xlsx) or hub data sets (ORG/NAME or ORG/NAME:SPLIT), one or more.
+    Default: the built-in mixture of maths problems."""
+    eval: list[str] | None = None
+    """Held-out data, the same kinds. Default: the built-in held-out split with built-in training data, else none."""
+    source_column: str = "source"
+    """Column with an example's source. A file without it: the file's name is the source."""
+    protected_column: str = "protected"
+    """Column with true for an example that colm and stratified train on whenever it is a candidate. It need not be
+    there."""
+    instruction_column: str = "instruction"
+    """Column with the prompt (with `output_column`)."""
+    input_column: str = "input"
+    """Column with more of the prompt, where there is one (Alpaca's); it follows `instruction_column` on a new line."""
+    output_column: str = "output"
+    """Column with the text to learn (with `instruction_column`)."""
+    prompt_column: str = "prompt"
+    """Column with the prompt (with `completion_column`)."""
+    completion_column: str = "completion"
+    """Column with the text to learn (with `prompt_column`)."""
+    messages_column: str = "messages"
+    """Column with a chat: a list of {role, content}. Loss on the assistant's turns only."""
+    chat_template: str | None = None
+    """File with a Jinja chat template for `messages`. Default: the tokenizer's own."""
+    template: str = "{instruction}\n"
+    """How a prompt is written before it is tokenised; `{instruction}` is the row's prompt."""
+    max_length: int | None = None
+    """Longest example in tokens. Default: the model's context, at most 2,048."""
+    overlong: Literal["drop", "cut"] = "drop"
+    """What happens to a longer example: dropped, or cut at the end. Both are counted per source."""
+    streaming: bool = False
+    """Read the training data (.jsonl files or hub data sets) as it is needed, on rank 0, instead of holding it in
+    memory. It is read once before, to check every row and count the sources."""
+    shuffle_rows: int = 16384
+    """With `streaming`: rows that are held and shuffled at a time."""
+
+    def __post_init__(self) -> None:
+        require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
+        require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        require(self.shuffle_rows >= 1, "data.shuffle_rows", self.shuffle_rows, "at least 1")
+        if self.streaming and not self.train:
+            raise UserError("--data.streaming true streams what --data.train names: name it, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapters (made by peft)."""
+
+    rank: int = 16
+    """Rank r of every adapter."""
+    alpha: float = 32.0
+    """Scale: an adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout before every adapter, while training; the sketch never drops."""
+    targets: list[str] | None = None
+    """Names of the linear layers that get adapters. Default: every linear layer of the blocks."""
+    adapter: str | None = None
+    """Folder or hub id of an existing adapter to start from; its own rank, alpha and targets are used."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer, schedule and batch arithmetic."""
+
+    steps: int | None = None
+    """Optimizer steps. Default: `epochs` where given, else 80."""
+    epochs: float | None = None
+    """Passes over the training data as candidates; instead of `steps`."""
+    seed: int = 0
+    """Seed of every random draw of the run."""
+    optimizer: OptimizerName = "adamw"
+    """What updates the adapters; the selection compares candidates by the update that it would make of each."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: with AdamW 1e-2 for the built-in base and 2e-4 for any other model; sgd 50 times,
+    muon 3 times, adafactor once, lion a fifth of that."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW and Lion; the first one is the momentum of SGD and Muon. The selection uses the same."""
+    adam_epsilon: float = 1e-8
+    """Epsilon of AdamW and Adafactor; the selection's too."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which the gradient is scaled down. 0: no clipping."""
+    loss: Literal["example", "token"] = "example"
+    """example: weighted mean of the examples' mean token losses (CoLM). token: weighted mean over all label tokens."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen weights and of the computation; the adapters are float32. float16 scales the loss."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each block for the backward pass and compute the rest again: less memory, more time."""
+    micro_batch_tokens: int = 1024
+    """Most tokens (padding included) of one micro-batch per rank, while sketching and training. A longer example forms
+    a micro-batch of its own."""
+    threads: int | None = None
+    """CPU threads per rank. Default: the machine's cores shared out among its ranks."""
+    timeout: float = 600.0
+    """Seconds after which a rank that is stuck in one phase of a step ends the run. Raise it for slower steps."""
+
+    def __post_init__(self) -> None:
+        require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
+        require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "positive")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(f"--train.steps {self.steps} and --train.epochs {self.epochs} exclude each other: give one")
+        require(
+            self.learning_rate is None or self.learning_rate > 0, "train.learning_rate", self.learning_rate, "positive"
+        )
+        require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two numbers in [0, 1)")
+        require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "positive")
+        require(
+            self.optimizer != "adafactor" or self.adam_epsilon >= 1e-15,
+            "train.adam_epsilon",
+            self.adam_epsilon,
+            "at least 1e-15 with --train.optimizer adafactor, which divides by it",
+        )
+        require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 or more")
+        require(self.micro_batch_tokens >= 1, "train.micro_batch_tokens", self.micro_batch_tokens, "at least 1")
+        require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "at least 1")
+        require(self.timeout > 0, "train.timeout", self.timeout, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FsdpConfig:
+    """How FSDP2 shards, with --engine fsdp."""
+
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward and gather them again for the backward. false: keep them until
+    the backward (more memory, less communication)."""
+    cpu_offload: bool = False
+    """Keep each rank's shards, gradients and optimizer in CPU memory, and bring a block to the GPU when it runs."""
+    param_dtype: Literal["stored", "bfloat16", "float16"] = "stored"
+    """Type in which parameters are gathered and computed with (FSDP2's mixed precision policy). stored: frozen weights
+    in --train.dtype and adapters in float32, as under every other engine. Gradients are reduced in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved so that a run that is killed goes on as if nothing had happened. Under OUTPUT_DIR/checkpoints."""
+
+    every: int = 50
+    """Steps between checkpoints; one more is written at the end and when the run is told to stop. 0: none at all."""
+    keep: int = 2
+    """How many checkpoints are kept, the newest."""
+    fallback: bool = False
+    """With --resume auto: where the newest checkpoint is damaged, go on from the newest one that is not."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out loss and exact match, per source."""
+
+    every: int = 0
+    """Steps between evaluations. 0: only before and after."""
+    generate: int = 24
+    """Examples per source whose answer is generated and compared. 0: loss only."""
+    max_new_tokens: int = 64
+    """Longest generated answer, in tokens."""
+    limit: int = 1000
+    """Most held-out examples per source. What is left out is counted."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "eval.every", self.every, "0 or more")
+        require(self.generate >= 0, "eval.generate", self.generate, "0 or more")
+        require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.limit >= 1, "eval.limit", self.limit, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What a run measures about itself."""
+
+    floor_every: int = 20
+    """Steps between re-runs of the bare floor (costs one step each). 0: never."""
+    match_every: int = 0
+    """Steps between exact comparisons of the coreset's gradient with that of all candidates, over all adapters (costs
+    a forward and backward of every candidate). 0: never."""
+    display: Literal["auto", "live", "plain", "off"] = "auto"
+    """live: a display that updates in place. plain: a line per step. auto: live on a terminal, else plain."""
+
+    def __post_init__(self) -> None:
+        require(self.floor_every >= 0, "profile.floor_every", self.floor_every, "0 or more")
+        require(self.match_every >= 0, "profile.match_every", self.match_every, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Fine-tune a causal language model with LoRA on mini-batch coresets (CoLM)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    output_dir: str | None = None
+    """Folder of the run. Default: runs/ and the date and time."""
+    ds_config: str | None = None
+    """DeepSpeed configuration (JSON): ZeRO stage, offload, communication; nothing that the run decides."""
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    """What shards the model. auto: deepspeed with --ds_config, else ddp with several ranks, else single."""
+    resume: str = "none"
+    """auto: go on from the newest checkpoint in OUTPUT_DIR, or begin where there is none. A folder: go on from that
+    checkpoint, or from the newest of that run. none: begin."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "deepspeed" and self.ds_config is None:
+            raise UserError("--engine deepspeed needs --ds_config FILE, for instance ds_configs/zero2.json")
+        if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):
+            raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
+        if self.resume == "auto" and self.output_dir is None:
+            raise UserError("--resume auto looks for checkpoints in the run's folder: name it with --output_dir")
+
+
+def as_yaml(config: RunConfig) -> str:
+    """A configuration as a file that ``--config`` reads back to the same configuration."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,225 @@
+"""The options of the selection: which candidates are trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from colm_scale.config.checks import require
+from colm_scale.errors import UserError
+
+Method = Literal["colm", "stratified", "random", "full"]
+EstimatorName = Literal["last_layer", "zeroth_order", "loss", "length"]
+Ranking = Literal["facility", "matching", "pursuit", "systematic", "importance", "top"]
+Allocation = Literal["proportional", "equal", "temperature", "neyman", "excess_loss", "agreement", "none"]
+Metric = Literal["l1", "l2", "cosine"]
+Weights = Literal["uniform", "cluster", "unbiased"]
+
+MOST_COMPARED = 8192
+"""Most candidates that are ever compared each with each other: the two float64 matrices that takes are 1 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which candidates are trained on."""
+
+    method: Method = "colm"
+    """colm: kept sources, quotas, facility location on gradient sketches. stratified: the same kept sources and quotas,
+    random within. random: uniform. full: every candidate, in accumulated micro-batches."""
+    preset: Literal["none", "paper"] = "none"
+    """paper: one zeroth-order probe, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580), whatever the options
+    below say."""
+    candidates: int = 64
+    """Candidates per optimizer step, over all ranks (n)."""
+    budget: int = 32
+    """Coreset per optimizer step, over all ranks (b)."""
+    estimator: EstimatorName = "last_layer"
+    """What is known of a candidate. last_layer: exact gradient of the probe tensor. zeroth_order: its derivatives along
+    `num_probes` random directions. loss: its loss. length: its tokens, for which nothing is forwarded."""
+    ranking: Ranking = "facility"
+    """How a source's quota is picked. facility: medoids that stand for all (the paper's). matching: the subset whose
+    mean gradient is nearest the candidates', by swaps. pursuit: the same, by orthogonal matching pursuit. systematic:
+    every so many in the order of one number. importance: drawn in proportion to the sketch's norm. top: the highest
+    loss."""
+    joint: bool = False
+    """facility, matching, pursuit: rank the candidates of all sources together, each source still filling its quota.
+    Off: every source by itself (the paper's)."""
+    allocation: Allocation = "proportional"
+    """How the budget is shared out over the sources that are not kept. proportional: to their candidates (the paper's).
+    equal: the same to each. temperature: to their size to the power of `allocation_exponent`. neyman: to size times the
+    spread of its gradients. excess_loss: to the loss above what the other sources' fall lets expect. agreement: to how
+    well a source's gradient agrees with the others'. none: the ranking alone decides (with `joint`)."""
+    allocation_exponent: float = 0.5
+    """Exponent of the temperature allocation: 1 is proportional, 0 is equal."""
+    allocation_floor: int = 1
+    """Fewest picks of a source that has candidates, for every allocation but proportional."""
+    num_probes: int = 1
+    """Random directions of the zeroth-order estimator (K)."""
+    derivative: Literal["finite", "exact"] = "finite"
+    """zeroth_order: by finite differences (the paper's), or exactly, by forward-mode differentiation of the tail."""
+    perturbation: float = 1e-3
+    """Step of the zeroth-order finite difference (eps)."""
+    float32_blocks: int = 2
+    """zeroth_order by finite differences, with a base in half precision: so many of the last blocks, head and loss run
+    in float32, for the differences are rounding otherwise. 0: none."""
+    columns: int = 512
+    """Numbers per candidate that are compared (h)."""
+    compression: Literal["columns", "countsketch", "kronecker"] = "columns"
+    """last_layer: how the gradient becomes `columns` numbers. columns: its most telling ones, per source (the paper's).
+    countsketch: a random projection of the update, one sign and place per number. kronecker: two random projections,
+    one of each factor; of the gradient itself, not of what the optimizer would make of it."""
+    metric: Metric = "l1"
+    """Distance between sketches."""
+    largest_group: int = 8192
+    """facility: most candidates of a source that are compared all with all; a larger source is cut into regions. The
+    memory grows with its square."""
+    weights: Weights = "uniform"
+    """Weight of a coreset example. uniform: 1 (the paper's). cluster (facility): the number of candidates it stands
+    for. unbiased: a source's picks stand for its candidates, each for as many; but for importance, by 1 over the chance
+    to be drawn, and for pursuit, by least squares. With a draw (systematic, importance, stratified) the expected
+    gradient is then that of all candidates, if every source has a quota. A kept example counts 1."""
+    kept_sources: list[str] | None = None
+    """Sources whose candidates are all trained on. Default: by `kept_rule`. `[]`: none."""
+    kept_rule: Literal["average", "quantile"] = "average"
+    """Which sources are kept by default. average: those with fewer examples than the average source (the paper's).
+    quantile: the smallest `kept_quantile` of the sources."""
+    kept_quantile: float = 0.5
+    """Share of the sources that are kept under the quantile rule."""
+    kept_cap: float = 1.0
+    """Largest share of the budget that kept and protected candidates may take, as long as others can fill the rest;
+    what is above it overflows."""
+    overflow: Literal["subset", "shares", "fail"] = "subset"
+    """Which kept candidates enter if not all can. subset: a uniform draw. shares: as many of each kept source as is its
+    due, the smallest whole. fail: the run ends."""
+    refresh_every: int = 0
+    """Steps after which `kept_rule` is asked again, about the candidates since the last time, and the moments begin
+    anew: for a mixture that drifts. 0: never, the rule goes by the whole training data."""
+    probe: str = "v"
+    """Linear layer whose LoRA B matrix is the probe: v, q, k, o (of the attention) or mlp (its last layer), found by
+    what they do, or a layer's name."""
+    probe_blocks: int = 1
+    """So many of the last blocks are probed together, each at the layer of the same name."""
+    reuse: int = 0
+    """Most steps for which the sketch of an example counts when it is a candidate again; with as many as the run has,
+    later epochs forward nothing. 0: every sketch is new. last_layer: not with compression columns."""
+    proxy: str | None = None
+    """Hub id or folder of a smaller model with the same tokenizer that sketches in place of the model."""
+    proxy_blocks: int | None = None
+    """The same base with only so many of its first blocks sketches in place of the model."""
+
+    def __post_init__(self) -> None:
+        require(self.candidates >= 1, "selection.candidates", self.candidates, "at least 1")
+        require(self.budget >= 1, "selection.budget", self.budget, "at least 1")
+        require(
+            self.budget <= self.candidates,
+            "selection.budget",
+            self.budget,
+            f"at most --selection.candidates ({self.candidates})",
+        )
+        require(self.num_probes >= 1, "selection.num_probes", self.num_probes, "at least 1")
+        require(self.perturbation > 0, "selection.perturbation", self.perturbation, "positive")
+        require(self.columns >= 1, "selection.columns", self.columns, "at least 1")
+        require(self.largest_group >= 1, "selection.largest_group", self.largest_group, "at least 1")
+        require(self.float32_blocks >= 0, "selection.float32_blocks", self.float32_blocks, "0 or more")
+        require(
+            self.allocation_exponent >= 0, "selection.allocation_exponent", self.allocation_exponent, "0 or more"
+        )
+        require(self.allocation_floor >= 0, "selection.allocation_floor", self.allocation_floor, "0 or more")
+        require(0 <= self.kept_quantile <= 1, "selection.kept_quantile", self.kept_quantile, "in [0, 1]")
+        require(0 < self.kept_cap <= 1, "selection.kept_cap", self.kept_cap, "above 0 and at most 1")
+        require(self.refresh_every >= 0, "selection.refresh_every", self.refresh_every, "0 or more")
+        if self.refresh_every and self.kept_sources is not None:
+            raise UserError(
+                f"--selection.refresh_every {self.refresh_every} chooses the kept sources anew, but "
+                f"--selection.kept_sources names them: leave one out"
+            )
+        require(self.probe_blocks >= 1, "selection.probe_blocks", self.probe_blocks, "at least 1")
+        require(self.reuse >= 0, "selection.reuse", self.reuse, "0 or more")
+        require(
+            self.proxy_blocks is None or self.proxy_blocks >= 1, "selection.proxy_blocks", self.proxy_blocks,
+            "at least 1",
+        )
+        if self.proxy is not None and self.proxy_blocks is not None:
+            raise UserError(
+                f"--selection.proxy {self.proxy} and --selection.proxy_blocks {self.proxy_blocks} exclude each other: "
+                f"give one"
+            )
+        if self.preset == "none" and self.estimator == "length" and (self.proxy or self.proxy_blocks):
+            raise UserError(
+                "--selection.estimator length looks at no model: leave out --selection.proxy and "
+                "--selection.proxy_blocks"
+            )
+        if self.reuse and self.preset == "none" and (self.estimator, self.compression) == ("last_layer", "columns"):
+            raise UserError(
+                f"--selection.reuse {self.reuse} compares sketches of several steps, and the columns that "
+                f"--selection.estimator last_layer compares are others in each: add --selection.compression countsketch"
+            )
+        if self.preset == "none":
+            self._check_ranking()
+
+    def _check_ranking(self) -> None:
+        """What goes with which ranking."""
+        if self.joint and self.ranking not in ("facility", "matching", "pursuit"):
+            raise UserError(
+                f"--selection.joint true compares candidates of all sources, which --selection.ranking "
+                f"{self.ranking} does not: give facility, matching or pursuit"
+            )
+        if self.ranking == "top" and self.estimator == "length":
+            raise UserError(
+                "--selection.ranking top picks the highest losses, which --selection.estimator length does not know: "
+                "give --selection.estimator loss"
+            )
+        if self.allocation == "none" and not self.joint:
+            raise UserError("--selection.allocation none leaves it to the ranking: add --selection.joint true")
+        if self.allocation == "none" and self.method == "stratified":
+            raise UserError(
+                "--selection.allocation none leaves it to the ranking, which --selection.method stratified has not: "
+                "give --selection.method colm, or random"
+            )
+        if self.weights == "cluster" and self.ranking != "facility":
+            raise UserError(
+                f"--selection.weights cluster counts what a medoid stands for, and --selection.ranking {self.ranking} "
+                f"picks none: give --selection.ranking facility, or --selection.weights unbiased"
+            )
+        if self.weights == "unbiased" and self.ranking == "top":
+            raise UserError(
+                "--selection.weights unbiased cannot make the highest losses of --selection.ranking top stand for the "
+                "others: give --selection.weights uniform, or --selection.ranking importance"
+            )
+        if self.candidates > MOST_COMPARED and (self.joint or self.ranking in ("matching", "pursuit")):
+            raise UserError(
+                f"--selection.candidates {self.candidates} are too many to compare each with each other, as "
+                f"--selection.ranking {self.ranking}{' with --selection.joint true' if self.joint else ''} does: give "
+                f"at most {MOST_COMPARED}, or --selection.ranking facility with --selection.joint false"
+            )
+
+    @property
+    def quantile(self) -> float | None:
+        """Share of the sources that the rule keeps; None: those below the average."""
+        return self.kept_quantile if self.kept_rule == "quantile" else None
+
+    def resolved(self) -> SelectionConfig:
+        """With the preset written out."""
+        if self.preset == "none":
+            return self
+        return dataclasses.replace(
+            self,
+            preset="none",
+            estimator="zeroth_order",
+            ranking="facility",
+            joint=False,
+            allocation="proportional",
+            num_probes=1,
+            derivative="finite",
+            perturbation=1e-3,
+            columns=2560,
+            compression="columns",
+            metric="l1",
+            weights="uniform",
+            probe="v",
+            probe_blocks=1,
+            reuse=0,
+            proxy=None,
+            proxy_blocks=None,
+        )
