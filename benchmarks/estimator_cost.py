@@ -17,6 +17,7 @@ from pathlib import Path
 
 import rows
 import torch
+from runs import quantiles
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
@@ -126,7 +127,7 @@ def measure(name: str, base: torch.nn.Module, inputs: Inputs, rounds: int) -> li
     found = []
     for arm in ARMS:
         ratios = torch.tensor(seconds[arm], dtype=torch.float64) / bare_seconds
-        elapsed, cpu = ({f"p{p}": float(of.quantile(p / 100)) for p in (20, 50, 80)} for of in ratios.T)
+        elapsed, cpu = map(quantiles, ratios.T.tolist())
         found.append(facts | {"estimator": arm, "ratio": elapsed, "cpu_ratio": cpu})
     return found
 

@@ -300,9 +300,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=2048, help="examples whose gradients are computed")
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--only", default="", help="ways with this in their names, and stratified")
-    own, options = sys.argv[1:], []
-    if "--" in own:
-        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     named = {"--model.name": given.model, "--data.train": given.data}
     bench = Bench([part for pair in named.items() if pair[1] for part in pair] + options, given.pool)

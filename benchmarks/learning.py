@@ -155,9 +155,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="steps of every arm that are timed")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further run is begun")
-    own, options = sys.argv[1:], []
-    if "--" in own:
-        own, options = own[: own.index("--")], own[own.index("--") + 1 :]
+    own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     arms = given.arms or [arm for group in given.groups for arm in GROUPS[group]]
     setting = Setting.of(given.data, given.model, options)

@@ -21,6 +21,12 @@ def read(name: str) -> list[dict]:
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A benchmark's own arguments, and those after ``--``, which go to the product."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
 def here() -> dict[str, object]:
     """Versions, device and commit of what is measured in this process."""
     import torch

@@ -102,11 +102,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
-    own, _, options = " ".join(sys.argv[1:]).partition(" -- ")
-    given = parser.parse_args(own.split())
+    own, options = rows.split(sys.argv[1:])
+    given = parser.parse_args(own)
     for seed in given.seeds:
         for method in given.methods:
-            out, keep = run(method, seed, given.processes, options.split())
+            out, keep = run(method, seed, given.processes, options)
             result = row(out, given.name)
             rows.append("runs", portable(result))
             print(f"{given.name} {method} seed {seed}: {result['after']}", flush=True)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import numpy as np
 import rows
 import torch
+from runs import quantiles
 from scale import draw_rows
 from torch import Tensor
 
@@ -98,11 +99,6 @@ def timed(work: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str,
     return {name: np.array(of) for name, of in seconds.items()}, returned
 
 
-def spread(values: np.ndarray) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    return {f"p{p}": float(np.quantile(values, p / 100)) for p in (20, 50, 80)}
-
-
 def measure_greedy(data: str, n: int, device: str, rounds: int) -> dict:
     """Half of ``n`` candidates, as a row."""
     similarity, k = similarities(DATA[data](n).double(), "l1"), n // 2
@@ -124,14 +120,15 @@ def measure_greedy(data: str, n: int, device: str, rounds: int) -> dict:
         "candidates": n,
         "selected": k,
         "rounds": rounds,
-        "seconds": {name: spread(of[:, 0]) for name, of in seconds.items()},
-        "cpu_seconds": {name: spread(of[:, 1]) for name, of in seconds.items()},
+        "seconds": {name: quantiles(of[:, 0]) for name, of in seconds.items()},
+        "cpu_seconds": {name: quantiles(of[:, 1]) for name, of in seconds.items()},
         "same_picks": {name: of == picks["colm_scale"] for name, of in picks.items()},
         "objective_over_ours": {name: value / ours for name, value in values.items()},
     }
     if "submodlib" in seconds:
         whole = seconds["submodlib"] + seconds["submodlib: build"]
-        row["over_submodlib"] = {"seconds": spread((mine / whole)[:, 0]), "cpu_seconds": spread((mine / whole)[:, 1])}
+        ratios = mine / whole
+        row["over_submodlib"] = {"seconds": quantiles(ratios[:, 0]), "cpu_seconds": quantiles(ratios[:, 1])}
     if device == "cuda":
         row["gpu"] = torch.cuda.get_device_name()
     return row
@@ -149,8 +146,8 @@ def measure_line(share: int, rounds: int) -> dict:
         "candidates": ON_LINE,
         "selected": ON_LINE // share,
         "rounds": rounds,
-        "seconds": spread(seconds["colm_scale"][:, 0]),
-        "cpu_seconds": spread(seconds["colm_scale"][:, 1]),
+        "seconds": quantiles(seconds["colm_scale"][:, 0]),
+        "cpu_seconds": quantiles(seconds["colm_scale"][:, 1]),
         "distance": float(apart),
     }
 
