@@ -18,7 +18,6 @@ from typing import NoReturn, get_type_hints
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
 
-from colm_scale import config as options
 from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
 
@@ -81,7 +80,7 @@ def option_types(config_class: type = RunConfig, prefix: str = "") -> dict[str, 
         if dataclasses.is_dataclass(hint):
             types |= option_types(hint, f"{prefix}{field.name}.")
         else:
-            types[prefix + field.name] = str(field.type)
+            types[prefix + field.name] = hint.__name__ if isinstance(hint, type) else str(hint)
     return types
 
 
@@ -114,11 +113,9 @@ def _closest(name: str) -> str:
 
 
 def _readable(type_name: str) -> str:
-    alias = getattr(options, type_name, None)
-    text = str(alias) if alias is not None else type_name
-    choices = re.search(r"Literal\[(.*)\]", text)
+    choices = re.search(r"Literal\[(.*)\]", type_name)
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    plain = text.replace(" | None", "")
+    plain = type_name.replace(" | None", "")
     return f"one of {choices[1]}" if choices else words.get(plain, plain)
 
 
