@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
-    lines = given.train.read_text(encoding="utf-8").splitlines()
+    # Not splitlines, which also cuts where a text holds another kind of line break.
+    lines = given.train.read_text(encoding="utf-8").rstrip("\n").split("\n")
     order = torch.randperm(len(lines), generator=generator(given.seed, "share of the base")).tolist()
     mine = int(given.share * len(lines))
     given.out.mkdir(parents=True, exist_ok=True)
