@@ -29,7 +29,6 @@ import runs
 from arms import ARMS, GROUPS, REFERENCE
 from numpy import percentile
 
-STEPS, REFERENCE_STEPS = 80, 140
 QUIET = (
     *("--engine", "single", "--train.threads", "1", "--checkpoint.every", "0", "--profile.floor_every", "0"),
     *("--profile.display", "off", "--eval.limit", "60", "--eval.generate", "12"),
@@ -95,14 +94,14 @@ def _prepared(options: list[str]):
     return trainer.build_step(config, inputs, engine, tap, spans, group, proxy)
 
 
-def steps_of(arm: str, match: str, setting: Setting, steps: int) -> int:
-    """Steps of an arm's run: as many as all, or as many as take the time of the reference's `REFERENCE_STEPS`."""
+def steps_of(arm: str, match: str, setting: Setting, steps: dict[str, int]) -> int:
+    """Steps of an arm's run: as many as all, or as many as take the time of so many of the reference's."""
     if match == "steps":
-        return steps
+        return steps[match]
     costs = {row["arm"]: row["over_reference"]["p50"] for row in rows.read("learning") if _is_cost(row, setting)}
     if arm not in costs:
         sys.exit(f"the cost of {arm} on {setting.data} is not known: python benchmarks/learning.py cost --arms {arm}")
-    return round(REFERENCE_STEPS / costs[arm])
+    return round(steps[match] / costs[arm])
 
 
 def _is_cost(row: dict, setting: Setting) -> bool:
@@ -128,7 +127,7 @@ def run(setting: Setting, arm: str, match: str, seed: int, steps: int) -> None:
 
 
 def missing(
-    setting: Setting, arms: Sequence[str], matches: Sequence[str], seeds: Sequence[int], steps: int
+    setting: Setting, arms: Sequence[str], matches: Sequence[str], seeds: Sequence[int], steps: dict[str, int]
 ) -> Iterator:
     """What is still to be run."""
     of_runs = [row for row in rows.read("learning") if row["kind"] == "run" and row["data"] == setting.data]
@@ -151,7 +150,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--match", nargs="+", choices=("steps", "time"), default=["steps", "time"])
-    parser.add_argument("--steps", type=int, default=STEPS, help="of every arm at matched steps")
+    parser.add_argument("--steps", type=int, default=80, help="of every arm at matched steps")
+    parser.add_argument("--reference_steps", type=int, default=140, help=f"of {REFERENCE} at matched time")
     parser.add_argument("--rounds", type=int, default=12, help="steps of every arm that are timed")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further run is begun")
@@ -162,6 +162,7 @@ def main() -> None:
     if given.what == "cost":
         cost(setting, list(dict.fromkeys([REFERENCE, *arms])), given.rounds)
         return
+    steps = {"steps": given.steps, "time": given.reference_steps}
     until = time.monotonic() + 60 * given.minutes
 
     def run_in_time(job: tuple) -> None:
@@ -169,7 +170,7 @@ def main() -> None:
             run(*job)
 
     with ThreadPoolExecutor(given.workers) as pool:
-        for _ in pool.map(run_in_time, missing(setting, arms, given.match, given.seeds, given.steps)):
+        for _ in pool.map(run_in_time, missing(setting, arms, given.match, given.seeds, steps)):
             pass  # what a run raised is raised here
 
 
