@@ -57,15 +57,15 @@ def costs(data: str) -> dict[str, float]:
     }
 
 
-def table(data: str, match: str, groups: Sequence[str]) -> str:
-    """Held-out scores of the arms of some groups, and their differences to `stratified` of the same seed."""
+def table(data: str, match: str, arms: Sequence[str]) -> str:
+    """Held-out scores of `stratified` and other arms, and their differences to `stratified` of the same seed."""
     lines = [
         "| arm | steps | seeds | time of a step | peak | natural mixture | mean over sources | small sources | right "
         "answers | natural, minus `stratified` | over sources, minus `stratified` |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     found, price = of(data, match), costs(data)
-    for arm in [REFERENCE, *(arm for group in groups for arm in GROUPS[group] if arm != REFERENCE)]:
+    for arm in dict.fromkeys([REFERENCE, *arms]):
         if runs := found.get(arm):
             any_run = next(iter(runs.values()))
             cells = [f"`{arm}`", str(any_run["steps"]), str(len(runs)), f"{price[arm]:.2f}" if arm in price else "-"]
@@ -77,6 +77,32 @@ def table(data: str, match: str, groups: Sequence[str]) -> str:
             )
             cells += [_difference(runs, found[REFERENCE], score) for score in ("loss", "loss_by_source")]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+SUMMARISED = (
+    *("stratified", "equal", "length systematic", "random"),
+    *("full b", "full n", "full 2n", "paper", "last_layer"),
+)
+
+
+def summary() -> str:
+    """The main arms at matched time and at matched steps, each beside `stratified`."""
+    lines = [
+        "| arm | time of a step | same time: steps | natural mixture | mean over sources | minus `stratified` "
+        "| same steps: natural mixture | mean over sources | minus `stratified` |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    found, price = {match: of("built-in", match) for match in ("time", "steps")}, costs("built-in")
+    for arm in SUMMARISED:
+        cells = [f"`{arm}`", f"{price[arm]:.2f}"]
+        for match, of_match in found.items():
+            runs = of_match[arm]
+            if match == "time":
+                cells.append(str(next(iter(runs.values()))["steps"]))
+            cells += [_cell([run["after"][score] for run in runs.values()]) for score in ("loss", "loss_by_source")]
+            cells.append(_difference(runs, of_match[REFERENCE], "loss_by_source"))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -94,7 +120,7 @@ def _difference(runs: Runs, reference: Runs, score: str) -> str:
     return f"**{text}**" if abs(middle) > half else text
 
 
-def draw(data: str, match: str, groups: Sequence[str]) -> None:
+def draw(data: str, match: str, chosen: Sequence[str]) -> None:
     """Dots with error bars: an arm per line, a panel per score, the band is that of `stratified`."""
     import matplotlib
 
@@ -103,7 +129,7 @@ def draw(data: str, match: str, groups: Sequence[str]) -> None:
     from matplotlib import pyplot
 
     found = of(data, match)
-    arms = [arm for group in groups for arm in GROUPS[group] if arm in found]
+    arms = [arm for arm in chosen if arm in found]
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 0.6 + 0.32 * len(arms)), sharey=True, layout="constrained")
     for panel, (score, title) in zip(panels, SCORES.items()):
         for place, arm in enumerate(arms):
@@ -122,10 +148,22 @@ def draw(data: str, match: str, groups: Sequence[str]) -> None:
     print(PLOTS.relative_to(rows.ROOT) / name)
 
 
-METHODS = ("main", "probes", "rankings", "amortised", "allocations")
-SENSITIVITIES = ("h", "eps", "K", "ratio", "boundary", "cap", "staleness")
-DATA = ("built-in", "maths", "superglue")
+METHODS = [
+    arm for group in ("main", "probes", "rankings", "amortised", "allocations") for arm in GROUPS[group]
+]
+SENSITIVITIES = {
+    "h": ("last_layer",),
+    "eps": ("paper",),
+    "K": ("zeroth_order 16",),
+    "ratio": ("last_layer",),
+    "boundary": ("stratified, nothing kept",),
+    "cap": (),
+    "staleness": ("amortised 100",),
+}
+"""Groups that vary one option, and the arms that have its other values."""
+DATA = ("built-in", "maths 2.6M", "superglue 2.6M")
 TABLES = {
+    "worth": summary,
     **{
         f"learning {data} {match}": lambda data=data, match=match: table(data, match, METHODS)
         for data in DATA
@@ -133,8 +171,8 @@ TABLES = {
         if of(data, match)
     },
     **{
-        f"sensitivity {group}": lambda group=group: table("built-in", "steps", ["main", group])
-        for group in SENSITIVITIES
+        f"sensitivity {group}": lambda arms=(*others, *GROUPS[group]): table("built-in", "steps", arms)
+        for group, others in SENSITIVITIES.items()
         if GROUPS[group].keys() & of("built-in", "steps").keys()
     },
 }

@@ -12,9 +12,8 @@ import importlib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import mean
-from types import MappingProxyType
 
 import rows
 
@@ -22,9 +21,9 @@ README = rows.ROOT / "README.md"
 BENCHMARKS_README = rows.ROOT / "benchmarks" / "README.md"
 MAKERS = (
     *("engines", "checkpoints", "faults", "fuzz_readers"),
-    *("scale", "selection_speed", "estimator_cost", "gradient_match", "learning_tables"),
+    *("scale", "selection_speed", "estimator_cost", "gradient_match", "learning_tables", "drift"),
 )
-"""Benchmarks that make tables of their own for the second README."""
+"""Benchmarks that make tables of their own."""
 
 
 def learning_table(name: str) -> str:
@@ -97,17 +96,17 @@ TABLES = {
 }
 
 
-def filled(readme: str, tables: Mapping[str, Callable[[], str]] = MappingProxyType(TABLES)) -> str:
+def filled(readme: str) -> str:
     """The text of a README with every marked table made anew."""
-    for name, make in tables.items():
+    for name, make in all_tables().items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         readme = pattern.sub(lambda marks, make=make: f"{marks[1]}{make()}\n{marks[2]}", readme)
     return readme
 
 
-def of_benchmarks() -> dict[str, Callable[[], str]]:
-    """The tables of the second README."""
-    return {name: make for maker in MAKERS for name, make in importlib.import_module(maker).TABLES.items()}
+def all_tables() -> dict[str, Callable[[], str]]:
+    """Every table that there are rows for."""
+    return TABLES | {name: make for maker in MAKERS for name, make in importlib.import_module(maker).TABLES.items()}
 
 
 def main() -> None:
@@ -117,14 +116,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     texts = {path: path.read_text(encoding="utf-8") for path in (README, BENCHMARKS_README)}
-    made = {README: filled(texts[README]), BENCHMARKS_README: filled(texts[BENCHMARKS_README], of_benchmarks())}
+    made = {path: filled(text) for path, text in texts.items()}
     if given.write:
         for path, text in made.items():
             path.write_text(text, encoding="utf-8")
     elif given.check:
         sys.exit(made != texts)
     else:
-        print("\n\n".join(f"{name}\n{make()}" for name, make in (TABLES | of_benchmarks()).items()))
+        print("\n\n".join(f"{name}\n{make()}" for name, make in all_tables().items()))
 
 
 if __name__ == "__main__":
