@@ -180,13 +180,11 @@ class CoresetStep:
     def _train(self, micro_batches: Sequence[MicroBatch], n: int) -> Tensor:
         """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""
         losses = torch.zeros(n, device=self._group.device)
-        with self.observer.watching():
-            for number, micro_batch in enumerate(micro_batches, 1):
-                own = self._engine.forward(micro_batch.batch)
-                self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
-                positions = micro_batch.batch.positions
-                losses[positions.to(losses.device)] = own.detach()[: len(positions)]
-                self.observer.see(positions)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            own = self._engine.forward(micro_batch.batch)
+            self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
+            positions = micro_batch.batch.positions
+            losses[positions.to(losses.device)] = own.detach()[: len(positions)]
         return self._group.all_reduce(losses, "report").cpu()
 
     def _worth(

@@ -45,12 +45,11 @@ from colm_scale.reporting.environment import environment
 from colm_scale.reporting.facts import kept_facts, update_facts
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.summary import gib
-from colm_scale.selection.allocation import allocation_facts, reads_gradients
+from colm_scale.selection.allocation import allocation_facts
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.session import Session
 from colm_scale.sketch.adapters import AdapterTap
-from colm_scale.sketch.observe import GradientReader
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 
@@ -104,14 +103,14 @@ def _run_of(resumed: Path) -> Path:
 def build_model(
     config: RunConfig, device: torch.device, group: Group
 ) -> tuple[ExampleLoss, Tap | None, Tap | None]:
-    """The adapted model on ``device``, the tap on its probes where its gradients are looked at, and that of a proxy."""
+    """The adapted model on ``device``, the tap on its probes where it sketches, and that of a proxy where one does."""
     with group.together():
         base = load_model(config.model, getattr(torch, config.train.dtype), device)
         sketches = config.selection.method == "colm"
         proxy = load_proxy(config, base, group.device) if sketches else None
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
-        tapped = (sketches and proxy is None) or reads_gradients(config.selection)
+        tapped = sketches and proxy is None
         probes = find_probes(base, config.selection.probe, config.selection.probe_blocks) if tapped else ()
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         tap = Tap(module, *probes) if tapped else None
@@ -346,13 +345,12 @@ def build_step(
     if config.selection.method == "colm":
         estimator = make_estimator(proxy or tap, config.selection, config.train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
-    reader = GradientReader(tap, config.train.seed) if reads_gradients(config.selection) else None
     return CoresetStep(
         config=config,
         sampler=inputs.sampler,
         rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes),
         estimator=estimator,
-        observer=Observer(inputs.kept, reader, group),
+        observer=Observer(inputs.kept),
         engine=engine,
         group=group,
         spans=spans,

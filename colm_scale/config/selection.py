@@ -12,7 +12,7 @@ from colm_scale.errors import UserError
 Method = Literal["colm", "stratified", "random", "full"]
 EstimatorName = Literal["last_layer", "zeroth_order", "loss", "length"]
 Ranking = Literal["facility", "matching", "pursuit", "systematic", "importance", "top"]
-Allocation = Literal["proportional", "equal", "temperature", "neyman", "excess_loss", "agreement", "none"]
+Allocation = Literal["proportional", "equal", "temperature", "excess_loss", "none"]
 Metric = Literal["l1", "l2", "cosine"]
 Weights = Literal["uniform", "cluster", "unbiased"]
 
@@ -47,9 +47,8 @@ class SelectionConfig:
     Off: every source by itself (the paper's)."""
     allocation: Allocation = "proportional"
     """How the budget is shared out over the sources that are not kept. proportional: to their candidates (the paper's).
-    equal: the same to each. temperature: to their size to the power of `allocation_exponent`. neyman: to size times the
-    spread of its gradients. excess_loss: to the loss above what the other sources' fall lets expect. agreement: to how
-    well a source's gradient agrees with the others'. none: the ranking alone decides (with `joint`)."""
+    equal: the same to each. temperature: to their size to the power of `allocation_exponent`. excess_loss: to the loss
+    above what the other sources' fall lets expect. none: the ranking alone decides (with `joint`)."""
     allocation_exponent: float = 0.5
     """Exponent of the temperature allocation: 1 is proportional, 0 is equal."""
     allocation_floor: int = 1

@@ -4,15 +4,13 @@
 |---|---|
 | equal | 1 |
 | temperature | its training examples to the power of an exponent (Lample and Conneau, 2019, section 3.1) |
-| neyman | its candidates, times the spread of their gradients: the least variance of the mean (Neyman, 1934) |
 | excess_loss | exp(rate x excess loss); DoReMi (Xie et al., 2023, algorithm 1) |
-| agreement | exp(rate x inner product with the other sources' gradient); DoGE (Fan et al., 2024, algorithm 1) |
 
-The last two are published as weights that every step multiplies by the exponential of a gain. With a memory of finite
-length that product is the exponential of the gain's running average, which is what is used here: no weight can run
-away, and nothing is kept but the averages. Both start from equal weights, as published. What DoReMi takes from a
-reference model, the loss that is to be expected of a source, is taken from the run: the source's first loss, times what
-the average source has left of its own. A source below that is not done, so the excess is not clipped at zero.
+The last is published as weights that every step multiplies by the exponential of a gain. With a memory of finite length
+that product is the exponential of the gain's running average, which is what is used here: no weight can run away, and
+nothing is kept but the averages. It starts from equal weights, as published. What DoReMi takes from a reference model,
+the loss that is to be expected of a source, is taken from the run: the source's first loss, times what the average
+source has left of its own. A source below that is not done, so the excess is not clipped at zero.
 """
 
 from __future__ import annotations
@@ -26,14 +24,9 @@ from colm_scale.config import SelectionConfig
 from colm_scale.selection.statistics import SourceStatistics
 
 RATE = 3.0
-"""An excess or an agreement of a third multiplies a source's share by e."""
+"""An excess of a third multiplies a source's share by e."""
 _GRID = 1e6
 """Shares of examples are rounded to a millionth, so that the last bit of an estimate moves no example."""
-
-
-def reads_gradients(config: SelectionConfig) -> bool:
-    """Whether the allocation goes by the gradients of what is trained on."""
-    return config.method in ("colm", "stratified") and config.allocation in ("neyman", "agreement")
 
 
 def shares(config: SelectionConfig, sizes: Tensor, present: Tensor, statistics: SourceStatistics | None) -> Tensor:
@@ -43,19 +36,15 @@ def shares(config: SelectionConfig, sizes: Tensor, present: Tensor, statistics: 
         config: An allocation other than ``proportional`` and ``none``.
         sizes: ``[Q]`` training examples of each source.
         present: ``[Q]`` its candidates in this step.
-        statistics: Needed by those that go by it: neyman, excess_loss and agreement.
+        statistics: Needed by excess_loss, which goes by it.
     """
     match config.allocation:
         case "equal":
             return torch.ones(len(present), dtype=torch.float64)
         case "temperature":
             return sizes.double() ** config.allocation_exponent
-        case "neyman":
-            return present * statistics.spread
         case "excess_loss":
             return torch.softmax(RATE * statistics.excess, 0)
-        case "agreement":
-            return torch.softmax(RATE * statistics.agreement, 0)
 
 
 def allocation_facts(config: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor) -> list[str]:

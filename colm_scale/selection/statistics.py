@@ -3,8 +3,6 @@
 Only selected examples are seen. A uniform draw within the source (`stratified`) shows what the source is like; a
 ranking that favours some examples shows those, unless its weights make up for it: an example counts for its weight
 relative to the others that were selected of its source (the estimate of Hajek, 1971).
-
-    p   numbers that a gradient is projected to
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ class SourceStatistics:
     """Sums over the examples seen of each source, in float64 on the CPU. Part of a checkpoint.
 
     Attributes:
-        recent: ``[Q, 3 + p]`` number, losses, squared gradient norms and projected gradients (``[Q, 2]`` where no
-            gradients are read); what a step has added fades by ``1 / MEMORY`` with each later one. The number is the
-            bias correction of the averages.
+        recent: ``[Q, 2]`` number and losses; what a step has added fades by ``1 / MEMORY`` with each later one. The
+            number is the bias correction of the averages.
         first: ``[Q, 2]`` number and losses of about the first `FIRST` examples.
     """
 
@@ -40,26 +37,17 @@ class SourceStatistics:
     first: Tensor
 
     @classmethod
-    def zeros(cls, num_sources: int, columns: int) -> SourceStatistics:
-        """Before the first step; ``columns`` of ``recent``."""
-        return cls(*(torch.zeros(num_sources, count, dtype=torch.float64) for count in (columns, 2)))
+    def zeros(cls, num_sources: int) -> SourceStatistics:
+        """Before the first step."""
+        return cls(*(torch.zeros(num_sources, 2, dtype=torch.float64) for _ in range(2)))
 
     def learn(self, seen: Tensor) -> SourceStatistics:
         """After a step whose selected examples add up to ``seen``, columns as in ``recent``."""
         wanted = (FIRST - self.first[:, 0]).clamp(min=0)
         taken = (wanted / seen[:, 0]).clamp(max=1).nan_to_num(0)  # the share of this step's examples
         return SourceStatistics(
-            recent=self.recent * (1 - 1 / MEMORY) + seen, first=self.first + seen[:, :2] * taken.unsqueeze(1)
+            recent=self.recent * (1 - 1 / MEMORY) + seen, first=self.first + seen * taken.unsqueeze(1)
         )
-
-    @property
-    def spread(self) -> Tensor:
-        """``[Q]`` root of the mean squared distance of an example's gradient to its source's mean; 1 if none is
-        known."""
-        counts, means = self.recent[:, 0], self._means
-        distances = counts * (means[:, 2] - means[:, 3:].square().sum(1)).clamp(min=0)
-        spread = _shrunk(distances, (counts - 1).clamp(min=0)).sqrt()  # one example goes into the mean
-        return spread if spread.any() else torch.ones_like(spread)
 
     @property
     def excess(self) -> Tensor:
@@ -68,21 +56,6 @@ class SourceStatistics:
         counts, began = self.recent[:, 0], self.first[:, 1] / self.first[:, 0]
         left = _shrunk((self.recent[:, 1] / began).nan_to_num(0.0, posinf=0.0), counts)
         return (left / left.mean() - 1).nan_to_num(0.0)
-
-    @property
-    def agreement(self) -> Tensor:
-        """``[Q]`` inner product of a source's mean gradient with the mean of the others', over the sizes that these
-        have in the average source. A source's own noise is not part of it, as it would be of a mean over all."""
-        counts, means = self.recent[:, 0], self._means[:, 3:]
-        others = means.sum(0) - means
-        size = (means.square().sum(1).mean() * others.square().sum(1).mean()).sqrt()
-        agreement = ((means * others).sum(1) / size).nan_to_num(0.0)
-        return _shrunk(counts * agreement, counts)
-
-    @property
-    def _means(self) -> Tensor:
-        """``[Q, 3 + p]``, zero for a source of which nothing is known."""
-        return (self.recent / self.recent[:, :1]).nan_to_num(0.0)
 
 
 def _shrunk(sums: Tensor, counts: Tensor) -> Tensor:

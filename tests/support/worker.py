@@ -107,12 +107,9 @@ CASES = {
         f"{name}_broken": Case(_selection(), 3, {"optimizer": name}, break_after=1)
         for name in ("sgd", "lion", "adafactor", "muon")
     },
-    "neyman": Case(
-        _selection(method="stratified", allocation="neyman", kept_sources=[]), train={"activation_checkpointing": True}
-    ),
-    "agreement": Case(_selection(allocation="agreement", kept_sources=[])),
-    "agreement_broken": Case(_selection(allocation="agreement", kept_sources=[]), break_after=3),
     "excess_loss": Case(_selection(method="stratified", allocation="excess_loss", kept_sources=[])),
+    "excess_loss_ranked": Case(_selection(allocation="excess_loss", kept_sources=[])),
+    "excess_loss_broken": Case(_selection(allocation="excess_loss", kept_sources=[]), break_after=3),
     "loss": Case(_selection(estimator="loss"), 3),
     "loss_broken": Case(_selection(estimator="loss"), 3, break_after=1),
     "length": Case(_selection(estimator="length"), 3),

@@ -12,7 +12,7 @@ from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, long_tensor
 from colm_scale.selection import allocation
-from colm_scale.selection.allocation import quotas, reads_gradients
+from colm_scale.selection.allocation import quotas
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.selection.statistics import SourceStatistics
 
@@ -125,21 +125,12 @@ def test_temperature_goes_from_proportional_to_equal():
     assert shares("temperature", allocation_exponent=0.0).tolist() == shares("equal").tolist() == [1, 1, 1]
 
 
-def test_neyman_is_candidates_times_spread():
-    class Known:
-        spread = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
-
-    assert shares("neyman", known=Known).tolist() == [6, 4, 4]
-
-
-def test_gains_are_exponents():
+def test_the_excess_is_an_exponent():
     class Known:
         excess = torch.tensor([0.0, 1 / 3, 2 / 3], dtype=torch.float64)
-        agreement = torch.tensor([-1 / 3, 0.0, 1 / 3], dtype=torch.float64)
 
-    for name in ("excess_loss", "agreement"):
-        low, middle, high = shares(name, known=Known).tolist()
-        assert (middle / low, high / middle) == pytest.approx((math.e, math.e))
+    low, middle, high = shares("excess_loss", known=Known).tolist()
+    assert (middle / low, high / middle) == pytest.approx((math.e, math.e))
 
 
 def test_no_gain_is_too_large():
@@ -150,20 +141,9 @@ def test_no_gain_is_too_large():
     assert quotas(found, long_tensor([1] * 999 + [4]), 6, 0, generator(0, "lots"))[-1] == 4
 
 
-@pytest.mark.parametrize("name", ["neyman", "excess_loss", "agreement"])
-def test_before_anything_is_known_sources_are_alike(name):
-    nothing = SourceStatistics.zeros(3, 8)
-    assert shares(name, present=(4, 4, 4), known=nothing).unique().numel() == 1
-
-
-def test_gradients_are_read_only_where_they_count():
-    def reads(**options) -> bool:
-        return reads_gradients(SelectionConfig(**options))
-
-    assert reads(allocation="neyman")
-    assert reads(allocation="agreement", method="stratified")
-    assert not reads(allocation="neyman", method="random")
-    assert not any(reads(allocation=name) for name in ("proportional", "equal", "temperature", "excess_loss"))
+def test_before_anything_is_known_sources_are_alike():
+    nothing = SourceStatistics.zeros(3)
+    assert shares("excess_loss", present=(4, 4, 4), known=nothing).unique().numel() == 1
 
 
 # In the rule
@@ -218,9 +198,9 @@ def test_the_mixture_that_is_aimed_at_is_told():
     assert "allocation temperature, at least 2 of each source: a 41.7%, b 25.0%, c 33.3%\n" in text
     assert "the mixture that is trained is that so allocated" in text
     assert "the same of all 3 that are not kept" in facts_of(allocation="equal")
-    assert "by what training shows" in facts_of(allocation="neyman")
+    assert "by what training shows" in facts_of(allocation="excess_loss")
     assert "of the candidates, by the weights" in facts_of(
-        allocation="neyman", weights="unbiased", ranking="systematic"
+        allocation="excess_loss", weights="unbiased", ranking="systematic"
     )
     assert not facts_of(allocation="proportional")
     assert not facts_of(allocation="equal", method="random")
