@@ -93,7 +93,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options]] = MappingProxyType(
         "cap": {f"cap {cap:.0%}": _stratified(kept_cap=cap, overflow="shares") for cap in (0.1, 0.2)},
         "staleness": {
             f"staleness {reuse}": _options(compression="countsketch", columns=256, reuse=reuse)
-            for reuse in (0, 25, 400)
+            for reuse in (0, 20, 40, 400)
         },
     }
 )

@@ -3,6 +3,7 @@
 python benchmarks/learning.py cost                        what a step of each arm costs, interleaved in one process
 python benchmarks/learning.py run --seeds 0 1 2 --minutes 60
 python benchmarks/learning.py run --arms stratified last_layer --match time --data maths=train.jsonl,held_out.jsonl
+python benchmarks/learning.py run --groups staleness --match steps --data built-in-1000      several epochs of few rows
 python benchmarks/learning.py run --model FOLDER --workers 1 -- --train.dtype bfloat16     a larger model, on a GPU
 
 An arm is the product's own command with its options (`arms.py`). With --match steps all arms make as many steps; with
@@ -23,11 +24,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import rows
 import runs
 from arms import ARMS, GROUPS, REFERENCE
 from numpy import percentile
+
+from colm_scale.data.builtin import builtin_rows
 
 QUIET = (
     *("--engine", "single", "--train.threads", "1", "--checkpoint.every", "0", "--profile.floor_every", "0"),
@@ -44,14 +48,25 @@ class Setting:
 
     @classmethod
     def of(cls, data: str, model: str | None, options: Sequence[str]) -> Setting:
-        """From the command line: ``built-in`` or ``NAME=TRAIN,EVAL``."""
+        """From the command line: ``built-in``, ``built-in-ROWS`` or ``NAME=TRAIN,EVAL``."""
         name, _, files = data.partition("=")
         train, _, held_out = files.partition(",")
+        if name.startswith("built-in-"):
+            train, held_out = _few(int(name.removeprefix("built-in-")))
         given = [*(("--data.train", train) if train else ()), *(("--data.eval", held_out) if held_out else ())]
         if model:
             given += ["--model.name", model]
             name += f" {Path(model).name}"
         return cls(name, (*given, *options))
+
+
+def _few(count: int) -> tuple[str, str]:
+    """Files with ``count`` of the built-in mixture's training rows, and with its held-out rows."""
+    folder = Path(tempfile.mkdtemp())
+    train = Random("few rows").sample(list(builtin_rows("train")), count)
+    for name, taken in (("train", train), ("held_out", list(builtin_rows("eval")))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taken), encoding="utf-8")
+    return str(folder / "train.jsonl"), str(folder / "held_out.jsonl")
 
 
 def cost(setting: Setting, arms: Sequence[str], rounds: int) -> None:
@@ -144,7 +159,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "run"))
-    parser.add_argument("--data", default="built-in", help="built-in, or NAME=TRAIN,HELD_OUT")
+    parser.add_argument("--data", default="built-in", help="built-in, built-in-ROWS, or NAME=TRAIN,HELD_OUT")
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of groups")
