@@ -95,9 +95,9 @@ SUMMARISED = (
 def summary() -> str:
     """The main arms at matched time and at matched steps, each beside `stratified`."""
     lines = [
-        "| arm | time of a step | same time: steps | natural mixture | mean over sources | minus `stratified` "
-        "| same steps: natural mixture | mean over sources | minus `stratified` |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| arm | time of a step | same time: steps | seeds | natural mixture | mean over sources | minus `stratified` "
+        "| same steps: seeds | natural mixture | mean over sources | minus `stratified` |",
+        f"|---|{'---:|' * 10}",
     ]
     found, price = {match: of("built-in", match) for match in ("time", "steps")}, costs("built-in")
     for arm in SUMMARISED:
@@ -106,6 +106,7 @@ def summary() -> str:
             runs = of_match[arm]
             if match == "time":
                 cells.append(str(next(iter(runs.values()))["steps"]))
+            cells.append(str(len(runs)))
             cells += [_cell([run["after"][score] for run in runs.values()]) for score in ("loss", "loss_by_source")]
             cells.append(_difference(runs, of_match[REFERENCE], "loss_by_source"))
         lines.append(f"| {' | '.join(cells)} |")
