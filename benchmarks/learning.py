@@ -15,8 +15,10 @@ appended to benchmarks/results/learning.jsonl; options after -- go to every run.
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,8 +65,9 @@ class Setting:
 def _few(count: int) -> tuple[str, str]:
     """Files with ``count`` of the built-in mixture's training rows, and with its held-out rows."""
     folder = Path(tempfile.mkdtemp())
-    train = Random("few rows").sample(list(builtin_rows("train")), count)
-    for name, taken in (("train", train), ("held_out", list(builtin_rows("eval")))):
+    atexit.register(shutil.rmtree, folder)
+    train = Random("few rows").sample(builtin_rows("train"), count)
+    for name, taken in (("train", train), ("held_out", builtin_rows("eval"))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taken), encoding="utf-8")
     return str(folder / "train.jsonl"), str(folder / "held_out.jsonl")
 

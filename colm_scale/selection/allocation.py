@@ -35,7 +35,7 @@ def shares(config: SelectionConfig, sizes: Tensor, present: Tensor, statistics: 
     Args:
         config: An allocation other than ``proportional`` and ``none``.
         sizes: ``[Q]`` training examples of each source.
-        present: ``[Q]`` its candidates in this step.
+        present: ``[Q]`` its candidates in this step; how many sources there are, where nothing else tells.
         statistics: Needed by excess_loss, which goes by it.
     """
     match config.allocation:

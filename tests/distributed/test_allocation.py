@@ -62,8 +62,3 @@ def test_what_is_learned_moves_examples(alone, case):
         assert sum(found) == 12
         assert all(min(1, there) <= quota <= there for quota, there in zip(found, present.tolist()))
     assert len({tuple(quotas(step)) for step in alone[case]["steps"]}) > 1
-
-
-@pytest.mark.parametrize(("engine", "case"), PAIRS)
-def test_nothing_more_is_exchanged(ranks, engine, case):
-    assert not {"sources"} & {label for step in ranks[0][f"{engine}/{case}"]["steps"] for label in step["bytes"]}
