@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 import sys
@@ -49,8 +50,12 @@ def train(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in a line, not in pages of C++ frames
     from colm_scale.trainer import run  # after parsing, so that --help and a typo answer at once
 
-    run(config)
-    sys.exit(0)
+    code = run(config)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: now and then a thread that a library has left running ends a process that is being torn down.
+    os._exit(code)
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:

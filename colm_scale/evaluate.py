@@ -15,7 +15,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.randomness import generator
-from colm_scale.records import long_tensor
+from colm_scale.records import Batch, long_tensor
 from colm_scale.reporting.summary import Evaluation
 from colm_scale.selection.route import deal, form_micro_batches
 
@@ -69,15 +69,13 @@ class Evaluator:
     def _losses(self, module: ExampleLoss) -> Tensor:
         """``[N]`` float64 losses, NaN where not scored."""
         losses = torch.zeros(len(self._examples), device=self._group.device)
-        shares = deal(
-            form_micro_batches(self._examples.lengths, self._scored, self._budget),
-            self._examples.lengths,
-            self._group.world_size,
-        )
+        lengths, packed = self._examples.lengths, module.packs
+        micro_batches = form_micro_batches(lengths, self._scored, self._budget, packed=packed)
+        shares = deal(micro_batches, lengths, self._group.world_size, packed=packed)
         for indices in shares[self._group.rank]:
             self._entered("evaluate")
-            batch = self._batch(indices or (int(self._scored[0]),))
-            found = module(batch.input_ids, batch.attention_mask, batch.labels)
+            batch = self._batch(indices or (int(self._scored[0]),), packed)
+            found = module(batch)
             if indices:
                 losses[batch.positions.to(losses.device)] = found
         return self._combined(losses, self._scored)
@@ -145,9 +143,9 @@ class Evaluator:
             accuracy=sum(known) / len(known) if known else None,
         )
 
-    def _batch(self, indices: tuple[int, ...]):
-        chosen = long_tensor(indices)
-        return collate(self._examples, chosen, chosen, self._tokenizer.pad_token_id, self._group.device)
+    def _batch(self, indices: tuple[int, ...], packed: bool) -> Batch:
+        chosen, pad_id = long_tensor(indices), self._tokenizer.pad_token_id
+        return collate(self._examples, chosen, chosen, pad_id, self._group.device, packed=packed)
 
     def _sample(self, source: int, limit: int, seed: int) -> Tensor:
         """Up to ``limit`` examples of a source, drawn once."""

@@ -15,6 +15,7 @@ survived tokenisation. An *id* is the row's position in the training data as the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -166,36 +167,96 @@ class Route:
     Attributes:
         micro_batches: ``micro_batches[rank][j]`` is a tuple of positions; every rank has the same number of
             micro-batches, and an empty tuple stands for a zero-weight one that only keeps the collectives in step.
+        replayed: How many of each rank's micro-batches, the first ones, start from what the sketch has kept.
+        work: ``work[rank]`` what each rank's share costs: its tokens, a replayed one counted as `REPLAYED`.
         tokens: ``tokens[rank]`` real tokens (without padding) each rank trains on.
         padded_tokens: The same with padding, which is what is computed.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    replayed: int
+    work: tuple[float, ...]
     tokens: tuple[int, ...]
     padded_tokens: tuple[int, ...]
 
     @property
     def imbalance(self) -> float:
-        """Tokens of the busiest rank over the mean; 1.0 is perfect balance."""
-        total = sum(self.tokens)
-        return max(self.tokens) * len(self.tokens) / total if total else 1.0
+        """Work of the busiest rank over the mean; 1.0 is perfect balance."""
+        total = sum(self.work)
+        return max(self.work) * len(self.work) / total if total else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Which tokens of a micro-batch carry loss. Found on the CPU, so that a device is never asked how many there are.
+
+    Attributes:
+        rows: ``[N]`` int64, the token before each: its place among the micro-batch's tokens, row by row.
+        tokens: ``[N]`` int64, what is to be predicted there.
+        slots: ``[N]`` int64, ``example * most + number``, where number counts the example's own targets from 0.
+        counts: ``[B]`` int64, targets of each example.
+        most: The largest of ``counts``, at least 1.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+    slots: Tensor
+    counts: Tensor
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the examples of a packed micro-batch are in its one row of tokens.
+
+    Attributes:
+        position_ids: ``[1, T]`` int64, 0, 1, 2, ... anew for each example.
+        offsets: ``[B + 1]`` int32, where each example begins, and T.
+        places: ``[T]`` int64, ``example * longest + position`` of each token.
+        longest: Tokens of the longest example.
+    """
+
+    position_ids: Tensor
+    offsets: Tensor
+    places: Tensor
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A padded micro-batch on the device.
+    """A micro-batch of B examples on the device: a row for each, padded on the right, or all packed into one row.
 
     Attributes:
-        input_ids: ``[B, T]`` int64.
-        attention_mask: ``[B, T]`` int64, 1 on real tokens (right padded).
-        labels: ``[B, T]`` int64, the token itself where it carries loss, else -100.
-        positions: ``[B]`` int64 on the CPU, the candidate of each row.
+        input_ids: ``[B, T]`` int64, or ``[1, T]`` if packed.
+        attention_mask: ``[B, T]`` int64, 1 on real tokens; None if packed.
+        targets: Where the loss is.
+        positions: ``[B]`` int64 on the CPU, the candidate of each example; empty in a batch that only keeps step.
+        lengths: Tokens of each example.
+        packing: Where the examples are, if they are packed.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    attention_mask: Tensor | None
+    targets: Targets
     positions: Tensor
+    lengths: tuple[int, ...]
+    packing: Packing | None = None
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each example begins among all tokens, row by row."""
+        if self.packing is None:
+            return tuple(range(0, self.input_ids.numel(), self.input_ids.shape[1]))
+        return (0, *accumulate(self.lengths[:-1]))
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """What belongs to the tokens, ``[..., c]`` in their order, as ``[B, longest, c]``; if packed, padding is 0."""
+        if self.packing is None:
+            return values.reshape(*self.input_ids.shape, -1)
+        packing, values = self.packing, values.flatten(0, -2)
+        examples = len(packing.offsets) - 1
+        padded = values.new_zeros(examples * packing.longest, values.shape[-1])
+        return padded.index_copy(0, packing.places, values).view(examples, packing.longest, -1)
 
 
 @dataclass(frozen=True, slots=True)

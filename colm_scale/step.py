@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,24 +27,41 @@ from colm_scale.distributed.observer import Observer
 from colm_scale.errors import TrainingError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
+from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator, global_draws
-from colm_scale.records import Batch, CandidateMatrix, Candidates, Quota, Selection, SketchPlan, StepReport, long_tensor
+from colm_scale.records import (
+    Batch,
+    CandidateMatrix,
+    Candidates,
+    Quota,
+    Route,
+    Selection,
+    SketchPlan,
+    StepReport,
+    long_tensor,
+)
 from colm_scale.selection import baselines, telemetry
 from colm_scale.selection.route import deal, form_micro_batches, route
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch.adapters import AdapterTap
-from colm_scale.sketch.plan import plan_sketch
+from colm_scale.sketch.plan import kept_on, plan_sketch
 
-PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer")
+PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "report")
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A batch to train on, and ``[B]`` what each of its losses counts for (zero in one that only keeps step)."""
+    """A batch to train on.
+
+    Attributes:
+        shares: ``[B]`` what each of its losses counts for; zero in one that only keeps step.
+        replayed: Whether it starts from what the sketch has kept.
+    """
 
     batch: Batch
     shares: Tensor
+    replayed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +88,13 @@ class CoresetStep:
         pad_id: int,
         sketching: ExampleLoss,
         adapters: AdapterTap | None = None,
+        inputs: BlockInputs | None = None,
     ):
         self.estimator, self.observer = estimator, observer
         self._config, self._sampler, self._rule = config, sampler, rule
         self._engine, self._group, self._spans = engine, group, spans
         self._pad_id, self._sketching, self._adapters = pad_id, sketching, adapters
+        self._inputs = inputs
 
     def __call__(self, step: int, learning_rate: float) -> tuple[StepReport, Work]:
         """Train one step.
@@ -86,7 +106,7 @@ class CoresetStep:
         spans, group, estimator = self._spans, self._group, self.estimator
         rule = dataclasses.replace(self._rule, kept=self.observer.recent.kept)
         budget_tokens = self._config.train.micro_batch_tokens
-        matrix, sketched = None, []
+        matrix, plan, sketched, kept = None, None, [], None
 
         group.take_traffic()  # what was exchanged between steps is not the step's
         with spans("sample"):
@@ -94,12 +114,12 @@ class CoresetStep:
             quota = rule.quota(candidates, self.observer.statistics)
             if estimator is not None:
                 known = estimator.known(candidates)
-                joint = self._config.selection.joint
-                plan = plan_sketch(candidates, quota, group.world_size, budget_tokens, known, joint)
-                sketched = self._batches(candidates, plan.shares[group.rank])
+                joint, packed = self._config.selection.joint, self._sketching.packs
+                plan = plan_sketch(candidates, quota, group.world_size, budget_tokens, known, joint, packed)
+                sketched = self._batches(candidates, plan.shares[group.rank], packed)
         if estimator is not None:
             with spans("sketch"):
-                estimator.sketch(plan, sketched)
+                kept = self._sketch(candidates, plan, sketched)
             with spans("gather"):
                 matrix = estimator.gather()
         with spans("select"):
@@ -110,11 +130,15 @@ class CoresetStep:
             _check_sketches(plan, selection, step)
             with spans("learn"):
                 estimator.learn(selection)
-        worth = self._worth(candidates, quota, selection, matrix)
+        draw, worth = self._compared(candidates, selection, matrix)
         with spans("route"):
-            routed = route(candidates.lengths, selection.positions, group.world_size, budget_tokens)
-            shares = self._shares(candidates, selection)
-            trained = self._micro_batches(candidates, shares, routed.micro_batches[group.rank])
+            packed, shares = self._engine.module.packs, self._shares(candidates, selection)
+            routed = route(
+                candidates.lengths, selection.positions, group.world_size, budget_tokens, packed=packed, kept_on=kept
+            )
+            trained = self._micro_batches(candidates, shares, routed)
+            if self._inputs is not None:
+                self._inputs.arrange([micro_batch.batch for micro_batch in trained if micro_batch.replayed])
         with spans("train"), global_draws(group.device, self._config.train.seed, "dropout", step, group.rank):
             losses = self._train(trained, len(candidates))
             _check_losses(candidates, selection, losses)
@@ -130,10 +154,9 @@ class CoresetStep:
                 f"Try a smaller --train.learning_rate, or --train.dtype float32"
             )
 
+        with spans("report"):
+            worth |= self._worth(candidates, quota, selection, matrix, draw) | self._facts(selection, kept)
         seconds, peaks = spans.finish()
-        padding = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}
-        if estimator is not None:
-            padding["sketch"] = padding_share(candidates.lengths, plan.shares)
         seconds, phase_peak_bytes = self._over_ranks(seconds, peaks)
         report = StepReport(
             step=step,
@@ -149,23 +172,44 @@ class CoresetStep:
             phase_peak_bytes=phase_peak_bytes,
             exchanged_bytes=group.take_traffic(),
             imbalance=routed.imbalance,
-            padding_share=padding,
-            telemetry=worth if estimator is None else worth | dict(estimator.facts),
+            padding_share=self._padding(candidates, plan, routed),
+            telemetry=worth,
         )
         return report, Work(sketched, trained)
 
-    def bare_floor_seconds(self, work: Work) -> float:
+    def _sketch(self, candidates: Candidates, plan: SketchPlan, batches: list[Batch]) -> Tensor | None:
+        """Sketch this rank's share; ``[n]`` the rank that has kept a candidate's block inputs, if that is done."""
+        if self._inputs is None:
+            self.estimator.sketch(plan, batches)
+            return None
+        most = self._config.train.forward_reuse_gib * 2**30 // self._inputs.bytes_per_token
+        kept, counts = kept_on(plan, candidates.lengths, most)
+        with self._inputs.keeping(counts[self._group.rank]):
+            self.estimator.sketch(plan, batches)
+        return kept
+
+    def _padding(self, candidates: Candidates, plan: SketchPlan | None, routed: Route) -> dict[str, float]:
+        """Share of the computed tokens that is padding, by phase."""
+        found = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}
+        if plan is not None:
+            found["sketch"] = 0.0 if self._sketching.packs else padding_share(candidates.lengths, plan.shares)
+        return found
+
+    def bare_floor_seconds(self, work: Work, sketch: Callable[[Batch], object] | None = None) -> float:
         """Seconds of the slowest rank for the least any implementation must do with a step's tokens (DESIGN section 3).
 
         One forward of the sketched candidates, then forward, backward and optimizer of the coreset, without a hook of
         ours; afterwards the adapters and the optimizer are as they were.
+
+        Args:
+            sketch: In place of the bare forward of a sketched micro-batch; an estimator's own for its floor.
         """
         restore = self._engine.snapshot()
         self._group.barrier()
         started = self._now()
-        with torch.no_grad(), without_dropout(self._sketching):
+        with nullcontext() if sketch else torch.no_grad(), without_dropout(self._sketching):
             for batch in work.sketched:
-                self._sketching(batch.input_ids, batch.attention_mask, batch.labels)
+                (sketch or self._sketching)(batch)
         with global_draws(self._group.device, self._config.train.seed, "floor"):
             for number, micro_batch in enumerate(work.trained, 1):
                 losses = self._engine.forward(micro_batch.batch)
@@ -177,36 +221,59 @@ class CoresetStep:
         self._group.take_traffic()
         return float(slowest)
 
+    def _facts(self, selection: Selection, kept: Tensor | None) -> dict[str, float]:
+        facts = {} if self.estimator is None else dict(self.estimator.facts)
+        if kept is not None:
+            facts["replayed_share"] = float((kept[selection.positions] >= 0).double().mean())
+        return facts
+
     def _train(self, micro_batches: Sequence[MicroBatch], n: int) -> Tensor:
         """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""
         losses = torch.zeros(n, device=self._group.device)
         for number, micro_batch in enumerate(micro_batches, 1):
-            own = self._engine.forward(micro_batch.batch)
+            with self._inputs.replaying(micro_batch.batch) if micro_batch.replayed else nullcontext():
+                own = self._engine.forward(micro_batch.batch)
             self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
             positions = micro_batch.batch.positions
             losses[positions.to(losses.device)] = own.detach()[: len(positions)]
         return self._group.all_reduce(losses, "report").cpu()
 
-    def _worth(
-        self, candidates: Candidates, quota: Quota, selection: Selection, matrix: CandidateMatrix | None
-    ) -> dict[str, float]:
-        """What the selection was worth beside a random draw with its quotas; on other ranks than the first, nothing."""
+    def _compared(
+        self, candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None
+    ) -> tuple[Selection | None, dict[str, float]]:
+        """A random draw with the selection's quotas, and, where that is due, how near the gradients of both are to the
+        candidates'. It is what the weights make them before the step, and no part of the step."""
         seed, every = self._config.train.seed, self._config.profile.match_every
         due = every > 0 and candidates.step % every == 0
         if not (due or self._group.is_first):
-            return {}
+            return None, {}
         eligible = telemetry.could_be_picked(candidates, selection, matrix)
-        draw = telemetry.stratified_like(
-            selection, candidates.sources, eligible, generator(seed, "telemetry", candidates.step)
-        )
+        draws = generator(seed, "telemetry", candidates.step)
+        draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
+        if not due:
+            return draw, {}
+        with self._spans.aside("match"):
+            found = telemetry.nearness("match", self._match(candidates, selection, draw))
+        return draw, found if self._group.is_first else {}
+
+    def _worth(
+        self,
+        candidates: Candidates,
+        quota: Quota,
+        selection: Selection,
+        matrix: CandidateMatrix | None,
+        draw: Selection | None,
+    ) -> dict[str, float]:
+        """What the selection was worth beside a random draw with its quotas; on other ranks than the first, nothing."""
+        if not self._group.is_first:
+            return {}
         found = telemetry.composition(candidates.sources, selection)
-        if matrix is not None and self._group.is_first:
-            joint, free = self._config.selection.joint, quota.free > 0
-            found |= telemetry.ranking(matrix, candidates.sources, eligible, selection, draw, joint=joint, free=free)
-        if due:
-            with self._spans.aside("match"):
-                found |= telemetry.nearness("match", self._match(candidates, selection, draw))
-        return found if self._group.is_first else {}
+        if matrix is None:
+            return found
+        eligible = telemetry.could_be_picked(candidates, selection, matrix)
+        joint, free = self._config.selection.joint, quota.free > 0
+        ranking = telemetry.ranking(matrix, candidates.sources, eligible, selection, draw, joint=joint, free=free)
+        return found | ranking
 
     def _match(self, candidates: Candidates, selection: Selection, draw: Selection) -> Tensor:
         """``[4, 4]`` inner products of what would be trained by all candidates, the coreset, the draw, and a uniform
@@ -215,13 +282,14 @@ class CoresetStep:
         uniform = baselines.random(n, len(selection), generator(seed, "telemetry uniform", candidates.step))
         compared = (baselines.full(n), selection, draw, uniform)
         weights = torch.stack([self._shares(candidates, chosen) for chosen in compared])
+        lengths, packed = candidates.lengths, self._engine.module.packs
         micro_batches = form_micro_batches(
-            candidates.lengths, torch.arange(n), self._config.train.micro_batch_tokens
+            lengths, torch.arange(n), self._config.train.micro_batch_tokens, packed=packed
         )
-        own = deal(micro_batches, candidates.lengths, group.world_size)[group.rank]
+        own = deal(micro_batches, lengths, group.world_size, packed=packed)[group.rank]
         scale = self._engine.scale.scale / n
         with global_draws(group.device, seed, "match", candidates.step, group.rank):
-            products = gradient_products(self._adapters, self._batches(candidates, own), weights, group, scale)
+            products = gradient_products(self._adapters, self._batches(candidates, own, packed), weights, group, scale)
         del group.traffic["match"]  # it is no exchange of the step's
         return products
 
@@ -232,20 +300,21 @@ class CoresetStep:
         shares[selection.positions] = loss_shares(selection, label_tokens, self._config.train.loss)
         return shares
 
-    def _micro_batches(
-        self, candidates: Candidates, shares: Tensor, positions: Sequence[tuple[int, ...]]
-    ) -> list[MicroBatch]:
-        batches = self._batches(candidates, positions)
-        own = [shares[batch.positions] if len(batch.positions) else torch.zeros(1) for batch in batches]
-        return [MicroBatch(batch, share.to(self._group.device)) for batch, share in zip(batches, own)]
+    def _micro_batches(self, candidates: Candidates, shares: Tensor, routed: Route) -> list[MicroBatch]:
+        own = routed.micro_batches[self._group.rank]
+        found = []
+        for number, batch in enumerate(self._batches(candidates, own, self._engine.module.packs)):
+            of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
+            found.append(MicroBatch(batch, of_batch.to(self._group.device), number < routed.replayed))
+        return found
 
-    def _batches(self, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
+    def _batches(self, candidates: Candidates, share: Sequence[tuple[int, ...]], packed: bool) -> list[Batch]:
         """A rank's micro-batches on its device; an empty one holds the shortest candidate, at no position."""
         batches, examples = [], self._sampler.examples
         shortest = candidates.indices[candidates.lengths.argmin().view(1)]
         for positions in map(long_tensor, share):
             indices = candidates.indices[positions] if len(positions) else shortest
-            batches.append(collate(examples, indices, positions, self._pad_id, self._group.device))
+            batches.append(collate(examples, indices, positions, self._pad_id, self._group.device, packed=packed))
         return batches
 
     def _over_ranks(

@@ -37,8 +37,10 @@ from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import default_learning_rate
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.probe import decoder_blocks, find_probes
 from colm_scale.modeling.proxy import add_probes, describe_proxy, load_proxy
+from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
@@ -56,11 +58,11 @@ from colm_scale.step import CoresetStep
 _DEFAULT_STEPS = 80
 
 
-def run(config: RunConfig) -> None:
-    """Run ``config`` on this rank.
+def run(config: RunConfig) -> int:
+    """Run ``config`` on this rank, and return the process's exit code: 0 done, 143 told to stop, and saved.
 
-    Ends the process with 2 (wrong input), 1 (training failed) or 143 (told to stop, and saved) if it is not completed;
-    then one rank says why, and every other rank ends too.
+    Ends the process with 2 (wrong input) or 1 (training failed) otherwise; then one rank says why, and every other rank
+    ends too.
     """
     watch = None
     try:
@@ -73,8 +75,7 @@ def run(config: RunConfig) -> None:
         _end(error, watch)
     watch.close()
     group.close()
-    if not completed:
-        sys.exit(STOPPED)
+    return 0 if completed else STOPPED
 
 
 def _quieten() -> None:
@@ -103,9 +104,14 @@ def _run_of(resumed: Path) -> Path:
 def build_model(
     config: RunConfig, device: torch.device, group: Group
 ) -> tuple[ExampleLoss, Tap | None, Tap | None]:
-    """The adapted model on ``device``, the tap on its probes where it sketches, and that of a proxy where one does."""
+    """The adapted model on ``device``, the tap on its probes where it sketches, and that of a proxy where one does.
+
+    Micro-batches are packed where that is wanted and the model takes them so, see `ExampleLoss.padded_because`.
+    """
     with group.together():
-        base = load_model(config.model, getattr(torch, config.train.dtype), device)
+        prefers_flash = config.train.packing == "off"  # else torch's own flash kernel, which takes packed rows
+        base = load_model(config.model, getattr(torch, config.train.dtype), device, prefers_flash=prefers_flash)
+        padded_because = use_packing(base, config.train.packing, group.device)
         sketches = config.selection.method == "colm"
         proxy = load_proxy(config, base, group.device) if sketches else None
         if config.train.activation_checkpointing:
@@ -113,9 +119,12 @@ def build_model(
         tapped = sketches and proxy is None
         probes = find_probes(base, config.selection.probe, config.selection.probe_blocks) if tapped else ()
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
+        module.padded_because = padded_because
         tap = Tap(module, *probes) if tapped else None
         if proxy is None:
             return module, tap, None
+        if config.selection.proxy is not None:  # the first blocks of the model are made as it is
+            use_packing(proxy, config.train.packing, group.device)
         sketching, probes = add_probes(proxy, config)
         return module, tap, Tap(sketching, *probes)
 
@@ -283,6 +292,7 @@ def _facts(
         f"model {config.model.name or 'built-in base'} in {config.train.dtype}, attention {attention}, engine "
         f"{engine.name} on {group.world_size} rank(s), {group.device.type}; {gib(held_bytes(engine.module))} GiB of "
         f"weights on rank 0",
+        *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
         f"method {selection.method}: {selection.budget if selection.method != 'full' else selection.candidates} of "
         f"{selection.candidates} candidates per step",
@@ -357,7 +367,17 @@ def build_step(
         pad_id=inputs.tokenizer.pad_token_id,
         adapters=AdapterTap(engine.module) if config.profile.match_every else None,
         sketching=engine.module if proxy is None else proxy.model,
+        inputs=_block_inputs(config, tap) if config.train.forward_reuse != "off" else None,
     )
+
+
+def _block_inputs(config: RunConfig, tap: Tap) -> BlockInputs:
+    """What keeps the sketch's block inputs, up to the block where the sketch begins to differ from training."""
+    blocks = list(decoder_blocks(tap.model.causal_model)[1])
+    live = blocks.index(tap.block)
+    if config.selection.estimator == "zeroth_order" and config.selection.derivative == "finite":
+        live = min(live, max(0, len(blocks) - config.selection.float32_blocks))
+    return BlockInputs(tap.model, live, config.train.forward_reuse)
 
 
 def _evaluator(config: RunConfig, inputs: Inputs, small: Tensor, group: Group, watch: Watch) -> Evaluator | None:

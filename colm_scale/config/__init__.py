@@ -31,8 +31,9 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run code that a hub repository brings along. Off: such a model is refused."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation. auto: flash_attention_2 on a GPU in half precision where flash-attn or its hub kernel
-    is installed, else what the model picks (sdpa nearly everywhere)."""
+    """Attention implementation. auto: what the model picks (sdpa nearly everywhere, and only that takes packed
+    micro-batches: on a GPU in half precision by torch's own flash kernel); with --train.packing off, flash_attention_2
+    on a GPU in half precision where flash-attn or its hub kernel is installed."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: the frozen weights of the blocks in 4 bits, by bitsandbytes (QLoRA)."""
 
@@ -139,6 +140,16 @@ class TrainConfig:
     """Type of the frozen weights and of the computation; the adapters are float32. float16 scales the loss."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each block for the backward pass and compute the rest again: less memory, more time."""
+    forward_reuse: Literal["off", "device", "cpu"] = "off"
+    """Keep what goes into each block while candidates are sketched, on the device or in CPU memory, and start the
+    coreset's backward from there instead of running its forward again. Selected candidates are then trained on the rank
+    that sketched them. Needs activation checkpointing and no dropout."""
+    forward_reuse_gib: float = 8.0
+    """With `forward_reuse`: most memory for what is kept, in GiB per rank. Candidates beyond it are trained as
+    usual."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Put the examples of a micro-batch one after the other, none of which sees another, instead of padding them to the
+    longest. auto: where the model computes the same with them; else, and with off, they are padded."""
     micro_batch_tokens: int = 1024
     """Most tokens (padding included) of one micro-batch per rank, while sketching and training. A longer example forms
     a micro-batch of its own."""
@@ -166,6 +177,7 @@ class TrainConfig:
             "at least 1e-15 with --train.optimizer adafactor, which divides by it",
         )
         require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 or more")
+        require(self.forward_reuse_gib > 0, "train.forward_reuse_gib", self.forward_reuse_gib, "positive")
         require(self.micro_batch_tokens >= 1, "train.micro_batch_tokens", self.micro_batch_tokens, "at least 1")
         require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "at least 1")
         require(self.timeout > 0, "train.timeout", self.timeout, "positive")
@@ -262,12 +274,37 @@ class RunConfig:
     checkpoint, or from the newest of that run. none: begin."""
 
     def __post_init__(self) -> None:
+        if self.train.packing == "on" and self.model.attention in ("eager", "flash_attention_2"):
+            raise UserError(
+                f"--train.packing on goes with attention sdpa only, not with --model.attention {self.model.attention}: "
+                f"leave one out"
+            )
+        if self.train.forward_reuse != "off":
+            self._check_reusable()
         if self.engine == "deepspeed" and self.ds_config is None:
             raise UserError("--engine deepspeed needs --ds_config FILE, for instance ds_configs/zero2.json")
         if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):
             raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
         if self.resume == "auto" and self.output_dir is None:
             raise UserError("--resume auto looks for checkpoints in the run's folder: name it with --output_dir")
+
+    def _check_reusable(self) -> None:
+        selection, option = self.selection, f"--train.forward_reuse {self.train.forward_reuse}"
+        if selection.method != "colm" or selection.estimator == "length":
+            what = "estimator length" if selection.method == "colm" else f"method {selection.method}"
+            raise UserError(f"{option} uses the candidates' forward, and {what} has none: leave it out")
+        if selection.proxy is not None or selection.proxy_blocks is not None:
+            raise UserError(f"{option} uses the candidates' forward by the model itself, not by a proxy: leave one out")
+        if not self.train.activation_checkpointing:
+            raise UserError(
+                f"{option} saves what activation checkpointing computes twice: give "
+                f"--train.activation_checkpointing true, or leave it out"
+            )
+        if self.lora.dropout:
+            raise UserError(
+                f"{option} needs forwards that are the same each time: give --lora.dropout 0 instead of "
+                f"{self.lora.dropout}, or leave it out"
+            )
 
 
 def as_yaml(config: RunConfig) -> str:

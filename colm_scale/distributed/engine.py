@@ -208,7 +208,7 @@ class TorchEngine(OptimizerEngine):
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._wrapped(batch.input_ids, batch.attention_mask, batch.labels)
+        return self._wrapped(batch)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         accumulate = self._ranks > 1 and not last

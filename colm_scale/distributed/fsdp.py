@@ -64,7 +64,7 @@ class FsdpEngine(OptimizerEngine):
         self.scale = LossScale.of(train.dtype if fsdp.param_dtype == "stored" else fsdp.param_dtype)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.module(batch.input_ids, batch.attention_mask, batch.labels)
+        return self.module(batch)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._root.set_is_last_backward(last)

@@ -52,7 +52,7 @@ class ZeroEngine:
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._engine(batch.input_ids, batch.attention_mask, batch.labels)
+        return self._engine(batch)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)  # sticky, so said every time

@@ -139,18 +139,24 @@ def load_tokenizer(config: ModelConfig, option: str = _OPTION) -> PreTrainedToke
 
 
 def load_model(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, option: str = _OPTION
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    option: str = _OPTION,
+    *,
+    prefers_flash: bool = False,
 ) -> PreTrainedModel:
     """The base model, frozen, in ``dtype`` on ``device``.
 
-    Its attention is the one that is named, else flash attention where that runs, else what the model picks itself.
+    Its attention is the one that is named, else (with ``prefers_flash``) flash attention where that runs, else what the
+    model picks itself.
 
     Raises:
         UserError: The weights cannot be read, or are not all those that the model's configuration asks for.
     """
     if config.attention != "auto":
         model, read = _load(config, dtype, device, option, attn_implementation=config.attention)
-    elif torch.cuda.is_available() and dtype != torch.float32 and _has_flash_attention():
+    elif prefers_flash and torch.cuda.is_available() and dtype != torch.float32 and _has_flash_attention():
         try:
             model, read = _load(config, dtype, device, option, attn_implementation="flash_attention_2")
         except UserError:  # this model has no such attention, or its kernel cannot be had: what was picked is shown

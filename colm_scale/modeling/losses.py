@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colm_scale.modeling.attention import PACKED, PACKED_SDPA, mask_of
+from colm_scale.records import Batch, Targets
+
 CHUNK_BYTES = 64 * 2**20
 """Most bytes of float32 logits alive at a time."""
 
@@ -75,9 +78,8 @@ def _post_processing(config) -> Callable[[Tensor], Tensor]:
 class ExampleLoss(nn.Module):
     """A causal language model whose forward returns one loss per example. This is what an engine wraps.
 
-    ``forward(input_ids [B, T], attention_mask [B, T], labels [B, T]) -> [branches * B]`` float32 mean token losses;
-    ``branches`` is 1 unless a sketch repeats the micro-batch at the last block. An example without a label (a padding
-    row) has loss 0.
+    ``forward(batch) -> [branches * B]`` float32 mean token losses; ``branches`` is 1 unless a sketch repeats the
+    micro-batch at the last block. An example without a target has loss 0.
 
     A model may do to its logits what `_post_processing` does not know. The row that is left to the head shows it in the
     first forward: from then on the model makes the logits of the label rows itself, all of them at a time.
@@ -91,20 +93,36 @@ class ExampleLoss(nn.Module):
         self._fused = frozen and type(head) is nn.Linear
         self._post = _post_processing(model.config.get_text_config())
         self._post_checked = False
+        self.padded_because: str | None = None
+        """Why its micro-batches are padded, if that was looked into and they are."""
         self._pass: _Pass | None = None
+
+    def knows_logits(self) -> None:
+        """Take for granted that the model does to its logits what `_post_processing` knows, without a look at them."""
+        self._post_checked = True
 
     @property
     def causal_model(self) -> nn.Module:
         """The causal language model itself, in whose layers the adapters are."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        current = self._pass = _Pass(labels[:, 1:])
+    @property
+    def packs(self) -> bool:
+        """Whether the model takes packed micro-batches."""
+        return self.causal_model.config._attn_implementation in (PACKED, PACKED_SDPA)
+
+    @property
+    def current_batch(self) -> Batch:
+        """What is in the forward that is under way."""
+        return self._pass.batch
+
+    def forward(self, batch: Batch) -> Tensor:
+        current = self._pass = _Pass(batch)
         try:
             # Past peft's wrapper, which would call the model's forward without the hooks by which FSDP2 gathers it.
             with self._hooked(self.causal_model.get_output_embeddings()):
                 logits = self.causal_model(
-                    input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                    input_ids=batch.input_ids, **_what_is_seen(batch), use_cache=False
                 ).logits
         finally:
             self._pass = None
@@ -112,10 +130,10 @@ class ExampleLoss(nn.Module):
             self._post_checked = True
             self._fused = _close(self._post(current.raw_logits.float()), logits.float())
             if not self._fused:
-                return self(input_ids, attention_mask, labels)
+                return self(batch)
         if current.losses is None:
-            current.losses = F.cross_entropy(logits[0].float(), current.targets, reduction="none")
-        return _mean_per_example(current.losses, current.rows)
+            current.losses = F.cross_entropy(logits[0].float(), current.wanted, reduction="none")
+        return _mean_per_example(current.losses.view(current.branches, len(batch.targets.tokens)), batch.targets)
 
     @contextmanager
     def _hooked(self, head: nn.Module) -> Iterator[None]:
@@ -130,17 +148,16 @@ class ExampleLoss(nn.Module):
     def _before_head(self, head: nn.Linear, args: tuple):
         current = self._pass
         hidden = args[0]
-        wanted = current.shifted != -100
-        branches = hidden.shape[0] // wanted.shape[0]
-        current.rows = wanted.repeat(branches, 1)
-        current.targets = current.shifted[wanted].repeat(branches)
-        taken = hidden[:, :-1][current.rows]
+        targets, tokens = current.batch.targets, current.batch.input_ids.numel()
+        current.branches = hidden.shape[:-1].numel() // tokens
+        current.wanted = targets.tokens.repeat(current.branches)
+        taken = hidden.reshape(current.branches, tokens, -1)[:, targets.rows].flatten(0, 1)
         if not self._fused:
             return (taken.unsqueeze(0), *args[1:])
         chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
         # Without a graph nothing is kept; plain operations also carry a tangent (`sketch.zeroth_order`).
         cross_entropy = _FrozenHeadCrossEntropy.apply if torch.is_grad_enabled() else _cross_entropy
-        current.losses = cross_entropy(taken, head.weight, head.bias, current.targets, self._post, chunk)
+        current.losses = cross_entropy(taken, head.weight, head.bias, current.wanted, self._post, chunk)
         return (hidden[:1, :1], *args[1:])
 
     def _after_head(self, _head: nn.Module, _args: tuple, logits: Tensor) -> None:
@@ -148,12 +165,12 @@ class ExampleLoss(nn.Module):
 
 
 class _Pass:
-    """What one forward leaves at the head: label rows ``[branches * B, T-1]``, their targets and losses ``[N]``."""
+    """What one forward leaves at the head: of every branch the tokens to predict and their losses
+    ``[branches * N]``."""
 
-    def __init__(self, shifted: Tensor):
-        self.shifted = shifted
-        self.rows: Tensor | None = None
-        self.targets: Tensor | None = None
+    def __init__(self, batch: Batch):
+        self.batch, self.branches = batch, 1
+        self.wanted: Tensor | None = None
         self.losses: Tensor | None = None
         self.raw_logits: Tensor | None = None
 
@@ -163,7 +180,15 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
 
 
-def _mean_per_example(token_losses: Tensor, rows: Tensor) -> Tensor:
-    """``[branches * B]`` mean token loss of each row of ``rows``; 0 where a row has none."""
-    spread = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    return spread.masked_scatter(rows, token_losses).sum(1) / rows.sum(1).clamp(min=1)
+def _what_is_seen(batch: Batch) -> dict[str, Tensor]:
+    """The model's arguments that keep padding, or the other examples of a packed row, out of sight."""
+    if batch.packing is None:
+        return {"attention_mask": batch.attention_mask}
+    return {"attention_mask": mask_of(batch.packing), "position_ids": batch.packing.position_ids}
+
+
+def _mean_per_example(losses: Tensor, targets: Targets) -> Tensor:
+    """``[branches * B]`` mean loss of each example in each branch, from ``[branches, N]``; 0 where it has no target."""
+    examples = len(targets.counts)
+    spread = losses.new_zeros(len(losses), examples * targets.most).index_copy(1, targets.slots, losses)
+    return (spread.view(len(losses), examples, targets.most).sum(2) / targets.counts.clamp(min=1)).flatten()

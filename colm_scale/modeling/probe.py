@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,21 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of decoder blocks, so the last block cannot be found")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def first_blocks(base: nn.Module, count: int) -> nn.Module:
+    """A model of the first ``count`` blocks of another, with its embeddings, final norm and head, on the same weights.
+
+    What an engine does with the base's parameters (cut them into shards, move them) leaves these as they are, and no
+    weight is there twice as long as nothing does.
+    """
+    name, blocks = decoder_blocks(base)
+    # Parameters of its own around the same numbers; 4-bit ones, which no engine cuts, are the same.
+    memo = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
+    memo |= {id(block): nn.Identity() for block in blocks[count:]}
+    model = copy.deepcopy(base, memo)
+    del model.get_submodule(name)[count:]
+    return model
 
 
 def find_probes(model: nn.Module, which: str = "v", blocks: int = 1) -> tuple[Probe, ...]:

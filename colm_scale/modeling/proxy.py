@@ -6,19 +6,17 @@ change nothing; the gradient of B is what is sketched. No engine, optimizer or c
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from operator import itemgetter
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, check_model, context_length, load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import Probe, decoder_blocks, find_probes
+from colm_scale.modeling.probe import Probe, decoder_blocks, find_probes, first_blocks
 
 _OPTION = "selection.proxy"
 
@@ -66,21 +64,6 @@ def load_proxy(config: RunConfig, base: PreTrainedModel, device: torch.device) -
     if config.selection.proxy_blocks is not None:
         return first_blocks(base, config.selection.proxy_blocks).to(device)
     return None
-
-
-def first_blocks(base: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A model of the first ``count`` blocks of another, with its embeddings, final norm and head, on the same weights.
-
-    What an engine does with the base's parameters (cut them into shards, move them) leaves these as they are, and no
-    weight is there twice as long as nothing does.
-    """
-    name, blocks = decoder_blocks(base)
-    # Parameters of its own around the same numbers; 4-bit ones, which no engine cuts, are the same.
-    memo = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
-    memo |= {id(block): nn.Identity() for block in blocks[count:]}
-    model = copy.deepcopy(base, memo)
-    del model.get_submodule(name)[count:]
-    return model
 
 
 def add_probes(proxy: PreTrainedModel, config: RunConfig) -> tuple[ExampleLoss, tuple[Probe, ...]]:

@@ -1,7 +1,8 @@
 """Micro-batches under a token budget, and which rank computes which (DESIGN 2.1 and 2.4).
 
-Examples of one micro-batch are padded to the longest, so it *costs* its count times its longest length. Micro-batches
-are runs of the examples in descending order of length, which keeps padding low.
+What a micro-batch *costs* are the tokens that are computed: if its examples are padded to the longest, their count
+times its length, and if they are packed, their own. Padded micro-batches are runs of the examples in descending order
+of length, which keeps padding low; packed ones are made as equal as can be.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from heapq import heapreplace
+from heapq import heapify, heapreplace
 from itertools import pairwise
 
 from torch import Tensor
@@ -19,43 +20,67 @@ from colm_scale.records import Route
 MicroBatch = tuple[int, ...]
 Shares = tuple[tuple[MicroBatch, ...], ...]
 
+_MOST_EVEN = 8
+"""Ranks, at most, among which a number of micro-batches is made to go up evenly."""
+REPLAYED = 0.75
+"""Work of a replayed token: with activation checkpointing one that is not takes two forwards and a backward of about
+two more, and this one saves the first."""
+_SWAPS = 4
+"""Swaps, at most, for each part that examples are shared out to."""
 
-def form_micro_batches(lengths: Tensor, positions: Tensor, token_budget: int) -> tuple[MicroBatch, ...]:
+
+def form_micro_batches(
+    lengths: Tensor, positions: Tensor, token_budget: int, *, packed: bool = False, even: bool = False
+) -> tuple[MicroBatch, ...]:
     """The fewest micro-batches that the budget allows, of costs as equal as that number allows.
 
     Args:
         lengths: ``[n]`` tokens of each candidate.
         positions: ``[s]`` candidates to group.
         token_budget: Largest cost in tokens; a longer example forms a micro-batch of its own.
+        packed: Whether examples are packed rather than padded.
+        even: A few more where that lets 2, 4 or 8 ranks share them out evenly: 5 become 8, and 9 become 16.
 
     Returns:
         Tuples of positions, longest first; a function of the arguments alone.
     """
-    tokens = lengths.tolist()
-    order = _longest_first(positions.tolist(), tokens)
-    return tuple(map(tuple, _group(order, tokens, token_budget, len(_cut(order, tokens, token_budget)))))
+    costs = _Costs(lengths.tolist(), packed)
+    order = costs.longest_first(positions.tolist())
+    count = costs.fewest(order, token_budget)
+    if even and count:
+        among = min(_MOST_EVEN, 1 << (count.bit_length() - 1))
+        count = min(math.ceil(count / among) * among, len(order))
+    return tuple(map(tuple, costs.group(order, token_budget, count)))
 
 
-def deal(micro_batches: Sequence[MicroBatch], lengths: Tensor, world_size: int) -> Shares:
+def deal(micro_batches: Sequence[MicroBatch], lengths: Tensor, world_size: int, *, packed: bool = False) -> Shares:
     """Deal whole micro-batches to ranks: the costliest first, onto the rank with the least so far.
 
     Returns:
         ``shares[rank]``, ``ceil(M / W)`` micro-batches for each rank, the last ones empty where there are not enough.
     """
-    tokens = lengths.tolist()
+    costs = _Costs(lengths.tolist(), packed)
     most = math.ceil(len(micro_batches) / world_size)
     shares: list[list[MicroBatch]] = [[] for _ in range(world_size)]
     loads: list[tuple[float, int]] = [(0, rank) for rank in range(world_size)]  # a heap: the least loaded comes first
-    for micro_batch in sorted(micro_batches, key=lambda members: -_cost(members, tokens)):
+    for micro_batch in sorted(micro_batches, key=lambda members: -costs(members)):
         load, rank = loads[0]
         shares[rank].append(micro_batch)
         full = len(shares[rank]) == most
-        heapreplace(loads, (math.inf if full else load + _cost(micro_batch, tokens), rank))
+        heapreplace(loads, (math.inf if full else load + costs(micro_batch), rank))
     return tuple((*share, *[()] * (most - len(share))) for share in shares)
 
 
-def route(lengths: Tensor, positions: Tensor, world_size: int, token_budget: int) -> Route:
-    """Deal the coreset to ranks, the longest example first onto the rank with the fewest tokens so far.
+def route(
+    lengths: Tensor,
+    positions: Tensor,
+    world_size: int,
+    token_budget: int,
+    *,
+    packed: bool = False,
+    kept_on: Tensor | None = None,
+) -> Route:
+    """Deal the coreset to ranks, each as much work as can be.
 
     Every rank gets as many micro-batches as the budget demands of the neediest. The others form smaller ones, and only
     a rank with fewer examples than that gets empty ones.
@@ -63,55 +88,136 @@ def route(lengths: Tensor, positions: Tensor, world_size: int, token_budget: int
     Args:
         lengths: ``[n]`` tokens of each candidate.
         positions: ``[b]`` candidates to train on.
-        token_budget: As in `form_micro_batches`.
+        token_budget, packed: As in `form_micro_batches`.
+        kept_on: ``[n]`` the rank that has kept a candidate's block inputs, where it is replayed; -1 where none has.
+            Those examples stay where they are, in micro-batches of their own, and the others even the work out.
     """
     tokens = lengths.tolist()
-    dealt: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [(0, rank) for rank in range(world_size)]  # a heap: the least loaded comes first
-    for position in _longest_first(positions.tolist(), tokens):
-        load, rank = loads[0]
-        dealt[rank].append(position)
-        heapreplace(loads, (load + tokens[position], rank))
-    count = max(len(_cut(order, tokens, token_budget)) for order in dealt)
-    shares = [_group(order, tokens, token_budget, count) for order in dealt]
+    costs = _Costs(tokens, packed)
+    order = costs.longest_first(positions.tolist())
+    at = [-1] * len(tokens) if kept_on is None else kept_on.tolist()
+    local = [[position for position in order if at[position] == rank] for rank in range(world_size)]
+    saved = [REPLAYED * sum(tokens[position] for position in of_rank) for of_rank in local]
+    dealt = _share_out([position for position in order if at[position] < 0], tokens, world_size, saved)
+
+    def grouped(orders: list[list[int]]) -> list[list[list[int]]]:
+        count = max(costs.fewest(order, token_budget) for order in orders)
+        return [costs.group(order, token_budget, count) for order in orders]
+
+    replayed = grouped(local)
+    shares = [[*first, *rest] for first, rest in zip(replayed, grouped(dealt))]
+    own = [[*first, *rest] for first, rest in zip(local, dealt)]
     return Route(
         micro_batches=tuple(tuple(map(tuple, share)) for share in shares),
-        tokens=tuple(sum(tokens[position] for position in order) for order in dealt),
-        padded_tokens=tuple(sum(_cost(members, tokens) for members in share) for share in shares),
+        replayed=len(replayed[0]),
+        work=tuple(less + sum(tokens[position] for position in rest) for less, rest in zip(saved, dealt)),
+        tokens=tuple(sum(tokens[position] for position in order) for order in own),
+        padded_tokens=tuple(sum(map(costs, share)) for share in shares),
     )
 
 
-def _longest_first(positions: list[int], tokens: list[int]) -> list[int]:
-    return sorted(positions, key=lambda position: -tokens[position])
+class _Costs:
+    """What micro-batches cost, longest example first, and how an order of examples is cut by it."""
+
+    def __init__(self, tokens: list[int], packed: bool):
+        self._tokens, self._packed = tokens, packed
+
+    def __call__(self, members: Sequence[int]) -> int:
+        if self._packed:
+            return sum(self._tokens[position] for position in members)
+        return len(members) * self._tokens[members[0]] if members else 0
+
+    def longest_first(self, positions: list[int]) -> list[int]:
+        return sorted(positions, key=lambda position: -self._tokens[position])
+
+    def fewest(self, order: list[int], token_budget: int) -> int:
+        """The least number of micro-batches into which `group` can cut ``order`` within the budget."""
+        count = len(self.cut(order, token_budget))
+        if self._packed:
+            while count < len(order) and not self._fit(self.group(order, token_budget, count), token_budget):
+                count += 1
+        return count
+
+    def _fit(self, groups: list[list[int]], token_budget: int) -> bool:
+        return all(len(members) < 2 or self(members) <= token_budget for members in groups)
+
+    def cut(self, order: list[int], limit: int) -> list[list[int]]:
+        """The fewest runs of ``order`` that cost at most ``limit`` each, or have one member."""
+        runs: list[list[int]] = []
+        cost = 0
+        for position in order:
+            length = self._tokens[position]
+            grown = cost + (length if self._packed or not runs else self._tokens[runs[-1][0]])
+            if runs and grown <= limit:
+                runs[-1].append(position)
+                cost = grown
+            else:
+                runs.append([position])
+                cost = length
+        return runs
+
+    def group(self, order: list[int], token_budget: int, count: int) -> list[list[int]]:
+        """``count`` parts of ``order``, of costs as equal as can be; ``count`` is at least what the budget demands."""
+        if self._packed:
+            return _share_out(order, self._tokens, count)
+        # The lowest limit that needs no more than count runs. The number of runs only falls as the limit rises.
+        limit = bisect_left(range(token_budget), -count, key=lambda limit: -len(self.cut(order, limit)))
+        runs = self.cut(order, limit)
+        while len(runs) < min(count, len(order)):
+            costliest = max((run for run in runs if len(run) > 1), key=self)
+            at, half = runs.index(costliest), len(costliest) // 2
+            runs[at : at + 1] = costliest[:half], costliest[half:]
+        # Cutting from the long end leaves the rest to the last run: hand members on while that lowers the larger cost.
+        for left, right in reversed(list(pairwise(runs))):
+            while len(left) > 1 and self([left[-1], *right]) < self(left):
+                right.insert(0, left.pop())
+        return runs + [[] for _ in range(count - len(runs))]
 
 
-def _cost(members: Sequence[int], tokens: list[int]) -> int:
-    """Padded tokens of a micro-batch whose longest example comes first."""
-    return len(members) * tokens[members[0]] if members else 0
+def _share_out(
+    order: list[int], tokens: list[int], count: int, before: Sequence[float] | None = None
+) -> list[list[int]]:
+    """``count`` parts of ``order`` with as equal sums of tokens as can be, each longest first, empty ones last.
 
+    ``before`` is what the parts have already.
 
-def _cut(order: list[int], tokens: list[int], limit: int) -> list[list[int]]:
-    """The fewest runs of ``order`` (longest first) that cost at most ``limit`` each, or have one member."""
-    runs: list[list[int]] = []
+    The longest first, onto the part with the least so far (Graham 1969); then, for as long as it helps, the fullest and
+    the emptiest part swap the two examples that bring them closest.
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    before = before or [0] * count
+    heap = [(load, part) for part, load in enumerate(before)]
+    heapify(heap)
     for position in order:
-        if runs and (len(runs[-1]) + 1) * tokens[runs[-1][0]] <= limit:
-            runs[-1].append(position)
-        else:
-            runs.append([position])
-    return runs
+        load, part = heap[0]
+        parts[part].append(position)
+        heapreplace(heap, (load + tokens[position], part))
+    loads = [load + sum(tokens[position] for position in part) for load, part in zip(before, parts)]
+    for _ in range(_SWAPS * count):
+        most, least = loads.index(max(loads)), loads.index(min(loads))
+        swap = _best_swap(parts[most], parts[least], tokens, loads[most] - loads[least])
+        if swap is None:
+            break
+        given, taken = swap
+        moved = tokens[parts[most][given]] - tokens[parts[least][taken]]
+        parts[most][given], parts[least][taken] = parts[least][taken], parts[most][given]
+        loads[most], loads[least] = loads[most] - moved, loads[least] + moved
+        for part in (parts[most], parts[least]):
+            part.sort(key=lambda position: -tokens[position])
+    return parts
 
 
-def _group(order: list[int], tokens: list[int], token_budget: int, count: int) -> list[list[int]]:
-    """``count`` runs of ``order``, of costs as equal as can be; ``count`` is at least what the budget demands."""
-    # The lowest limit that needs no more than count runs. The number of runs only falls as the limit rises.
-    limit = bisect_left(range(token_budget), -count, key=lambda limit: -len(_cut(order, tokens, limit)))
-    runs = _cut(order, tokens, limit)
-    while len(runs) < min(count, len(order)):
-        costliest = max((run for run in runs if len(run) > 1), key=lambda run: _cost(run, tokens))
-        at, half = runs.index(costliest), len(costliest) // 2
-        runs[at : at + 1] = costliest[:half], costliest[half:]
-    # Cutting from the long end leaves the rest to the last run: hand members on while that lowers the larger cost.
-    for left, right in reversed(list(pairwise(runs))):
-        while len(left) > 1 and _cost([left[-1], *right], tokens) < _cost(left, tokens):
-            right.insert(0, left.pop())
-    return runs + [[] for _ in range(count - len(runs))]
+def _best_swap(full: list[int], empty: list[int], tokens: list[int], gap: float) -> tuple[int, int] | None:
+    """Which of two parts' examples, both longest first, are to change places to bring sums ``gap`` apart closest."""
+    best, found, other = gap, None, 0
+    for at, position in enumerate(full):
+        # Of the other part, the two next to what would make it even.
+        wanted = tokens[position] - gap / 2
+        while other < len(empty) and tokens[empty[other]] > wanted:
+            other += 1
+        for candidate in (other - 1, other):
+            if 0 <= candidate < len(empty):
+                left = abs(gap - 2 * (tokens[position] - tokens[empty[candidate]]))
+                if left < best:
+                    best, found = left, (at, candidate)
+    return found

@@ -63,7 +63,7 @@ class AdapterTap:
             def take(delta: Tensor, a: Tensor) -> None:
                 if delta.shape[:-1].numel() != batch.input_ids.numel():
                     raise UserError(f"--profile.match_every: not every token passes through {name}; leave it out")
-                delta, a = (x.reshape(*batch.input_ids.shape, -1).float() for x in (delta, a))
+                delta, a = (batch.by_example(x).float() for x in (delta, a))
                 of_layer = torch.tensordot(weights, delta.transpose(1, 2) @ a, 1)
                 found[name] = found[name] + of_layer if name in found else of_layer
 
@@ -72,7 +72,7 @@ class AdapterTap:
         with ExitStack() as hooks, torch.enable_grad():
             for name, module in self.matrices.items():
                 hooks.enter_context(module.register_forward_hook(watch(name)))
-            losses = self._model(batch.input_ids, batch.attention_mask, batch.labels)
+            losses = self._model(batch)
             torch.autograd.grad(losses.sum() * scale, anchor, allow_unused=True)
         return found
 

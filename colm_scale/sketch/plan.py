@@ -13,6 +13,29 @@ from colm_scale.records import Candidates, Quota, SketchPlan
 from colm_scale.selection.route import deal, form_micro_batches
 
 
+def kept_on(plan: SketchPlan, lengths: Tensor, most_tokens: int) -> tuple[Tensor, list[int]]:
+    """Whose block inputs each rank keeps: of its first micro-batches, as many as stay within ``most_tokens``.
+
+    Args:
+        lengths: ``[n]`` tokens of each candidate; those of a micro-batch are reckoned as padded, packed or not.
+
+    Returns:
+        ``[n]`` the rank that keeps a candidate's inputs, -1 where none does; how many micro-batches each rank keeps.
+    """
+    found = torch.full_like(lengths, -1)
+    counts = []
+    for rank, share in enumerate(plan.shares):
+        held = count = 0
+        for members in filter(len, share):
+            held += len(members) * int(lengths[list(members)].max())
+            if held > most_tokens:
+                break
+            found[list(members)] = rank
+            count += 1
+        counts.append(count)
+    return found, counts
+
+
 def plan_sketch(
     candidates: Candidates,
     quota: Quota,
@@ -20,6 +43,7 @@ def plan_sketch(
     token_budget: int,
     known: Tensor | None = None,
     joint: bool = False,
+    packed: bool = False,
 ) -> SketchPlan:
     """Plan the sketch of one step.
 
@@ -29,6 +53,7 @@ def plan_sketch(
     Args:
         known: ``[n]`` bool, candidates that are ranked like the others, but need no forward; none by default.
         joint: Whether sources are ranked together.
+        packed: Whether micro-batches are packed rather than padded.
     """
     positions = quota.to_sketch(candidates.sources)
     sources = candidates.sources[positions]
@@ -38,10 +63,10 @@ def plan_sketch(
     groups = torch.full_like(sources, -1)
     present, groups[ranked] = compared[ranked].unique(return_inverse=True)
     unknown = positions if known is None else positions[~known[positions]]
-    micro_batches = form_micro_batches(candidates.lengths, unknown, token_budget)
+    micro_batches = form_micro_batches(candidates.lengths, unknown, token_budget, packed=packed, even=True)
     return SketchPlan(
         positions=positions,
         groups=groups,
         num_groups=len(present),
-        shares=deal(micro_batches, candidates.lengths, world_size),
+        shares=deal(micro_batches, candidates.lengths, world_size, packed=packed),
     )

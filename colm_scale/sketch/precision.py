@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from colm_scale.modeling.attention import PACKED_SDPA
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.sketch.tap import Tap
 
@@ -26,7 +27,7 @@ def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
     config = model.causal_model.config.get_text_config()
     chosen = config._attn_implementation
     if chosen not in ("sdpa", "eager"):
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = PACKED_SDPA if model.packs else "sdpa"
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, without_dropout
@@ -57,6 +58,7 @@ class Tap:
     Args:
         model: The loss module around the adapted model.
         probes: Where the probes are, named as in the base model; one or more, a block each, in the blocks' order.
+        like: A tap on one probe of a model of like blocks, to do without a forward of this one.
 
     Attributes:
         probes: A `ProbeTap` for each.
@@ -68,7 +70,7 @@ class Tap:
         UserError: A probe's layer has no LoRA adapter, or an adapter that does not go through a ``lora_B`` module.
     """
 
-    def __init__(self, model: ExampleLoss, *probes: Probe):
+    def __init__(self, model: ExampleLoss, *probes: Probe, like: Tap | None = None):
         self.model = model
         base = model.causal_model
         self.blocks = tuple(base.get_submodule(probe.block) for probe in probes)
@@ -80,7 +82,7 @@ class Tap:
             taps.append(ProbeTap(lora_b, probe.rows, shape, slice(self.size, self.size + shape[0] * shape[1])))
             self.size = taps[-1].slice.stop
         self.probes = tuple(taps)
-        self._batched = self._find_batched_arguments()
+        self._batched = like._batched * len(probes) if like else self._find_batched_arguments()
 
     @property
     def shape(self) -> tuple[int]:
@@ -141,16 +143,15 @@ class Tap:
             losses = self.bare_losses(batch)
         inputs, outputs = zip(*[seen[probe.lora_b] for probe in self.probes])
         gradients = torch.autograd.grad(losses.sum(), outputs)
-        shape = batch.input_ids.shape
         return losses.detach(), [
-            (probe.of_output(delta.reshape(*shape, -1)).float(), a.reshape(*shape, -1).float())
+            (batch.by_example(probe.of_output(delta)).float(), batch.by_example(a).float())
             for probe, delta, a in zip(self.probes, gradients, inputs)
         ]
 
     def bare_losses(self, batch: Batch) -> Tensor:
         """``[B]`` losses by one forward without dropout; the tap's hooks take part only inside its other methods."""
         with torch.no_grad(), without_dropout(self.model):
-            return self.model(batch.input_ids, batch.attention_mask, batch.labels)
+            return self.model(batch)
 
     def _find_batched_arguments(self) -> list[dict[str, int]]:
         """For each block the tensor arguments that carry the micro-batch in their first dimension, by path.
@@ -174,10 +175,10 @@ class Tap:
             *[b.register_forward_pre_hook(record(found), with_kwargs=True) for b, found in zip(self.blocks, sizes)]
         ):
             for count in (2, 3):
-                tokens = torch.arange(1, 8, device=device).repeat(count, 1)
-                mask = torch.ones_like(tokens)
-                mask[-1, -3:] = 0  # padding, so that models which drop an empty mask keep it
-                self.bare_losses(Batch(tokens, mask, tokens.masked_fill(mask == 0, -100), torch.arange(count)))
+                rows = [torch.arange(1, 8)] * (count - 1)
+                rows.append(torch.arange(1, 5))  # padding, so that models which drop an empty mask keep it
+                marks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+                self.bare_losses(make_batch(rows, marks, torch.arange(count), 0, device))
         return [
             {path: size // 2 for path, size in two.items() if 3 * size == 2 * three.get(path, 0)}
             for two, *_, three in sizes

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, SketchPlan
@@ -87,9 +88,10 @@ def check_exact_derivatives(tap: Tap) -> None:
         UserError: A function of the model or its engine has no rule for forward-mode differentiation, or loses the
             tangent on its way.
     """
-    tokens = torch.arange(1, 8, device=next(tap.model.parameters()).device).unsqueeze(0)
-    batch = Batch(tokens, torch.ones_like(tokens), tokens, torch.arange(1))
-    z = probes(0, 4, tap.shape, tokens.device)
+    device, tokens = next(tap.model.parameters()).device, torch.arange(1, 8)
+    marks = torch.ones_like(tokens, dtype=torch.bool)
+    batch = make_batch([tokens], [marks], torch.arange(1), 0, device, packed=tap.model.packs)
+    z = probes(0, 4, tap.shape, device)
     try:
         _, found = exact_derivatives(tap, batch, z)
     except NotImplementedError as error:

@@ -30,15 +30,24 @@ def test_sketches_and_ids_are_those_of_one_process(ranks, alone, engine, case):
     assert len(expected) == 3
     for cases in ranks:
         steps = cases[f"{engine}/{case}"]["steps"]
-        assert [step["ids"].tolist() for step in steps] == [step["ids"].tolist() for step in expected]
-        assert [step["weights"].tolist() for step in steps] == [step["weights"].tolist() for step in expected]
+        assert list(map(weights_by_id, steps)) == list(map(weights_by_id, expected))
+        if engine != "zero3":  # whose last bits may turn round the order of two picks that gain equally much
+            assert [step["ids"].tolist() for step in steps] == [step["ids"].tolist() for step in expected]
         matrix, other = steps[0]["matrix"], expected[0]["matrix"]
         assert torch.equal(matrix["positions"], other["positions"])
-        # ZeRO-3 multiplies by a function of its own, and the first update of Adam divides last bits by little.
+        # ZeRO-3 multiplies by a function of its own, and the first update of Adam divides last bits by little. It makes
+        # signs of gradients, so columns of equal means abound, and last bits decide which of them are compared.
+        torch.testing.assert_close(matrix["losses"], other["losses"], rtol=1e-5, atol=0)
+        if engine == "zero3" and case == "probes":
+            continue
         if engine == "zero3":
             assert (matrix["rows"] - other["rows"]).abs().mean() < 1e-4 * other["rows"].abs().mean()
         else:  # the weights of the first step are equal, and so are the shapes of the forwards: bit for bit
             assert torch.equal(matrix["rows"], other["rows"])
+
+
+def weights_by_id(step: dict) -> dict[int, float]:
+    return dict(zip(step["ids"].tolist(), step["weights"].tolist(), strict=True))
 
 
 def test_rows_are_projections_of_each_examples_gradient(alone):
@@ -49,7 +58,7 @@ def test_rows_are_projections_of_each_examples_gradient(alone):
     factors = []
     for position in step["matrix"]["positions"][:SOME]:
         batch = collate(data, step["indices"][position].view(1), position.view(1), worker.PAD, torch.device("cpu"))
-        loss = module(batch.input_ids, batch.attention_mask, batch.labels).sum()
+        loss = module(batch).sum()
         gradient = torch.autograd.grad(loss, tap.probes[0].lora_b.weight)[0]
         factors.append((gradient.T, torch.eye(RANK)))
     delta, a = (torch.stack(of_examples) for of_examples in zip(*factors))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import worker
+from support.families import labels_of
 from support.worker import RATE, STEPS, D
 
 from colm_scale.data.batching import collate
@@ -171,7 +172,7 @@ def reference_gradient(case: str, step: dict, data) -> tuple[dict[str, torch.Ten
     module, _ = worker.model()
     batch = collate(data, step["indices"][step["positions"]], step["positions"], worker.PAD, torch.device("cpu"))
     logits = module.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    targets = batch.labels[:, 1:]
+    targets = labels_of(batch)[:, 1:]
     nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", ignore_index=-100)
     counts, weights = (targets != -100).sum(1), step["weights"]
     if worker.run_config(CASES[case]).train.loss == "token":
@@ -364,7 +365,7 @@ def test_exact_moments_are_those_of_the_picked_gradients(alone, data):
     gradients = []
     for position in picked:
         batch = collate(data, step["indices"][position].view(1), position.view(1), worker.PAD, torch.device("cpu"))
-        loss = module(batch.input_ids, batch.attention_mask, batch.labels).sum()
+        loss = module(batch).sum()
         gradients.append(torch.autograd.grad(loss, tap.probes[0].lora_b.weight)[0].flatten())
     rows = torch.stack(gradients)
     beta1, beta2 = worker.run_config(CASES["last_layer"]).train.betas

@@ -21,6 +21,7 @@ from support.commands import (
     torchrun,
     write_rows,
 )
+from support.families import batch_of_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from colm_scale.base import BASE_MODEL
@@ -160,10 +161,9 @@ def held_out_losses(own: Path, data: str, adapter: str) -> dict[str, float]:
     examples = tokenise(read_rows([str(own / data)], config), tokenizer, config, 64)
     found: dict[str, list[float]] = {name: [] for name in examples.source_names}
     for source, start, end in zip(examples.sources.tolist(), examples.offsets, examples.offsets[1:]):
-        tokens = examples.tokens[start:end].long()[None]
-        labels = tokens.masked_fill(~examples.labelled[start:end][None], -100)
+        batch = batch_of_rows([examples.tokens[start:end].long()], [examples.labelled[start:end]])
         with torch.no_grad():
-            loss = module(tokens, torch.ones_like(tokens), labels)
+            loss = module(batch)
         found[examples.source_names[source]].append(float(loss))
     return {source: sum(losses) / len(losses) for source, losses in found.items()}
 

@@ -5,6 +5,7 @@ Every model has 2 blocks, a hidden size of 32, 4 heads of 8 and a vocabulary of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from colm_scale.data.batching import make_batch
 from colm_scale.randomness import generator
 from colm_scale.records import Batch
 
@@ -102,29 +104,62 @@ def fill(parameters, purpose: str) -> None:
                 parameter.add_(0.1 * noise)
 
 
-def batch_of(lengths: list[int], prompt: int = 2, width: int | None = None, seed: int = 0) -> Batch:
-    """Examples of these lengths, right padded to ``width`` (default: the longest), no loss on the first ``prompt``."""
-    width = width or max(lengths)
+def batch_of(
+    lengths: list[int], prompt: int = 2, width: int | None = None, seed: int = 0, *, packed: bool = False
+) -> Batch:
+    """Examples of these lengths, no loss on the first ``prompt`` tokens: packed, or right padded to ``width`` (default:
+    the longest)."""
     rows = [torch.randint(3, VOCABULARY, (n,), generator=generator(seed, "row", i)) for i, n in enumerate(lengths)]
-    mask = torch.stack([_padded(torch.ones(n, dtype=torch.int64), width, 0) for n in lengths])
-    return Batch(
-        input_ids=torch.stack([_padded(row, width, 0) for row in rows]),
-        attention_mask=mask,
-        labels=torch.stack([_padded(_without_prompt(row, prompt), width, -100) for row in rows]),
-        positions=torch.arange(len(lengths)),
+    batch = batch_of_rows(rows, [torch.arange(n) >= prompt for n in lengths], packed=packed)
+    if width is None or packed:
+        return batch
+    more = width - batch.input_ids.shape[1]
+    rows = batch.targets.rows + batch.targets.rows // batch.input_ids.shape[1] * more
+    return dataclasses.replace(
+        batch,
+        input_ids=nn.functional.pad(batch.input_ids, (0, more)),
+        attention_mask=nn.functional.pad(batch.attention_mask, (0, more)),
+        targets=dataclasses.replace(batch.targets, rows=rows),
     )
 
 
+def batch_of_rows(
+    rows: Sequence[Tensor], labelled: Sequence[Tensor] | None = None, positions: Tensor | None = None, **options
+) -> Batch:
+    """A batch of examples with these tokens; all of them carry loss by default."""
+    labelled = [torch.ones_like(row, dtype=torch.bool) for row in rows] if labelled is None else labelled
+    positions = torch.arange(len(rows)) if positions is None else positions
+    return make_batch(rows, labelled, positions, 0, torch.device("cpu"), **options)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """Like a padded batch's tokens: the token itself where it carries loss, else -100."""
+    labels = torch.full(batch.input_ids.shape, -100)
+    labels.view(-1)[batch.targets.rows + 1] = batch.targets.tokens
+    return labels
+
+
+def examples_of(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Tokens and marks of each example of a padded batch."""
+    lengths, labels = batch.attention_mask.sum(1).tolist(), labels_of(batch)
+    rows = [row[:length] for row, length in zip(batch.input_ids, lengths)]
+    return rows, [row[:length] != -100 for row, length in zip(labels, lengths)]
+
+
+def some_of(batch: Batch, chosen: Sequence[int], *, packed: bool = False) -> Batch:
+    """Some examples of a padded batch, padded to the longest of them or packed."""
+    rows, labelled = examples_of(batch)
+    of_chosen = ([x[i] for i in chosen] for x in (rows, labelled))
+    return batch_of_rows(*of_chosen, batch.positions[torch.as_tensor(chosen, dtype=torch.int64)], packed=packed)
+
+
+def unlabelled(batch: Batch, *without: int) -> Batch:
+    """A padded batch some of whose examples, or all, carry no loss."""
+    rows, labelled = examples_of(batch)
+    marks = [mark & (bool(without) and i not in without) for i, mark in enumerate(labelled)]
+    return batch_of_rows(rows, marks, batch.positions)
+
+
 def part_of(batch: Batch, row: int) -> Batch:
-    """One example of the batch, without padding."""
-    length = int(batch.attention_mask[row].sum())
-    tokens = (x[row : row + 1, :length] for x in (batch.input_ids, batch.attention_mask, batch.labels))
-    return Batch(*tokens, batch.positions[row : row + 1])
-
-
-def _without_prompt(row: Tensor, prompt: int) -> Tensor:
-    return row.index_fill(0, torch.arange(min(prompt, len(row))), -100)
-
-
-def _padded(row: Tensor, width: int, value: int) -> Tensor:
-    return nn.functional.pad(row, (0, width - len(row)), value=value)
+    """One example of a padded batch, without padding."""
+    return some_of(batch, [row])

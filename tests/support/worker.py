@@ -41,6 +41,7 @@ from colm_scale.errors import TrainingError, UserError
 from colm_scale.inputs import Inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probes
 from colm_scale.modeling.proxy import add_probes, load_proxy
 from colm_scale.profiling.memory import memory_meter
@@ -100,6 +101,27 @@ CASES = {
     "clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.02}),
     "not_clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.0}),
     "checkpointed": Case(_selection(), steps=2, train={"activation_checkpointing": True}),
+    "padded": Case(_selection(), train={"packing": "off"}),
+    **{
+        f"{what}{name}": Case(
+            _selection(**options), 3, {"activation_checkpointing": True, "forward_reuse": where, **train}
+        )
+        for what, where in (("replayed", "device"), ("not_replayed", "off"))
+        for name, options, train in (
+            ("", {}, {}),
+            ("_branched", {"estimator": "zeroth_order", "num_probes": 2, "perturbation": EPSILON}, {}),
+            ("_loss", {"estimator": "loss"}, {}),
+            ("_padded", {}, {"packing": "off"}),
+        )
+    },
+    "replayed_offloaded": Case(
+        _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "cpu"}
+    ),
+    # As much as two micro-batches need.
+    "replayed_bounded": Case(
+        _selection(), 3,
+        {"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 2 * 96 * 4 * 32 * 4 / 2**30},
+    ),
     "broken": Case(_selection(), break_after=3),
     "matched": Case(_selection(), steps=3, match_every=1),
     **{name: Case(_selection(), 3, {"optimizer": name}) for name in ("sgd", "lion", "adafactor", "muon")},
@@ -224,6 +246,7 @@ def models(config: RunConfig | None = None) -> tuple[ExampleLoss, Tap, Tap | Non
     probes, proxy = find_probes(base, selection.probe, selection.probe_blocks), None
     if config is not None:
         base.to(getattr(torch, config.train.dtype))
+        use_packing(base, config.train.packing, torch.device("cpu"))
         proxy = load_proxy(config, base, torch.device("cpu"))
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
@@ -362,6 +385,7 @@ def _row(report) -> dict:
         "applied": report.applied,
         "loss_scale": report.loss_scale,
         "telemetry": report.telemetry,
+        "padding": report.padding_share,
     }
 
 

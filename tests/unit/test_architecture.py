@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
+    ("planning",),
     ("cli",),
 )
 BASE = "colm_scale.base."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.families import batch_of_rows
 
 from colm_scale.config import DataConfig, EvalConfig, ModelConfig
 from colm_scale.data.examples import tokenise
@@ -35,8 +36,9 @@ def test_means_are_over_the_natural_mixture_over_sources_and_over_small_ones(par
     _, examples, module = parts
     found = evaluator(parts, generate=0, limit=100)(module, 7)
     with torch.no_grad():
-        own = torch.cat([module(t[None].long(), torch.ones_like(t[None]).long(), torch.where(k, t.long(), -100)[None])
-                         for t, k in map(examples.example, range(len(examples)))])
+        own = torch.cat(
+            [module(batch_of_rows([t.long()], [k])) for t, k in map(examples.example, range(len(examples)))]
+        )
     by_source = [float(own[examples.sources == q].mean()) for q in range(3)]
     # float32, padded in other micro-batches than alone.
     assert list(found.losses.values()) == pytest.approx(by_source, rel=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.families import BLOCKS, PROBES, ROWS, adapted_model, batch_of, part_of
+from support.families import BLOCKS, PROBES, ROWS, adapted_model, batch_of, part_of, some_of
 
 from colm_scale.config import SelectionConfig, TrainConfig
 from colm_scale.distributed.estimators import make_estimator
@@ -35,16 +35,11 @@ def sketched(tap: Tap, estimator_name: str, broken: int | None = None):
     candidates = Candidates(1, order, order, long_tensor([0, 0, 0, 0, 1]), long_tensor(LENGTHS))
     plan = plan_sketch(candidates, QUOTA, 1, 24, estimator.known(candidates))
     whole = batch_of(LENGTHS)
-    batches = [rows_of(whole, positions) for positions in plan.shares[0]]
+    batches = [some_of(whole, positions) for positions in plan.shares[0]]
     if broken is not None:
         tap = estimator._tap = BrokenTap(tap, broken)
     estimator.sketch(plan, batches)
     return estimator, plan, batches
-
-
-def rows_of(batch, positions):
-    rows = long_tensor(positions)
-    return type(batch)(batch.input_ids[rows], batch.attention_mask[rows], batch.labels[rows], rows)
 
 
 class BrokenTap:

@@ -65,7 +65,7 @@ def test_auto_takes_flash_attention_where_it_runs_and_the_model_has_it(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(load, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    load_model(model, dtype, CPU)
+    load_model(model, dtype, CPU, prefers_flash=True)
     assert asked == tried
 
 
@@ -78,7 +78,7 @@ def test_checkpointing_of_activations_changes_neither_losses_nor_gradients(model
         module, batch = ExampleLoss(add_adapters(base, LoraConfig(rank=4), seed=0)), batch_of([9, 6])
         recomputed = []
         base.model.layers[0].self_attn.register_forward_hook(lambda *_, seen=recomputed: seen.append(1))
-        loss = module(batch.input_ids, batch.attention_mask, batch.labels).sum()
+        loss = module(batch).sum()
         forwards = len(recomputed)
         loss.backward()
         assert len(recomputed) - forwards == on, "the block runs again in the backward pass, and only then"

@@ -359,6 +359,6 @@ def test_what_is_loaded_can_be_sketched(folder):
     losses, [(delta, a)] = tap.factors(batch)
     # B is zero at the start, so the adapters change nothing yet, but their gradient is there.
     reference = base_model("llama").eval()
-    expected = ExampleLoss(reference)(batch.input_ids, batch.attention_mask, batch.labels)
+    expected = ExampleLoss(reference)(batch)
     torch.testing.assert_close(losses, expected, rtol=0, atol=0)
     assert (delta.transpose(1, 2) @ a).flatten(1).norm(dim=1).min() > 1e-3

@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.families import FAMILIES, VOCABULARY, adapted_model, base_model, batch_of, with_adapters
+from support.families import (
+    FAMILIES,
+    VOCABULARY,
+    adapted_model,
+    base_model,
+    batch_of,
+    labels_of,
+    unlabelled,
+    with_adapters,
+)
 from torch import Tensor, nn
 
 from colm_scale.modeling import losses as losses_module
@@ -21,14 +30,14 @@ def reference(model: nn.Module, batch: Batch) -> Tensor:
     """``[B]`` mean over an example's own label tokens of the cross-entropy of all logits, in float32."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
     of_rows = []
-    for row_logits, labels in zip(logits[:, :-1], batch.labels[:, 1:]):
+    for row_logits, labels in zip(logits[:, :-1], labels_of(batch)[:, 1:]):
         counted = labels != -100
         of_rows.append(F.cross_entropy(row_logits[counted], labels[counted]))
     return torch.stack(of_rows)
 
 
 def losses_of(module: ExampleLoss, batch: Batch) -> Tensor:
-    return module(batch.input_ids, batch.attention_mask, batch.labels)
+    return module(batch)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -78,8 +87,7 @@ def test_without_a_graph_losses_are_the_same_bit_for_bit(monkeypatch, family, dt
     with_graph = losses_of(module, batch)
     with torch.no_grad():
         assert torch.equal(losses_of(module, batch), with_graph)
-        batch.labels.fill_(-100)
-        assert losses_of(module, batch).tolist() == [0, 0, 0]
+        assert losses_of(module, unlabelled(batch)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -164,22 +172,19 @@ def test_a_row_without_labels_has_loss_zero_and_does_not_touch_the_others(head):
     model.get_output_embeddings().requires_grad_(head == "trained")
     module = ExampleLoss(model)
     before = losses_of(module, batch)
-    batch.labels[1] = -100
-    losses = losses_of(module, batch)
+    losses = losses_of(module, unlabelled(batch, 1))
     assert losses[1] == 0
     assert torch.equal(losses[[0, 2]], before[[0, 2]])  # the same rows of the same products
     assert all(g.isfinite().all() for g in gradients(losses, model))
-    batch.labels.fill_(-100)
-    losses = losses_of(module, batch)
+    losses = losses_of(module, unlabelled(batch))
     assert losses.tolist() == [0, 0, 0]
     assert all((g == 0).all() for g in gradients(losses, model))
 
 
 def test_a_label_at_the_first_token_carries_no_loss():
-    module, batch = ExampleLoss(adapted_model("llama")), batch_of(LENGTHS, prompt=1)
-    before = losses_of(module, batch)
-    batch.labels[:, 0] = batch.input_ids[:, 0]
-    assert torch.equal(losses_of(module, batch), before)
+    module = ExampleLoss(adapted_model("llama"))
+    before = losses_of(module, batch_of(LENGTHS, prompt=1))
+    assert torch.equal(losses_of(module, batch_of(LENGTHS, prompt=0)), before)
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])

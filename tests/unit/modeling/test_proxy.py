@@ -166,7 +166,7 @@ def test_what_becomes_of_the_base_leaves_its_first_blocks_alone(family):
 
 
 def losses(model, batch):
-    return ExampleLoss(model)(batch.input_ids, batch.attention_mask, batch.labels)
+    return ExampleLoss(model)(batch)
 
 
 # Its probes
@@ -185,7 +185,7 @@ def test_adapters_are_on_the_probe_alone_and_change_nothing(family):
     adapters = trainable(module)
     assert [name.rpartition(".lora_")[0] for name in adapters] == [f"model.base_model.model.{probe.layer}"] * 2
     assert all((p == 0).all() == ("lora_B" in name) and 3 in p.shape for name, p in adapters.items())
-    assert torch.equal(module.eval()(batch.input_ids, batch.attention_mask, batch.labels), before)
+    assert torch.equal(module.eval()(batch), before)
 
 
 def test_the_sketch_is_the_gradient_of_the_proxy_without_dropout():
@@ -195,7 +195,7 @@ def test_the_sketch_is_the_gradient_of_the_proxy_without_dropout():
     assert tap.size == len(probe.rows) * 4
     _, _, gradients = last_layer.sketch(tap, batch, torch.arange(2))
     (_, found), *_ = gradients.blocks()
-    for row, loss in enumerate(module(batch.input_ids, batch.attention_mask, batch.labels)):
+    for row, loss in enumerate(module(batch)):
         (expected,) = torch.autograd.grad(loss, tap.probes[0].lora_b.weight, retain_graph=True)
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(found[row], expected.flatten(), rtol=1e-4, atol=1e-6)

@@ -65,7 +65,7 @@ def test_the_exact_sketch_is_the_gradient_of_the_quantised_model(quantized):
     found = torch.einsum("bto,btr->bor", delta, a)
     for row in range(2):
         (expected,) = torch.autograd.grad(
-            module(batch.input_ids, batch.attention_mask, batch.labels)[row], tap.probes[0].lora_b.weight
+            module(batch)[row], tap.probes[0].lora_b.weight
         )
         # float32 sums over a few tokens, once forwards and once backwards
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))

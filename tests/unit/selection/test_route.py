@@ -165,3 +165,60 @@ def test_the_order_of_positions_matters_only_between_equal_lengths():
     shuffled = torch.randperm(50, generator=generator(0, "test order"))
     assert route(lengths, shuffled, 4, 100) == route(lengths, torch.arange(50), 4, 100)
     assert form_micro_batches(lengths, shuffled, 100) == form_micro_batches(lengths, torch.arange(50), 100)
+
+
+@given(LENGTHS, st.integers(1, 150))
+def test_packed_micro_batches_cost_their_own_tokens(lengths, budget):
+    micro_batches = form_micro_batches(long_tensor(lengths), torch.arange(len(lengths)), budget, packed=True)
+    assert sorted(chain(*micro_batches)) == list(range(len(lengths)))
+    costs = [sum(lengths[position] for position in members) for members in micro_batches]
+    assert all(len(members) == 1 or spent <= budget for members, spent in zip(micro_batches, costs))
+    assert len(micro_batches) <= len(form_micro_batches(long_tensor(lengths), torch.arange(len(lengths)), budget))
+
+
+@given(LENGTHS, st.integers(1, 150), st.booleans())
+def test_even_micro_batches_can_be_shared_out_evenly(lengths, budget, packed):
+    few = form_micro_batches(long_tensor(lengths), torch.arange(len(lengths)), budget, packed=packed)
+    even = form_micro_batches(long_tensor(lengths), torch.arange(len(lengths)), budget, packed=packed, even=True)
+    assert sorted(chain(*even)) == sorted(chain(*few))
+    assert len(few) <= len(even) < 2 * len(few)
+    if len(even) < len(lengths):
+        assert len(even) % 8 == 0 or len(even) in (1, 2, 4)
+
+
+def test_packed_routes_have_no_padding():
+    lengths = lognormal(64)
+    routed = route(lengths, torch.arange(64), 4, 1024, packed=True)
+    assert routed.padded_tokens == routed.tokens
+    assert sum(routed.tokens) == int(lengths.sum())
+
+
+@pytest.mark.parametrize(("ranks", "examples"), [(2, 64), (4, 64), (8, 128)])
+def test_ranks_get_equally_many_tokens(ranks, examples):
+    for trial in range(20):
+        lengths = lognormal(examples, trial)
+        for packed in (False, True):
+            assert route(lengths, torch.arange(examples), ranks, 2048, packed=packed).imbalance < 1.01
+        micro_batches = form_micro_batches(lengths, torch.arange(examples), 2048, packed=True, even=True)
+        shares = deal(micro_batches, lengths, ranks, packed=True)
+        loads = [sum(int(lengths[position]) for members in share for position in members) for share in shares]
+        assert max(loads) * ranks < 1.01 * sum(loads)
+
+
+def test_replayed_examples_stay_where_they_are_kept_and_the_others_even_it_out():
+    lengths, at = lognormal(64), torch.arange(64) % 3 - 1  # kept nowhere, on rank 0, on rank 1
+    routed = route(lengths, torch.arange(64), 2, 512, packed=True, kept_on=at)
+    assert sorted(chain(*chain(*routed.micro_batches))) == list(range(64))
+    for rank, share in enumerate(routed.micro_batches):
+        assert {int(at[position]) for members in share[: routed.replayed] for position in members} == {rank}
+        assert {int(at[position]) for members in share[routed.replayed :] for position in members} == {-1}
+    assert len({len(share) for share in routed.micro_batches}) == 1
+    assert routed.imbalance < 1.01
+    assert routed.work[0] < routed.tokens[0]
+
+
+def test_where_all_that_is_picked_is_on_one_rank_the_imbalance_shows_it():
+    lengths = lognormal(8)
+    routed = route(lengths, torch.arange(8), 2, 4096, packed=True, kept_on=torch.zeros(8, dtype=torch.int64))
+    assert routed.imbalance == 2
+    assert routed.micro_batches[1] == ((),)

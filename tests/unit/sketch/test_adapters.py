@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.families import adapted_model, base_model, batch_of, part_of, with_adapters
@@ -24,7 +26,7 @@ def by_autograd(module: ExampleLoss, weights: torch.Tensor) -> dict[str, torch.T
     """One backward per weighting."""
     found = []
     for row in weights:
-        losses = module(BATCH.input_ids, BATCH.attention_mask, BATCH.labels)
+        losses = module(BATCH)
         found.append(torch.autograd.grad((losses * row).sum(), list(trainable(module).values())))
     return {name: torch.stack(own) for name, own in zip(trainable(module), zip(*found))}
 
@@ -93,7 +95,7 @@ def test_products_of_micro_batches_are_those_of_the_whole():
     gradients = by_autograd(module, WEIGHTS)
     flat = torch.cat([gradients[name].flatten(1) for name in gradients], dim=1).double()
     empty = part_of(BATCH, 1)
-    empty = type(empty)(empty.input_ids, empty.attention_mask, empty.labels, torch.arange(0))
+    empty = dataclasses.replace(empty, positions=torch.arange(0))
     batches = [part_of(BATCH, 2), empty, part_of(BATCH, 0), part_of(BATCH, 1)]
     found = gradient_products(tap, batches, WEIGHTS, ALONE, scale=1.0)
     torch.testing.assert_close(found, flat @ flat.T, rtol=1e-5, atol=0)

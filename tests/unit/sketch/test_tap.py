@@ -56,7 +56,7 @@ def all_example_gradients(tap: Tap, batch) -> list[torch.Tensor]:
         rows = []
         for row in range(len(batch.positions)):
             one = part_of(batch, row)
-            loss = tap.model(one.input_ids, one.attention_mask, one.labels).sum()
+            loss = tap.model(one).sum()
             rows.append(torch.autograd.grad(loss, [probe.lora_b.weight for probe in tap.probes]))
     return [torch.stack(of_probe)[:, probe.rows] for probe, of_probe in zip(tap.probes, zip(*rows), strict=True)]
 

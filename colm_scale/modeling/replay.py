@@ -1,0 +1,210 @@
+"""The candidates' forward, used again: the coreset's backward starts from block inputs that the sketch has kept.
+
+With activation checkpointing a training step runs each block forward, keeps what went in, and runs it again in the
+backward pass. The sketch has run the same blocks on the same weights before, so what went in is known: a *replayed*
+micro-batch skips the first of these two, and costs one recomputation and the backward (DESIGN section 3).
+
+Only the blocks below the first *live* one are replayed. From there on, where the sketch has branched or has computed in
+another precision, and in the head, a replayed micro-batch runs as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from colm_scale.errors import UserError
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import decoder_blocks
+from colm_scale.records import Batch
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What went into the blocks with one micro-batch: of each block ``[tokens, hidden]``, padding included."""
+
+    batch: Batch
+    inputs: list[Tensor]
+
+
+class BlockInputs:
+    """Keeps what goes into a model's blocks, and lets micro-batches of the same examples start from it.
+
+    Args:
+        model: The loss module around the adapted model, before an engine wraps it. Its blocks' forward is replaced by
+            one that does the same but inside `keeping` and `replaying`.
+        live: The first block that a replayed micro-batch runs.
+        store: ``device`` or ``cpu``, where the inputs are kept.
+
+    Raises:
+        UserError: The model draws at random while it trains, so that its forward is another each time.
+    """
+
+    def __init__(self, model: ExampleLoss, live: int, store: str = "device"):
+        _check_no_dropout(model)
+        self._model, self._store = model, store
+        self._blocks = decoder_blocks(model.causal_model)[1][: live + 1]
+        self._forwards = [block.forward for block in self._blocks]
+        self._mode: str | None = None
+        self._most = 0
+        self._like = torch.empty(0)
+        self._in_tuples = False
+        self._kept: list[_Kept] = []
+        self._arranged: dict[int, list[Tensor]] = {}
+        self._replayed: list[Tensor] = []
+        for number, block in enumerate(self._blocks):
+            block.forward = self._standing_in(number, block.forward)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What is kept of a token."""
+        embedding = self._model.causal_model.get_input_embeddings().weight
+        config = self._model.causal_model.config.get_text_config()
+        return len(self._blocks) * config.hidden_size * embedding.element_size()
+
+    @contextmanager
+    def keeping(self, most: int) -> Iterator[None]:
+        """The first ``most`` forwards within it keep what goes into the blocks."""
+        self._mode, self._most = "keep", most
+        try:
+            yield
+        finally:
+            self._mode = None
+
+    def arrange(self, batches: Sequence[Batch]) -> None:
+        """Lay what is kept out for ``batches``, whose examples have been kept, and forget the rest.
+
+        A batch without positions, which only keeps step, starts from zeros.
+        """
+        places = [self._places(batch) for batch in batches]
+        self._arranged = {id(batch): [] for batch in batches}
+        for number in range(len(self._blocks)):
+            for batch, of_batch in zip(batches, places):
+                self._arranged[id(batch)].append(self._laid_out(batch, of_batch, number))
+            for kept in self._kept:
+                kept.inputs[number] = None  # block by block, so that hardly more is held than before
+        self._kept = []
+
+    @contextmanager
+    def replaying(self, batch: Batch) -> Iterator[None]:
+        """One forward of an arranged batch, within it, skips the blocks below the live one; its backward makes up."""
+        self._mode, self._replayed = "replay", self._arranged.pop(id(batch))
+        checkpointing = [(block, getattr(block, "gradient_checkpointing", False)) for block in self._blocks[:-1]]
+        try:
+            for block, _ in checkpointing:  # the backward computes these blocks again itself
+                block.gradient_checkpointing = False
+            yield
+        finally:
+            for block, before in checkpointing:
+                block.gradient_checkpointing = before
+            self._mode, self._replayed = None, []
+
+    def forget(self) -> None:
+        """Drop whatever is left."""
+        self._kept, self._arranged = [], {}
+
+    def _standing_in(self, number: int, forward):
+        live = number == len(self._blocks) - 1
+
+        def stand_in(hidden_states: Tensor, *args, **kwargs):
+            if self._mode == "keep":
+                self._keep(number, hidden_states)
+            if self._mode != "replay":
+                found = forward(hidden_states, *args, **kwargs)
+                self._in_tuples = isinstance(found, tuple)
+                return found
+            inputs = self._replayed
+            if live:
+                return forward(_Known.apply(hidden_states, inputs[number]), *args, **kwargs)
+            anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
+            passed = _Replayed.apply(
+                hidden_states, anchor, inputs, number, lambda known: forward(known, *args, **kwargs)
+            )
+            return (passed,) if self._in_tuples else passed
+
+        return stand_in
+
+    def _keep(self, number: int, hidden: Tensor) -> None:
+        batch = self._model.current_batch
+        if number == 0:
+            self._like = hidden.detach()[:0]
+            if len(self._kept) < self._most:
+                self._kept.append(_Kept(batch, []))
+        if self._kept and self._kept[-1].batch is batch:
+            # A branched micro-batch begins with the examples as they are; one that is lifted to float32 was not yet.
+            hidden = hidden.detach()[: len(batch.input_ids)].flatten(0, 1).to(self._like.dtype)
+            self._kept[-1].inputs.append(hidden.to("cpu", non_blocking=True) if self._store == "cpu" else hidden)
+
+    def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
+        """Of each micro-batch that has been kept: its number, tokens of it, and where in ``batch`` they belong."""
+        starts, found = {}, []
+        for number, kept in enumerate(self._kept):
+            for position, start in zip(kept.batch.positions.tolist(), kept.batch.starts):
+                starts[position] = number, start
+        by_kept: dict[int, list[tuple[int, int, int]]] = {}
+        for position, start, length in zip(batch.positions.tolist(), batch.starts, batch.lengths):
+            number, kept_start = starts[position]
+            by_kept.setdefault(number, []).append((kept_start, start, length))
+        for number, spans in by_kept.items():
+            tokens, targets = (torch.cat([torch.arange(span[i], span[i] + span[2]) for span in spans]) for i in (0, 1))
+            found.append((number, tokens, targets))
+        return found
+
+    def _laid_out(self, batch: Batch, places: list[tuple[int, Tensor, Tensor]], number: int) -> Tensor:
+        """``[tokens of batch, hidden]``; padding is zero."""
+        found = self._like.new_zeros(batch.input_ids.numel(), self._like.shape[-1])
+        found = found.cpu() if self._store == "cpu" else found
+        for kept, tokens, targets in places:
+            of_kept = self._kept[kept].inputs[number]
+            found.index_copy_(0, targets.to(found.device), of_kept.index_select(0, tokens.to(of_kept.device)))
+        return found
+
+
+class _Known(torch.autograd.Function):
+    """What goes into the live block, in place of what came out of the one before."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, known: Tensor) -> Tensor:
+        return known.to(hidden.device).view_as(hidden).clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
+
+
+class _Replayed(torch.autograd.Function):
+    """A block that is not run: what goes in comes out. Its backward computes it, from the input that was kept.
+
+    ``anchor`` requires a gradient where the first block's input does not, so that there is a backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, anchor: Tensor, inputs: list[Tensor], number: int, block) -> Tensor:
+        ctx.inputs, ctx.number, ctx.block, ctx.shape = inputs, number, block, hidden.shape
+        ctx.device = hidden.device
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        known = ctx.inputs[ctx.number].to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
+        ctx.inputs[ctx.number] = None
+        with torch.enable_grad():
+            found = ctx.block(known)
+        found = found[0] if isinstance(found, tuple) else found
+        torch.autograd.backward(found, gradient)
+        return known.grad if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+def _check_no_dropout(model: ExampleLoss) -> None:
+    drops = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    config = model.causal_model.config.get_text_config()
+    drops += [name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)]
+    if drops:
+        raise UserError(
+            f"--train.forward_reuse needs a model without dropout, and this one has it, the first at {drops[0]}: leave "
+            f"it out, or give --lora.dropout 0"
+        )

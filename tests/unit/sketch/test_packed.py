@@ -1,0 +1,91 @@
+"""The sketches of packed micro-batches are those of padded ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.families import FAMILIES, adapted_model, base_model, batch_of, some_of, with_adapters
+
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.probe import find_probes
+from colm_scale.sketch import last_layer, zeroth_order
+from colm_scale.sketch.adapters import AdapterTap
+from colm_scale.sketch.precision import float32_tail
+from colm_scale.sketch.tap import Tap
+
+CPU = torch.device("cpu")
+LENGTHS = [9, 4, 7]
+PADDED, PACKED = batch_of(LENGTHS), batch_of(LENGTHS, packed=True)
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+FINITE = {"rtol": 5e-3, "atol": 5e-3}
+"""A difference of losses around 5, each rounded to 5e-7, over a step of 2e-3."""
+
+
+def taps(family: str, blocks: int = 1, **options) -> tuple[Tap, Tap]:
+    """The same model twice: one that pads, one that packs."""
+    made = []
+    for packing in ("off", "on"):
+        base = base_model(family, **options)
+        use_packing(base, packing, CPU)
+        probes = find_probes(base, "v", blocks)
+        made.append(Tap(ExampleLoss(with_adapters(base)), *probes))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("gemma2", "bloom")])
+def test_gradients_of_the_probe(family):
+    padded, packed = taps(family)
+    rows = torch.arange(3)
+    expected = last_layer.sketch(padded, PADDED, rows)
+    found = last_layer.sketch(packed, PACKED, rows)
+    torch.testing.assert_close(found[:2], expected[:2], **CLOSE)
+    pairs = zip(found[2].blocks(), expected[2].blocks(), strict=True)
+    for (_, block), (_, wanted) in pairs:
+        torch.testing.assert_close(block, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "stablelm", "opt", "gpt2"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_differences_along_directions(family, blocks):
+    padded, packed = taps(family, blocks)
+    z = zeroth_order.probes(0, 2, padded.shape, CPU)
+    expected = zeroth_order.directional_derivatives(padded, PADDED, z, 1e-3)
+    found = zeroth_order.directional_derivatives(packed, PACKED, z, 1e-3)
+    torch.testing.assert_close(found[0], expected[0], **CLOSE)
+    torch.testing.assert_close(found[1], expected[1], **FINITE)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_exact_derivatives(family):
+    padded, packed = taps(family)
+    z = zeroth_order.probes(0, 2, padded.shape, CPU)
+    zeroth_order.check_exact_derivatives(packed)
+    expected = zeroth_order.exact_derivatives(padded, PADDED, z)
+    torch.testing.assert_close(zeroth_order.exact_derivatives(packed, PACKED, z), expected, **CLOSE)
+
+
+def test_a_tail_in_float32():
+    padded, packed = taps("llama", dtype=torch.bfloat16)
+    z = zeroth_order.probes(0, 2, padded.shape, CPU)
+    found = []
+    for tap, batch in ((padded, PADDED), (packed, PACKED)):
+        with float32_tail(tap, 2):
+            found.append(zeroth_order.directional_derivatives(tap, batch, z, 1e-3)[1])
+    torch.testing.assert_close(found[1], found[0], **FINITE)
+
+
+def test_a_micro_batch_of_one_and_as_many_branches_as_tokens():
+    padded, packed = taps("llama")
+    one, z = some_of(PADDED, [1]), zeroth_order.probes(0, 2, padded.shape, CPU)
+    _, expected = zeroth_order.directional_derivatives(padded, one, z, 1e-3)
+    _, found = zeroth_order.directional_derivatives(packed, some_of(PADDED, [1], packed=True), z, 1e-3)
+    torch.testing.assert_close(found, expected, **FINITE)
+
+
+def test_gradients_of_all_adapters():
+    base = base_model("phi3")
+    use_packing(base, "on", CPU)
+    expected = AdapterTap(ExampleLoss(adapted_model("phi3"))).gradients(PADDED, torch.eye(3))
+    found = AdapterTap(ExampleLoss(with_adapters(base))).gradients(PACKED, torch.eye(3))
+    torch.testing.assert_close(found, expected, **CLOSE)
