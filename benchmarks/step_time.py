@@ -1,0 +1,153 @@
+"""The product's step beside its floors, in one process and interleaved: step, bare floor, estimator floor, and again.
+
+python benchmarks/step_time.py                                          all models, one rank
+python -m torch.distributed.run --nproc_per_node 2 benchmarks/step_time.py --models built-in
+python benchmarks/step_time.py --models Phi-2 --cut 1 -- --train.dtype bfloat16         in full, on a GPU
+python benchmarks/step_time.py -- --data.train FILE --train.packing off
+
+The bare floor is a forward of what is sketched, then forward, backward and optimizer of the coreset, on the step's own
+tokens; the estimator floor runs the estimator's branches in that forward, and nothing else. Published
+models have random weights and are cut down: widths and vocabulary divided by --cut, --blocks blocks. Options after --
+go to the product. Rows are appended to benchmarks/results/step_time.jsonl; --label names what was changed in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import models
+import rows
+import runs
+import torch
+import transformers
+
+from colm_scale import cli, trainer
+from colm_scale.config import ModelConfig
+from colm_scale.distributed.engines import loading_device, make_engine
+from colm_scale.distributed.group import Group, connect
+from colm_scale.inputs import read_inputs
+from colm_scale.modeling.load import load_tokenizer
+from colm_scale.profiling.memory import memory_meter
+from colm_scale.profiling.spans import Spans
+from colm_scale.sketch import zeroth_order
+from colm_scale.sketch.tap import Tap
+
+BUILT_IN = "built-in"
+CHECKPOINTED = ("--train.activation_checkpointing", "true")
+ARMS = {
+    "last_layer": (),
+    "paper": ("--selection.preset", "paper"),
+    "stratified": ("--selection.method", "stratified"),
+    "full": ("--selection.method", "full"),
+    "last_layer, checkpointed": CHECKPOINTED,
+    "last_layer, forward reuse": (*CHECKPOINTED, "--train.forward_reuse", "device"),
+}
+QUIET = ("--train.threads", "1", "--profile.display", "off", "--selection.candidates", "64", "--selection.budget", "32")
+RATE = 1e-3
+
+
+def prepare(options: list[str], group: Group) -> tuple:
+    """A run's step, and what an estimator does to a micro-batch beyond a bare forward, if it does anything."""
+    config = trainer.resolve(cli.parse(options))
+    inputs = read_inputs(config, group)
+    module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    engine = make_engine(config, inputs.ds_config, module, group)
+    spans = Spans(group.device, memory_meter(group.device), lambda _: None)
+    step = trainer.build_step(config, inputs, engine, tap, spans, group, proxy)
+    return step, branches(config, proxy or tap, group), module, runs.digest(config.data.train)
+
+
+def branches(config, tap: Tap | None, group: Group) -> Callable | None:
+    """The estimator's own work on a micro-batch, the bare forward included."""
+    selection = config.selection
+    if tap is None or selection.estimator in ("loss", "length"):
+        return None
+    if selection.estimator == "last_layer":
+        return tap.factors
+    z = zeroth_order.probes(config.train.seed, selection.num_probes, tap.shape, group.device)
+    return lambda batch: zeroth_order.directional_derivatives(tap, batch, z, selection.perturbation)
+
+
+def measure(options: list[str], group: Group, rounds: int) -> dict[str, object]:
+    """Medians and spread of a step's seconds and of their ratios to both floors."""
+    step, sketch, module, digest = prepare(options, group)
+    found, phases, padding = defaultdict(list), defaultdict(list), defaultdict(list)
+    tokens = imbalance = 0
+    for number in range(1, rounds + 2):
+        group.barrier()
+        started = time.perf_counter()
+        report, work = step(number, RATE)
+        taken = time.perf_counter() - started
+        bare = step.bare_floor_seconds(work)
+        estimator = bare if sketch is None else step.bare_floor_seconds(work, sketch)
+        if number == 1:  # warms up
+            continue
+        found["seconds"].append(taken)
+        found["over_bare"].append(taken / bare)
+        found["over_estimator"].append(taken / estimator)
+        for values, of_step in ((phases, report.seconds), (padding, report.padding_share)):
+            for name, value in of_step.items():
+                values[name].append(value)
+        tokens = int(report.candidates.lengths.sum())
+        imbalance = max(imbalance, report.imbalance)
+    return {
+        "blocks": module.causal_model.config.num_hidden_layers,
+        "parameters": module.causal_model.num_parameters(),
+        "data": digest,
+        "tokens_of_candidates": tokens,
+        **{name: runs.quantiles(values) for name, values in found.items()},
+        "phases": {name: runs.quantiles(values)["p50"] for name, values in phases.items()},
+        "padding_share": {name: sum(values) / len(values) for name, values in padding.items()},
+        "largest_imbalance": imbalance,
+    }
+
+
+@contextmanager
+def named(name: str, cut: int, blocks: int) -> Iterator[tuple[str, ...]]:
+    """A model's options; each rank writes a published one to a folder of its own while it is measured."""
+    if name == BUILT_IN:
+        yield ()
+        return
+    config = models.CONFIGS[name] if cut == 1 else models.cut_down(models.CONFIGS[name], cut, blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        models.write(config, Path(folder), load_tokenizer(ModelConfig()))
+        yield "--model.name", folder
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=(BUILT_IN, *models.CONFIGS), default=[BUILT_IN, *models.CONFIGS])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--cut", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--label", default="", help="what was changed, for rows that are compared")
+    own, options = rows.split(sys.argv[1:])
+    given = parser.parse_args(own)
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    group = connect()
+    for name in given.models:
+        with named(name, given.cut, given.blocks) as model:
+            for arm in given.arms:
+                found = measure([*QUIET, *model, *ARMS[arm], *options], group, given.rounds)
+                if not group.is_first:
+                    continue
+                row = {"benchmark": "step_time", "model": name, "cut": given.cut if model else 1, "arm": arm}
+                row |= {"ranks": group.world_size, "rounds": given.rounds, "label": given.label, "options": options}
+                rows.append("step_time", row | found | {"environment": rows.here()})
+                ratios = " ".join(f"{key} {value['p50']:.3f}" for key, value in found.items() if key.startswith("over"))
+                print(f"{name:20} {arm:28} {found['seconds']['p50']:.3f} s, {ratios}", flush=True)
+    group.close()
+
+
+if __name__ == "__main__":
+    main()
