@@ -21,11 +21,14 @@ from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
 
 from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
+from colm_scale.planning.config import PlanConfig
 
 _USAGE = """usage: colm-scale COMMAND [OPTIONS]
 
 commands:
   train   fine-tune a model with LoRA on mini-batch coresets; see colm-scale train --help
+  plan    what such a run will need, without a GPU and without weights: the same options, and --plan.world_size,
+          --plan.memory_gib and others; see colm-scale plan --help
 """
 _HINT = "see --help for all options"
 
@@ -35,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if command == "train":
         train(rest[:-1])
+    if command == "plan":
+        plan(rest[:-1])
     if command in ("", "-h", "--help"):
         print(_USAGE, end="")
         sys.exit(0 if command else 2)
-    _fail(f"unknown command {command!r}: the only command is train")
+    _fail(f"unknown command {command!r}: the commands are train and plan")
 
 
 def train(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -58,6 +63,22 @@ def train(arguments: Sequence[str] | None = None) -> NoReturn:
     os._exit(code)
 
 
+def plan(arguments: Sequence[str]) -> NoReturn:
+    """Print what a run with these options will need, and exit: 0, or 2 for wrong input."""
+    try:
+        config, plan_config = parse_plan(arguments)
+        from colm_scale.planning.plan import make_plan
+        from colm_scale.planning.show import shown
+        from colm_scale.trainer import quieten, resolve
+
+        quieten()
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here, so DeepSpeed need not look for a GPU
+        print(shown(make_plan(resolve(config), plan_config)), end="")
+    except UserError as error:
+        _fail(str(error))
+    sys.exit(0)
+
+
 def parse(arguments: Sequence[str]) -> RunConfig:
     """The configuration that a command line asks for.
 
@@ -65,14 +86,32 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         UserError: An option is unknown (names the closest) or has a value it cannot have.
         SystemExit: After ``--help`` or ``--print_config``.
     """
+    return _run_config(_parsed(_parser("train"), arguments))
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[RunConfig, PlanConfig]:
+    """The same for ``colm-scale plan``."""
+    parser = _parser("plan")
+    parser.add_class_arguments(PlanConfig, "plan")
+    made = _parsed(parser, arguments)
+    return _run_config(made), made.plan
+
+
+def _parser(command: str) -> _Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog="colm-scale train", description=RunConfig.__doc__, allow_abbrev=False)
+    parser = _Parser(prog=f"colm-scale {command}", description=RunConfig.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with options; the command line overrides it.")
     parser.add_argument("--local_rank", help=SUPPRESS)  # the DeepSpeed launcher passes it
     parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _parsed(parser: _Parser, arguments: Sequence[str]):
     _check_config_files(parser, arguments)
-    given = parser.parse_args(_join_lists(arguments))
-    made = parser.instantiate(given)
+    return parser.instantiate(parser.parse_args(_join_lists(arguments)))
+
+
+def _run_config(made) -> RunConfig:
     return RunConfig(**{field.name: getattr(made, field.name) for field in dataclasses.fields(RunConfig)})
 
 
@@ -87,6 +126,10 @@ def option_types(config_class: type = RunConfig, prefix: str = "") -> dict[str, 
         else:
             types[prefix + field.name] = hint.__name__ if isinstance(hint, type) else str(hint)
     return types
+
+
+def _every_option() -> dict[str, str]:
+    return option_types() | option_types(PlanConfig, "plan.")
 
 
 class _Parser(ArgumentParser):
@@ -104,7 +147,7 @@ def _explained(message: str) -> str:
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
         return f"unknown option {found[1]}{_closest(found[1])}"
     if found := re.search(r"(?:Parser|Validation) key \"?([\w.]+)\"?:", message):
-        name, types = found[1], option_types()
+        name, types = found[1], _every_option()
         value = re.search(r"(?:Given|Got) value: (.*)", message)
         if name in types and value:
             return f"--{name} is {value[1].strip()!r}, but must be {_readable(types[name])}"
@@ -113,7 +156,7 @@ def _explained(message: str) -> str:
 
 
 def _closest(name: str) -> str:
-    near = difflib.get_close_matches(name, [*option_types(), "config"], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*_every_option(), "config"], n=1, cutoff=0.5)
     return f": did you mean --{near[0]}? ({_HINT})" if near else f" ({_HINT})"
 
 

@@ -66,7 +66,7 @@ def run(config: RunConfig) -> int:
     """
     watch = None
     try:
-        _quieten()
+        quieten()
         config = resolve(config)
         group = connect()
         watch = Watch(group, config.train.timeout)
@@ -78,11 +78,12 @@ def run(config: RunConfig) -> int:
     return 0 if completed else STOPPED
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep the libraries' remarks to their developers out of the user's terminal."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for library in ("DeepSpeed", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
@@ -36,6 +40,25 @@ def units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
     return [*blocks, *groups.values(), model]
 
 
+def mesh_of(group: Group) -> DeviceMesh:
+    """All ranks in a row."""
+    return init_device_mesh(group.device.type, (group.world_size,))
+
+
+@contextmanager
+def among_absent_ranks(world_size: int) -> Iterator[tuple[Group, DeviceMesh]]:
+    """The first of so many ranks, none of which is there: collectives return at once. For tracing memory."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cpu = torch.device("cpu")
+    group = Group(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size, device=cpu)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield group, mesh_of(group)
+    finally:
+        dist.destroy_process_group()
+
+
 class FsdpEngine(OptimizerEngine):
     """`fully_shard` behind the `Engine` protocol. The model comes on the CPU; block after block moves to the device.
 
@@ -44,11 +67,18 @@ class FsdpEngine(OptimizerEngine):
 
     name = "fsdp"
 
-    def __init__(self, module: ExampleLoss, train: TrainConfig, fsdp: FsdpConfig, group: Group):
+    def __init__(
+        self,
+        module: ExampleLoss,
+        train: TrainConfig,
+        fsdp: FsdpConfig,
+        group: Group,
+        mesh: DeviceMesh | None = None,
+    ):
         group.ensure_process_group()
         self._device, self._ranks, self._root = group.device, group.world_size, module.causal_model
         options = {
-            "mesh": init_device_mesh(group.device.type, (group.world_size,)),
+            "mesh": mesh or mesh_of(group),
             "reshard_after_forward": fsdp.reshard_after_forward,
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=None if fsdp.param_dtype == "stored" else getattr(torch, fsdp.param_dtype),

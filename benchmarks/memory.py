@@ -1,0 +1,206 @@
+"""Peak memory against 4x batches: predicted without a GPU, and measured beside the prediction.
+
+python benchmarks/memory.py predict                     published models in full, all engines, all arms
+python benchmarks/memory.py measure                     the built-in base on the CPU: live bytes of tensors
+python benchmarks/memory.py measure --gpu -- --model.name FOLDER --train.dtype bfloat16   allocator and NVML
+
+CoLM trains b of n; the others train b, n and 2n = 4b examples, all of them on --ranks ranks. Without accumulation a
+rank trains its share in one micro-batch (CoLM sketches in micro-batches of that size); with it, in micro-batches of
+--micro_batch tokens. Rows are appended to benchmarks/results/memory.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import models
+import rows
+import torch
+import transformers
+
+from colm_scale import cli, trainer
+from colm_scale.distributed.ds_config import read_ds_config
+from colm_scale.distributed.engines import loading_device, make_engine
+from colm_scale.distributed.group import connect
+from colm_scale.inputs import read_inputs
+from colm_scale.modeling.load import check_model
+from colm_scale.planning.config import PlanConfig
+from colm_scale.planning.fake import Tried, fake_model, tried
+from colm_scale.planning.memory import peaks
+from colm_scale.planning.plan import arranged
+from colm_scale.profiling.live import LiveBytes
+from colm_scale.profiling.memory import memory_meter
+from colm_scale.profiling.spans import Spans
+
+BUDGET, CANDIDATES = 64, 128
+ARMS = {
+    "CoLM, b of n": ("colm", CANDIDATES, BUDGET),
+    "b": ("full", BUDGET, BUDGET),
+    "n": ("full", CANDIDATES, CANDIDATES),
+    "2n (4x)": ("full", 2 * CANDIDATES, 2 * CANDIDATES),
+}
+ENGINES = {
+    "DDP": (),
+    "ZeRO-2": ("--ds_config", str(rows.ROOT / "ds_configs" / "zero2.json")),
+    "ZeRO-3": ("--ds_config", str(rows.ROOT / "ds_configs" / "zero3.json")),
+    "FSDP2": ("--engine", "fsdp"),
+}
+_ROOM = 1.3
+"""A coreset's tokens over those of as many average examples, at most."""
+
+
+def options_of(arm: str) -> list[str]:
+    """The product's options of an arm."""
+    method, candidates, budget = ARMS[arm]
+    found = ["--selection.method", method, "--selection.candidates", str(candidates)]
+    return found if method == "full" else [*found, "--selection.budget", str(budget)]
+
+
+def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, options: list[str]) -> None:
+    """A row for every model, engine, arm, with and without accumulation and checkpointing."""
+    for name in names:
+        of = models.CONFIGS[name]
+        base = ["--train.dtype", "bfloat16", "--profile.display", "off", *options]
+        known = tried(cli.parse(base), of)
+        for engine, of_engine in ENGINES.items():
+            for checkpointing in (False, True):
+                for arm in ARMS:
+                    for micro in (0, accumulated):
+                        budget = micro or share_tokens(arm, ranks, tokens)
+                        given = [*base, *of_engine, *options_of(arm), "--train.micro_batch_tokens", str(budget)]
+                        given += ["--train.activation_checkpointing", str(checkpointing).lower()]
+                        config = trainer.resolve(cli.parse(given))
+                        ds_config = read_ds_config(config, ranks) if config.ds_config else None
+                        found = predicted(config, ds_config, of, known, ranks, tokens)
+                        row = {"benchmark": "memory", "kind": "predicted", "model": name, "engine": engine, "arm": arm}
+                        row |= {"ranks": ranks, "tokens": tokens, "checkpointing": checkpointing}
+                        row |= {"accumulated": bool(micro), "micro_batch_tokens": budget, **found}
+                        rows.append("memory", row | {"environment": rows.here()})
+            print(f"{name} {engine}: done", flush=True)
+
+
+def share_tokens(arm: str, ranks: int, tokens: int) -> int:
+    """Tokens of a rank's share of what an arm trains: the micro-batch without accumulation."""
+    method, candidates, budget = ARMS[arm]
+    return (budget if method == "colm" else candidates) // ranks * tokens
+
+
+def predicted(config, ds_config, of, known: Tried, ranks: int, tokens: int) -> dict[str, object]:
+    """Peak bytes by phase, and what of them the weights are."""
+    fake = fake_model(config, of, known)
+    batches = arranged(config, PlanConfig(world_size=ranks, tokens=tokens), packed=fake.module.packs)
+    found = peaks(config, ds_config, fake, ranks, batches.sketched, batches.trained)
+    return {"phases": found.phases, "peak": found.step, "weights": found.engine.weights}
+
+
+class LiveMeter:
+    """A meter of the live bytes of tensors; see `colm_scale.profiling.memory`."""
+
+    primary, label, device_name = "live", "live bytes of tensors", "cpu"
+
+    def __init__(self, live: LiveBytes):
+        self._live = live
+
+    def start(self) -> None:
+        self._live.restart()
+
+    def stop(self) -> dict[str, int]:
+        return {"live": self._live.peak}
+
+
+def measure(cases: Sequence[tuple[str, str, bool, bool]], ranks: int, gpu: bool, options: list[str]) -> None:
+    """Start the ranks of each case, which measure and predict."""
+    for case in cases:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), __file__, "rank"]
+        engine, arm, checkpointing, accumulated = case
+        command += ["--engine", engine, "--arm", arm, *(["--gpu"] if gpu else [])]
+        command += [*(["--checkpointing"] if checkpointing else []), *(["--accumulated"] if accumulated else [])]
+        subprocess.run([*command, "--", *options], check=True, stderr=subprocess.DEVNULL)
+
+
+def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, gpu: bool, options: list[str]) -> None:
+    """This rank's part of a case; the first rank writes the row."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    ranks = int(os.environ["WORLD_SIZE"])
+    budget = 512 if accumulated else 10**6
+    given = [*ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget), *options]
+    given += ["--train.activation_checkpointing", str(checkpointing).lower(), "--profile.display", "off"]
+    config = trainer.resolve(cli.parse(given))
+    group = connect()
+    inputs = read_inputs(config, group)
+    examples = inputs.sampler.examples
+    if not accumulated and arm.startswith("CoLM"):  # room for the longest half that could be selected, near enough
+        most = int(_ROOM * float(examples.lengths.double().mean()) * BUDGET / ranks)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_tokens=most))
+    held = (getattr(examples, field.name) for field in dataclasses.fields(examples))
+    live = LiveBytes(outside=[value for value in held if isinstance(value, torch.Tensor)])
+    with live:
+        module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)
+        live.count([*module.parameters(), *module.buffers()])
+        made = make_engine(config, inputs.ds_config, module, group)
+        meter = memory_meter(group.device) if gpu else LiveMeter(live)
+        spans = Spans(group.device, meter, lambda _: None)
+        step = trainer.build_step(config, inputs, made, tap, spans, group, proxy)
+        for number in (1, 2):  # the first makes the optimizer's averages
+            gc.collect()
+            report, work = step(number, 1e-3)
+    if not group.is_first:
+        os._exit(0)
+    own = {
+        kind: {phase: found[phase][0] for phase in ("sketch", "train", "optimizer") if phase in found}
+        for kind, found in report.phase_peak_bytes.items()
+    }
+    sketched = [batch.lengths for batch in work.sketched]
+    trained = [micro.batch.lengths for micro in work.trained]
+    share = float(examples.labelled.double().mean())
+    del step, made, module, tap, proxy, work
+    group.close()
+    of = check_model(config.model)
+    fake = fake_model(config, of, tried(config, of))
+    guess = peaks(config, inputs.ds_config, fake, ranks, sketched, trained, share)
+    row = {"benchmark": "memory", "kind": "measured", "model": config.model.name or "built-in base", "engine": engine}
+    row |= {"arm": arm, "ranks": ranks, "checkpointing": checkpointing, "accumulated": accumulated}
+    row |= {"measured": own, "phases": guess.phases, "peak": guess.step, "weights": guess.engine.weights}
+    rows.append("memory", row | {"environment": rows.here()})
+    kind = "allocator" if gpu else "live"
+    peak = max(own[kind].values())
+    case = f"{engine} {arm} checkpointing {checkpointing} accumulated {accumulated}"
+    print(f"{case}: {guess.step / peak:.3f} of measured")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("predict", "measure", "rank"))
+    parser.add_argument("--models", nargs="+", choices=models.CONFIGS, default=list(models.CONFIGS))
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--tokens", type=int, default=200, help="of an example")
+    parser.add_argument("--micro_batch", type=int, default=1024, help="tokens, with accumulation")
+    parser.add_argument("--engine", choices=ENGINES)
+    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--gpu", action="store_true", help="the allocator's and NVML's peaks instead of live bytes")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--accumulated", action="store_true")
+    own, options = rows.split(sys.argv[1:])
+    given = parser.parse_args(own)
+    if given.what == "predict":
+        predict(given.models, given.ranks or 4, given.tokens, given.micro_batch, options)
+    elif given.what == "measure":
+        engines = [given.engine] if given.engine else list(ENGINES)
+        cases = [(e, arm, c, a) for e in engines for arm in ARMS for c in (False, True) for a in (False, True)]
+        measure(cases, given.ranks or 2, given.gpu, options)
+    else:
+        measure_here(given.engine, given.arm, given.checkpointing, given.accumulated, given.gpu, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""A model of any size without its memory: fake tensors, which have shapes and types but no numbers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from colm_scale.config import RunConfig
+from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.probe import Probe, decoder_blocks, find_probes
+from colm_scale.randomness import global_draws
+from colm_scale.sketch.tap import Tap
+
+CPU = torch.device("cpu")
+_FEW_TOKENS = 128
+"""Vocabulary of a sample: of no account for its blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """The adapted model of a run on fake CPU tensors, whatever the device it will run on.
+
+    Attributes:
+        mode: In which its tensors live; what is done with them is done within it.
+        tap: The tap on its probes, if it sketches.
+        padded_because: Why its micro-batches are padded, if they are.
+    """
+
+    mode: FakeTensorMode
+    module: ExampleLoss
+    tap: Tap | None
+    padded_because: str | None
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks."""
+        return decoder_blocks(self.module.causal_model)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a run finds out about a model by trying, found out on a sample of one block in its full width.
+
+    Attributes:
+        attention: What its attention is called, once it is packed where that is wanted and possible.
+        padded_because: As in `FakeModel`.
+        probe: In the sample's block; None if nothing is sketched by this model.
+        like: A tap on it.
+    """
+
+    attention: str
+    padded_because: str | None
+    probe: Probe | None
+    like: Tap | None
+
+
+def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
+    """Try a sample of a model with random weights and next to no vocabulary.
+
+    Raises:
+        UserError: As from a run: there is no such probe or target, rows are to be packed and cannot be.
+    """
+    with global_draws(CPU, 0, "sample"):
+        one = AutoModelForCausalLM.from_config(_shortened(of), dtype=torch.float32).requires_grad_(False)
+    padded_because = use_packing(one, config.train.packing, CPU)
+    attention = one.config._attn_implementation
+    selection = config.selection
+    if selection.method != "colm" or selection.proxy is not None or selection.proxy_blocks is not None:
+        return Tried(attention, padded_because, None, None)
+    (probe,) = find_probes(one, selection.probe)
+    like = Tap(ExampleLoss(add_adapters(one, config.lora, config.train.seed)), probe)
+    return Tried(attention, padded_because, probe, like)
+
+
+def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeModel:
+    """What `trainer.build_model` builds, from the model's configuration and what a sample has shown.
+
+    Raises:
+        UserError: As from a run: its blocks cannot be checkpointed.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(of), dtype=getattr(torch, config.train.dtype))
+        base.config._attn_implementation = known.attention
+        if config.train.activation_checkpointing:
+            keep_block_inputs_only(base)
+        probes = _in_last_blocks(base, known.probe, config.selection.probe_blocks) if known.probe else ()
+        module = ExampleLoss(add_adapters(base.requires_grad_(False), config.lora, config.train.seed))
+    module.knows_logits()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        _to_fake_tensors(module)
+        tap = Tap(module, *probes, like=known.like) if probes else None
+    return FakeModel(mode, module, tap, known.padded_because)
+
+
+def _shortened(of: PretrainedConfig) -> PretrainedConfig:
+    config = copy.deepcopy(of)
+    config.num_hidden_layers, config.vocab_size = 1, _FEW_TOKENS
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return config
+
+
+def _to_fake_tensors(model: nn.Module) -> None:
+    """Put a fake CPU tensor in place of every meta tensor; tied weights stay tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight not in made:
+                fake = torch.empty_like(weight, device="cpu")
+                made[weight] = nn.Parameter(fake, requires_grad=weight.requires_grad)
+            module._parameters[name] = made.get(weight)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
+
+
+def _in_last_blocks(model: nn.Module, found: Probe, count: int) -> tuple[Probe, ...]:
+    """The probe of a sample's only block, in the last blocks of the whole model."""
+    prefix, blocks = decoder_blocks(model)
+    below = found.layer.removeprefix(found.block)
+    names = [f"{prefix}.{number}" for number in range(len(blocks) - count, len(blocks))]
+    return tuple(Probe(name, name + below, found.rows) for name in names)
