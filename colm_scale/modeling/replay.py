@@ -11,7 +11,7 @@ another precision, and in the head, a replayed micro-batch runs as any other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,6 @@ class BlockInputs:
         _check_no_dropout(model)
         self._model, self._store = model, store
         self._blocks = decoder_blocks(model.causal_model)[1][: live + 1]
-        self._forwards = [block.forward for block in self._blocks]
         self._mode: str | None = None
         self._most = 0
         self._like = torch.empty(0)
@@ -57,7 +56,7 @@ class BlockInputs:
         self._arranged: dict[int, list[Tensor]] = {}
         self._replayed: list[Tensor] = []
         for number, block in enumerate(self._blocks):
-            block.forward = self._standing_in(number, block.forward)
+            block.forward = self._standing_in(number, block)
 
     @property
     def bytes_per_token(self) -> int:
@@ -93,22 +92,24 @@ class BlockInputs:
     def replaying(self, batch: Batch) -> Iterator[None]:
         """One forward of an arranged batch, within it, skips the blocks below the live one; its backward makes up."""
         self._mode, self._replayed = "replay", self._arranged.pop(id(batch))
-        checkpointing = [(block, getattr(block, "gradient_checkpointing", False)) for block in self._blocks[:-1]]
         try:
-            for block, _ in checkpointing:  # the backward computes these blocks again itself
-                block.gradient_checkpointing = False
-            yield
+            with ExitStack() as stack:
+                for block in self._blocks[:-1]:
+                    stack.enter_context(_not_checkpointed(block))
+                yield
         finally:
-            for block, before in checkpointing:
-                block.gradient_checkpointing = before
             self._mode, self._replayed = None, []
 
     def forget(self) -> None:
         """Drop whatever is left."""
         self._kept, self._arranged = [], {}
 
-    def _standing_in(self, number: int, forward):
-        live = number == len(self._blocks) - 1
+    def _standing_in(self, number: int, block: nn.Module):
+        live, forward = number == len(self._blocks) - 1, block.forward
+
+        def again(known: Tensor, *args, **kwargs):
+            with _not_checkpointed(block):
+                return forward(known, *args, **kwargs)
 
         def stand_in(hidden_states: Tensor, *args, **kwargs):
             if self._mode == "keep":
@@ -122,7 +123,7 @@ class BlockInputs:
                 return forward(_Known.apply(hidden_states, inputs[number]), *args, **kwargs)
             anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
             passed = _Replayed.apply(
-                hidden_states, anchor, inputs, number, lambda known: forward(known, *args, **kwargs)
+                hidden_states, anchor, inputs, number, lambda known: again(known, *args, **kwargs)
             )
             return (passed,) if self._in_tuples else passed
 
@@ -197,6 +198,17 @@ class _Replayed(torch.autograd.Function):
         found = found[0] if isinstance(found, tuple) else found
         torch.autograd.backward(found, gradient)
         return known.grad if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+@contextmanager
+def _not_checkpointed(block: nn.Module) -> Iterator[None]:
+    """A replayed block is computed once, in the backward: to checkpoint it would be to compute it once more."""
+    before = getattr(block, "gradient_checkpointing", False)
+    block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        block.gradient_checkpointing = before
 
 
 def _check_no_dropout(model: ExampleLoss) -> None:
