@@ -109,6 +109,55 @@ def measure(options: list[str], group: Group, rounds: int) -> dict[str, object]:
     }
 
 
+def last_rows() -> list[dict]:
+    """Of what was measured twice the last."""
+    found = {}
+    for row in rows.read("step_time"):
+        found[row["model"], row["ranks"], row["label"], "--ds_config" in row["options"], row["arm"]] = row
+    return list(found.values())
+
+
+def table() -> str:
+    """One row per model, ranks and arm."""
+    lines = [
+        "| model | ranks | arm | s per step | step / bare floor (p20 to p80) | step / estimator floor |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    for row in last_rows():
+        if row["label"]:
+            continue
+        name = row["model"] if row["cut"] == 1 else f"{row['model']} / {row['cut']}"
+        ranks = f"{row['ranks']}, ZeRO-2" if "--ds_config" in row["options"] else row["ranks"]
+        lines.append(
+            f"| {name}, {row['blocks']} blocks, {row['parameters'] / 1e6:.0f} M | {ranks} | {row['arm']} | "
+            f"{row['seconds']['p50']:.2f} | {_ratio(row['over_bare'])} | {_ratio(row['over_estimator'])} |"
+        )
+    return "\n".join(lines)
+
+
+def changes() -> str:
+    """Phases of the built-in base on one rank, with and without what can be switched off."""
+    phases = ("sample", "sketch", "gather", "select", "learn", "route", "train", "optimizer", "report", "step")
+    lines = [
+        f"| arm | micro-batches | padding: sketch, train | {' | '.join(phases)} |",
+        "|---|---|---:|" + "---:|" * len(phases),
+    ]
+    for row in last_rows():
+        if row["model"] != BUILT_IN or row["ranks"] > 1:
+            continue
+        padding = ", ".join(f"{row['padding_share'].get(phase, 0):.1%}" for phase in ("sketch", "train"))
+        cells = " | ".join(f"{1000 * row['phases'].get(phase, 0):.0f}" for phase in phases)
+        lines.append(f"| {row['arm']} | {row['label'] or 'packed'} | {padding} | {cells} |")
+    return "\n".join(lines)
+
+
+def _ratio(of: dict[str, float]) -> str:
+    return f"{of['p50']:.2f} ({of['p20']:.2f} to {of['p80']:.2f})"
+
+
+TABLES = {"step time": table, "phases": changes}
+
+
 @contextmanager
 def named(name: str, cut: int, blocks: int) -> Iterator[tuple[str, ...]]:
     """A model's options; each rank writes a published one to a folder of its own while it is measured."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from colm_scale.cli import option_types
+from colm_scale.planning.config import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -14,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_options_exist():
     mentioned = set(re.findall(r"--([a-z]+\.[a-z0-9_]+)", README + (ROOT / "docs" / "method.md").read_text()))
     assert "selection.method" in mentioned
-    assert mentioned <= set(option_types())
+    assert mentioned <= {*option_types(), *option_types(PlanConfig, "plan.")}
 
 
 def test_files_exist():

@@ -1,0 +1,163 @@
+"""How a step grows: with ranks at the same work and at the same work per rank, and with the candidates.
+
+python benchmarks/scaling.py ranks          1, 2 and 4 ranks on this machine
+python benchmarks/scaling.py candidates     64 to 4,096 candidates on one rank, half of them selected
+python benchmarks/scaling.py plots          docs/plots/scaling-*.svg from the rows
+
+The built-in base and mixture; DDP. To 1,024 ranks what runs on every rank but the model is in `scale.py`. Rows are
+appended to benchmarks/results/scaling.jsonl; options after -- go to the product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections import defaultdict
+
+import rows
+import runs
+import step_time
+import torch
+import transformers
+
+from colm_scale.distributed.group import connect
+
+RANKS = (1, 2, 4)
+CANDIDATES = (64, 256, 1024, 4096)
+FIXED = 64
+MODEL_PHASES = ("sketch", "train")
+
+
+def measure(kind: str, candidates: int, rounds: int, options: list[str]) -> None:
+    """Steps of this process among its ranks; the first writes the row."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    group = connect()
+    arguments = ["--selection.candidates", str(candidates), "--selection.budget", str(candidates // 2), *options]
+    step, *_ = step_time.prepare([*step_time.QUIET, *arguments], group)
+    phases, tokens, imbalance = defaultdict(list), [], []
+    for number in range(1, rounds + 2):
+        report, _ = step(number, 1e-3)
+        if number == 1:
+            continue
+        tokens.append(int(report.candidates.lengths.sum()))
+        imbalance.append(report.imbalance)
+        for name, seconds in report.seconds.items():
+            phases[name].append(seconds)
+    if group.is_first:
+        row = {"benchmark": "scaling", "kind": kind, "ranks": group.world_size, "candidates": candidates}
+        row |= {"rounds": rounds, "tokens": sum(tokens) / len(tokens), "imbalance": max(imbalance)}
+        row |= {"phases": {name: runs.quantiles(seconds) for name, seconds in phases.items()}}
+        rows.append("scaling", row | {"environment": rows.here()})
+        print(kind, group.world_size, candidates, f"{row['phases']['step']['p50']:.3f} s", flush=True)
+    group.close()
+
+
+def start(kind: str, ranks: int, candidates: int, rounds: int, options: list[str]) -> None:
+    """The ranks of one measurement."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), __file__, "rank"]
+    command += ["--kind", kind, "--candidates", str(candidates), "--rounds", str(rounds), "--", *options]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def last(kind: str) -> list[dict]:
+    """The rows of a kind; of what was measured twice the last."""
+    return list({(r["ranks"], r["candidates"]): r for r in rows.read("scaling") if r["kind"] == kind}.values())
+
+
+def median(row: dict, phase: str = "step") -> float:
+    """Seconds."""
+    return row["phases"].get(phase, {"p50": 0.0})["p50"]
+
+
+def by_ranks() -> str:
+    """Tokens per second relative to one rank, per rank."""
+    lines = [
+        "| ranks | candidates | s per step | tokens/s, relative to one rank | per rank | imbalance |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for kind in ("strong", "weak"):
+        found = last(kind)
+        one = found[0]["tokens"] / median(found[0])
+        for row in found:
+            speed = row["tokens"] / median(row) / one
+            lines.append(
+                f"| {row['ranks']} ({kind}) | {row['candidates']} | {median(row):.2f} | {speed:.2f} | "
+                f"{speed / row['ranks']:.2f} | {row['imbalance']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def by_candidates() -> str:
+    """Seconds of each phase per 64 candidates, and what is not forward and backward."""
+    names = ("sample", "gather", "select", "learn", "route", "report")
+    lines = [
+        f"| candidates | s per step | sketch and training | {' | '.join(names)} | all outside |",
+        "|---:|---:|---:|" + "---:|" * (len(names) + 1),
+    ]
+    for row in last("candidates"):
+        whole = median(row)
+        inside = sum(median(row, phase) for phase in MODEL_PHASES)
+        shares = " | ".join(f"{median(row, name) / whole:.1%}" for name in names)
+        lines.append(
+            f"| {row['candidates']:,} | {whole:.2f} | {inside / whole:.1%} | {shares} | {1 - inside / whole:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"scaling with ranks": by_ranks, "scaling with candidates": by_candidates}
+
+
+def plots() -> None:
+    """One file per curve."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    folder = rows.ROOT / "docs" / "plots"
+    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    for kind in ("strong", "weak"):
+        found = last(kind)
+        one = found[0]["tokens"] / median(found[0])
+        axes.plot([r["ranks"] for r in found], [r["tokens"] / median(r) / one for r in found], marker="o", label=kind)
+    axes.plot(RANKS, RANKS, color="grey", linestyle=":", label="linear")
+    axes.set(xlabel="ranks (2 cores)", ylabel="tokens per second, relative to one rank", xticks=RANKS)
+    axes.legend()
+    figure.savefig(folder / "scaling-ranks.svg", bbox_inches="tight", metadata={"Date": None})
+    found = last("candidates")
+    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    for phase in ("step", "sketch", "train", "gather", "select", "learn", "route", "report"):
+        axes.plot([r["candidates"] for r in found], [median(r, phase) for r in found], marker="o", label=phase)
+    axes.set(xscale="log", yscale="log", xlabel="candidates, half selected", ylabel="seconds")
+    axes.legend(fontsize="small")
+    figure.savefig(folder / "scaling-candidates.svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ranks", "candidates", "plots", "rank"))
+    parser.add_argument("--kind", default="candidates")
+    parser.add_argument("--candidates", type=int)
+    parser.add_argument("--rounds", type=int)
+    own, options = rows.split(sys.argv[1:])
+    given = parser.parse_args(own)
+    match given.what:
+        case "ranks":
+            for ranks in RANKS:
+                start("strong", ranks, FIXED * 2, given.rounds or 6, options)
+            for ranks in RANKS:
+                start("weak", ranks, FIXED * ranks, given.rounds or 6, options)
+        case "candidates":
+            for count in CANDIDATES:
+                start("candidates", 1, count, given.rounds or max(2, 512 // count), options)
+        case "plots":
+            plots()
+        case "rank":
+            measure(given.kind, given.candidates, given.rounds, options)
+
+
+if __name__ == "__main__":
+    main()
