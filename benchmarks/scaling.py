@@ -2,6 +2,7 @@
 
 python benchmarks/scaling.py ranks          1, 2 and 4 ranks on this machine
 python benchmarks/scaling.py candidates     64 to 4,096 candidates on one rank, half of them selected
+python benchmarks/scaling.py balance -- --data.train FILE       tokens of the busiest of 2, 4 and 8 ranks, simulated
 python benchmarks/scaling.py plots          docs/plots/scaling-*.svg from the rows
 
 The built-in base and mixture; DDP. To 1,024 ranks what runs on every rank but the model is in `scale.py`. Rows are
@@ -21,11 +22,16 @@ import step_time
 import torch
 import transformers
 
+from colm_scale import cli, trainer
 from colm_scale.distributed.group import connect
+from colm_scale.inputs import read_inputs
+from colm_scale.randomness import generator
+from colm_scale.selection.route import deal, form_micro_batches, route
 
 RANKS = (1, 2, 4)
 CANDIDATES = (64, 256, 1024, 4096)
 FIXED = 64
+MICRO_BATCH = 4096
 MODEL_PHASES = ("sketch", "train")
 
 
@@ -59,6 +65,30 @@ def start(kind: str, ranks: int, candidates: int, rounds: int, options: list[str
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), __file__, "rank"]
     command += ["--kind", kind, "--candidates", str(candidates), "--rounds", str(rounds), "--", *options]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def balance(draws: int, options: list[str]) -> None:
+    """Tokens of the busiest rank over the mean, for random candidates of real lengths; half of them are trained."""
+    inputs = read_inputs(trainer.resolve(cli.parse(options)), connect())
+    examples, ways = inputs.sampler.examples, {"padded": (False, False), "even, packed": (True, True)}
+    for n in (128, 256):
+        for ranks in (2, 4, 8):
+            for way, (even, packed) in ways.items():
+                sketch, train = [], []
+                for number in range(draws):
+                    chosen = torch.randperm(len(examples), generator=generator(0, "balance", number))[:n]
+                    lengths, every = examples.lengths[chosen], torch.arange(n)
+                    formed = form_micro_batches(lengths, every, MICRO_BATCH, packed=packed, even=even)
+                    shares = deal(formed, lengths, ranks, packed=packed)
+                    loads = [sum(int(lengths[p]) for members in share for p in members) for share in shares]
+                    sketch.append(max(loads) * ranks / sum(loads))
+                    train.append(route(lengths, every[: n // 2], ranks, MICRO_BATCH, packed=packed).imbalance)
+                row = {"benchmark": "scaling", "kind": "balance", "ranks": ranks, "candidates": n, "way": way}
+                row |= {"micro_batch_tokens": MICRO_BATCH, "draws": draws}
+                row |= {"sketch": runs.quantiles(sketch), "train": runs.quantiles(train)}
+                row |= {"data": runs.digest(cli.parse(options).data.train), "mean_sketch": sum(sketch) / draws}
+                rows.append("scaling", row | {"mean_train": sum(train) / draws, "environment": rows.here()})
+                print(n, ranks, way, row["mean_sketch"], sum(train) / draws, flush=True)
 
 
 def last(kind: str) -> list[dict]:
@@ -106,7 +136,22 @@ def by_candidates() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"scaling with ranks": by_ranks, "scaling with candidates": by_candidates}
+def balances() -> str:
+    """The busiest rank's tokens over the mean, sketch and training, before and now."""
+    found = {(r["candidates"], r["ranks"], r["way"]): r for r in rows.read("scaling") if r["kind"] == "balance"}
+    lines = [
+        "| candidates | ranks | sketch: fewest micro-batches, padded | even, packed | training: padded | packed |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (n, ranks, way), row in found.items():
+        if way == "padded":
+            now = found[n, ranks, "even, packed"]
+            cells = (row["mean_sketch"], now["mean_sketch"], row["mean_train"], now["mean_train"])
+            lines.append(f"| {n} | {ranks} | {' | '.join(f'{value:.3f}' for value in cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"scaling with ranks": by_ranks, "scaling with candidates": by_candidates, "balance": balances}
 
 
 def plots() -> None:
@@ -138,7 +183,7 @@ def plots() -> None:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ranks", "candidates", "plots", "rank"))
+    parser.add_argument("what", choices=("ranks", "candidates", "balance", "plots", "rank"))
     parser.add_argument("--kind", default="candidates")
     parser.add_argument("--candidates", type=int)
     parser.add_argument("--rounds", type=int)
@@ -153,6 +198,8 @@ def main() -> None:
         case "candidates":
             for count in CANDIDATES:
                 start("candidates", 1, count, given.rounds or max(2, 512 // count), options)
+        case "balance":
+            balance(given.rounds or 200, options)
         case "plots":
             plots()
         case "rank":

@@ -1,4 +1,4 @@
-"""Training data that is read as it is needed, in blocks of rows, and never held as a whole.
+"""Training data that is read as it is needed, in blocks of rows, one ahead, and never held as a whole.
 
 One pass before the run checks every row, counts the sources and takes a digest; it tokenises nothing. After it, an
 epoch reads the rows again from the first one, a block at a time: the block is tokenised, what is too long is dropped or
@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -80,8 +81,9 @@ def survey(specs: Sequence[str], config: DataConfig) -> Survey:
 class BlockStream:
     """An endless stream of examples; every usable one comes once per epoch.
 
-    Of the data, one block is held at a time. The first is read at once, so that much of what can be wrong with the rows
-    or the tokenizer is known before a model is loaded.
+    Of the data, one block is held at a time, and the next is read and tokenised meanwhile, in a thread of its own. The
+    first is read at once, so that much of what can be wrong with the rows or the tokenizer is known before a model is
+    loaded.
 
     Attributes:
         position: Of the next example.
@@ -110,6 +112,8 @@ class BlockStream:
         self.cut: dict[str, int] = {}
         self._specs, self._config, self._surveyed = specs, config, surveyed
         self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="colm_scale-reader")
+        self._ahead: Future[Examples | None] | None = None
         check_tokenizer(tokenizer, config, surveyed.first_chat)
         self.seek(self.position)
 
@@ -141,23 +145,33 @@ class BlockStream:
         Raises:
             UserError, TrainingError: As `draw`.
         """
+        if self._ahead is not None:
+            wait([self._ahead])  # it reads from where this stream has been
         self.position, self._blocks = position, self._epoch()
-        self._hold(next(islice(self._blocks, position.block, None)))
+        self._hold(self._tokenised(next(islice(self._blocks, position.block, None))))
 
     def _next_block(self) -> None:
-        del self._block, self._order  # or two blocks would be in memory
-        rows = next(self._blocks, None)
-        if rows is not None:
+        del self._block, self._order  # or three blocks would be in memory
+        block = self._ahead.result()  # raises what reading has raised
+        if block is not None:
             self.position = Position(self.position.epoch, self.position.block + 1)
-            self._hold(rows)
+            self._hold(block)
         else:
             self.seek(Position(self.position.epoch + 1))
 
-    def _hold(self, rows: list[Row]) -> None:
-        names = self._surveyed.source_names
-        self._block = tokenise_block(rows, self._tokenizer, self._config, self._max_length, names)
+    def _hold(self, block: Examples) -> None:
         draws = generator(self._seed, "shuffle", self.position.epoch, self.position.block)
-        self._order = torch.randperm(len(self._block), generator=draws)
+        self._block, self._order = block, torch.randperm(len(block), generator=draws)
+        self._ahead = self._reader.submit(self._read_ahead)
+
+    def _read_ahead(self) -> Examples | None:
+        """The block after the one that is held; None at the end of an epoch."""
+        rows = next(self._blocks, None)
+        return None if rows is None else self._tokenised(rows)
+
+    def _tokenised(self, rows: list[Row]) -> Examples:
+        names = self._surveyed.source_names
+        return tokenise_block(rows, self._tokenizer, self._config, self._max_length, names)
 
     def _epoch(self) -> Iterator[list[Row]]:
         """The blocks of rows of one epoch. The last one is given away only if all were as surveyed."""
