@@ -12,6 +12,7 @@ appended to benchmarks/results/scaling.jsonl; options after -- go to the product
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -57,7 +58,8 @@ def measure(kind: str, candidates: int, rounds: int, options: list[str]) -> None
         row |= {"phases": {name: runs.quantiles(seconds) for name, seconds in phases.items()}}
         rows.append("scaling", row | {"environment": rows.here()})
         print(kind, group.world_size, candidates, f"{row['phases']['step']['p50']:.3f} s", flush=True)
-    group.close()
+    group.barrier()
+    os._exit(0)  # as the product ends: what gloo leaves running may wait for a rank that is gone
 
 
 def start(kind: str, ranks: int, candidates: int, rounds: int, options: list[str]) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 
 import datasets
@@ -272,9 +273,25 @@ def test_blocks_before_a_position_are_not_tokenised(files, tokenizer, monkeypatc
         seen.append([row.id for row in rows])
         return tokenise_block(rows, *rest)
 
+    wait([streamed._ahead])
     monkeypatch.setattr(stream, "tokenise_block", remember)
     streamed.seek(Position(epoch=2, block=3, offset=1))
-    assert seen == [list(range(24, 32))]
+    wait([streamed._ahead])
+    assert seen == [list(range(24, 32)), [32]]  # and the one after it, ahead
+
+
+def test_what_goes_wrong_ahead_is_raised_when_its_turn_comes(files, tokenizer, monkeypatch):
+    streamed = block_stream(files, tokenizer, 8)
+    wait([streamed._ahead])
+
+    def fail(*_):
+        raise UserError("this row cannot be written")
+
+    monkeypatch.setattr(stream, "tokenise_block", fail)
+    assert len(streamed.draw(8)) == 8
+    streamed.draw(8)  # the second was read before
+    with pytest.raises(UserError, match="this row cannot be written"):
+        streamed.draw(1)
 
 
 # Memory
