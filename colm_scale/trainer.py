@@ -44,7 +44,7 @@ from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
-from colm_scale.reporting.facts import kept_facts, update_facts
+from colm_scale.reporting.facts import kept_facts, rounding_facts, update_facts
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.summary import gib
 from colm_scale.selection.allocation import allocation_facts
@@ -299,13 +299,9 @@ def _facts(
         f"{selection.candidates} candidates per step",
         *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
         *update_facts(config),
+        *rounding_facts(config),
         *allocation_facts(selection, inputs.source_names, inputs.sizes, inputs.kept),
     ]
-    if rounding := _rounding(config):
-        facts.append(
-            f"warning: finite differences of step {selection.perturbation:g} are mostly rounding with {rounding}, or "
-            f"use --selection.derivative exact or --selection.estimator last_layer"
-        )
     if not config.checkpoint.every:
         facts.append("warning: --checkpoint.every 0: a run that is interrupted is lost")
     left_out = {
@@ -323,23 +319,6 @@ def _facts(
             by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
             facts.append(f"{what}: {sum(counts.values())} ({by_source})")
     return facts
-
-
-def _rounding(config: RunConfig) -> str | None:
-    """What makes finite differences of the loss mostly rounding, and what would not, if anything does."""
-    selection = config.selection
-    if selection.method != "colm" or selection.estimator != "zeroth_order" or selection.derivative != "finite":
-        return None
-    if config.engine == "fsdp" and config.fsdp.param_dtype != "stored":
-        return f"--fsdp.param_dtype {config.fsdp.param_dtype}: leave it out"
-    if config.train.dtype == "float32":
-        return None
-    if config.model.quantize != "none":
-        return f"--model.quantize {config.model.quantize} in {config.train.dtype}: give --train.dtype float32"
-    if selection.float32_blocks < selection.probe_blocks:
-        needed = selection.probe_blocks
-        return f"--selection.float32_blocks {selection.float32_blocks} in {config.train.dtype}: give {needed} or more"
-    return None
 
 
 def build_step(

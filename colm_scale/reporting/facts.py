@@ -50,3 +50,31 @@ def update_facts(config: RunConfig) -> list[str]:
         f"derivative, and most candidates are alike: give a larger --selection.num_probes, or --selection.estimator "
         f"last_layer"
     ]
+
+
+def rounding_facts(config: RunConfig) -> list[str]:
+    """A warning, where finite differences of the loss are mostly rounding."""
+    rounding = _rounding(config)
+    if rounding is None:
+        return []
+    return [
+        f"warning: finite differences of step {config.selection.perturbation:g} are mostly rounding with {rounding}, "
+        f"or use --selection.derivative exact or --selection.estimator last_layer"
+    ]
+
+
+def _rounding(config: RunConfig) -> str | None:
+    """What makes finite differences of the loss mostly rounding, and what would not, if anything does."""
+    selection = config.selection
+    if selection.method != "colm" or selection.estimator != "zeroth_order" or selection.derivative != "finite":
+        return None
+    if config.engine == "fsdp" and config.fsdp.param_dtype != "stored":
+        return f"--fsdp.param_dtype {config.fsdp.param_dtype}: leave it out"
+    if config.train.dtype == "float32":
+        return None
+    if config.model.quantize != "none":
+        return f"--model.quantize {config.model.quantize} in {config.train.dtype}: give --train.dtype float32"
+    if selection.float32_blocks < selection.probe_blocks:
+        needed = selection.probe_blocks
+        return f"--selection.float32_blocks {selection.float32_blocks} in {config.train.dtype}: give {needed} or more"
+    return None

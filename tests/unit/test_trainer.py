@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from colm_scale.config import FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
-from colm_scale.trainer import _rounding, learning_rate, resolve, total_steps
+from colm_scale.reporting.facts import rounding_facts
+from colm_scale.trainer import learning_rate, resolve, total_steps
 
 
 def rates(steps: int, **options) -> list[float]:
@@ -75,5 +76,5 @@ SHARDED = {"engine": "fsdp", "fsdp": FsdpConfig(param_dtype="float16")}
 )
 def test_finite_differences_that_are_rounding_are_told(selection, options, told):
     config = RunConfig(selection=SelectionConfig(**{"estimator": "zeroth_order", **selection}), **options)
-    found = _rounding(config)
-    assert found is None if told is None else told in found
+    found = rounding_facts(config)
+    assert found == [] if told is None else told in found[0]
