@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 
 import models
 import rows
@@ -31,7 +32,7 @@ from colm_scale.distributed.group import connect
 from colm_scale.inputs import read_inputs
 from colm_scale.modeling.load import check_model
 from colm_scale.planning.config import PlanConfig
-from colm_scale.planning.fake import Tried, fake_model, tried
+from colm_scale.planning.fake import FakeModel, fake_model, tried
 from colm_scale.planning.memory import peaks
 from colm_scale.planning.plan import arranged
 from colm_scale.profiling.live import LiveBytes
@@ -68,21 +69,21 @@ def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, opt
         of = models.CONFIGS[name]
         base = ["--train.dtype", "bfloat16", "--profile.display", "off", *options]
         known = tried(cli.parse(base), of)
-        for engine, of_engine in ENGINES.items():
-            for checkpointing in (False, True):
-                for arm in ARMS:
-                    for micro in (0, accumulated):
-                        budget = micro or share_tokens(arm, ranks, tokens)
-                        given = [*base, *of_engine, *options_of(arm), "--train.micro_batch_tokens", str(budget)]
-                        given += ["--train.activation_checkpointing", str(checkpointing).lower()]
-                        config = trainer.resolve(cli.parse(given))
-                        ds_config = read_ds_config(config, ranks) if config.ds_config else None
-                        found = predicted(config, ds_config, of, known, ranks, tokens)
-                        row = {"benchmark": "memory", "kind": "predicted", "model": name, "engine": engine, "arm": arm}
-                        row |= {"ranks": ranks, "tokens": tokens, "checkpointing": checkpointing}
-                        row |= {"accumulated": bool(micro), "micro_batch_tokens": budget, **found}
-                        rows.append("memory", row | {"environment": rows.here()})
-            print(f"{name} {engine}: done", flush=True)
+        for checkpointing in (False, True):
+            fake = None
+            for engine, arm, micro in product(ENGINES, ARMS, (0, accumulated)):
+                budget = micro or share_tokens(arm, ranks, tokens)
+                given = [*base, *ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget)]
+                given += ["--train.activation_checkpointing", str(checkpointing).lower()]
+                config = trainer.resolve(cli.parse(given))
+                if fake is None or engine == "FSDP2":  # which shards the one it is given
+                    fake = fake_model(cli.parse([*given, "--selection.method", "colm"]), of, known)
+                found = predicted(config, fake, ranks, tokens)
+                row = {"benchmark": "memory", "kind": "predicted", "model": name, "engine": engine, "arm": arm}
+                row |= {"ranks": ranks, "tokens": tokens, "checkpointing": checkpointing}
+                row |= {"accumulated": bool(micro), "micro_batch_tokens": budget, **found}
+                rows.append("memory", row | {"environment": rows.here()})
+                print(name, engine, arm, checkpointing, bool(micro), f"{found['peak'] / 2**30:.2f} GiB", flush=True)
 
 
 def share_tokens(arm: str, ranks: int, tokens: int) -> int:
@@ -91,9 +92,9 @@ def share_tokens(arm: str, ranks: int, tokens: int) -> int:
     return (budget if method == "colm" else candidates) // ranks * tokens
 
 
-def predicted(config, ds_config, of, known: Tried, ranks: int, tokens: int) -> dict[str, object]:
+def predicted(config, fake: FakeModel, ranks: int, tokens: int) -> dict[str, object]:
     """Peak bytes by phase, and what of them the weights are."""
-    fake = fake_model(config, of, known)
+    ds_config = read_ds_config(config, ranks) if config.ds_config else None
     batches = arranged(config, PlanConfig(world_size=ranks, tokens=tokens), packed=fake.module.packs)
     found = peaks(config, ds_config, fake, ranks, batches.sketched, batches.trained)
     return {"phases": found.phases, "peak": found.step, "weights": found.engine.weights}

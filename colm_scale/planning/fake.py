@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -31,12 +31,14 @@ class FakeModel:
         mode: In which its tensors live; what is done with them is done within it.
         tap: The tap on its probes, if it sketches.
         padded_because: Why its micro-batches are padded, if they are.
+        traced: What has been traced on it already, by phase and micro-batches.
     """
 
     mode: FakeTensorMode
     module: ExampleLoss
     tap: Tap | None
     padded_because: str | None
+    traced: dict[tuple, tuple[int, list[int]]] = field(default_factory=dict)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -149,11 +150,12 @@ def peaks(
         phases = {}
         if sketched:
             few = _at_most_two_alike(sketched)
-            grown, held = trace.sketch(_batches(few, fake, label_share))
+            grown, held = trace.once("sketch", few, label_share, trace.sketch)
             more = Counter(map(tuple, sketched)) - Counter(few)
             grown += sum(count * held[few.index(alike)] for alike, count in more.items())
             phases["sketch"] = memory.resident + memory.gathered + grown
-        grown, _ = trace.train(_batches(_at_most_two_alike(trained), fake, label_share), engine)
+        train = partial(trace.train, engine=engine)
+        grown, _ = trace.once("train", _at_most_two_alike(trained), label_share, train)
         phases["train"] = memory.resident + memory.gathered + memory.reducing + grown
         adapters = sum(_bytes(weight) for weight in trainable(fake.module).values())
         share = adapters if memory.keeps_gradients else adapters // world_size
@@ -166,6 +168,19 @@ class _Trace:
 
     def __init__(self, config: RunConfig, fake: FakeModel, there: list[torch.Tensor], keeps_gradients: bool):
         self._config, self._fake, self._there, self._keeps = config, fake, there, keeps_gradients
+
+    def once(
+        self,
+        phase: str,
+        micro_batches: list[tuple[int, ...]],
+        label_share: float,
+        run: Callable[[list[Batch]], tuple[int, list[int]]],
+    ) -> tuple[int, list[int]]:
+        """What ``run`` returns for a phase; the same model is not traced twice with the same micro-batches."""
+        key = (phase, *micro_batches, label_share, self._keeps)
+        if key not in self._fake.traced:
+            self._fake.traced[key] = run(_batches(micro_batches, self._fake, label_share))
+        return self._fake.traced[key]
 
     def sketch(self, batches: list[Batch]) -> tuple[int, list[int]]:
         """All micro-batches one after the other, what is kept of each included."""

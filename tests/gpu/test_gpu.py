@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,10 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.families import base_model, batch_of, with_adapters
 
+from colm_scale.modeling.attention import PACKED
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.probe import find_probes
 from colm_scale.randomness import generator
+from colm_scale.records import Batch
 from colm_scale.selection.facility import greedy_with_gains
 from colm_scale.selection.similarity import similarities
+from colm_scale.sketch.tap import Tap
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -99,3 +107,47 @@ def test_greedy_on_the_gpu_picks_what_it_picks_on_the_cpu(n):
         on_gpu, on_cpu = (greedy_with_gains(of, n // 2) for of in (similarity.cuda(), similarity))
         assert on_gpu[0].tolist() == on_cpu[0].tolist()
         assert on_gpu[1].tolist() == on_cpu[1].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3", "stablelm", "gpt2"])
+def test_packed_examples_have_the_losses_of_padded_ones(family, dtype):
+    """In half precision by torch's flash kernel for sequences of any lengths, which only a GPU has."""
+    device = torch.device("cuda", 0)
+    model = base_model(family, dtype).to(device)
+    lengths = [9, 4, 7]
+    with torch.no_grad():
+        expected = ExampleLoss(model)(to(batch_of(lengths), device))
+        assert use_packing(model, "on", device) is None
+        found = ExampleLoss(model)(to(batch_of(lengths, packed=True), device))
+    assert model.config._attn_implementation == PACKED
+    torch.testing.assert_close(found, expected, rtol=1e-3 if dtype == torch.float32 else 0.02, atol=0)
+
+
+def to(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors there; its positions stay."""
+
+    def moved(record):
+        fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        there = {name: x.to(device) for name, x in fields.items() if isinstance(x, torch.Tensor) and name != "positions"}
+        return dataclasses.replace(record, **there)
+
+    packing = None if batch.packing is None else moved(batch.packing)
+    return dataclasses.replace(moved(batch), targets=moved(batch.targets), packing=packing)
+
+
+def test_a_micro_batch_asks_the_device_for_nothing():
+    """Whatever asks would make the host wait for it: only indices are worth that, between sketch and training."""
+    device = torch.device("cuda", 0)
+    base = base_model("llama", torch.bfloat16).to(device)
+    use_packing(base, "on", device)
+    probes = find_probes(base)
+    tap = Tap(ExampleLoss(with_adapters(base).to(device)), *probes)
+    batch = to(batch_of([9, 4, 7], packed=True), device)
+    tap.model(batch)  # looks at the logits, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tap.factors(batch)
+        tap.model(batch).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
