@@ -190,6 +190,8 @@ def predicted_table() -> str:
             case = found.setdefault((row["model"], row["engine"], row["checkpointing"]), {})
             case[row["arm"], row["accumulated"]] = row
     for (model, engine, checkpointing), case in found.items():
+        if len(case) < 2 * len(ARMS):
+            continue
         peaks_of = [case[arm, False]["peak"] / 2**30 for arm in ARMS]
         colm, b, _, most = peaks_of
         accumulated = [case[arm, True]["peak"] / 2**30 for arm in ARMS]
@@ -202,23 +204,22 @@ def predicted_table() -> str:
 
 
 def measured_table() -> str:
-    """Predicted over measured, by engine and arm."""
+    """Measured peaks, and predicted over measured; of what was measured twice the last."""
     lines = [
-        "| engine | checkpointing | accumulated | " + " | ".join(f"{arm}: MB | predicted" for arm in ARMS) + " |",
-        "|---|---|---|" + "---:|---:|" * len(ARMS),
+        "| engine | arm | checkpointing, accumulated | sketch, MB | training, MB | predicted: sketch | training |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
-    found: dict[tuple, dict[str, dict]] = {}
-    for row in rows.read("memory"):
-        if row["kind"] == "measured":
-            found.setdefault((row["engine"], row["checkpointing"], row["accumulated"]), {})[row["arm"]] = row
-    for (engine, checkpointing, accumulated), case in found.items():
-        cells = []
-        for arm in ARMS:
-            own = case[arm]["measured"]
-            peak = max(own.get("allocator", own.get("live", {})).values())
-            cells.append(f"{peak / 1e6:.1f} | {case[arm]['peak'] / peak:.3f}")
-        words = ("yes" if checkpointing else "no", "yes" if accumulated else "no")
-        lines.append(f"| {engine} | {' | '.join([*words, *cells])} |")
+    found = {
+        (row["engine"], row["arm"], row["checkpointing"], row["accumulated"]): row
+        for row in rows.read("memory")
+        if row["kind"] == "measured"
+    }
+    for (engine, arm, checkpointing, _), row in found.items():
+        own = row["measured"].get("allocator", row["measured"].get("live"))
+        sketch, train = (own.get(phase) for phase in ("sketch", "train"))
+        cells = [f"{peak / 1e6:.1f}" if peak else "-" for peak in (sketch, train)]
+        cells += [f"{row['phases'][name] / own[name]:.3f}" if name in own else "-" for name in ("sketch", "train")]
+        lines.append(f"| {engine} | {arm} | {'yes' if checkpointing else 'no'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

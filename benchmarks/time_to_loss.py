@@ -1,10 +1,12 @@
 """Seconds to a given held-out loss: CoLM, its baselines, and full batches of n and 2n by accumulation.
 
-python benchmarks/time_to_loss.py --seeds 0 1
+python benchmarks/time_to_loss.py cost              a step of every arm, interleaved in one process, on a quiet machine
+python benchmarks/time_to_loss.py run --seeds 0 1   the steps it takes
 
 Every arm has the same micro-batches, so the same peak memory but for what the sketch holds; it is in the rows. The loss
-is the mean over sources on the built-in mixture, evaluated every --every steps; seconds are the steps' own, without
-evaluation. Rows are appended to benchmarks/results/time_to_loss.jsonl.
+is the mean over sources on the built-in mixture, evaluated every --every steps; seconds are steps times the cost of
+one, so that runs beside each other do not slow each other's clock. Rows are appended to
+benchmarks/results/time_to_loss.jsonl.
 """
 
 from __future__ import annotations
@@ -14,17 +16,34 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import mean
 
 import rows
+import runs
 from arms import ARMS
-from learning import QUIET
+from learning import QUIET, _prepared
 
 STEPS = {"stratified": 120, "last_layer": 80, "paper": 80, "full n": 90, "full 2n": 50}
-TARGETS = (0.5, 0.2, 0.15)
+TARGETS = (0.8, 0.5, 0.3)
+
+
+def cost(rounds: int) -> None:
+    """Time a step of every arm in turn, round after round."""
+    steps = {arm: _prepared([*QUIET, *ARMS[arm]]) for arm in STEPS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in STEPS}
+    for number in range(1, rounds + 2):
+        for arm, step in steps.items():
+            started = time.perf_counter()
+            step(number, 1e-3)
+            seconds[arm].append(time.perf_counter() - started)
+    for arm, taken in seconds.items():
+        row = {"benchmark": "time_to_loss", "kind": "cost", "arm": arm, "step_seconds": runs.quantiles(taken[1:])}
+        rows.append("time_to_loss", row | {"rounds": rounds, "environment": rows.here()})
+        print(arm, row["step_seconds"], flush=True)
 
 
 def run(arm: str, seed: int, every: int) -> dict[str, object]:
@@ -43,6 +62,7 @@ def run(arm: str, seed: int, every: int) -> dict[str, object]:
     passed = [0.0, *accumulate(step["seconds"]["step"] for step in steps)]
     return {
         "benchmark": "time_to_loss",
+        "kind": "run",
         "arm": arm,
         "seed": seed,
         "curve": [[e["step"], passed[e["step"]], e["loss_by_source"], e["loss"]] for e in evaluations],
@@ -51,9 +71,9 @@ def run(arm: str, seed: int, every: int) -> dict[str, object]:
     }
 
 
-def seconds_to(curve: list[list[float]], target: float) -> float | None:
+def steps_to(curve: list[list[float]], target: float) -> float | None:
     """When a loss was first reached, between the evaluations around it by a straight line; None: never."""
-    for (_, before, high, _), (_, after, low, _) in pairwise(curve):
+    for (before, _, high, _), (after, _, low, _) in pairwise(curve):
         if low <= target:
             return after if high <= target else before + (after - before) * (high - target) / (high - low)
     return None
@@ -62,20 +82,27 @@ def seconds_to(curve: list[list[float]], target: float) -> float | None:
 def table() -> str:
     """Mean seconds over seeds to each loss, and of those of full 2n."""
     found: dict[str, dict[int, dict]] = {}
+    each = {}
     for row in rows.read("time_to_loss"):
-        found.setdefault(row["arm"], {})[row["seed"]] = row
+        if row["kind"] == "cost":
+            each[row["arm"]] = row["step_seconds"]["p50"]
+        else:
+            found.setdefault(row["arm"], {})[row["seed"]] = row
     headings = " | ".join(f"to {target}: s | of `full 2n`" for target in TARGETS)
-    lines = [f"| arm | seeds | peak, GiB | {headings} |", "|---|---:|---:|" + "---:|---:|" * len(TARGETS)]
+    lines = [f"| arm | s per step | seeds | peak, GiB | {headings} |", "|---|" + "---:|" * (3 + 2 * len(TARGETS))]
     for arm in STEPS:
         of_arm = found[arm]
         cells = []
         for target in TARGETS:
-            own, other = ([seconds_to(of[s]["curve"], target) for s in of_arm] for of in (of_arm, found["full 2n"]))
-            reached = None not in own
-            cells.append(f"{mean(own):.1f}" if reached else "not reached")
-            cells.append(f"{mean(own) / mean(other):.2f}" if reached and None not in other else "-")
+            own, other = ([steps_to(of[s]["curve"], target) for s in of_arm] for of in (of_arm, found["full 2n"]))
+            if None in own:
+                cells += ["not reached", "-"]
+                continue
+            taken = mean(own) * each[arm]
+            cells.append(f"{taken:.1f}")
+            cells.append("-" if None in other else f"{taken / (mean(other) * each['full 2n']):.2f}")
         peak = max(row["peak_bytes"] for row in of_arm.values()) / 2**30
-        lines.append(f"| `{arm}` | {len(of_arm)} | {peak:.2f} | {' | '.join(cells)} |")
+        lines.append(f"| `{arm}` | {each[arm]:.2f} | {len(of_arm)} | {peak:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -85,10 +112,15 @@ TABLES = {"time to loss": table}
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cost", "run"))
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
+    if given.what == "cost":
+        cost(given.rounds)
+        return
     jobs = [(arm, seed) for seed in given.seeds for arm in STEPS]
     with ThreadPoolExecutor(given.workers) as pool:
         for row in pool.map(lambda job: run(*job, given.every), jobs):

@@ -129,8 +129,8 @@ def to(batch: Batch, device: torch.device) -> Batch:
 
     def moved(record):
         fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-        there = {name: x.to(device) for name, x in fields.items() if isinstance(x, torch.Tensor) and name != "positions"}
-        return dataclasses.replace(record, **there)
+        tensors = {name: x for name, x in fields.items() if isinstance(x, torch.Tensor) and name != "positions"}
+        return dataclasses.replace(record, **{name: x.to(device) for name, x in tensors.items()})
 
     packing = None if batch.packing is None else moved(batch.packing)
     return dataclasses.replace(moved(batch), targets=moved(batch.targets), packing=packing)
