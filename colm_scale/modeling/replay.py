@@ -100,10 +100,6 @@ class BlockInputs:
         finally:
             self._mode, self._replayed = None, []
 
-    def forget(self) -> None:
-        """Drop whatever is left."""
-        self._kept, self._arranged = [], {}
-
     def _standing_in(self, number: int, block: nn.Module):
         live, forward = number == len(self._blocks) - 1, block.forward
 

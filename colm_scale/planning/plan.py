@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from colm_scale.config import RunConfig
+from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.distributed.ds_config import read_ds_config
 from colm_scale.distributed.engine import trainable
 from colm_scale.distributed.engines import check_optimizer, sharding
@@ -181,13 +181,8 @@ def _exchanged(
         return {}
     found = {"selection": 16 * selection.budget + 40}
     if batches.sketched:
-        rows, d = ranks * sum(map(len, batches.sketched)), sizes.probe
-        if selection.estimator == "last_layer":
-            found["selection"] += 4 * rows * (selection.columns + 2) + 16 * d
-        elif selection.estimator == "zeroth_order":
-            found["selection"] += 4 * rows * (selection.num_probes + 1)
-        else:
-            found["selection"] += 4 * rows
+        rows = ranks * sum(map(len, batches.sketched))
+        found["selection"] += _sketch_bytes(selection, plan, rows, sizes.probe)
     ring = (ranks - 1) / ranks
     found["gradients"] = int(2 * ring * sizes.adapters * FLOAT32)
     if sharding(config, ds_config):
@@ -195,6 +190,24 @@ def _exchanged(
         gathers = len(batches.sketched) + again * len(batches.trained)
         found["weights"] = int(ring * sizes.frozen_bytes * gathers)
     return found
+
+
+def _sketch_bytes(selection: SelectionConfig, plan: PlanConfig, rows: int, d: int) -> int:
+    """What exchanging ``rows`` sketches takes, by the table of `distributed.estimators`."""
+    match selection.estimator, selection.compression:
+        case "zeroth_order", _:
+            return 4 * rows * (selection.num_probes + 1)
+        case "last_layer", "kronecker":
+            return 4 * rows * (selection.columns + 1)
+        case "last_layer", "countsketch":
+            return 4 * rows * (selection.columns + 2) + 16 * d
+        case "last_layer", _:
+            owned, ranked = -(-d // plan.world_size), 1 if selection.joint else plan.sources
+            proposals = 8 * ranked * plan.world_size * min(selection.columns, owned)
+            sums = 4 * ranked * plan.world_size * owned
+            return 4 * rows * (selection.columns + 2) + sums + proposals + 16 * d
+        case _:
+            return 4 * rows
 
 
 def _largest(

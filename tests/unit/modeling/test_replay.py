@@ -101,7 +101,7 @@ def test_only_as_many_micro_batches_are_kept_as_asked_for():
     inputs = BlockInputs(module, 1)
     keep(inputs, module, most=1)
     assert [kept.batch.positions.tolist() for kept in inputs._kept] == [SKETCHED[0]]
-    inputs.forget()
+    inputs.arrange([])
     keep(inputs, module, most=0)
     assert not inputs._kept
 

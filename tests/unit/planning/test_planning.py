@@ -194,6 +194,24 @@ def test_weights_are_sent_once_for_each_gathering():
     assert make_plan(config_of(), PlanConfig(), of).exchanged == {}
 
 
+def test_bytes_of_the_selection_are_those_of_the_estimators():
+    of, plan = base_model("llama", **OPTIONS).config, PlanConfig(world_size=2, tokens=20, sources=3)
+    d, h, rows, rest = 4 * 64 // 2, 64, 16, 16 * 8 + 40
+    ways = {
+        (("columns", h),): 4 * rows * (h + 2) + 4 * 3 * 2 * d // 2 + 8 * 3 * 2 * min(h, d // 2) + 16 * d,
+        (("columns", h), ("compression", "countsketch")): 4 * rows * (h + 2) + 16 * d,
+        (("columns", h), ("compression", "kronecker")): 4 * rows * (h + 1),
+        (("estimator", "zeroth_order"), ("num_probes", 3)): 4 * rows * 4,
+        (("estimator", "loss"),): 4 * rows,
+        (("estimator", "length"),): 0,
+        (("method", "stratified"),): 0,
+    }
+    for options, expected in ways.items():
+        found = make_plan(config_of(selection=dict(options)), plan, of)
+        assert found.exchanged["selection"] == expected + rest, options
+    assert found.sizes.probe == 0
+
+
 def test_wrong_numbers_are_told():
     with pytest.raises(UserError, match=r"--plan\.world_size is 0, but must be at least 1"):
         PlanConfig(world_size=0)
