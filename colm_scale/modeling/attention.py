@@ -10,6 +10,7 @@ none, means a padded batch, which the attention treats as sdpa does.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +34,25 @@ def mask_of(packing: Packing) -> Tensor:
     return packing.offsets.expand(1, 1, packing.longest, -1)
 
 
-def _packed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
+def _packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    may_flash: bool = True,
+    **kwargs,
+):
     """An attention function of transformers: ``[R, heads, T, head_dim]`` to ``[R, T, heads, head_dim]``."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     offsets, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
-    run = _flash if _takes_flash(query, value, kwargs) else _side_by_side
+    run = _flash if may_flash and _takes_flash(query, value, kwargs) else _side_by_side
     return run(module, query, key, value, offsets, longest, **kwargs), None
 
 
-def _packed_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
-    """The same, never by the flash kernel."""
-    if attention_mask is None or attention_mask.dtype != torch.int32:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    offsets, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
-    return _side_by_side(module, query, key, value, offsets, longest, **kwargs), None
-
-
-for _name, _function in ((PACKED, _packed), (PACKED_SDPA, _packed_sdpa)):
+for _name, _function in ((PACKED, _packed), (PACKED_SDPA, partial(_packed, may_flash=False))):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 

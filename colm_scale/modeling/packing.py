@@ -43,6 +43,8 @@ def _try(model: PreTrainedModel, device: torch.device) -> str | None:
     name, chosen = type(model).__name__, model.config._attn_implementation
     if chosen != "sdpa":
         return f"attention {chosen} takes no packed rows"
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return f"{name} attends within chunks, which packed rows do not keep apart"
     reason = None
     few = ExampleLoss(first_blocks(model, 2).to(device))
     config = few.causal_model.config

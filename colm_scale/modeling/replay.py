@@ -35,8 +35,8 @@ class BlockInputs:
     """Keeps what goes into a model's blocks, and lets micro-batches of the same examples start from it.
 
     Args:
-        model: The loss module around the adapted model, before an engine wraps it. Its blocks' forward is replaced by
-            one that does the same but inside `keeping` and `replaying`.
+        model: The loss module around the adapted model, sharded or not. Its blocks' forward is replaced by one that
+            does the same but inside `keeping` and `replaying`.
         live: The first block that a replayed micro-batch runs.
         store: ``device`` or ``cpu``, where the inputs are kept.
 
@@ -153,8 +153,8 @@ class BlockInputs:
 
     def _laid_out(self, batch: Batch, places: list[tuple[int, Tensor, Tensor]], number: int) -> Tensor:
         """``[tokens of batch, hidden]``; padding is zero."""
-        found = self._like.new_zeros(batch.input_ids.numel(), self._like.shape[-1])
-        found = found.cpu() if self._store == "cpu" else found
+        device = "cpu" if self._store == "cpu" else self._like.device
+        found = self._like.new_zeros(batch.input_ids.numel(), self._like.shape[-1], device=device)
         for kept, tokens, targets in places:
             of_kept = self._kept[kept].inputs[number]
             found.index_copy_(0, targets.to(found.device), of_kept.index_select(0, tokens.to(of_kept.device)))

@@ -1,8 +1,8 @@
 """Peak memory of a rank, phase by phase, before there is a run: traced on fake tensors, and formulas for the rest.
 
 Traced is what the product's own code allocates for a micro-batch: activations, what the sketch holds, gradients, under
-FSDP2 also what is gathered (the real `fully_shard`, in a process group that sends nothing). What DDP and DeepSpeed hold
-is outside of torch's tensors or depends on values, so it is reckoned (`engine_memory`). Not counted: the CUDA context
+FSDP2 also what is gathered (the real `fully_shard`, in a process group that sends nothing). What DDP and DeepSpeed
+hold, whose code does not run here, is reckoned (`engine_memory`). Not counted: the CUDA context
 and NCCL's buffers (0.5 to 1.5 GiB), fragments, and temporaries of fused kernels.
 """
 
@@ -153,10 +153,11 @@ def peaks(
             grown, held = trace.once("sketch", few, label_share, trace.sketch)
             more = Counter(map(tuple, sketched)) - Counter(few)
             grown += sum(count * held[few.index(alike)] for alike, count in more.items())
-            phases["sketch"] = memory.resident + memory.gathered + grown
+            phases["sketch"] = memory.resident + memory.gathered + grown + _kept_inputs(config, fake, sketched)
         train = partial(trace.train, engine=engine)
         grown, _ = trace.once("train", _at_most_two_alike(trained), label_share, train)
-        phases["train"] = memory.resident + memory.gathered + memory.reducing + grown
+        kept = _kept_inputs(config, fake, trained)
+        phases["train"] = memory.resident + memory.gathered + memory.reducing + grown + kept
         adapters = sum(_bytes(weight) for weight in trainable(fake.module).values())
         share = adapters if memory.keeps_gradients else adapters // world_size
         phases["optimizer"] = memory.resident + 2 * share  # its gradient, and the root of the second average
@@ -232,6 +233,16 @@ class _Trace:
                 run(batch)
                 marks.append(live.now)
             return live.peak - marks[0], [after - before for before, after in pairwise(marks)]
+
+
+def _kept_inputs(config: RunConfig, fake: FakeModel, micro_batches: MicroBatches) -> int:
+    """What forward reuse keeps on the device of these: what goes into each block, up to its bound."""
+    if config.train.forward_reuse != "device":
+        return 0
+    model = fake.module.causal_model
+    numbers = len(fake.blocks) * model.config.get_text_config().hidden_size * sum(map(sum, micro_batches))
+    size = numbers * model.get_input_embeddings().weight.element_size()
+    return min(size, int(config.train.forward_reuse_gib * 2**30))
 
 
 def _let_go(weight: nn.Parameter):

@@ -108,7 +108,7 @@ def make_plan(config: RunConfig, plan: PlanConfig, of: PretrainedConfig | None =
     forward = _forward_flops(fake, sizes)
     sketched, trained = (sum(map(sum, of_phase)) for of_phase in (batches.sketched, batches.trained))
     # The loss goes back through frozen weights, which need no gradient of their own; adapters are next to nothing.
-    passes = 3 if config.train.activation_checkpointing else 2
+    passes = 3 if config.train.activation_checkpointing and config.train.forward_reuse == "off" else 2
     return Plan(
         config=config,
         plan=plan,

@@ -103,6 +103,13 @@ def test_another_attention_is_left_alone(family):
     assert not ExampleLoss(model).packs
 
 
+def test_attention_in_chunks_stays_padded():
+    model = base_model("llama", attention_chunk_size=8)
+    reason = "LlamaForCausalLM attends within chunks, which packed rows do not keep apart"
+    assert use_packing(model, "auto", CPU) == reason
+    assert not ExampleLoss(model).packs
+
+
 def test_a_model_whose_examples_see_each_other_is_found_out():
     # As a layer that mixes neighbouring tokens does: convolutions and recurrences of hybrid models.
     def leak(_module, args, output):

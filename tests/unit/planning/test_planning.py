@@ -117,6 +117,24 @@ def test_like_micro_batches_are_not_traced_again_and_again():
     assert found["sketch"] == few["sketch"] + 2 * (two - one)
 
 
+def test_forward_reuse_keeps_what_goes_into_each_block():
+    checkpointed = config_of(train={"activation_checkpointing": True})
+    reusing = config_of(train={"activation_checkpointing": True, "forward_reuse": "device"})
+    offloaded = config_of(train={"activation_checkpointing": True, "forward_reuse": "cpu"})
+    bounded = config_of(
+        train={"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 1000 / 2**30}
+    )
+    plain, kept, on_cpu, few = (
+        peaks(config, None, fake_of(config), 1, [LENGTHS] * 2, [LENGTHS]).phases
+        for config in (checkpointed, reusing, offloaded, bounded)
+    )
+    each = 6 * 64 * 4 * sum(LENGTHS)
+    assert kept["sketch"] - plain["sketch"] == 2 * each
+    assert kept["train"] - plain["train"] == each
+    assert on_cpu == plain
+    assert few["train"] - plain["train"] == 1000
+
+
 def test_what_engines_hold():
     config = config_of()
     fake = fake_of(config)
