@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from colm_scale import cli, trainer
+from colm_scale import arguments, trainer
 from colm_scale.data.batching import collate
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import make_estimator
@@ -134,7 +134,7 @@ class Bench:
 
     def __init__(self, options: list[str], pool: int):
         torch.set_num_threads(1)
-        self._config = config = trainer.resolve(cli.parse(options))
+        self._config = config = trainer.resolve(arguments.parse(options))
         self._group = group = connect()
         self._inputs = inputs = read_inputs(config, group)
         self._examples = inputs.sampler.examples

@@ -94,7 +94,7 @@ def _prepared(options: list[str]):
     import torch
     import transformers
 
-    from colm_scale import cli, trainer
+    from colm_scale import arguments, trainer
     from colm_scale.distributed.engines import loading_device, make_engine
     from colm_scale.distributed.group import connect
     from colm_scale.inputs import read_inputs
@@ -103,7 +103,7 @@ def _prepared(options: list[str]):
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    config = trainer.resolve(cli.parse(options))
+    config = trainer.resolve(arguments.parse(options))
     group = connect()
     inputs = read_inputs(config, group)
     module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)

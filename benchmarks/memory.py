@@ -25,7 +25,7 @@ import rows
 import torch
 import transformers
 
-from colm_scale import cli, trainer
+from colm_scale import arguments, trainer
 from colm_scale.distributed.ds_config import read_ds_config
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.group import connect
@@ -68,16 +68,16 @@ def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, opt
     for name in names:
         of = models.CONFIGS[name]
         base = ["--train.dtype", "bfloat16", "--profile.display", "off", *options]
-        known = tried(cli.parse(base), of)
+        known = tried(arguments.parse(base), of)
         for checkpointing in (False, True):
             fake = None
             for engine, arm, micro in product(ENGINES, ARMS, (0, accumulated)):
                 budget = micro or share_tokens(arm, ranks, tokens)
                 given = [*base, *ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget)]
                 given += ["--train.activation_checkpointing", str(checkpointing).lower()]
-                config = trainer.resolve(cli.parse(given))
+                config = trainer.resolve(arguments.parse(given))
                 if fake is None or engine == "FSDP2":  # which shards the one it is given
-                    fake = fake_model(cli.parse([*given, "--selection.method", "colm"]), of, known)
+                    fake = fake_model(arguments.parse([*given, "--selection.method", "colm"]), of, known)
                 found = predicted(config, fake, ranks, tokens)
                 row = {"benchmark": "memory", "kind": "predicted", "model": name, "engine": engine, "arm": arm}
                 row |= {"ranks": ranks, "tokens": tokens, "checkpointing": checkpointing}
@@ -133,7 +133,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     budget = 512 if accumulated else 10**6
     given = [*ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget), *options]
     given += ["--train.activation_checkpointing", str(checkpointing).lower(), "--profile.display", "off"]
-    config = trainer.resolve(cli.parse(given))
+    config = trainer.resolve(arguments.parse(given))
     group = connect()
     inputs = read_inputs(config, group)
     examples = inputs.sampler.examples

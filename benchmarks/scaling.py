@@ -23,7 +23,7 @@ import step_time
 import torch
 import transformers
 
-from colm_scale import cli, trainer
+from colm_scale import arguments, trainer
 from colm_scale.distributed.group import connect
 from colm_scale.inputs import read_inputs
 from colm_scale.randomness import generator
@@ -71,7 +71,7 @@ def start(kind: str, ranks: int, candidates: int, rounds: int, options: list[str
 
 def balance(draws: int, options: list[str]) -> None:
     """Tokens of the busiest rank over the mean, for random candidates of real lengths; half of them are trained."""
-    inputs = read_inputs(trainer.resolve(cli.parse(options)), connect())
+    inputs = read_inputs(trainer.resolve(arguments.parse(options)), connect())
     examples, ways = inputs.sampler.examples, {"padded": (False, False), "even, packed": (True, True)}
     for n in (128, 256):
         for ranks in (2, 4, 8):
@@ -88,7 +88,7 @@ def balance(draws: int, options: list[str]) -> None:
                 row = {"benchmark": "scaling", "kind": "balance", "ranks": ranks, "candidates": n, "way": way}
                 row |= {"micro_batch_tokens": MICRO_BATCH, "draws": draws}
                 row |= {"sketch": runs.quantiles(sketch), "train": runs.quantiles(train)}
-                row |= {"data": runs.digest(cli.parse(options).data.train), "mean_sketch": sum(sketch) / draws}
+                row |= {"data": runs.digest(arguments.parse(options).data.train), "mean_sketch": sum(sketch) / draws}
                 rows.append("scaling", row | {"mean_train": sum(train) / draws, "environment": rows.here()})
                 print(n, ranks, way, row["mean_sketch"], sum(train) / draws, flush=True)
 

@@ -29,7 +29,7 @@ import runs
 import torch
 import transformers
 
-from colm_scale import cli, trainer
+from colm_scale import arguments, trainer
 from colm_scale.config import ModelConfig
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.group import Group, connect
@@ -56,7 +56,7 @@ RATE = 1e-3
 
 def prepare(options: list[str], group: Group) -> tuple:
     """A run's step, and what an estimator does to a micro-batch beyond a bare forward, if it does anything."""
-    config = trainer.resolve(cli.parse(options))
+    config = trainer.resolve(arguments.parse(options))
     inputs = read_inputs(config, group)
     module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)

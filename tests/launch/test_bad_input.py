@@ -22,8 +22,8 @@ import pytest
 import yaml
 from support.commands import LAUNCHER, ROOT, SMALL, Outcome, deepspeed, python, run, run_many, torchrun
 
+from colm_scale.arguments import option_types, parse
 from colm_scale.base import BASE_MODEL
-from colm_scale.cli import option_types, parse
 from colm_scale.config import RunConfig, as_yaml
 from colm_scale.errors import UserError
 

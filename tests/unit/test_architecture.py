@@ -19,6 +19,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
     ("planning",),
+    ("arguments",),
+    ("commands",),
     ("cli",),
 )
 BASE = "colm_scale.base."

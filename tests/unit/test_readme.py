@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from colm_scale.cli import option_types
+from colm_scale.arguments import option_types
 from colm_scale.planning.config import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
