@@ -4,11 +4,14 @@ python benchmarks/step_time.py                                          all mode
 python -m torch.distributed.run --nproc_per_node 2 benchmarks/step_time.py --models built-in
 python benchmarks/step_time.py --models Phi-2 --cut 1 -- --train.dtype bfloat16         in full, on a GPU
 python benchmarks/step_time.py -- --data.train FILE --train.packing off
+python benchmarks/step_time.py --compile --models Phi-2 --arms last_layer stratified
 
 The bare floor is a forward of what is sketched, then forward, backward and optimizer of the coreset, on the step's own
 tokens; the estimator floor runs the estimator's branches in that forward, and nothing else. Published
 models have random weights and are cut down: widths and vocabulary divided by --cut, --blocks blocks. Options after --
 go to the product. Rows are appended to benchmarks/results/step_time.jsonl; --label names what was changed in between.
+--compile times steps beside the same ones with the blocks below the probed one compiled by torch.compile (dynamic
+shapes), in turn.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.group import Group, connect
 from colm_scale.inputs import read_inputs
 from colm_scale.modeling.load import load_tokenizer
+from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.sketch import zeroth_order
@@ -52,6 +56,8 @@ ARMS = {
 }
 QUIET = ("--train.threads", "1", "--profile.display", "off", "--selection.candidates", "64", "--selection.budget", "32")
 RATE = 1e-3
+WARM_UP = 5
+"""Steps in which code is compiled, for the shapes that the first ones bring."""
 
 
 def prepare(options: list[str], group: Group) -> tuple:
@@ -110,10 +116,67 @@ def measure(options: list[str], group: Group, rounds: int) -> dict[str, object]:
     }
 
 
+def measure_compiled(options: list[str], group: Group, rounds: int) -> dict[str, object]:
+    """Seconds of a step with compiled blocks over those of the same step without, taken in turn.
+
+    The last block, into which the sketch hooks, is left as it is: gradients of what is inside are lost in compiled code.
+    """
+    torch._dynamo.reset()
+    (plain, _, module, digest), (compiled, _, other, _) = prepare(options, group), prepare(options, group)
+    blocks = decoder_blocks(other.causal_model)[1]
+    torch._dynamo.config.recompile_limit = 64  # of one code object: training, sketching, and each kind of shape
+    for block in blocks[:-1]:
+        block.compile(dynamic=True)
+    seconds, ratios, differ, first = [], [], 0.0, 0.0
+    for number in range(1, rounds + WARM_UP + 1):
+        taken, losses = [], []
+        for step in (plain, compiled):
+            started = time.perf_counter()
+            losses.append(step(number, RATE)[0].loss)
+            taken.append(time.perf_counter() - started)
+        differ = max(differ, abs(losses[0] - losses[1]) / abs(losses[0]))
+        if number <= WARM_UP:
+            first += taken[1]
+            continue
+        seconds.append(taken[0])
+        ratios.append(taken[1] / taken[0])
+    return {
+        "blocks": len(blocks),
+        "parameters": module.causal_model.num_parameters(),
+        "data": digest,
+        "seconds": runs.quantiles(seconds),
+        "compiled_over_plain": runs.quantiles(ratios),
+        "warm_up_steps": WARM_UP,
+        "warm_up_seconds": first,
+        "largest_relative_loss_difference": differ,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+    }
+
+
+def compiled_table() -> str:
+    """What compiling the blocks gave."""
+    lines = [
+        "| model | arm | micro-batches | s per step | compiled / plain (p20 to p80) | first 5 steps, s | graphs | breaks | losses differ by |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    found = {(row["model"], row["arm"], str(row["options"])): row for row in rows.read("step_time") if "graphs" in row}
+    for row in found.values():
+        name = row["model"] if row["cut"] == 1 else f"{row['model']} / {row['cut']}"
+        lines.append(
+            f"| {name}, {row['blocks']} blocks | {row['arm']} | {'padded' if 'off' in row['options'] else 'packed'} | "
+            f"{row['seconds']['p50']:.2f} | {_ratio(row['compiled_over_plain'])} | {row['warm_up_seconds']:.0f} | "
+            f"{row['graphs']} | {row['graph_breaks']} | {row['largest_relative_loss_difference']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
 def last_rows() -> list[dict]:
     """Of what was measured twice the last."""
     found = {}
     for row in rows.read("step_time"):
+        if "graphs" in row:
+            continue
         found[row["model"], row["ranks"], row["label"], "--ds_config" in row["options"], row["arm"]] = row
     return list(found.values())
 
@@ -156,7 +219,7 @@ def _ratio(of: dict[str, float]) -> str:
     return f"{of['p50']:.2f} ({of['p20']:.2f} to {of['p80']:.2f})"
 
 
-TABLES = {"step time": table, "phases": changes}
+TABLES = {"step time": table, "phases": changes, "compiled": compiled_table}
 
 
 @contextmanager
@@ -179,6 +242,7 @@ def main() -> None:
     parser.add_argument("--cut", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="time compiled blocks beside plain ones")
     parser.add_argument("--label", default="", help="what was changed, for rows that are compared")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
@@ -188,13 +252,14 @@ def main() -> None:
     for name in given.models:
         with named(name, given.cut, given.blocks) as model:
             for arm in given.arms:
-                found = measure([*QUIET, *model, *ARMS[arm], *options], group, given.rounds)
+                measured = measure_compiled if given.compile else measure
+                found = measured([*QUIET, *model, *ARMS[arm], *options], group, given.rounds)
                 if not group.is_first:
                     continue
                 row = {"benchmark": "step_time", "model": name, "cut": given.cut if model else 1, "arm": arm}
                 row |= {"ranks": group.world_size, "rounds": given.rounds, "label": given.label, "options": options}
                 rows.append("step_time", row | found | {"environment": rows.here()})
-                ratios = " ".join(f"{key} {value['p50']:.3f}" for key, value in found.items() if key.startswith("over"))
+                ratios = " ".join(f"{key} {value['p50']:.3f}" for key, value in found.items() if "over" in key)
                 print(f"{name:20} {arm:28} {found['seconds']['p50']:.3f} s, {ratios}", flush=True)
     group.barrier()
     os._exit(0)  # as the product ends: what gloo leaves running may wait for a rank that is gone
