@@ -12,6 +12,7 @@ from colm_scale.data.answers import is_correct
 from colm_scale.data.batching import collate
 from colm_scale.data.examples import Examples
 from colm_scale.distributed.group import Group
+from colm_scale.modeling.compiling import uncompiled
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.randomness import generator
@@ -107,16 +108,17 @@ class Evaluator:
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = torch.as_tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        generated = module.model.generate(
-            input_ids=tokens.to(self._group.device),
-            attention_mask=mask.to(self._group.device),
-            max_new_tokens=self._config.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            synced_gpus=self._group.world_size > 1,
-            pad_token_id=pad_id,
-            eos_token_id=sorted(self._ends(module)),
-        )
+        with uncompiled():  # a token at a time on growing caches is not what blocks are compiled for
+            generated = module.model.generate(
+                input_ids=tokens.to(self._group.device),
+                attention_mask=mask.to(self._group.device),
+                max_new_tokens=self._config.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                synced_gpus=self._group.world_size > 1,
+                pad_token_id=pad_id,
+                eos_token_id=sorted(self._ends(module)),
+            )
         return self._tokenizer.batch_decode(generated[:, longest:].cpu(), skip_special_tokens=True)
 
     def _ends(self, module: ExampleLoss) -> set[int]:

@@ -98,16 +98,24 @@ def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: in
     return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, surveyed.digest
 
 
+def check_even_shares(candidates: int, ranks: int) -> None:
+    """Refuse candidates that ranks cannot share evenly.
+
+    Raises:
+        UserError: They cannot.
+    """
+    if candidates % ranks:
+        raise UserError(
+            f"--selection.candidates is {candidates}, which {ranks} ranks cannot share evenly: "
+            f"give a multiple of {ranks}"
+        )
+
+
 def _check_ranks(config: RunConfig, group: Group) -> dict | None:
     """What depends on the number of ranks, and the configuration of DeepSpeed."""
     from colm_scale.distributed.ds_config import read_ds_config
 
-    n = config.selection.candidates
-    if n % group.world_size:
-        raise UserError(
-            f"--selection.candidates is {n}, which {group.world_size} ranks cannot share evenly: "
-            f"give a multiple of {group.world_size}"
-        )
+    check_even_shares(config.selection.candidates, group.world_size)
     if config.engine == "single" and group.world_size > 1:
         raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
     if config.engine == "ddp" and group.world_size == 1:

@@ -25,6 +25,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.match import gradient_products
 from colm_scale.distributed.observer import Observer
 from colm_scale.errors import TrainingError
+from colm_scale.modeling.compiling import uncompiled
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.modeling.replay import BlockInputs
@@ -288,7 +289,8 @@ class CoresetStep:
         )
         own = deal(micro_batches, lengths, group.world_size, packed=packed)[group.rank]
         scale = self._engine.scale.scale / n
-        with global_draws(group.device, seed, "match", candidates.step, group.rank):
+        # Gradients inside the blocks are read, where compiled code shows none.
+        with uncompiled(), global_draws(group.device, seed, "match", candidates.step, group.rank):
             products = gradient_products(self._adapters, self._batches(candidates, own, packed), weights, group, scale)
         del group.traffic["match"]  # it is no exchange of the step's
         return products

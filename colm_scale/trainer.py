@@ -34,6 +34,7 @@ from colm_scale.distributed.watch import STOPPED, Watch, peer_is_gone
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs, read_inputs
+from colm_scale.modeling.compiling import check_compiler, compile_blocks
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import default_learning_rate
@@ -110,6 +111,8 @@ def build_model(
     Micro-batches are packed where that is wanted and the model takes them so, see `ExampleLoss.padded_because`.
     """
     with group.together():
+        if config.train.compile:
+            check_compiler(group.device)
         prefers_flash = config.train.packing == "off"  # else torch's own flash kernel, which takes packed rows
         base = load_model(config.model, getattr(torch, config.train.dtype), device, prefers_flash=prefers_flash)
         padded_because = use_packing(base, config.train.packing, group.device)
@@ -331,6 +334,9 @@ def build_step(
     proxy: Tap | None = None,
 ) -> CoresetStep:
     """One step's parts, put together."""
+    reuse = config.train.forward_reuse
+    if config.train.compile:
+        compile_blocks(decoder_blocks(engine.module.causal_model)[1][: _alike(config, tap)])
     estimator: Estimator | None = None
     if config.selection.method == "colm":
         estimator = make_estimator(proxy or tap, config.selection, config.train, group)
@@ -347,17 +353,19 @@ def build_step(
         pad_id=inputs.tokenizer.pad_token_id,
         adapters=AdapterTap(engine.module) if config.profile.match_every else None,
         sketching=engine.module if proxy is None else proxy.model,
-        inputs=_block_inputs(config, tap) if config.train.forward_reuse != "off" else None,
+        inputs=BlockInputs(tap.model, _alike(config, tap), reuse) if reuse != "off" else None,
     )
 
 
-def _block_inputs(config: RunConfig, tap: Tap) -> BlockInputs:
-    """What keeps the sketch's block inputs, up to the block where the sketch begins to differ from training."""
+def _alike(config: RunConfig, tap: Tap | None) -> int | None:
+    """How many of the first blocks the sketch runs as training does; None: all, where the model does not sketch."""
+    if tap is None:
+        return None
     blocks = list(decoder_blocks(tap.model.causal_model)[1])
-    live = blocks.index(tap.block)
+    alike = blocks.index(tap.block)
     if config.selection.estimator == "zeroth_order" and config.selection.derivative == "finite":
-        live = min(live, max(0, len(blocks) - config.selection.float32_blocks))
-    return BlockInputs(tap.model, live, config.train.forward_reuse)
+        alike = min(alike, max(0, len(blocks) - config.selection.float32_blocks))
+    return alike
 
 
 def _evaluator(config: RunConfig, inputs: Inputs, small: Tensor, group: Group, watch: Watch) -> Evaluator | None:

@@ -34,6 +34,7 @@ _LEFT_OUT = {
     "selection.proxy": "the proxy has a digest of its own, wherever it lies",
     "train.threads": "rounding at most",
     "train.activation_checkpointing": "rounding at most",
+    "train.compile": "rounding at most",
     "train.forward_reuse": "rounding at most",
     "train.forward_reuse_gib": "rounding at most",
     "train.timeout": "ends a run, but changes none",

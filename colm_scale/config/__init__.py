@@ -147,6 +147,9 @@ class TrainConfig:
     forward_reuse_gib: float = 8.0
     """With `forward_reuse`: most memory for what is kept, in GiB per rank. Candidates beyond it are trained as
     usual."""
+    compile: bool = False
+    """Compile the decoder blocks below the one that the sketch looks into (all of them, where nothing is sketched) by
+    torch.compile. The first steps take longer, every other one less; rounding is another, and so ids may be."""
     packing: Literal["auto", "on", "off"] = "auto"
     """Put the examples of a micro-batch one after the other, none of which sees another, instead of padding them to the
     longest. auto: where the model computes the same with them; else, and with off, they are padded."""

@@ -11,6 +11,7 @@ from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.distributed.ds_config import read_ds_config
 from colm_scale.distributed.engine import trainable
 from colm_scale.distributed.engines import check_optimizer, sharding
+from colm_scale.inputs import check_even_shares
 from colm_scale.modeling.load import check_model
 from colm_scale.planning.config import PlanConfig
 from colm_scale.planning.fake import FakeModel, Tried, fake_model, tried
@@ -96,6 +97,7 @@ def make_plan(config: RunConfig, plan: PlanConfig, of: PretrainedConfig | None =
     Raises:
         UserError: As a run with these options, before it has read weights and data.
     """
+    check_even_shares(config.selection.candidates, plan.world_size)
     of = of or check_model(config.model)
     ds_config = read_ds_config(config, plan.world_size) if config.ds_config else None
     check_optimizer(config, ds_config)

@@ -39,6 +39,7 @@ def test_a_configuration_without_weights_is_enough(tmp_path):
         (["--plan.world_sise", "2"], ["unknown option --plan.world_sise", "--plan.world_size"]),
         (["--plan.world_size", "two"], ["--plan.world_size is 'two'", "a whole number"]),
         (["--plan.world_size", "0"], ["--plan.world_size is 0", "at least 1"]),
+        (["--plan.world_size", "3"], ["--selection.candidates is 64", "3 ranks cannot share evenly"]),
         (["--model.name", "nowhere/at-all"], ["--model.name nowhere/at-all"]),
         (["--ds_config", "missing.json"], ["--ds_config missing.json"]),
         (["--selection.probe", "zz"], ["--selection.probe 'zz'"]),

@@ -102,6 +102,14 @@ CASES = {
     "not_clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.0}),
     "checkpointed": Case(_selection(), steps=2, train={"activation_checkpointing": True}),
     "padded": Case(_selection(), train={"packing": "off"}),
+    "plain": Case(_selection(), 3, {"activation_checkpointing": True}, match_every=3),
+    "compiled": Case(_selection(), 3, {"activation_checkpointing": True, "compile": True}, match_every=3),
+    "compiled_padded": Case(_selection(), 3, {"packing": "off", "compile": True}),
+    "compiled_replayed": Case(
+        _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "device", "compile": True}
+    ),
+    "compiled_stratified": Case(_selection(method="stratified"), 3, {"compile": True}),
+    "stratified_3": Case(_selection(method="stratified"), 3),
     **{
         f"{what}{name}": Case(
             _selection(**options), 3, {"activation_checkpointing": True, "forward_reuse": where, **train}

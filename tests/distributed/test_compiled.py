@@ -1,0 +1,41 @@
+"""Compiled blocks train what plain ones do, under every engine."""
+
+from __future__ import annotations
+
+import pytest
+
+LIKE = {
+    "compiled": "plain",
+    "compiled_padded": "plain",
+    "compiled_replayed": "plain",
+    "compiled_stratified": "stratified_3",
+}
+CASES = [*LIKE, *dict.fromkeys(LIKE.values())]
+ENGINES = ("auto", "zero2", "fsdp", "zero3")
+PAIRS = [*[(engine, "compiled") for engine in ENGINES], ("auto", "compiled_replayed")]
+
+
+def assert_alike(compiled, plain):
+    assert len(compiled) == 3
+    for step, other in zip(compiled, plain):
+        assert step["ids"].tolist() == other["ids"].tolist()
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert step["norm"] == pytest.approx(other["norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("case", LIKE)
+def test_on_one_process(alone, case):
+    assert_alike(alone[case]["steps"], alone[LIKE[case]]["steps"])
+
+
+@pytest.mark.parametrize(("engine", "case"), PAIRS)
+def test_on_two_ranks(ranks, alone, engine, case):
+    for cases in ranks:
+        assert_alike(cases[f"{engine}/{case}"]["steps"], alone[LIKE[case]]["steps"])
+
+
+def test_gradients_inside_are_read_as_ever(alone):
+    found, expected = (alone[case]["steps"][2]["telemetry"] for case in ("compiled", "plain"))
+    names = [name for name in expected if name.startswith("match")]
+    assert names
+    assert {name: found[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=1e-3)
