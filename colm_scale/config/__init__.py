@@ -269,7 +269,8 @@ class RunConfig:
     output_dir: str | None = None
     """Folder of the run. Default: runs/ and the date and time."""
     ds_config: str | None = None
-    """DeepSpeed configuration (JSON): ZeRO stage, offload, communication; nothing that the run decides."""
+    """DeepSpeed configuration: ZeRO stage, offload, communication; nothing that the run decides. A JSON file, or zero1,
+    zero2, zero2_offload, zero3 or zero3_offload, which the package brings. Needs the extra colm_scale[deepspeed]."""
     engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """What shards the model. auto: deepspeed with --ds_config, else ddp with several ranks, else single."""
     resume: str = "none"
@@ -285,7 +286,7 @@ class RunConfig:
         if self.train.forward_reuse != "off":
             self._check_reusable()
         if self.engine == "deepspeed" and self.ds_config is None:
-            raise UserError("--engine deepspeed needs --ds_config FILE, for instance ds_configs/zero2.json")
+            raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config zero2")
         if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):
             raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
         if self.resume == "auto" and self.output_dir is None:

@@ -1,6 +1,6 @@
 """The one source of truth about a DeepSpeed configuration.
 
-A file in ``ds_configs`` says what DeepSpeed alone knows: ZeRO stage, offload, communication. What the run decides
+A file, or one of those in ``ds_configs`` by its name, says what DeepSpeed alone knows: ZeRO stage, offload, communication. What the run decides
 (batch arithmetic, clipping, dtype, optimizer) is written in here, and a file that says otherwise is refused; so is a
 key that DeepSpeed would silently ignore.
 """
@@ -8,12 +8,14 @@ key that DeepSpeed would silently ignore.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from pathlib import Path
 
 from colm_scale.config import RunConfig, TrainConfig
 from colm_scale.errors import UserError
 
+_SHIPPED = Path(__file__).parents[1] / "ds_configs"
 _STAGES = (0, 1, 2, 3)
 _DECIDED_HERE = {
     "optimizer": "--train.optimizer",
@@ -57,10 +59,15 @@ def read_ds_config(config: RunConfig, world_size: int) -> dict:
     """The DeepSpeed configuration of a run: the file's topology with the run's decisions written in.
 
     Raises:
-        UserError: The file is missing, is not a JSON object, has a key that means nothing, or contradicts the run
-            (naming both values).
+        UserError: DeepSpeed is not installed, or the file is missing, is not a JSON object, has a key that means
+            nothing, or contradicts the run (naming both values).
     """
-    path = Path(config.ds_config)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"--ds_config {config.ds_config} needs DeepSpeed, which is not installed: pip install "
+            f"'colm_scale[deepspeed]', or leave --ds_config out (--engine fsdp shards without it)"
+        )
+    path = _found(config.ds_config)
     given = _without_auto(_json_object(path))
     zero = given.get("zero_optimization", {})
     _check_keys(given, path)
@@ -78,6 +85,16 @@ def read_ds_config(config: RunConfig, world_size: int) -> dict:
         "gradient_clipping": config.train.max_grad_norm,
         "zero_allow_untested_optimizer": True,  # those that need whole matrices are refused before (`engines`)
     }
+
+
+def _found(named: str) -> Path:
+    """The file, or what the package brings by that name."""
+    shipped = {path.stem: path for path in _SHIPPED.glob("*.json")}
+    if not Path(named).exists() and named in shipped:
+        return shipped[named]
+    if not Path(named).exists() and not Path(named).suffix:
+        raise UserError(f"--ds_config {named} is no file, and none of {', '.join(sorted(shipped))}")
+    return Path(named)
 
 
 def _json_object(path: Path) -> dict:

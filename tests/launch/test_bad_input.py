@@ -98,7 +98,7 @@ OPTIONS = {
     ),
     "no steps": Case("--train.steps 0", ("--train.steps is 0", "at least 1")),
     "steps and epochs": Case("--train.epochs 1", ("--train.steps 2", "--train.epochs 1", "give one")),
-    "deepspeed without a file": Case("--engine deepspeed", ("--engine deepspeed", "--ds_config FILE")),
+    "deepspeed without a file": Case("--engine deepspeed", ("--engine deepspeed", "--ds_config zero2")),
     "file for another engine": Case("--engine ddp --ds_config f.json", ("--ds_config f.json", "--engine ddp")),
     "config missing": Case("--config {here}/no.yaml", ("--config", "no.yaml", "No such file")),
     "config not YAML": Case("--config {here}/c.yaml", ("c.yaml line 2", "not YAML"), {"c.yaml": "train:\n steps: ]"}),
