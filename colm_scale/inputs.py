@@ -57,6 +57,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
     with group.together():
         ds_config = _check_ranks(config, group)
         sharded = sharding(config, ds_config)
+        config.selection.check_own()
         check_kernels(config.model, config.train, sharded)
         _check_derivative(config, sharded)
         model = check_model(config.model)

@@ -14,6 +14,7 @@ from typing import Literal
 import yaml
 
 from colm_scale.config.checks import require
+from colm_scale.config.own import is_own
 from colm_scale.config.selection import SelectionConfig
 from colm_scale.errors import UserError
 
@@ -299,6 +300,11 @@ class RunConfig:
             raise UserError(f"{option} uses the candidates' forward, and {what} has none: leave it out")
         if selection.proxy is not None or selection.proxy_blocks is not None:
             raise UserError(f"{option} uses the candidates' forward by the model itself, not by a proxy: leave one out")
+        if is_own(selection.estimator):
+            raise UserError(
+                f"{option} uses the candidates' forward, and whether --selection.estimator {selection.estimator} runs "
+                f"one is not known: leave it out"
+            )
         if not self.train.activation_checkpointing:
             raise UserError(
                 f"{option} saves what activation checkpointing computes twice: give "

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
+from colm_scale.config import own
 from colm_scale.config.checks import require
 from colm_scale.errors import UserError
 
@@ -34,14 +35,15 @@ class SelectionConfig:
     """Candidates per optimizer step, over all ranks (n)."""
     budget: int = 32
     """Coreset per optimizer step, over all ranks (b)."""
-    estimator: EstimatorName = "last_layer"
+    estimator: EstimatorName | str = "last_layer"
     """What is known of a candidate. last_layer: exact gradient of the probe tensor. zeroth_order: its derivatives along
-    `num_probes` random directions. loss: its loss. length: its tokens, for which nothing is forwarded."""
-    ranking: Ranking = "facility"
+    `num_probes` random directions. loss: its loss. length: its tokens, for which nothing is forwarded. Or a function of
+    your own, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
+    ranking: Ranking | str = "facility"
     """How a source's quota is picked. facility: medoids that stand for all (the paper's). matching: the subset whose
     mean gradient is nearest the candidates', by swaps. pursuit: the same, by orthogonal matching pursuit. systematic:
     every so many in the order of one number. importance: drawn in proportion to the sketch's norm. top: the highest
-    loss."""
+    loss. Or a function of your own, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     joint: bool = False
     """facility, matching, pursuit: rank the candidates of all sources together, each source still filling its quota.
     Off: every source by itself (the paper's)."""
@@ -108,6 +110,8 @@ class SelectionConfig:
     """The same base with only so many of its first blocks sketches in place of the model."""
 
     def __post_init__(self) -> None:
+        _require_part("estimator", self.estimator, EstimatorName)
+        _require_part("ranking", self.ranking, Ranking)
         require(self.candidates >= 1, "selection.candidates", self.candidates, "at least 1")
         require(self.budget >= 1, "selection.budget", self.budget, "at least 1")
         require(
@@ -154,6 +158,11 @@ class SelectionConfig:
                 f"--selection.reuse {self.reuse} compares sketches of several steps, and the columns that "
                 f"--selection.estimator last_layer compares are others in each: add --selection.compression countsketch"
             )
+        if self.reuse and self.preset == "none" and own.is_own(self.estimator):
+            raise UserError(
+                f"--selection.reuse {self.reuse} goes with the estimators of the package only, not with "
+                f"--selection.estimator {self.estimator}: leave it out"
+            )
         if self.preset == "none":
             self._check_ranking()
 
@@ -193,6 +202,17 @@ class SelectionConfig:
                 f"at most {MOST_COMPARED}, or --selection.ranking facility with --selection.joint false"
             )
 
+    def check_own(self) -> None:
+        """Load the functions of the user's that the method uses.
+
+        Raises:
+            UserError: One cannot be loaded, or is none.
+        """
+        if self.method == "colm":
+            for option, name, parameters in (("estimator", self.estimator, 2), ("ranking", self.ranking, 1)):
+                if own.is_own(name):
+                    own.load_own(f"selection.{option}", name, parameters)
+
     @property
     def quantile(self) -> float | None:
         """Share of the sources that the rule keeps; None: those below the average."""
@@ -222,3 +242,9 @@ class SelectionConfig:
             proxy=None,
             proxy_blocks=None,
         )
+
+
+def _require_part(option: str, name: str, parts: Any) -> None:
+    known = get_args(parts)
+    expected = f"one of {', '.join(known)}, or a function of yours ({own.FORM})"
+    require(name in known or own.is_own(name), f"selection.{option}", name, expected)

@@ -1,8 +1,8 @@
 """The one source of truth about a DeepSpeed configuration.
 
-A file, or one of those in ``ds_configs`` by its name, says what DeepSpeed alone knows: ZeRO stage, offload, communication. What the run decides
-(batch arithmetic, clipping, dtype, optimizer) is written in here, and a file that says otherwise is refused; so is a
-key that DeepSpeed would silently ignore.
+A file, the user's or one of those in ``ds_configs`` by its name, says what DeepSpeed alone knows: ZeRO stage, offload,
+communication. What the run decides (batch arithmetic, clipping, dtype, optimizer) is written in here, and a file that
+says otherwise is refused; so is a key that DeepSpeed would silently ignore.
 """
 
 from __future__ import annotations

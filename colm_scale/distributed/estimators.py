@@ -8,17 +8,19 @@ S = W * (largest number of candidates that any rank sketches) rows, s of which a
 | estimator | gather | columns | moments, if any row was picked |
 |---|---|---|---|
 | `ZerothOrder` | 4 S (K + 1) | - | - |
-| `Loss` | 4 S | - | - |
+| `Measured` | 4 S c | - | - |
 | `Length` | - | - | - |
 | `LastLayer` | 4 S (h + 2) | 4 G W e + 8 G W min(h, e) | 16 d |
 | `CountSketched` | 4 S (h + 2) | - | 16 d |
-| `Kronecker` | 4 S (h + 1) | - | - |
+
+`Measured` exchanges the columns of its function, c in all: of `loss` 1, of a Kronecker projection h, and the loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -26,8 +28,10 @@ import torch
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig, TrainConfig
+from colm_scale.config.own import is_own, load_own
 from colm_scale.distributed.exchange import gather_rows
 from colm_scale.distributed.group import Group
+from colm_scale.errors import TrainingError
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan
 from colm_scale.selection.mask import merge_proposals, top_columns
 from colm_scale.selection.moments import Moments, NoMoments, Shapes, make_moments
@@ -36,6 +40,9 @@ from colm_scale.sketch.compress import CountSketch, KroneckerSketch
 from colm_scale.sketch.precision import float32_tail
 from colm_scale.sketch.store import SketchStore
 from colm_scale.sketch.tap import Tap
+
+Measure = Callable[[Tap, Batch], Tensor]
+"""What `Measured` asks of a micro-batch."""
 
 
 class Estimator(Protocol):
@@ -84,8 +91,11 @@ def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, gro
     def fresh(shapes: Shapes) -> Moments:
         return make_moments(train, shapes, group.device)
 
+    if is_own(selection.estimator):
+        own = load_own("selection.estimator", selection.estimator, parameters=2)
+        return Measured(tap, group, partial(_own_numbers, selection.estimator, own))
     if selection.estimator == "loss":
-        return Loss(tap, group)
+        return Measured(tap, group, _losses)
     if selection.estimator == "length":
         return Length(group)
     if selection.estimator == "zeroth_order":
@@ -101,7 +111,8 @@ def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, gro
             projection = CountSketch(train.seed, tap.size, selection.columns, group.device)
             return CountSketched(tap, group, fresh(shapes), projection)
         case "kronecker":
-            return Kronecker(tap, group, KroneckerSketch(train.seed, shapes, selection.columns, group.device))
+            projection = KroneckerSketch(train.seed, shapes, selection.columns, group.device)
+            return Measured(tap, group, partial(_projected_factors, projection), projection.columns + 1)
 
 
 class ZerothOrder(Estimator):
@@ -242,47 +253,51 @@ class CountSketched(LastLayer):
         return CandidateMatrix(self._plan.positions, numbers[:, 2:], valid, numbers[:, 0])
 
 
-class Kronecker(Estimator):
-    """A random projection of the exact gradient, made of its factors: as it is, for nothing is known of its d numbers
-    that an optimizer's averages could be taken of."""
+class Measured(Estimator):
+    """Numbers that a function finds in a micro-batch, compared as they are: no optimizer's averages are taken of them.
+
+    Args:
+        measure: ``measure(tap, batch)`` returns ``[B, c]``: the losses, then what is compared; else the losses are.
+        width: c, also where a rank has nothing to sketch.
+    """
 
     fixed_coordinates = True
 
-    def __init__(self, tap: Tap, group: Group, projection: KroneckerSketch):
+    def __init__(self, tap: Tap, group: Group, measure: Measure, width: int = 1):
         self.moments = NoMoments()
-        self._tap, self._group, self._projection = tap, group, projection
+        self._tap, self._group, self._measure, self._width = tap, group, measure, width
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._plan = plan
-        found = [torch.zeros(0, 1 + self._projection.columns, device=self._group.device)]
-        for batch in batches:
-            losses, factors = self._tap.factors(batch)
-            rows = torch.cat([losses.unsqueeze(1), self._projection.rows(factors)], dim=1)
-            found.append(rows[: len(batch.positions)])
-        self._local = torch.cat(found)
+        found = [self._measure(self._tap, batch)[: len(batch.positions)] for batch in batches]
+        self._local = torch.cat(found or [torch.zeros(0, self._width, device=self._group.device)])
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         valid, numbers = _finite(numbers)
-        return CandidateMatrix(self._plan.positions, numbers[:, 1:], valid, numbers[:, 0])
+        compared = numbers[:, 1:] if numbers.shape[1] > 1 else numbers
+        return CandidateMatrix(self._plan.positions, compared, valid, numbers[:, 0])
 
 
-class Loss(Estimator):
-    """The loss of each candidate, by a bare forward, compared as it is."""
+def _losses(tap: Tap, batch: Batch) -> Tensor:
+    return tap.bare_losses(batch).unsqueeze(1)
 
-    fixed_coordinates = True
 
-    def __init__(self, tap: Tap, group: Group):
-        self.moments = NoMoments()
-        self._tap, self._group = tap, group
+def _projected_factors(projection: KroneckerSketch, tap: Tap, batch: Batch) -> Tensor:
+    """A random projection of the exact gradient, made of its factors."""
+    losses, factors = tap.factors(batch)
+    return torch.cat([losses.unsqueeze(1), projection.rows(factors)], dim=1)
 
-    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
-        self._plan = plan
-        losses = [self._tap.bare_losses(batch)[: len(batch.positions)] for batch in batches]
-        self._local = torch.cat([torch.zeros(0, device=self._group.device), *losses]).unsqueeze(1)
 
-    def matrix(self, numbers: Tensor) -> CandidateMatrix:
-        valid, numbers = _finite(numbers)
-        return CandidateMatrix(self._plan.positions, numbers, valid, numbers[:, 0])
+def _own_numbers(name: str, measure: Measure, tap: Tap, batch: Batch) -> Tensor:
+    """What a function of the user's finds, if it is as it must be."""
+    numbers = measure(tap, batch)
+    if not isinstance(numbers, Tensor) or numbers.ndim != 2 or len(numbers) != len(batch.lengths):
+        found = f"a tensor {list(numbers.shape)}" if isinstance(numbers, Tensor) else type(numbers).__name__
+        raise TrainingError(
+            f"--selection.estimator {name} returned {found} for a micro-batch of {len(batch.lengths)} examples, but "
+            f"was to return a tensor with a row for each: its loss, and what is compared"
+        )
+    return numbers.detach().float()
 
 
 class Length(Estimator):

@@ -8,9 +8,11 @@ import torch
 from transformers import PretrainedConfig
 
 from colm_scale.config import RunConfig, SelectionConfig
+from colm_scale.config.own import is_own
 from colm_scale.distributed.ds_config import read_ds_config
 from colm_scale.distributed.engine import trainable
 from colm_scale.distributed.engines import check_optimizer, sharding
+from colm_scale.errors import UserError
 from colm_scale.inputs import check_even_shares
 from colm_scale.modeling.load import check_model
 from colm_scale.planning.config import PlanConfig
@@ -98,6 +100,12 @@ def make_plan(config: RunConfig, plan: PlanConfig, of: PretrainedConfig | None =
         UserError: As a run with these options, before it has read weights and data.
     """
     check_even_shares(config.selection.candidates, plan.world_size)
+    selection = config.selection
+    if selection.method == "colm" and is_own(selection.estimator):
+        raise UserError(
+            f"what --selection.estimator {selection.estimator} holds and exchanges is not known: plan with one of the "
+            f"package, last_layer for instance"
+        )
     of = of or check_model(config.model)
     ds_config = read_ds_config(config, plan.world_size) if config.ds_config else None
     check_optimizer(config, ds_config)

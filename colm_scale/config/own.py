@@ -1,0 +1,66 @@
+"""Parts of a selection that are not in the package: functions of the user's, named FILE.py:FUNCTION or
+MODULE:FUNCTION."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from colm_scale.errors import UserError
+
+FORM = "FILE.py:FUNCTION or MODULE:FUNCTION"
+
+
+def is_own(name: str) -> bool:
+    """Whether an option's value names a function of the user's rather than a part of the package."""
+    module, colon, function = name.partition(":")
+    return bool(module and colon) and function.isidentifier()
+
+
+def load_own(option: str, name: str, parameters: int) -> Callable[..., Any]:
+    """The function that ``--option name`` names. Runs the code of its file, once per process.
+
+    Args:
+        parameters: How many it must take.
+
+    Raises:
+        UserError: The file cannot be read or run, or holds no such function.
+    """
+    place, _, called = name.partition(":")
+    try:
+        function = getattr(_module(place), called, None)
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"--{option} {name}: {place} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"--{option} {name}: there is no function {called} in {place}")
+    try:
+        inspect.signature(function).bind(*[None] * parameters)
+    except TypeError:
+        raise UserError(
+            f"--{option} {name}: {called}{inspect.signature(function)} must take {parameters} arguments, see "
+            f"docs/CONTRIBUTING.md"
+        ) from None
+    return function
+
+
+@cache
+def _module(place: str) -> ModuleType:
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place)
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    loader = SourceFileLoader(f"own:{place}", str(path))  # a name that no other module has
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
+    loader.exec_module(module)
+    return module
