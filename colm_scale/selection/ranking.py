@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colm_scale.config import Ranking, SelectionConfig
+from colm_scale.config import SelectionConfig
 from colm_scale.config.own import is_own, load_own
+from colm_scale.config.selection import Ranking
 from colm_scale.errors import TrainingError
 from colm_scale.selection import line, partition
 from colm_scale.selection.facility import cluster_sizes, greedy

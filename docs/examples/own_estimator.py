@@ -1,0 +1,37 @@
+"""An estimator of your own: candidates are compared by what the model makes of them, not by their gradients.
+
+    colm-scale train --selection.estimator docs/examples/own_estimator.py:mean_hidden_state --selection.metric cosine
+
+One forward of the candidates and nothing else: as cheap as `--selection.estimator loss`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colm_scale.records import Batch
+from colm_scale.sketch.tap import Tap
+
+
+def mean_hidden_state(tap: Tap, batch: Batch) -> Tensor:
+    """``[B, 1 + width]``: the loss of each example, and the mean over its tokens of what leaves the last block.
+
+    ``tap.factors(batch)`` gives exact gradients of the probe tensors, ``tap.branched_losses(batch, changes)`` losses
+    with them changed. Every rank calls this equally often, so a sharded model can be forwarded here.
+    """
+    seen: list[Tensor] = []
+
+    def read(_block: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    handle = tap.blocks[-1].register_forward_hook(read)
+    try:
+        losses = tap.bare_losses(batch)
+    finally:
+        handle.remove()
+    hidden = batch.by_example(seen[0]).float()  # [B, longest, width], however the micro-batch is laid out
+    lengths = torch.tensor(batch.lengths, device=hidden.device)
+    real = torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
+    means = (hidden * real.unsqueeze(2)).sum(1) / lengths.unsqueeze(1)
+    return torch.cat([losses.unsqueeze(1), means], dim=1)
