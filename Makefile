@@ -6,7 +6,7 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install train test test-faults lint clean
+.PHONY: install train test test-faults lint docs clean
 
 install: .venv/installed
 
@@ -28,6 +28,11 @@ test-faults: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Of the docstrings, into build/docs.
+docs: install
+	PYTHONPATH=. $(BIN)/pdoc --docformat google --output-directory build/docs colm_scale
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,84 @@
+"""The pages say only what is there, and the docstrings become pages."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from colm_scale import cli
+from colm_scale.arguments import option_types, parse, parse_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = {name: (DOCS / name).read_text(encoding="utf-8") for name in ("start.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+
+
+def lines_of(page: str, start: str) -> list[list[str]]:
+    """The arguments of the commands that a page shows, which begin with ``start``."""
+    found = re.findall(rf"^    {re.escape(start)} (.*)", PAGES[page], re.MULTILINE)
+    return [shlex.split(line) for line in found]
+
+
+def test_every_run_of_the_staged_start_has_options_that_exist():
+    runs = [rest for command, *rest in lines_of("start.md", "colm-scale") if command == "train"]
+    full = lines_of("start.md", "deepspeed launchers/train.py")
+    assert (len(runs), len(full)) == (2, 1)
+    assert [parse(run).output_dir for run in (*runs, *full)] == ["runs/first", "runs/proxy", "runs/full"]
+
+
+def test_the_plan_of_the_staged_start_is_that_of_its_full_run():
+    (plan,) = [rest for command, *rest in lines_of("start.md", "colm-scale") if command == "plan"]
+    (full,) = lines_of("start.md", "deepspeed launchers/train.py")
+    planned, run = parse_plan(plan)[0], parse(full)
+    assert (planned.model, planned.selection, planned.ds_config) == (run.model, run.selection, run.ds_config)
+
+
+def test_the_commands_of_the_staged_start():
+    """Of those that start no run, what they are about is all that is given."""
+    others = [line for line in lines_of("start.md", "colm-scale") if line[0] not in ("train", "plan")]
+    assert {command for command, *_ in others} == {"sources", "explain", "report"}
+    assert not [line for line in others if any(word.startswith("-") for word in line)]
+    assert {"train", "plan"} <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_options_that_a_page_names_exist(page):
+    text = PAGES[page]
+    for path in re.findall(r"(?:launchers|benchmarks|docs|tests|colm_scale)/[\w/]+\.\w+", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (DOCS / path).exists(), path
+    options = set(re.findall(r"--((?:selection|train|model|eval|lora|checkpoint)\.[a-z0-9_]+)", text))
+    assert options <= set(option_types())
+
+
+@pytest.mark.parametrize("name", ["own_ranking.py", "own_estimator.py"])
+def test_an_example_is_short_and_is_the_one_of_the_page(name):
+    assert len((DOCS / "examples" / name).read_text("utf-8").splitlines()) < 80
+    assert f"docs/examples/{name}:" in PAGES["CONTRIBUTING.md"]
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^    make ([\w-]+)", PAGES["CONTRIBUTING.md"], re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert {"test", "lint", "docs"} <= targets
+    assert all(f"\n{target}: " in makefile for target in targets)
+
+
+def test_the_docstrings_become_pages_without_a_warning(tmp_path):
+    """As ``make docs`` does it: a page for every module."""
+    (line,) = re.findall(r"pdoc (.*) --output-directory build/docs colm_scale", (ROOT / "Makefile").read_text("utf-8"))
+    command = [sys.executable, "-m", "pdoc", *line.split(), "--output-directory", str(tmp_path), "colm_scale"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    modules = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "colm_scale").rglob("*.py")]
+    expected = {path.parent if path.name == "__init__" else path for path in modules if path.name != "__main__"}
+    there = {path.relative_to(tmp_path).with_suffix("") for path in tmp_path.rglob("*.html")} - {Path("index")}
+    assert there == expected
+    page = (tmp_path / "colm_scale" / "records.html").read_text("utf-8")
+    assert "indices of the training examples" in page
