@@ -11,16 +11,19 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settings
 
 from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
 from colm_scale.planning.config import PlanConfig
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 _HINT = "see --help for all options"
 
@@ -65,7 +68,7 @@ def parse_own(command: str, options: type[T], arguments: Sequence[str]) -> T:
     return options(**{name: getattr(made, name) for name in types})
 
 
-def _written(subject: dataclasses.Field | None, types: Mapping[str, str]) -> str:
+def _written(subject: dataclasses.Field[Any] | None, types: Mapping[str, str]) -> str:
     if subject is None:
         return ""
     several = types[subject.name].startswith("list[")
@@ -109,22 +112,23 @@ def _new_parser(command: str, options: type, types: Mapping[str, str]) -> _Parse
     return parser
 
 
-def _parsed(parser: _Parser, arguments: Sequence[str]):
+def _parsed(parser: _Parser, arguments: Sequence[str]) -> Namespace:
     _check_config_files(parser, arguments)
-    return parser.instantiate(parser.parse_args(_join_lists(arguments, option_types())))
+    made: Namespace = parser.instantiate(parser.parse_args(_join_lists(arguments, option_types())))
+    return made
 
 
-def _run_config(made) -> RunConfig:
+def _run_config(made: Namespace) -> RunConfig:
     return RunConfig(**{field.name: getattr(made, field.name) for field in dataclasses.fields(RunConfig)})
 
 
-def option_types(config_class: type = RunConfig, prefix: str = "") -> dict[str, str]:
+def option_types(config_class: type[DataclassInstance] = RunConfig, prefix: str = "") -> dict[str, str]:
     """Every option (without dashes) and the type it takes, e.g. ``{"train.steps": "int | None"}``."""
     types: dict[str, str] = {}
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             types |= option_types(hint, f"{prefix}{field.name}.")
         else:
             types[prefix + field.name] = hint.__name__ if isinstance(hint, type) else str(hint)
@@ -206,7 +210,7 @@ def _yaml(path: str) -> str:
 def _place(text: str, message: str) -> str:
     """The line of the first option in a YAML text that a message names."""
 
-    def lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    def lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             yield from lines(value, f"{prefix}{key.value}.")
             yield f"{prefix}{key.value}", key.start_mark.line + 1

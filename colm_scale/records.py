@@ -14,6 +14,7 @@ survived tokenisation. An *id* is the row's position in the training data as the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -289,6 +290,6 @@ class StepReport:
     """Measured step seconds / bare-floor seconds on the same tokens, on the steps where it was taken."""
 
 
-def long_tensor(values) -> Tensor:
+def long_tensor(values: Tensor | Sequence[int]) -> Tensor:
     """A CPU int64 tensor of ``values``."""
     return torch.as_tensor(values, dtype=torch.int64)

@@ -15,7 +15,7 @@ import yaml
 
 from colm_scale.config.checks import require
 from colm_scale.config.own import is_own
-from colm_scale.config.selection import SelectionConfig
+from colm_scale.config.selection import SelectionConfig as SelectionConfig  # whoever needs it has it from here
 from colm_scale.errors import UserError
 
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]

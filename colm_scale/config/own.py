@@ -41,6 +41,7 @@ def load_own(option: str, name: str, parameters: int) -> Callable[..., Any]:
         raise UserError(f"--{option} {name}: {place} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"--{option} {name}: there is no function {called} in {place}")
+    found: Callable[..., Any] = function
     try:
         inspect.signature(function).bind(*[None] * parameters)
     except TypeError:
@@ -48,7 +49,7 @@ def load_own(option: str, name: str, parameters: int) -> Callable[..., Any]:
             f"--{option} {name}: {called}{inspect.signature(function)} must take {parameters} arguments, see "
             f"docs/CONTRIBUTING.md"
         ) from None
-    return function
+    return found
 
 
 @cache

@@ -90,5 +90,5 @@ class _Mover:
         return tensor.to(self._device, non_blocking=True)
 
     def targets(self, targets: Targets) -> Targets:
-        moved = (self(tensor) for tensor in (targets.rows, targets.tokens, targets.slots, targets.counts))
-        return Targets(*moved, targets.most)
+        rows, tokens, slots, counts = map(self, (targets.rows, targets.tokens, targets.slots, targets.counts))
+        return Targets(rows, tokens, slots, counts, targets.most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ class Sampler(Protocol):
     def __call__(self, step: int) -> Candidates:
         """The candidates of a step, from 1; steps are asked for in turn."""
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Where the next step begins, as plain JSON."""
 
-    def load(self, state: dict) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
 
 
@@ -67,10 +67,10 @@ class CandidateSampler:
         protected = None if self._protected is None else self._protected[indices]
         return Candidates(step, indices, self._ids[indices], self._sources[indices], self._lengths[indices], protected)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return {}  # all there is to know is the step
 
-    def load(self, state: dict) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Nothing to do: any step can be asked for."""
 
     def _permutation(self, epoch: int) -> Tensor:

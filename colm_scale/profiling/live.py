@@ -6,7 +6,7 @@ torch counts memory on GPUs only, and its tracker for other devices wants every 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from unittest import mock
 
 import torch
@@ -48,7 +48,8 @@ class LiveBytes(TorchDispatchMode):
     def __enter__(self) -> LiveBytes:
         resize = torch.UntypedStorage.resize_
 
-        def resized(storage: torch.UntypedStorage, size: int):  # how FSDP2 frees gathered weights, and fills them again
+        # How FSDP2 frees gathered weights, and fills them again.
+        def resized(storage: torch.UntypedStorage, size: int) -> object:
             found = resize(storage, size)
             if self._sizes.get(storage) is not None:
                 self._resize(storage)
@@ -56,13 +57,20 @@ class LiveBytes(TorchDispatchMode):
 
         self._patch = mock.patch.object(torch.UntypedStorage, "resize_", resized)
         self._patch.start()
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
         self._patch.stop()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         found = func(*args, **(kwargs or {}))
         pytree.tree_map_only(Tensor, self._count, found)
         return found

@@ -64,7 +64,7 @@ class ResidentMeter:
 
     primary = "resident"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._has_peak = _restart_peak() and _peak_resident() is not None
         self.label = "resident memory (CPU)" if self._has_peak else "resident memory (CPU, at the end of a phase)"
         self.device_name = cpu_name()
@@ -74,7 +74,8 @@ class ResidentMeter:
             _restart_peak()
 
     def stop(self) -> dict[str, int]:
-        return {"resident": _peak_resident() if self._has_peak else psutil.Process().memory_info().rss}
+        peak = _peak_resident() if self._has_peak else None
+        return {"resident": psutil.Process().memory_info().rss if peak is None else peak}
 
 
 def _restart_peak() -> bool:
@@ -154,7 +155,7 @@ class NvmlGauge:
         """Bytes in use now."""
         if self._own:
             return self._used_by_process() or 0
-        return pynvml.nvmlDeviceGetMemoryInfo(self._handle).used
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
 
     def _used_by_process(self) -> int | None:
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)

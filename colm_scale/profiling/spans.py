@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,8 +26,10 @@ class Spans:
     """
 
     def __init__(self, device: torch.device, meter: MemoryMeter, entered: Callable[[str], None] = lambda _: None):
-        self._clock = _StreamClock(device) if device.type == "cuda" else _HostClock()
+        self._clock: _StreamClock | _HostClock = _StreamClock(device) if device.type == "cuda" else _HostClock()
         self._meter, self._entered = meter, entered
+        self._open: str | None = None
+        self._began: float | None = None
         self._reset()
 
     @contextmanager
@@ -78,10 +81,9 @@ class Spans:
         return seconds, peaks
 
     def _reset(self) -> None:
-        self._open: str | None = None
-        self._began: float | None = None
+        self._open = self._began = None
         self._aside = 0.0
-        self._marks: list[tuple] = []
+        self._marks: list[tuple[str, Any, Any]] = []
         self._peaks: dict[str, dict[str, int]] = {}
 
 
@@ -106,7 +108,7 @@ class _StreamClock:
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return start.elapsed_time(end) / 1000
+        return float(start.elapsed_time(end)) / 1000
 
     def wait(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -29,12 +29,14 @@ _GRID = 1e6
 """Shares of examples are rounded to a millionth, so that the last bit of an estimate moves no example."""
 
 
-def shares(config: SelectionConfig, sizes: Tensor, present: Tensor, statistics: SourceStatistics | None) -> Tensor:
+def shares(
+    config: SelectionConfig, sizes: Tensor | None, present: Tensor, statistics: SourceStatistics | None
+) -> Tensor:
     """``[Q]`` float64, not negative: what the quotas are to be in proportion to.
 
     Args:
         config: An allocation other than ``proportional`` and ``none``.
-        sizes: ``[Q]`` training examples of each source.
+        sizes: ``[Q]`` training examples of each source. Needed by temperature.
         present: ``[Q]`` its candidates in this step; how many sources there are, where nothing else tells.
         statistics: Needed by excess_loss, which goes by it.
     """
@@ -42,9 +44,13 @@ def shares(config: SelectionConfig, sizes: Tensor, present: Tensor, statistics: 
         case "equal":
             return torch.ones(len(present), dtype=torch.float64)
         case "temperature":
+            assert sizes is not None
             return sizes.double() ** config.allocation_exponent
         case "excess_loss":
+            assert statistics is not None
             return torch.softmax(RATE * statistics.excess, 0)
+        case other:
+            raise ValueError(f"the allocation {other} has no shares")
 
 
 def allocation_facts(config: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor) -> list[str]:

@@ -62,7 +62,7 @@ def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     lift = _lift(high - low, n)
     picks, raised = np.empty(0, np.int64), np.empty(0)
     if n <= _FEW:
-        pairs = _AllPairs(worth + lift - lift)
+        pairs: _AllPairs | _ListedPairs = _AllPairs(worth + lift - lift)
     else:
         bounds = worth.sum(1) + n * lift / 2**50  # more than rounding takes off the sums
         picks, raised, covered = _first_picks(worth, lift, bounds, min(k, _FIRST))
@@ -101,10 +101,10 @@ def greedy_on_device(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
             covered[some] = new
         gains[chosen] = -1
     left = (gains >= 0).nonzero().flatten()
-    picks, raised = torch.cat([*picks, left]), torch.cat([*raised, gains[left]])
-    by_index = picks.argsort()
-    order = by_index[raised[by_index].argsort(descending=True, stable=True)][:k]
-    return picks[order], raised[order]
+    found, gained = torch.cat([*picks, left]), torch.cat([*raised, gains[left]])
+    by_index = found.argsort()
+    order = by_index[gained[by_index].argsort(descending=True, stable=True)][:k]
+    return found[order], gained[order]
 
 
 def objective(similarity: Tensor, picks: Tensor) -> float:
@@ -151,9 +151,9 @@ def _rounds(
         gains -= lost
         gains[chosen] = -1
     left = (gains >= 0).nonzero()[0]
-    picks, raised = np.concatenate([*picks, left]), np.concatenate([*raised, gains[left]])
-    order = np.lexsort((picks, -raised))[:k]
-    return picks[order], raised[order]
+    found, gained = np.concatenate([*picks, left]), np.concatenate([*raised, gains[left]])
+    order = np.lexsort((found, -gained))[:k]
+    return found[order], gained[order]
 
 
 def _best(gains: np.ndarray) -> np.ndarray:
@@ -194,7 +194,8 @@ def _gains(worth: np.ndarray, lift: float, covered: np.ndarray) -> np.ndarray:
     """``[r]`` the gains of some candidates, from their rows ``[r, n]`` of similarities that are not rounded."""
     above = worth + lift
     above -= covered + lift
-    return np.maximum(above, 0, out=above).sum(1)
+    gains: np.ndarray = np.maximum(above, 0, out=above).sum(1)
+    return gains
 
 
 def _blocks(n: int) -> list[slice]:
@@ -210,9 +211,10 @@ class _AllPairs:
         self._worth, self._covered = worth, np.zeros(len(worth))
 
     def gains(self) -> np.ndarray:
-        return self._worth.sum(1)
+        gains: np.ndarray = self._worth.sum(1)
+        return gains
 
-    def cover(self, top: np.ndarray) -> tuple:
+    def cover(self, top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of ``top`` are picks: bool ``[len(top)]``; and how much gain every candidate loses: ``[n]``."""
         better = self._worth[top] > self._covered
         free = ~(better & (better.argmax(0) < _RANK[: len(top)])).any(1)
@@ -252,7 +254,7 @@ class _ListedPairs:
         every = np.arange(len(self._worth))
         return self._between(every, self._covered + self._lift, np.full(len(every), np.inf))
 
-    def cover(self, top: np.ndarray) -> tuple:
+    def cover(self, top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `_AllPairs.cover`."""
         n = len(self._worth)
         rows = self._worth[top]

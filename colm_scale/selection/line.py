@@ -52,8 +52,8 @@ def medoids_on_line(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         edges = line.starts[_by_layers(line, k)]
     else:
         edges = line.starts[_by_price(line, k)]
-    edges = torch.from_numpy(edges)
-    return order[(edges[:-1] + edges[1:] - 1) // 2], edges.diff()
+    bounds = torch.from_numpy(edges)
+    return order[(bounds[:-1] + bounds[1:] - 1) // 2], bounds.diff()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +81,14 @@ class _Line:
         """The last node."""
         return len(self.starts) - 1
 
-    def cost(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    def cost(self, u: np.ndarray | int, v: np.ndarray | int) -> np.ndarray:
         """Twice the sum of distances to the middle of what lies between nodes ``u`` and ``v``."""
         begin, end = self.starts[u], self.starts[v]
         half = (end - begin) // 2
         upper = self.sums[end] - self.sums[end - half]
         lower = self.sums[begin + half] - self.sums[begin]
-        return upper - lower
+        found: np.ndarray = upper - lower
+        return found
 
 
 def _by_layers(line: _Line, k: int) -> np.ndarray:
@@ -144,12 +145,12 @@ def _by_price(line: _Line, k: int) -> np.ndarray:
         guesses += 1
         if guesses > _GUESSES or many.steps - few.steps < _CLOSE:
             saved = (few.cost - many.cost) // (many.steps - few.steps) // 2 * 2  # by each step more, on average
-            price = saved + 1 if saved + 1 < high else saved - 1
+            guess: float = saved + 1 if saved + 1 < high else saved - 1
         elif few.steps == 1 or many.steps == line.last:
-            price = _guess(line, aim)
+            guess = _guess(line, aim)
         else:
-            price = low * (high / low) ** (math.log(many.steps / k) / math.log(many.steps / few.steps))
-        price = min(max(int(price) | 1, low + 2), high - 2)
+            guess = low * (high / low) ** (math.log(many.steps / k) / math.log(many.steps / few.steps))
+        price = min(max(int(guess) | 1, low + 2), high - 2)
         path = _Path(line, _cheapest_path(line, price, k))
         if path.steps == k:
             return path.nodes

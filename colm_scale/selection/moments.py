@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Moments(Protocol):
             `normalise` must be given whole rows.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # every optimizer's are a dataclass
     step: int
     whole_rows: bool = False
 
@@ -281,14 +282,11 @@ class AdafactorMoments(Moments):
         """R ``[*, d_out]`` and C ``[*, r]`` of each probe tensor after a gradient of such squares ``[*, d]``."""
         weight = (self.step + 1) ** -ADAFACTOR_DECAY
         before = zip(*(old.split(sizes) for old, sizes in zip((self.rows, self.columns), zip(*self.shapes))))
-        return tuple(
-            zip(
-                *[
-                    ((1 - weight) * rows + weight * own.mean(-1), (1 - weight) * columns + weight * own.mean(-2))
-                    for own, (rows, columns) in zip(_matrices(square, self.shapes), before)
-                ]
-            )
-        )
+        after = [
+            ((1 - weight) * rows + weight * own.mean(-1), (1 - weight) * columns + weight * own.mean(-2))
+            for own, (rows, columns) in zip(_matrices(square, self.shapes), before)
+        ]
+        return [rows for rows, _ in after], [columns for _, columns in after]
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +333,7 @@ def _matrices(rows: Tensor, shapes: Shapes) -> Iterator[Tensor]:
 def _orthogonalised(matrices: Tensor) -> Tensor:
     """``[*, d_out, r]`` with singular values between about 0.7 and 1.2 in place of any that is not 0."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x: Tensor = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = _NEWTON_SCHULZ
     for _ in range(_NEWTON_SCHULZ_STEPS):

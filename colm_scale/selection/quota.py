@@ -33,6 +33,7 @@ def kept_sources(
     if chosen is None and quantile is None:
         return sizes * len(sizes) < sizes.sum()
     if chosen is None:
+        assert quantile is not None
         kept = torch.zeros(len(sizes), dtype=torch.bool)
         kept[sizes.argsort(stable=True)[: _whole(quantile * len(sizes))]] = True
         return kept

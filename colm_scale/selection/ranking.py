@@ -13,7 +13,6 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.config.own import is_own, load_own
-from colm_scale.config.selection import Ranking
 from colm_scale.errors import TrainingError
 from colm_scale.selection import line, partition
 from colm_scale.selection.facility import cluster_sizes, greedy
@@ -119,7 +118,7 @@ def _top(ranked: Ranked) -> Picks:
     return ranked.losses.cpu().argsort(descending=True, stable=True)[: ranked.total], None
 
 
-RANKINGS: dict[Ranking, Callable[[Ranked], Picks]] = {
+RANKINGS: dict[str, Callable[[Ranked], Picks]] = {
     "facility": _facility,
     "matching": _matching,
     "pursuit": _pursuit,

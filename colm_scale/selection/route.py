@@ -202,8 +202,8 @@ def _share_out(
         moved = tokens[parts[most][given]] - tokens[parts[least][taken]]
         parts[most][given], parts[least][taken] = parts[least][taken], parts[most][given]
         loads[most], loads[least] = loads[most] - moved, loads[least] + moved
-        for part in (parts[most], parts[least]):
-            part.sort(key=lambda position: -tokens[position])
+        for changed in (parts[most], parts[least]):
+            changed.sort(key=lambda position: -tokens[position])
     return parts
 
 

@@ -80,6 +80,7 @@ class SelectionRule:
         """The coreset. ``matrix`` is needed exactly if `sketches`."""
         match self.config.method:
             case "colm":
+                assert matrix is not None
                 draws = partial(generator, self.seed, self.config.ranking, candidates.step)
                 return select_coreset(matrix, candidates.sources, quota, self.config, draws)
             case "stratified":

@@ -90,4 +90,5 @@ def _signs(size: int, columns: int, draw: torch.Generator) -> Tensor:
     """``[size, columns]`` that keeps inner products in expectation."""
     if columns == size:
         return torch.eye(size)
-    return (torch.randint(2, (size, columns), generator=draw).float() * 2 - 1) / columns**0.5
+    signs = torch.randint(2, (size, columns), generator=draw).float() * 2 - 1
+    return signs.div(columns**0.5)

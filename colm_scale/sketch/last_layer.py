@@ -48,27 +48,39 @@ class Part:
     @property
     def shape(self) -> tuple[int, int]:
         """``(d_out, r)``."""
-        return tuple(self.product.shape[1:]) if self.product is not None else (self.delta.shape[2], self.a.shape[2])
+        if self.product is not None:
+            return self.product.shape[1], self.product.shape[2]
+        delta, a = self._factors
+        return delta.shape[2], a.shape[2]
 
     @property
     def numbers(self) -> int:
         """How many numbers are held."""
-        return self.product.numel() if self.product is not None else self.delta.numel() + self.a.numel()
+        held = self._factors if self.product is None else (self.product,)
+        return sum(tensor.numel() for tensor in held)
 
     def rows(self, out: slice, examples: slice = slice(None)) -> Tensor:
         """The gradients of some output rows of the probe, ``[B, rows * r]``."""
         if self.product is not None:
             return self.product[examples, out].flatten(1)
-        return (self.delta[examples, :, out].transpose(1, 2) @ self.a[examples]).flatten(1)
+        delta, a = self._factors
+        return (delta[examples, :, out].transpose(1, 2) @ a[examples]).flatten(1)
 
     def at(self, columns: Tensor) -> Tensor:
         """Entries ``[B, h]`` of the gradients; ``columns`` ``[B, h]`` are each example's own."""
         if self.product is not None:
             return self.product.flatten(1).gather(1, columns)
-        tokens, r = self.a.shape[1:]
-        delta = self.delta.gather(2, (columns // r).unsqueeze(1).expand(-1, tokens, -1))
-        a = self.a.gather(2, (columns % r).unsqueeze(1).expand(-1, tokens, -1))
+        delta, a = self._factors
+        tokens, r = a.shape[1:]
+        delta = delta.gather(2, (columns // r).unsqueeze(1).expand(-1, tokens, -1))
+        a = a.gather(2, (columns % r).unsqueeze(1).expand(-1, tokens, -1))
         return (delta * a).sum(1)
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        assert self.delta is not None, "the gradients are held, not their factors"
+        assert self.a is not None
+        return self.delta, self.a
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def exact_derivatives(tap: Tap, batch: Batch, directions: Tensor) -> tuple[Tenso
         NotImplementedError: A function of the model or its engine has no such rule.
     """
 
-    def plain_attention(*_) -> None:
+    def plain_attention(*_: object) -> None:
         tail.enter_context(sdpa_kernel(SDPBackend.MATH))
 
     with without_flash_attention(tap.model), dual_level(), ExitStack() as tail:

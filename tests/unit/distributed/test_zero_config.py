@@ -50,6 +50,22 @@ def test_every_shipped_file_is_accepted_and_kept(path):
     assert read(path) == given | DECIDED | ({"zero_force_ds_cpu_optimizer": False} if offloads else {})
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_goes_by_its_name(path):
+    assert read(Path(path.stem)) == read(path)
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero2").write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    assert read(Path("zero2"))["zero_optimization"] == {"stage": 1}
+
+
+def test_a_name_that_none_has():
+    with pytest.raises(UserError, match=r"--ds_config zero4 is no file, and none of zero1, zero2, zero2_offload, zero3"):
+        read(Path("zero4"))
+
+
 def test_the_decisions_are_written_in_and_the_topology_is_left_alone(written):
     given = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}, "comms_logger": {}}
     assert written(given) == given | DECIDED | {"zero_force_ds_cpu_optimizer": False}
