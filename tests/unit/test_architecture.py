@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
     ("planning",),
+    ("dry_run",),
     ("arguments",),
     ("commands",),
     ("cli",),
