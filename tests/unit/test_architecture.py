@@ -16,11 +16,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "selection", "modeling"),
     ("sketch",),
     ("distributed",),
-    ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
+    ("doctor", "profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
     ("planning",),
     ("dry_run",),
     ("arguments",),
+    ("trained",),
     ("commands",),
     ("cli",),
 )
