@@ -66,7 +66,7 @@ def try_ranks(seconds: float) -> Reach:
 
 
 def _store(rank: int, seconds: float) -> dist.Store:
-    """The launcher's store, or one that rank 0 keeps; unlike torch's rendezvous, without waiting until all are there."""
+    """The launcher's store, or one that rank 0 keeps. Unlike torch's rendezvous, nobody waits until all are there."""
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
