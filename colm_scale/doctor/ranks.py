@@ -43,7 +43,7 @@ def check_ranks(ranks: int, seconds: float) -> list[Finding]:
 
 def findings_of(reach: Reach) -> list[Finding]:
     """What a user can do about it."""
-    about = f"{reach.ranks} ranks"
+    about = f"{reach.ranks} rank(s)"
     if reach.error:
         way_out = "MASTER_ADDR must be an address that every host reaches, its port open and free"
         return [Finding(about, "problem", reach.error, way_out)]
