@@ -15,6 +15,7 @@ from colm_scale import trainer
 from colm_scale.config import RunConfig
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
+from colm_scale.errors import UserError
 from colm_scale.planning.config import PlanConfig
 from colm_scale.planning.plan import Batches, make_plan
 from colm_scale.planning.show import shown
@@ -54,11 +55,7 @@ class Sight:
 
 
 def run(config: RunConfig) -> int:
-    """Prepare a run, and show on the first rank what it would do; the exit code, as that of `trainer.run`.
-
-    Raises:
-        UserError: The run can be made, but not planned.
-    """
+    """Prepare a run, and show on the first rank what it would do; the exit code, as that of `trainer.run`."""
     seen: list[Sight] = []
     code = trainer.run(config, partial(_look, seen=seen))
     for sight in seen:  # after the ranks have parted, for FSDP2 is planned in a process group of its own
@@ -134,7 +131,7 @@ def _show(sight: Sight, console: Console) -> None:
 
 
 def _planned(sight: Sight) -> str:
-    """The plan of the step with the longest micro-batch."""
+    """The plan of the step with the longest micro-batch, or why this run cannot be planned."""
     found = [_batches(sight.config, preview) for preview in sight.previews]
     widest = max(found, key=lambda batches: max(map(sum, chain(batches.sketched, batches.trained))))
     candidates, plan = sight.previews[0].candidates, sight.previews[0].plan
@@ -144,7 +141,10 @@ def _planned(sight: Sight) -> str:
         sources=1 if plan is None else max(1, plan.num_groups),
         label_share=sight.label_share,
     )
-    return shown(make_plan(sight.config, options, batches=widest))
+    try:
+        return shown(make_plan(sight.config, options, batches=widest))
+    except UserError as error:
+        return f"memory is not planned: {error}\n"
 
 
 def _batches(config: RunConfig, preview: Preview) -> Batches:

@@ -152,7 +152,8 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _free_place(options: MergeConfig) -> Path:
     kind = "adapter" if options.adapter_only else "merged"
-    place = Path(options.output or f"{options.run.rstrip('/')}-{kind}")
+    run = Path(options.run).absolute()
+    place = Path(options.output) if options.output else run.with_name(f"{run.name}-{kind}")
     if place.exists():
         raise UserError(f"--output {place} exists already, and nothing is overwritten: give another folder")
     return place

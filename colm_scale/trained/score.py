@@ -95,6 +95,7 @@ def _config(options: ScoreConfig, trained: Trained) -> RunConfig:
     return dataclasses.replace(
         config,
         resume="none",
+        model=dataclasses.replace(config.model, attention="auto"),  # the run's may need a GPU
         train=dataclasses.replace(config.train, **training),
         eval=dataclasses.replace(config.eval, **evaluation),
     )
