@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 import torch
+from rich import box
 from rich.table import Table
 
 from colm_scale.step import Preview
@@ -20,7 +21,7 @@ def by_source(preview: Preview, names: Sequence[str]) -> Table:
     candidates, quota = preview.candidates, preview.quota
     of_phase = (candidates.sources, candidates.sources[quota.kept], candidates.sources[preview.drawn.positions])
     counted, kept, drawn = (torch.bincount(sources, minlength=len(names)).tolist() for sources in of_phase)
-    table = Table(title=f"step {candidates.step}, source by source", title_justify="left")
+    table = Table(box=box.SIMPLE, title=f"step {candidates.step}, source by source", title_justify="left")
     table.add_column("source")
     for heading in ("candidates", "kept", "quota", "coreset"):
         table.add_column(heading, justify="right")
