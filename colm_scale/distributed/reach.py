@@ -12,6 +12,7 @@ import platform
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -91,14 +92,14 @@ class _Meeting:
 
     def hold(self) -> Reach:
         """All three stages."""
-        places = self._collected("place", self._seconds)
+        places = self._collected("place", range(self._ranks), self._seconds)
         cut = [(peer, self._connection(place)) for peer, place in places.items() if peer != self._rank]
         self._store.set(f"cut/{self._rank}", json.dumps([(peer, why) for peer, why in cut if why]))
         if self._rank:
-            if self._awaited("go", 4 * self._seconds + self._ranks * _CONNECT_SECONDS) == b"yes":
+            if self._awaited("go", 5 * self._seconds + self._ranks * _CONNECT_SECONDS) == b"yes":
                 self._backends()
             return Reach(self._ranks)
-        rows = self._collected("cut", self._seconds + len(places) * _CONNECT_SECONDS)
+        rows = self._collected("cut", places, 2 * self._seconds + len(places) * _CONNECT_SECONDS)
         absent = [peer for peer in range(self._ranks) if peer not in rows]
         pairs = [(rank, peer, why) for rank, row in sorted(rows.items()) for peer, why in row]
         self._store.set("go", "no" if absent or pairs else "yes")
@@ -106,10 +107,10 @@ class _Meeting:
         versions = {peer: place["versions"] for peer, place in sorted(places.items())}
         return Reach(self._ranks, absent, pairs, failed, versions if len(set(versions.values())) > 1 else {})
 
-    def _collected(self, what: str, seconds: float) -> dict[int, object]:
-        """What every rank has said, of those that do so in time."""
+    def _collected(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, object]:
+        """What these ranks have said, of those that do so in time."""
         deadline, found = time.monotonic() + seconds, {}
-        for peer in range(self._ranks):
+        for peer in ranks:
             said = self._awaited(f"{what}/{peer}", max(0.1, deadline - time.monotonic()))
             if said is not None:
                 found[peer] = json.loads(said)
