@@ -24,9 +24,9 @@ from colm_scale.trained.find import Trained, adapted, find
 
 _PROBE = (2, 64)
 """Rows and tokens on which the merged model is compared."""
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest difference of a logit, as a share of the largest logit. Float32: sums in another order. In half precision the
-merged weights round what the adapter adds, in every layer."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest difference of a logit, as a share of the largest logit. Float32: sums in another order, 1e-6 after an
+ordinary run; a wrong merge is off by a tenth and more. In half precision merged weights round what the adapter adds."""
 
 
 @dataclass(frozen=True, slots=True)
