@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 from colm_scale.checkpoint.identity import check_same_run, config_facts, model_digest
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
-from colm_scale.config import RunConfig, TrainConfig, as_yaml
+from colm_scale.config import RunConfig, as_yaml
 from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
@@ -49,14 +48,13 @@ from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.run_facts import resumed_facts, run_facts, written_down
+from colm_scale.schedule import learning_rate, total_steps
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.session import Session
 from colm_scale.sketch.adapters import AdapterTap
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
-
-_DEFAULT_STEPS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,28 +196,6 @@ def build_model(
             use_packing(proxy, config.train.packing, group.device)
         sketching, probes = add_probes(proxy, config)
         return module, tap, Tap(sketching, *probes)
-
-
-def total_steps(config: RunConfig, examples: int) -> int:
-    """Optimizer steps of a run; an epoch shows every example once as a candidate."""
-    if config.train.epochs is not None:
-        return max(1, math.ceil(config.train.epochs * examples / config.selection.candidates))
-    return config.train.steps or _DEFAULT_STEPS
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of a step (from 1): linear warm-up to the peak, then cosine or linear to 0, or constant."""
-    warmup = math.ceil(config.warmup_ratio * steps)
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    done = (step - 1 - warmup) / max(1, steps - warmup)
-    match config.schedule:
-        case "cosine":
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-        case "linear":
-            return config.learning_rate * (1 - done)
-        case "constant":
-            return config.learning_rate
 
 
 def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
