@@ -132,8 +132,9 @@ def test_eval_finds_what_the_run_found_before_and_after(trained, scores):
 
 def test_eval_shows_a_table_once_and_the_harness_line(trained, scores):
     said, written = scores
-    for words in ("CoT/shop", "natural mixture", "mean over sources", "small sources", "base -> adapter"):
+    for words in ("held-out loss", "natural mixture", "mean over sources", "small sources", "base -> adapter"):
         assert said.count(words) == 1
+    assert "CoT/shop" in said
     assert "above --limit, not evaluated: 308" in said  # 14 sources of 24, 2 of each
     assert f"peft={trained}/adapter,dtype=float32" in said
     assert written["lm_eval"] in said
