@@ -6,6 +6,7 @@ Options come from dataclasses: their docstrings are the help, a YAML file sets a
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 _HINT = "see --help for all options"
+_DRY_RUN = ("--dry-run", "--dry_run")
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
@@ -36,6 +38,15 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         SystemExit: After ``--help`` or ``--print_config``.
     """
     return _run_config(_parsed(_parser("train"), arguments))
+
+
+def parse_train(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
+    """The same for ``colm-scale train``, and whether only to say what the run would do (``--dry-run``)."""
+    parser = _parser("train")
+    parser.types = parser.types | {"dry-run": "flag"}
+    what = "Do everything up to the first step, say what the run would do and what a rank will need, write nothing."
+    parser.add_argument(*_DRY_RUN, action=_Flag, help=what)
+    return _run_config(_parsed(parser, arguments)), any(word in _DRY_RUN for word in arguments)
 
 
 def parse_plan(arguments: Sequence[str]) -> tuple[RunConfig, PlanConfig]:
@@ -133,6 +144,16 @@ def option_types(config_class: type[DataclassInstance] = RunConfig, prefix: str 
         else:
             types[prefix + field.name] = hint.__name__ if isinstance(hint, type) else str(hint)
     return types
+
+
+class _Flag(argparse.Action):
+    """An option without a value that is no part of a configuration: ``--print_config`` does not show it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, *_: object) -> None:
+        """Nothing: whether it was given is read off the command line."""
 
 
 class _Parser(ArgumentParser):

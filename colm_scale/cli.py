@@ -13,6 +13,9 @@ from colm_scale.errors import UserError
 
 COMMANDS = {
     "train": "fine-tune a model with LoRA on mini-batch coresets",
+    "merge": "an adapter merged into its base model, as a folder that needs no peft; or the adapter alone",
+    "eval": "held-out loss and right answers of an adapter, source by source",
+    "doctor": "what would keep a run from working here: versions, devices, network, compiler, disk",
     "plan": "what such a run will need, without a GPU and without weights: the same options, and --plan.*",
 }
 """Every command, a module of `colm_scale.commands` with a function ``run(arguments)``, and what it does."""

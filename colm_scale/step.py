@@ -73,6 +73,23 @@ class Work:
     trained: list[MicroBatch]
 
 
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a step will do, as far as that is known before anything is computed. Equal on every rank.
+
+    Attributes:
+        plan: Who will be sketched where; None if nothing is.
+        drawn: A coreset with the step's quotas, drawn at random where the step would rank.
+        routed: Who would train it.
+    """
+
+    candidates: Candidates
+    quota: Quota
+    plan: SketchPlan | None
+    drawn: Selection
+    routed: Route
+
+
 class CoresetStep:
     """Everything one step needs; call it with the step's number (from 1) and learning rate."""
 
@@ -114,10 +131,8 @@ class CoresetStep:
             candidates = self._sampler(step)
             quota = rule.quota(candidates, self.observer.statistics)
             if estimator is not None:
-                known = estimator.known(candidates)
-                joint, packed = self._config.selection.joint, self._sketching.packs
-                plan = plan_sketch(candidates, quota, group.world_size, budget_tokens, known, joint, packed)
-                sketched = self._batches(candidates, plan.shares[group.rank], packed)
+                plan = self._plan(candidates, quota)
+                sketched = self._batches(candidates, plan.shares[group.rank], self._sketching.packs)
         if estimator is not None:
             with spans("sketch"):
                 kept = self._sketch(candidates, plan, sketched)
@@ -177,6 +192,25 @@ class CoresetStep:
             telemetry=worth,
         )
         return report, Work(sketched, trained)
+
+    def preview(self, step: int) -> Preview:
+        """What the step will do; of what it changes, only the sampler goes on."""
+        rule = dataclasses.replace(self._rule, kept=self.observer.recent.kept)
+        candidates = self._sampler(step)
+        quota = rule.quota(candidates, self.observer.statistics)
+        if self.estimator is None:
+            plan, drawn = None, rule.select(candidates, quota, None)
+        else:
+            plan = self._plan(candidates, quota)
+            drawn = baselines.within(candidates.sources, quota, generator(rule.seed, "preview", step))
+        budget_tokens, packed = self._config.train.micro_batch_tokens, self._engine.module.packs
+        routed = route(candidates.lengths, drawn.positions, self._group.world_size, budget_tokens, packed=packed)
+        return Preview(candidates, quota, plan, drawn, routed)
+
+    def _plan(self, candidates: Candidates, quota: Quota) -> SketchPlan:
+        known, packed = self.estimator.known(candidates), self._sketching.packs
+        ranks, budget_tokens = self._group.world_size, self._config.train.micro_batch_tokens
+        return plan_sketch(candidates, quota, ranks, budget_tokens, known, self._config.selection.joint, packed)
 
     def _sketch(self, candidates: Candidates, plan: SketchPlan, batches: list[Batch]) -> Tensor | None:
         """Sketch this rank's share; ``[n]`` the rank that has kept a candidate's block inputs, if that is done."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from colm_scale.checkpoint.identity import check_same_run, config_facts, model_digest
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
-from colm_scale.config import RunConfig, TrainConfig, as_yaml
+from colm_scale.config import RunConfig, as_yaml
 from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
@@ -45,10 +46,9 @@ from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
-from colm_scale.reporting.facts import kept_facts, rounding_facts, update_facts
 from colm_scale.reporting.run_directory import RunDirectory
-from colm_scale.reporting.summary import gib
-from colm_scale.selection.allocation import allocation_facts
+from colm_scale.reporting.run_facts import resumed_facts, run_facts, written_down
+from colm_scale.schedule import learning_rate, total_steps
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.session import Session
@@ -56,11 +56,76 @@ from colm_scale.sketch.adapters import AdapterTap
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 
-_DEFAULT_STEPS = 80
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that could make its next step.
+
+    Attributes:
+        directory: Of the first rank, where nothing is written yet; None elsewhere.
+        found: The checkpoint to go on from, if there is one, on the first rank.
+        identity: What makes this run this run, see `checkpoint.identity`.
+        small: ``[Q]`` bool, the sources that are reported as small.
+        steps: Of the whole run.
+        sketched_by: What is told about a proxy.
+    """
+
+    directory: RunDirectory | None
+    found: Checkpoint | None
+    identity: dict[str, object]
+    inputs: Inputs
+    small: Tensor
+    engine: Engine
+    meter: MemoryMeter
+    step: CoresetStep
+    evaluator: Evaluator | None
+    steps: int
+    sketched_by: list[str]
+
+    def session(self, config: RunConfig, group: Group, *, writes: bool = True) -> Session:
+        """Its reports; without ``writes`` they go nowhere."""
+        directory = self.directory if writes else None
+        return Session(config, directory, self.inputs, self.small, self.engine, self.evaluator, group, self.meter)
+
+    def state(self, config: RunConfig, session: Session, group: Group) -> RunState:
+        """What of it changes."""
+        directory = self.directory
+        return RunState(
+            folder=None if directory is None else CheckpointFolder(directory.checkpoints, config.checkpoint.keep),
+            identity=self.identity,
+            facts=written_down(config, self.inputs, self.steps),
+            sampler=self.inputs.sampler,
+            engine=self.engine,
+            estimator=self.step.estimator,
+            observer=self.step.observer,
+            session=session,
+            group=group,
+        )
+
+    def facts(self, config: RunConfig, done: int, group: Group) -> list[str]:
+        """What is told before the first step after ``done``."""
+        facts = run_facts(config, self.inputs, self.engine, self.evaluator, group)
+        return [*facts, *self.sketched_by, *resumed_facts(self.found, done)]
 
 
-def run(config: RunConfig) -> int:
-    """Run ``config`` on this rank, and return the process's exit code: 0 done, 143 told to stop, and saved.
+def train(config: RunConfig, group: Group, watch: Watch) -> bool:
+    """The job of a run: whether it came to its end, rather than being told to stop."""
+    prepared = prepare(config, group, watch)
+    with prepared.session(config, group) as session:
+        state = prepared.state(config, session, group)
+        done = state.load(prepared.found)
+        _claim(prepared.directory, config, prepared.engine, prepared.meter, done, group)
+        session.start(prepared.steps, prepared.facts(config, done, group), done)
+        return _run_steps(config, done, prepared.steps, prepared.step, state, session, watch, group)
+
+
+Job = Callable[[RunConfig, Group, Watch], bool]
+"""What the ranks of a run do together; whether it came to its end."""
+
+
+def run(config: RunConfig, job: Job = train) -> int:
+    """Do a ``job``, by default that of training, on this rank, and return the process's exit code: 0 done, 143 told to
+    stop, and saved.
 
     Ends the process with 2 (wrong input) or 1 (training failed) otherwise; then one rank says why, and every other rank
     ends too.
@@ -71,7 +136,7 @@ def run(config: RunConfig) -> int:
         config = resolve(config)
         group = connect()
         watch = Watch(group, config.train.timeout)
-        completed = _train(config, group, watch)
+        completed = job(config, group, watch)
     except BaseException as error:
         _end(error, watch)
     watch.close()
@@ -133,30 +198,8 @@ def build_model(
         return module, tap, Tap(sketching, *probes)
 
 
-def total_steps(config: RunConfig, examples: int) -> int:
-    """Optimizer steps of a run; an epoch shows every example once as a candidate."""
-    if config.train.epochs is not None:
-        return max(1, math.ceil(config.train.epochs * examples / config.selection.candidates))
-    return config.train.steps or _DEFAULT_STEPS
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of a step (from 1): linear warm-up to the peak, then cosine or linear to 0, or constant."""
-    warmup = math.ceil(config.warmup_ratio * steps)
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    done = (step - 1 - warmup) / max(1, steps - warmup)
-    match config.schedule:
-        case "cosine":
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-        case "linear":
-            return config.learning_rate * (1 - done)
-        case "constant":
-            return config.learning_rate
-
-
-def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
-    """Whether the run came to its end, rather than being told to stop."""
+def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
+    """Everything up to the first step; nothing is written. All ranks call it together."""
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
     directory, found = _open_directory(config, group)
     inputs = read_inputs(config, group)
@@ -166,31 +209,23 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
     identity |= {"model": model_digest(module), "proxy": None if proxy is None else model_digest(proxy.model)}
     group.agree(identity["model"], "weights of the base model")
     group.agree(str(identity["proxy"]), "weights of the proxy")
-    sketched_by = [] if proxy is None else [describe_proxy(config, proxy.model, module)]
     engine = make_engine(config, inputs.ds_config, module, group)
     meter = memory_meter(group.device)
-    step = build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group, proxy)
     small = kept_sources(inputs.sizes, inputs.source_names, None)
     evaluator = _evaluator(config, inputs, small, group, watch)
-    steps = total_steps(config, int(inputs.sizes.sum()))
-
-    with Session(config, directory, inputs, small, engine, evaluator, group, meter) as session:
-        state = RunState(
-            folder=None if directory is None else CheckpointFolder(directory.checkpoints, config.checkpoint.keep),
-            identity=identity,
-            facts=_written_down(config, inputs, steps),
-            sampler=inputs.sampler,
-            engine=engine,
-            estimator=step.estimator,
-            observer=step.observer,
-            session=session,
-            group=group,
-        )
-        done = state.load(found)
-        _claim(directory, config, engine, meter, done, group)
-        facts = _facts(config, inputs, engine, evaluator, group)
-        session.start(steps, [*facts, *sketched_by, *_resumed(found, done)], done)
-        return _run_steps(config, done, steps, step, state, session, watch, group)
+    return Prepared(
+        directory=directory,
+        found=found,
+        identity=identity,
+        inputs=inputs,
+        small=small,
+        engine=engine,
+        meter=meter,
+        step=build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group, proxy),
+        evaluator=evaluator,
+        steps=total_steps(config, int(inputs.sizes.sum())),
+        sketched_by=[] if proxy is None else [describe_proxy(config, proxy.model, module)],
+    )
 
 
 def _run_steps(
@@ -267,61 +302,6 @@ def _claim(
             facts = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
             found = environment(group.device, group.world_size, engine.name, **facts)
             directory.create(as_yaml(config), found, done)
-
-
-def _written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, object]:
-    """What a checkpoint says about the run for people to read."""
-    table = zip(inputs.source_names, inputs.sizes.tolist(), inputs.kept.tolist())
-    return {
-        "schedule": {"steps": steps, "learning_rate": config.train.learning_rate, "kind": config.train.schedule},
-        "random": {"seed": config.train.seed, "draws": "functions of seed, purpose and index"},
-        "sources": [{"name": name, "examples": size, "kept": kept} for name, size, kept in table],
-    }
-
-
-def _resumed(found: Checkpoint | None, done: int) -> list[str]:
-    if found is None:
-        return []
-    passed_over = [f"warning: passed over: {damage}" for damage in found.passed_over]
-    return [*passed_over, f"going on after step {done}, from {found.path}"]
-
-
-def _facts(
-    config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Evaluator | None, group: Group
-) -> list[str]:
-    """What a user wants to know before the first step."""
-    selection = config.selection
-    attention = engine.module.causal_model.config._attn_implementation
-    facts = [
-        f"model {config.model.name or 'built-in base'} in {config.train.dtype}, attention {attention}, engine "
-        f"{engine.name} on {group.world_size} rank(s), {group.device.type}; {gib(held_bytes(engine.module))} GiB of "
-        f"weights on rank 0",
-        *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
-        f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
-        f"method {selection.method}: {selection.budget if selection.method != 'full' else selection.candidates} of "
-        f"{selection.candidates} candidates per step",
-        *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
-        *update_facts(config),
-        *rounding_facts(config),
-        *allocation_facts(selection, inputs.source_names, inputs.sizes, inputs.kept),
-    ]
-    if not config.checkpoint.every:
-        facts.append("warning: --checkpoint.every 0: a run that is interrupted is lost")
-    left_out = {
-        "training examples too long, dropped": inputs.sampler.dropped,
-        "training examples too long, cut": inputs.sampler.cut,
-    }
-    if evaluator is not None:
-        left_out |= {
-            "held-out examples too long, dropped": inputs.eval.dropped,
-            "held-out examples too long, cut": inputs.eval.cut,
-            "held-out examples above --eval.limit, not evaluated": evaluator.left_out,
-        }
-    for what, counts in left_out.items():
-        if counts:
-            by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
-            facts.append(f"{what}: {sum(counts.values())} ({by_source})")
-    return facts
 
 
 def build_step(

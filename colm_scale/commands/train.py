@@ -8,20 +8,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from colm_scale.arguments import parse
+from colm_scale.arguments import parse_train
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
-    """Parse the options of a run, run it, and exit: 0 done, 1 training failed, 143 told to stop.
+    """Parse the options of a run, run it, and exit: 0 done, 1 training failed, 143 told to stop. With ``--dry-run``
+    say what it would do.
 
     Raises:
         UserError: The options are wrong; what else can be wrong, the run says and exits with 2.
     """
-    config = parse(arguments)
+    config, only_says = parse_train(arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in a line, not in pages of C++ frames
-    from colm_scale import trainer  # after parsing, so that --help and a typo answer at once
+    from colm_scale import dry_run, trainer  # after parsing, so that --help and a typo answer at once
 
-    code = trainer.run(config)
+    code = dry_run.run(config) if only_says else trainer.run(config)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

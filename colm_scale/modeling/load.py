@@ -285,9 +285,10 @@ def _one_line(config: ModelConfig, option: str, what: str = "a model") -> Iterat
         yield
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"--{option} {name} brings its own code, which is run only with --model.trust_remote_code true"
-            ) from None
+            # As the commands have it that are no runs, and as runs do.
+            trusting = "trust_remote_code" if option == "model" else "model.trust_remote_code"
+            message = f"--{option} {name} brings its own code, which is run only with --{trusting} true"
+            raise UserError(message) from None
         where = "the folder" if Path(name).exists() else "there is no such folder, and the hub id"
         raise UserError(f"--{option} {name}: cannot load {what} ({where} was tried: {_flat(error)})") from None
 

@@ -90,11 +90,14 @@ class Plan:
         return (self.forward_flops + self.training_flops) / (self.plan.tflops * 1e12)
 
 
-def make_plan(config: RunConfig, plan: PlanConfig, of: PretrainedConfig | None = None) -> Plan:
+def make_plan(
+    config: RunConfig, plan: PlanConfig, of: PretrainedConfig | None = None, batches: Batches | None = None
+) -> Plan:
     """Plan a run.
 
     Args:
         of: The model's configuration, if it is in hand; else it is read, without weights.
+        batches: Of a step, if they are in hand; else examples are all of the average length and all sketched.
 
     Raises:
         UserError: As a run with these options, before it has read weights and data.
@@ -113,7 +116,7 @@ def make_plan(config: RunConfig, plan: PlanConfig, of: PretrainedConfig | None =
     fake = fake_model(config, of, known)
     sizes = _sizes(fake)
     packed = fake.module.packs
-    batches = arranged(config, plan, packed=packed)
+    batches = batches or arranged(config, plan, packed=packed)
     found = _peaks(config, ds_config, fake, plan, batches)
     forward = _forward_flops(fake, sizes)
     sketched, trained = (sum(map(sum, of_phase)) for of_phase in (batches.sketched, batches.trained))

@@ -13,13 +13,15 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "randomness", "records", "base"),
     ("config",),
-    ("data", "selection", "modeling"),
+    ("schedule", "data", "selection", "modeling"),
     ("sketch",),
     ("distributed",),
-    ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
+    ("doctor", "profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
     ("planning",),
+    ("dry_run",),
     ("arguments",),
+    ("trained",),
     ("commands",),
     ("cli",),
 )

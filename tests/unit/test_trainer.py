@@ -6,7 +6,8 @@ import pytest
 
 from colm_scale.config import FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.reporting.facts import rounding_facts
-from colm_scale.trainer import learning_rate, resolve, total_steps
+from colm_scale.schedule import learning_rate, total_steps
+from colm_scale.trainer import resolve
 
 
 def rates(steps: int, **options) -> list[float]:

@@ -1,0 +1,190 @@
+"""Whether ranks can talk to each other, found out before anything depends on it, and never by waiting for ever.
+
+All meet at the store that the launcher names; each opens a port and tries that of every other one; and if all of these
+are open, they add up a number by gloo and, with a GPU each, by NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib import metadata
+
+import torch
+import torch.distributed as dist
+
+from colm_scale.distributed.group import _interface_to
+
+_HELLO = b"colm"
+_CONNECT_SECONDS = 5.0
+_SAME = ("torch", "transformers", "peft", "deepspeed")
+"""Packages that all ranks should have in the same version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What the first rank knows at the end.
+
+    Attributes:
+        ranks: How many were to come.
+        absent: Those that did not come to the meeting point, or were lost afterwards.
+        cut: Pairs of ranks of which the first cannot connect to the second, and where the second listens.
+        failed: By backend, what went wrong with it; empty if nothing did. Not there: not tried.
+        versions: What each rank runs, where that is not the same.
+        error: Why the ranks could not be tried at all.
+    """
+
+    ranks: int
+    absent: list[int] = field(default_factory=list)
+    cut: list[tuple[int, int, str]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    versions: dict[int, str] = field(default_factory=dict)
+    error: str = ""
+
+
+def try_ranks(seconds: float) -> Reach:
+    """Try it, together with the other ranks that the launcher has started; only the first rank's answer is whole.
+
+    Args:
+        seconds: For each of the three stages.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store = _store(rank, seconds)
+        meeting = _Meeting(store, rank, ranks, seconds)
+    except (OSError, RuntimeError) as error:  # torch's DistError is a RuntimeError
+        return Reach(ranks, error=f"rank {rank} cannot come to the meeting point {where}: {_first_line(error)}")
+    return meeting.hold()
+
+
+def _store(rank: int, seconds: float) -> dist.Store:
+    """The launcher's store, or one that rank 0 keeps. Unlike torch's rendezvous, nobody waits until all are there."""
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=keeps,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore("colm_scale/doctor", store)
+
+
+class _Meeting:
+    """One rank's part in it."""
+
+    def __init__(self, store: dist.Store, rank: int, ranks: int, seconds: float):
+        self._store, self._rank, self._ranks, self._seconds = store, rank, ranks, seconds
+        own = _own_address(os.environ["MASTER_ADDR"])
+        self._listener = socket.create_server((own, 0), family=socket.AF_INET6 if ":" in own else socket.AF_INET)
+        threading.Thread(target=self._answer, daemon=True).start()
+        place = {"address": own, "port": self._listener.getsockname()[1], "versions": _versions()}
+        store.set(f"place/{rank}", json.dumps(place))
+
+    def hold(self) -> Reach:
+        """All three stages."""
+        places = self._collected("place", range(self._ranks), self._seconds)
+        cut = [(peer, self._connection(place)) for peer, place in places.items() if peer != self._rank]
+        self._store.set(f"cut/{self._rank}", json.dumps([(peer, why) for peer, why in cut if why]))
+        if self._rank:
+            if self._awaited("go", 5 * self._seconds + self._ranks * _CONNECT_SECONDS) == b"yes":
+                self._backends()
+            return Reach(self._ranks)
+        rows = self._collected("cut", places, 2 * self._seconds + len(places) * _CONNECT_SECONDS)
+        absent = [peer for peer in range(self._ranks) if peer not in rows]
+        pairs = [(rank, peer, why) for rank, row in sorted(rows.items()) for peer, why in row]
+        self._store.set("go", "no" if absent or pairs else "yes")
+        failed = {} if absent or pairs else self._backends()
+        versions = {peer: place["versions"] for peer, place in sorted(places.items())}
+        return Reach(self._ranks, absent, pairs, failed, versions if len(set(versions.values())) > 1 else {})
+
+    def _collected(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, object]:
+        """What these ranks have said, of those that do so in time."""
+        deadline, found = time.monotonic() + seconds, {}
+        for peer in ranks:
+            said = self._awaited(f"{what}/{peer}", max(0.1, deadline - time.monotonic()))
+            if said is not None:
+                found[peer] = json.loads(said)
+        return found
+
+    def _awaited(self, key: str, seconds: float) -> bytes | None:
+        with suppress(RuntimeError):
+            self._store.wait([key], timedelta(seconds=seconds))
+            return self._store.get(key)
+        return None
+
+    def _connection(self, place: dict) -> str:
+        """What is wrong with the way to a rank."""
+        where = f"{place['address']}:{place['port']}"
+        try:
+            with socket.create_connection((place["address"], place["port"]), _CONNECT_SECONDS) as way:
+                return "" if way.recv(len(_HELLO)) == _HELLO else f"{where} does not answer"
+        except OSError as error:
+            return f"{where}: {error.strerror or error}"
+
+    def _answer(self) -> None:
+        while True:
+            with suppress(OSError):
+                way, _ = self._listener.accept()
+                with way:
+                    way.sendall(_HELLO)
+
+    def _backends(self) -> dict[str, str]:
+        """What is wrong with gloo and NCCL. One that hangs is left behind in its thread."""
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks)), torch.cuda.device_count()
+        failed = {}
+        for backend in ("gloo", "nccl") if 0 < local <= gpus else ("gloo",):
+            done: list[str] = []
+            thread = threading.Thread(target=lambda b=backend, d=done: d.append(self._sum(b)), daemon=True)
+            thread.start()
+            thread.join(self._seconds)
+            failed[backend] = done[0] if done else f"did not end within {self._seconds:g} s"
+            if failed[backend]:
+                break
+        return failed
+
+    def _sum(self, backend: str) -> str:
+        """What goes wrong when all ranks add up a one each."""
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+        if interface := _interface_to(os.environ["MASTER_ADDR"]):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        try:
+            store, limit = dist.PrefixStore(backend, self._store), timedelta(seconds=self._seconds)
+            dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._ranks, timeout=limit)
+            total = torch.ones(1, device=device)
+            dist.all_reduce(total)
+            found = int(total)
+            dist.destroy_process_group()
+        except RuntimeError as error:
+            return _first_line(error)
+        return "" if found == self._ranks else f"{self._ranks} ones add up to {found}"
+
+
+def _own_address(master: str) -> str:
+    """This host's address on the way to the first one. Connecting a datagram socket sends nothing."""
+    family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return probe.getsockname()[0]
+
+
+def _versions() -> str:
+    found = [f"python {platform.python_version()}"]
+    for package in _SAME:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]

@@ -1,0 +1,31 @@
+"""How many steps a run makes, and the learning rate of each: functions of the options alone."""
+
+from __future__ import annotations
+
+import math
+
+from colm_scale.config import RunConfig, TrainConfig
+
+_DEFAULT_STEPS = 80
+
+
+def total_steps(config: RunConfig, examples: int) -> int:
+    """Optimizer steps of a run; an epoch shows every example once as a candidate."""
+    if config.train.epochs is not None:
+        return max(1, math.ceil(config.train.epochs * examples / config.selection.candidates))
+    return config.train.steps or _DEFAULT_STEPS
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The rate of a step (from 1): linear warm-up to the peak, then cosine or linear to 0, or constant."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    done = (step - 1 - warmup) / max(1, steps - warmup)
+    match config.schedule:
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            return config.learning_rate * (1 - done)
+        case "constant":
+            return config.learning_rate
