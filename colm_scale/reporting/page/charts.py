@@ -57,7 +57,7 @@ class Chart:
         what: What is drawn, with its unit, for the text that stands for the picture.
         percent: Whether values are shares.
         from_zero: Whether the axis begins at zero.
-        note: Stands beside the title.
+        top: Where the axis ends, if not above all values.
     """
 
     title: str
@@ -65,8 +65,8 @@ class Chart:
     lines: Sequence[Line]
     percent: bool = False
     from_zero: bool = False
+    top: float | None = None
     wide: bool = False
-    note: str = ""
 
     @property
     def alt(self) -> str:
@@ -102,18 +102,20 @@ class Chart:
         axes.margins(x=0.02)
         if self.from_zero:
             axes.set_ylim(bottom=0)
+        if self.top is not None:
+            axes.set_ylim(top=self.top)
         if self.percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}%"))
 
 
 def binned(x: np.ndarray, y: np.ndarray, most: int = 80) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``most`` points: means of neighbouring steps, each at the last of them; NaN does not count."""
+    """At most ``most`` points: means of equally many neighbouring steps, at the last of them; NaN does not count."""
     known = ~np.isnan(y)
     x, y = x[known], y[known]
-    if len(x) <= most:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), most)
-    return np.array([x[part[-1]] for part in parts]), np.array([y[part].mean() for part in parts])
+    width = max(1, -(-len(x) // most))
+    starts = np.arange(0, len(x), width)
+    ends = np.minimum(starts + width, len(x))
+    return x[ends - 1], np.add.reduceat(y, starts) / (ends - starts) if len(x) else y
 
 
 def number(value: float | None, percent: bool = False) -> str:

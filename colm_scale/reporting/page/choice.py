@@ -12,7 +12,7 @@ from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of
 from colm_scale.reporting.page.read import Run
 from colm_scale.reporting.worth import Worth
 
-_SHARES = 30
+_SHARES = 16
 """Points of a share over time: single steps hold too few examples to tell."""
 _COMPARED = {"stratified": "dashed", "random": "dotted", "candidates": "dashed", "by_chance": "dashed"}
 """Endings of numbers that another one is compared with, and how they are drawn."""

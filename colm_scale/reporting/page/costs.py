@@ -28,6 +28,8 @@ _MEANING = {
     _OTHER: "sample, report and others",
 }
 _POINTS = 60
+_HEADROOM = 1.2
+"""Top of the panels over the slowest run's 95th percentile: a first step can take many times as long as all others."""
 _MOST_RANKS = 8
 """Ranks that are drawn each; of more, the range."""
 
@@ -41,14 +43,16 @@ def times(runs: Sequence[Run]) -> Section:
         ["bare floor", *(_with_range(run.floor_seconds()) for run in runs)],
         ["step / bare floor", *(_with_range(run.column("measured_over_floor")) for run in runs)],
     ]
+    top = _HEADROOM * max((middle(run.column("seconds", "step"), 95) for run in runs if len(run.steps)), default=1.0)
     without = [run.name for run in runs if np.isnan(run.column("measured_over_floor")).all()]
     return Section(
         id="time",
         title="Time of a step",
         text="Seconds of each phase on its slowest rank, so that they can add up to a little more than the step. The "
-        "bare floor is the least any implementation must do with the step's tokens, run again in the same process.",
+        "bare floor is the least any implementation must do with the step's tokens, run again in the same process. The "
+        "panels share a scale, beyond which single slow steps may reach.",
         legend=[*((f"fill phase-{group}", meaning) for group, meaning in _MEANING.items()), ("floor", "bare floor")],
-        charts=[_time_chart(run) for run in runs if len(run.steps)],
+        charts=[_time_chart(run, top) for run in runs if len(run.steps)],
         tables=[
             Table(
                 caption="Median seconds of each phase (share of the step); bare floor with 20th and 80th percentile",
@@ -97,7 +101,7 @@ def memory(runs: Sequence[Run]) -> Section:
     )
 
 
-def _time_chart(run: Run) -> Chart:
+def _time_chart(run: Run, top: float) -> Chart:
     total = np.zeros(0)
     lines = []
     for group in [*_GROUPS, _OTHER]:
@@ -109,7 +113,7 @@ def _time_chart(run: Run) -> Chart:
     x, y = binned(run.steps, run.floor_seconds(), _POINTS)
     if len(x):
         lines.append(Line(x=x, y=y, colour="ink", label="bare floor, s", points=True))
-    return Chart(title=run.name, what="Seconds of a step by phase", lines=lines, from_zero=True)
+    return Chart(title=run.name, what="Seconds of a step by phase", lines=lines, from_zero=True, top=top)
 
 
 def _group_seconds(run: Run, group: str) -> np.ndarray:
