@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of
 from colm_scale.reporting.page.read import Run
 from colm_scale.reporting.worth import Worth
 
-_SHARES = 16
+_SHARES = 12
 """Points of a share over time: single steps hold too few examples to tell."""
 _COMPARED = {"stratified": "dashed", "random": "dotted", "candidates": "dashed", "by_chance": "dashed"}
 """Endings of numbers that another one is compared with, and how they are drawn."""
@@ -30,8 +31,11 @@ _TITLES = {
 def coverage(runs: Sequence[Run]) -> Section:
     """How much of each source was ever a candidate, and trained on."""
     names = mixed(runs, lambda run: run.composition.names)
-    totals = ["all sources", _size(runs, names), *(_covered(run, run.composition.names) for run in runs)]
-    rows = [[_marked(runs, name), _size(runs, [name]), *(_covered(run, [name]) for run in runs)] for name in names]
+    groups = {_marked(runs, name): [name] for name in names} | {"all sources": names}
+    rows = [
+        [title, _size(runs, of_group), *(_covered(run, of_group, place) for place, run in enumerate(runs, 1))]
+        for title, of_group in groups.items()
+    ]
     return Section(
         id="coverage",
         title="Coverage",
@@ -42,7 +46,7 @@ def coverage(runs: Sequence[Run]) -> Section:
             Table(
                 caption="Candidates / trained on, as shares of a source's examples",
                 head=["source", "examples", *(run.name for run in runs)],
-                rows=[*rows, totals],
+                rows=rows,
             )
         ],
         missing=[f"{run.name} does not say how large its sources are: counts in place of shares." for run in runs
@@ -56,7 +60,7 @@ def shares(runs: Sequence[Run]) -> Section:
     charts = [
         Chart(title=name, what="Share of the coreset", percent=True, from_zero=True, lines=lines)
         for name in names
-        if (lines := [line for place, run in enumerate(runs, 1) for line in _share_lines(run, name, place)])
+        if (lines := _share_lines(runs, name))
     ]
     rows = [[name, *(_mean_shares(run, name) for run in runs)] for name in names]
     return Section(
@@ -103,7 +107,7 @@ def worth(runs: Sequence[Run]) -> Section:
         charts=charts,
         tables=[
             Table(caption="Verdicts", head=["run", "verdict"], rows=verdicts, words=True),
-            Table(caption="Means over the steps", head=["number", *(run.name for run in runs)], rows=rows),
+            Table(caption="Means over the steps", head=["number", *(run.name for run in runs)], rows=rows, words=True),
         ],
     )
 
@@ -114,13 +118,13 @@ def _counts(run: Run, names: Sequence[str]) -> tuple[int, int]:
     return int(run.composition.seen[places].sum()), int(run.composition.trained[places].sum())
 
 
-def _covered(run: Run, names: Sequence[str]) -> Cell:
+def _covered(run: Run, names: Sequence[str], place: int) -> Cell:
     seen, trained = _counts(run, names)
     size = sum(run.sizes.get(name, 0) for name in names)
     if not size:
         return Cell(text=f"{seen:,} / {trained:,}")
     drawn, picked = seen / size, trained / size
-    return Cell(text=f"{drawn:.1%} / {picked:.1%}", bar=min(1.0, drawn), inner=min(1.0, picked))
+    return Cell(text=f"{drawn:.1%} / {picked:.1%}", bar=min(1.0, drawn), inner=min(1.0, picked), run=place)
 
 
 def _size(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -133,25 +137,28 @@ def _marked(runs: Sequence[Run], name: str) -> str:
     return f"{name} (kept)" if any(name in run.kept for run in runs) else name
 
 
-def _share(counts: np.ndarray, place: int) -> np.ndarray:
-    """``[S]`` percent of each step's examples that are of one source."""
-    return 100 * counts[:, place] / np.maximum(1, counts.sum(1))
+def _share_lines(runs: Sequence[Run], name: str) -> list[Line]:
+    """A solid line per run for the coreset, and dotted ones for the candidates; one for all runs that drew the same."""
+    picked, drawn = [], {}
+    for place, run in enumerate(runs, 1):
+        composition, colour = run.composition, colour_of(place)
+        if name not in composition.names or not len(composition.selected):
+            continue
+        column = composition.names.index(name)
+        x, y = _share(run, composition.selected, column)
+        picked.append(Line(x=x, y=y, colour=colour, label=f"{run.name}, of the coreset"))
+        x, y = _share(run, composition.candidates, column)
+        line = Line(x=x, y=y, colour=colour, label=f"{run.name}, of the candidates", style="dotted")
+        drawn.setdefault((x.tobytes(), y.tobytes()), []).append(line)
+    shared = [replace(same[0], colour="ink-2", label="of the candidates") for same in drawn.values() if len(same) > 1]
+    return [*shared, *(same[0] for same in drawn.values() if len(same) == 1), *picked]
 
 
-def _share_lines(run: Run, name: str, place: int) -> list[Line]:
-    composition = run.composition
-    if name not in composition.names or not len(composition.selected):
-        return []
-    column = composition.names.index(name)
-    steps = run.steps[: len(composition.selected)]
-    lines = []
-    for counts, what, style in (
-        (composition.candidates, "of the candidates", "dotted"),
-        (composition.selected, "of the coreset", "solid"),
-    ):
-        x, y = binned(steps, _share(counts, column)[: len(steps)], _SHARES)
-        lines.append(Line(x=x, y=y, colour=colour_of(place), label=f"{run.name}, {what}", style=style))
-    return lines
+def _share(run: Run, counts: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and percent of their examples that are of one source."""
+    steps = min(len(run.steps), len(counts))  # a run under way may have written a row of one file and not of the other
+    percent = 100 * counts[:steps, column] / np.maximum(1, counts[:steps].sum(1))
+    return binned(run.steps[:steps], percent, _SHARES)
 
 
 def _mean_shares(run: Run, name: str) -> str:

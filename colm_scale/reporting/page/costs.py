@@ -112,7 +112,7 @@ def _time_chart(run: Run, top: float) -> Chart:
         lines.append(Line(x=x, y=total, down_to=below, colour=f"phase-{group}", label=shown))
     x, y = binned(run.steps, run.floor_seconds(), _POINTS)
     if len(x):
-        lines.append(Line(x=x, y=y, colour="ink", label="bare floor, s", points=True))
+        lines.append(Line(x=x, y=y, colour="ink", label="bare floor, s", points=len(x) <= 20))
     return Chart(title=run.name, what="Seconds of a step by phase", lines=lines, from_zero=True, top=top)
 
 

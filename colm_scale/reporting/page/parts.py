@@ -14,7 +14,7 @@ class Cell:
 
     Attributes:
         bar, inner: Shares, 0 to 1, that are drawn below the text: how far the bar goes, and its darker part.
-        run: Number of the run whose colour it shows, from 1.
+        run: Number of the run, from 1, whose colour it shows.
     """
 
     text: str
