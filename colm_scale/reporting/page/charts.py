@@ -32,7 +32,7 @@ class Line:
     Attributes:
         x, y: ``[P]`` steps and values.
         colour: One of the page's variables, without dashes: ``run-1``.
-        label: What it is, for the title that browsers show.
+        label: What it is, for the title that browsers show; of an area with its value.
         down_to: ``[P]`` the lower edge, if an area is meant.
         points: Whether each point is marked.
         faint: Whether it stands behind the others.
@@ -85,7 +85,7 @@ class Chart:
             self._dress(axes, colours)
             written = io.StringIO()
             figure.savefig(written, format="svg", transparent=True)
-        return _part_of_page(written.getvalue(), colours, self.lines)
+        return _part_of_page(written.getvalue(), colours, self.lines, self.percent)
 
     def _colours(self) -> list[str]:
         return list(dict.fromkeys([_INK, _FAINT, *(line.colour for line in self.lines)]))
@@ -128,6 +128,8 @@ def number(value: float | None, percent: bool = False) -> str:
 
 
 def _said(line: Line, percent: bool) -> str:
+    if line.down_to is not None:
+        return line.label
     known = np.flatnonzero(~np.isnan(line.y))
     if not len(known):
         return ""
@@ -149,14 +151,14 @@ def _draw(axes: Axes, line: Line, colour: str, number: int) -> None:
     artist.set_gid(f"series-{number}")
 
 
-def _part_of_page(svg: str, colours: dict[str, str], lines: Sequence[Line]) -> str:
+def _part_of_page(svg: str, colours: dict[str, str], lines: Sequence[Line], percent: bool) -> str:
     """An SVG file as an element of a page."""
     text = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     root = ElementTree.fromstring(text)
     names = {shade: f"var(--{name})" for name, shade in colours.items()}
     for element in root.iter():
-        _name_series(element, lines)
+        _name_series(element, lines, percent)
         style = re.sub(r"font-family: [^;]*;? ?", "", element.get("style", ""))
         style = re.sub(r"#[0-9a-f]{6}", lambda found: names.get(found[0], found[0]), style)
         if style:
@@ -171,14 +173,14 @@ def _part_of_page(svg: str, colours: dict[str, str], lines: Sequence[Line]) -> s
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _name_series(element: ElementTree.Element, lines: Sequence[Line]) -> None:
+def _name_series(element: ElementTree.Element, lines: Sequence[Line], percent: bool) -> None:
     """A series gets the class of its colour and a title; ids that nothing refers to are taken out."""
     name = element.get("id", "")
     if name.startswith("series-"):
         line = lines[int(name.removeprefix("series-"))]
         element.set("class", f"series {line.colour}{' faint' if line.faint else ''}")
         title = ElementTree.Element("title")
-        title.text = _said(line, False) if line.down_to is None else line.label
+        title.text = _said(line, percent)
         element.insert(0, title)
     if element.tag == "g":
         element.attrib.pop("id", None)

@@ -79,7 +79,7 @@ def training(runs: Sequence[Run]) -> Section:
         f"their held-out loss. Of more than {_SMOOTHED} steps the heavy line is the mean of neighbouring ones.",
         charts=[
             Chart(title="training loss", what="Loss of the coreset", lines=loss, wide=True),
-            Chart(title="learning rate, in thousandths", what="Learning rate", lines=rate, from_zero=True),
+            Chart(title="learning rate, in thousandths", what="Schedule", lines=rate, from_zero=True),
         ],
         tables=[Table(caption="Training loss in numbers", head=head, rows=rows)],
     )

@@ -239,10 +239,10 @@ def _optional(path: Path, parse, missing: list[str]) -> object:
 def _sources(facts: object, path: Path) -> list[dict]:
     if facts is None:
         return []
-    sources = facts.get("sources") if isinstance(facts, dict) else None
-    if not isinstance(sources, list) or not all({"name", "examples", "kept"} <= set(source) for source in sources):
-        raise UserError(f"{path} is damaged: it does not list the sources")
-    return sources
+    try:
+        return [{name: source[name] for name in ("name", "examples", "kept")} for source in facts["sources"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it does not list the sources") from None
 
 
 def _not_yet(done: int, planned: int | None, evaluations: Sequence[Evaluation]) -> list[str]:
