@@ -55,7 +55,8 @@ def table(page, caption: str) -> dict[str, dict[str, str]]:
 def test_nothing_goes_wrong_and_nothing_is_fetched(page):
     assert page.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    asked = [request["request"]["url"] for request in sent]
     assert page.current_url in asked  # the log does record requests
     assert {url for url in asked if not url.startswith("data:")} == {page.current_url}
     assert page.title == "colm_scale: ranked, drawn"
