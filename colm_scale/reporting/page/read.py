@@ -166,20 +166,37 @@ def _rows(path: Path, missing: list[str]) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
+class _Table:
+    """Columns that grow by a row at a time. What a row does not have is ``blank`` there."""
+
+    def __init__(self, blank: float):
+        self._blank, self._columns, self._rows = blank, {}, 0
+
+    def add(self, row: Iterable[tuple[Key, float]]) -> None:
+        for key, value in row:
+            column = self._filled(key)
+            column.append(value)
+        self._rows += 1
+
+    def columns(self) -> dict[Key, np.ndarray]:
+        """``[S]`` float64 each."""
+        return {key: np.array(self._filled(key)) for key in self._columns}
+
+    def _filled(self, key: Key) -> array:
+        column = self._columns.setdefault(key, array("d"))
+        column.extend([self._blank] * (self._rows - len(column)))
+        return column
+
+
 def _columns(rows: Iterable[tuple[int, dict]], path: Path) -> tuple[np.ndarray, dict[Key, np.ndarray]]:
     steps: list[int] = []
-    found: dict[Key, array] = {}
+    table = _Table(np.nan)
     for number, row in rows:
         if steps and row["step"] <= steps[-1]:
             raise UserError(f"{path} line {number} is damaged: step {row['step']} follows step {steps[-1]}")
-        for key, value in _numbers(row):
-            column = found.setdefault(key, array("d"))
-            column.extend([np.nan] * (len(steps) - len(column)))
-            column.append(value)
         steps.append(row["step"])
-    for column in found.values():
-        column.extend([np.nan] * (len(steps) - len(column)))
-    return np.array(steps, dtype=np.int64), {key: np.array(column) for key, column in found.items()}
+        table.add(_numbers(row))
+    return np.array(steps, dtype=np.int64), table.columns()
 
 
 def _numbers(value: object, key: Key = ()) -> Iterator[tuple[Key, float]]:
@@ -195,7 +212,7 @@ def _numbers(value: object, key: Key = ()) -> Iterator[tuple[Key, float]]:
 
 
 def _composition(rows: Iterable[tuple[int, dict]], names: list[str], path: Path) -> Composition:
-    drawn: list[tuple[Counter, Counter]] = []
+    drawn, steps = _Table(0), 0
     seen: dict[str, set[int]] = {name: set() for name in names}
     trained: dict[str, set[int]] = {name: set() for name in names}
     for number, row in rows:
@@ -208,12 +225,15 @@ def _composition(rows: Iterable[tuple[int, dict]], names: list[str], path: Path)
             seen.setdefault(source, set()).add(example)
         for example, source in zip(row["selected"], picked):
             trained.setdefault(source, set()).add(example)
-        drawn.append((Counter(row["sources"]), Counter(picked)))
-    order = list(seen)
-    of_step = [np.array([[counts[which][name] for name in order] for counts in drawn]) for which in (0, 1)]
-    candidates, selected = (counts.reshape(len(drawn), len(order)).astype(np.int64) for counts in of_step)
-    distinct = (np.array([len(ids.get(name, ())) for name in order], dtype=np.int64) for ids in (seen, trained))
-    return Composition(tuple(order), candidates, selected, *distinct)
+        drawn.add(_numbers({"candidates": Counter(row["sources"]), "selected": Counter(picked)}))
+        steps += 1
+    columns, none = drawn.columns(), np.zeros(steps)
+    by_step = (
+        np.array([columns.get((what, name), none) for name in seen], dtype=np.int64).reshape(len(seen), steps).T
+        for what in ("candidates", "selected")
+    )
+    distinct = (np.array([len(ids.get(name, ())) for name in seen], dtype=np.int64) for ids in (seen, trained))
+    return Composition(tuple(seen), *by_step, *distinct)
 
 
 def _evaluation(row: tuple[int, dict], path: Path) -> Evaluation:
