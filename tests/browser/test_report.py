@@ -38,6 +38,8 @@ def page(runs, driver, tmp_path_factory):
     command = REPORT.format([*map(str, runs.values()), "--output", str(output)])
     said = run([sys.executable, "-c", command], output.parent / "log").succeeded().stdout
     assert f"report: {output}" in said
+    driver.get("about:blank")
+    driver.get_log("performance")  # what the browser's own first tab asked for
     driver.get(output.as_uri())
     return driver
 
@@ -152,6 +154,6 @@ def test_light_and_dark(page):
 def test_tables_that_are_folded_open(page):
     find = "return [...document.querySelectorAll('summary')].find(one => one.textContent === 'All options')"
     summary = page.execute_script(find)
-    assert not table(page, "All options")["train.steps"]["ranked"]
+    assert set(table(page, "All options")) == {""}
     summary.click()
     assert table(page, "All options")["train.steps"] == {"ranked": "2", "drawn": "2"}
