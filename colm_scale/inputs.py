@@ -48,11 +48,6 @@ class Inputs:
     eval: Examples | None
     ds_config: dict | None
 
-    def source_table(self) -> list[dict[str, object]]:
-        """Name, training examples and whether it is kept, of each source, as plain JSON."""
-        table = zip(self.source_names, self.sizes.tolist(), self.kept.tolist())
-        return [{"name": name, "examples": size, "kept": kept} for name, size, kept in table]
-
 
 def read_inputs(config: RunConfig, group: Group) -> Inputs:
     """Read and check.

@@ -174,11 +174,12 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
     evaluator = _evaluator(config, inputs, small, group, watch)
     steps = total_steps(config, int(inputs.sizes.sum()))
 
+    facts = _written_down(config, inputs, steps)
     with Session(config, directory, inputs, small, engine, evaluator, group, meter) as session:
         state = RunState(
             folder=None if directory is None else CheckpointFolder(directory.checkpoints, config.checkpoint.keep),
             identity=identity,
-            facts=_written_down(config, inputs, steps),
+            facts=facts,
             sampler=inputs.sampler,
             engine=engine,
             estimator=step.estimator,
@@ -187,9 +188,9 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
             group=group,
         )
         done = state.load(found)
-        _claim(directory, config, inputs, steps, engine, meter, done, group)
-        facts = _facts(config, inputs, engine, evaluator, group)
-        session.start(steps, [*facts, *sketched_by, *_resumed(found, done)], done)
+        _claim(directory, config, facts, engine, meter, done, group)
+        told = _facts(config, inputs, engine, evaluator, group)
+        session.start(steps, [*told, *sketched_by, *_resumed(found, done)], done)
         return _run_steps(config, done, steps, step, state, session, watch, group)
 
 
@@ -259,8 +260,7 @@ def _check_resumable(found: Checkpoint | None, identity: dict[str, object], grou
 def _claim(
     directory: RunDirectory | None,
     config: RunConfig,
-    inputs: Inputs,
-    steps: int,
+    facts: dict[str, object],
     engine: Engine,
     meter: MemoryMeter,
     done: int,
@@ -271,17 +271,18 @@ def _claim(
     held = group.all_gather(held, "control").flatten().tolist()
     with group.together():
         if directory is not None:
-            facts = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
-            found = environment(group.device, group.world_size, engine.name, **facts)
-            directory.create(as_yaml(config), found, done, {"steps": steps, "sources": inputs.source_table()})
+            own = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
+            found = environment(group.device, group.world_size, engine.name, **own)
+            directory.create(as_yaml(config), found, done, facts)
 
 
 def _written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, object]:
-    """What a checkpoint says about the run for people to read."""
+    """What a checkpoint and ``run.json`` say about the run for people to read."""
+    table = zip(inputs.source_names, inputs.sizes.tolist(), inputs.kept.tolist())
     return {
         "schedule": {"steps": steps, "learning_rate": config.train.learning_rate, "kind": config.train.schedule},
         "random": {"seed": config.train.seed, "draws": "functions of seed, purpose and index"},
-        "sources": inputs.source_table(),
+        "sources": [{"name": name, "examples": size, "kept": kept} for name, size, kept in table],
     }
 
 

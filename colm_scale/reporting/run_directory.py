@@ -60,7 +60,7 @@ class RunDirectory:
         """Make the folder, claim it for this run, and write ``config.yaml``, ``environment.json`` and ``run.json``.
 
         Args:
-            facts: What ``run.json`` holds: the steps that are planned, and the training examples of each source.
+            facts: What ``run.json`` holds: the schedule, and the training examples of each source.
             after: The step after which the run goes on: rows of later steps, which will come again, are taken out.
 
         Raises:

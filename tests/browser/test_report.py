@@ -90,7 +90,9 @@ def test_coverage_is_the_runs(page, runs):
     shown = table(page, "Candidates / trained on, as shares of a source's examples")["all sources"]
     for name, folder in runs.items():
         steps = rows(folder / "selection.jsonl")
-        size = sum(source["examples"] for source in json.loads((folder / "run.json").read_text())["sources"])
+        sources = json.loads((folder / "run.json").read_text())["sources"]
+        size = sum(source["examples"] for source in sources)
+        assert len(sources) > 10
         seen, trained = ({example for row in steps for example in row[what]} for what in ("candidates", "selected"))
         assert shown[name] == f"{len(seen) / size:.1%} / {len(trained) / size:.1%}"
         assert shown["examples"] == f"{size:,}"

@@ -41,7 +41,7 @@ def write_run(
         output_dir=str(path),
     )
     table = [{"name": name, "examples": size, "kept": size < 10} for name, size in zip(sources, sizes)]
-    facts = {"steps": planned or steps, "sources": table}
+    facts = {"schedule": {"steps": planned or steps}, "sources": table}
     environment = {"versions": {"torch": "2.13.0"}, "engine": "ddp", "world_size": ranks, "command": ["train.py"]}
     directory.create(as_yaml(config), environment, facts=facts)
     draws = generator(seed, "support runs")

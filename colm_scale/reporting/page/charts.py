@@ -144,7 +144,7 @@ def _draw(axes: Axes, line: Line, colour: str, number: int) -> None:
         artist = axes.fill_between(line.x, line.down_to, line.y, facecolor=colour, linewidth=0)
     else:
         marker = "o" if line.points or np.count_nonzero(~np.isnan(line.y)) == 1 else None
-        width = 0.6 if line.faint else 1.5 if line.style == "solid" else 1.1
+        width = 0.8 if line.faint else 1.5 if line.style == "solid" else 1.1
         (artist,) = axes.plot(
             line.x, line.y, color=colour, linewidth=width, linestyle=_DASHES[line.style], marker=marker, markersize=2.6
         )

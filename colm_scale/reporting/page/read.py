@@ -114,12 +114,11 @@ def read_run(path: Path, name: str) -> Run:
     missing: list[str] = []
     steps, columns = _columns(_rows(metrics, missing), metrics)
     facts = _optional(path / FACTS, json.loads, missing)
-    sources = _sources(facts, path / FACTS)
+    planned, sources = _planned(facts, path / FACTS)
     sizes = {source["name"]: source["examples"] for source in sources}
     selection = path / "selection.jsonl"
     composition = _composition(_rows(selection, missing), list(sizes), selection)
     evaluations = tuple(_evaluation(row, path) for row in _rows(path / "evaluations.jsonl", missing))
-    planned = facts.get("steps") if isinstance(facts, dict) else None
     missing += _not_yet(len(steps) and int(steps[-1]), planned, evaluations)
     return Run(
         name=name,
@@ -256,13 +255,15 @@ def _optional(path: Path, parse, missing: list[str]) -> object:
         raise UserError(f"{path} is damaged: {said}") from None
 
 
-def _sources(facts: object, path: Path) -> list[dict]:
+def _planned(facts: object, path: Path) -> tuple[int | None, list[dict]]:
+    """Steps that the run is to make, and its sources; None and none if there is no such file."""
     if facts is None:
-        return []
+        return None, []
     try:
-        return [{name: source[name] for name in ("name", "examples", "kept")} for source in facts["sources"]]
+        sources = [{name: source[name] for name in ("name", "examples", "kept")} for source in facts["sources"]]
+        return facts["schedule"]["steps"], sources
     except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it does not list the sources") from None
+        raise UserError(f"{path} is damaged: it does not hold the planned steps and the sources") from None
 
 
 def _not_yet(done: int, planned: int | None, evaluations: Sequence[Evaluation]) -> list[str]:

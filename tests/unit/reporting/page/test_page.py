@@ -184,7 +184,7 @@ def test_a_run_without_evaluations(tmp_path):
 
 def test_a_run_that_has_only_begun(tmp_path):
     run = tmp_path / "run"
-    RunDirectory(str(run)).create("train:\n  steps: 3\n", {}, facts={"steps": 3, "sources": []})
+    RunDirectory(str(run)).create("train:\n  steps: 3\n", {}, facts={"schedule": {"steps": 3}, "sources": []})
     page, _ = written(tmp_path, run)
     assert "run: No step is written down yet." in page.items
     assert page.table("The runs")["run"]["steps"] == "0 of 3"
