@@ -69,7 +69,6 @@ class Trackers:
         track = self._config.track
         if not track.to:
             return
-        _let_accelerate_log()
         if done:
             self._state = self._read_state()
         for name in track.to:
@@ -94,6 +93,7 @@ class Trackers:
 
     def _open(self, name: str, done: int, begun: bool) -> None:
         """Start a tracker; its run is the one that it began before, if it did."""
+        _let_accelerate_log()
         known = self._state[name]
         tracker = _made(name, self._config.track, self._folder, known["id"], done, begun)
         tracker.start()

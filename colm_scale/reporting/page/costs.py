@@ -43,7 +43,8 @@ def times(runs: Sequence[Run]) -> Section:
         ["bare floor", *(_with_range(run.floor_seconds()) for run in runs)],
         ["step / bare floor", *(_with_range(run.column("measured_over_floor")) for run in runs)],
     ]
-    top = _HEADROOM * max((middle(run.column("seconds", "step"), 95) for run in runs if len(run.steps)), default=1.0)
+    slowest = [middle(run.column("seconds", "step"), 95) for run in runs]
+    top = _HEADROOM * max((seconds for seconds in slowest if seconds > 0), default=1.0)
     without = [run.name for run in runs if np.isnan(run.column("measured_over_floor")).all()]
     return Section(
         id="time",
@@ -140,7 +141,7 @@ def _memory_lines(run: Run, kind: str, place: int) -> list[Line]:
     by_rank = {rank: run.column("phase_peak_bytes", kind, "step", rank) / 2**30 for rank in ranks}
     if len(ranks) > _MOST_RANKS:
         stacked = np.array(list(by_rank.values()))
-        by_rank = {"lowest": stacked.min(0), "highest": stacked.max(0)}
+        by_rank = {"lowest": np.fmin.reduce(stacked), "highest": np.fmax.reduce(stacked)}
     lines = []
     for order, (rank, gibibytes) in enumerate(by_rank.items()):
         x, y = binned(run.steps, gibibytes)

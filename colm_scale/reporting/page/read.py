@@ -237,10 +237,13 @@ def _composition(rows: Iterable[tuple[int, dict]], names: list[str], path: Path)
 
 def _evaluation(row: tuple[int, dict], path: Path) -> Evaluation:
     number, content = row
-    known = {field.name for field in fields(Evaluation)}
-    if known - set(content):
-        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: it lacks {min(known - set(content))}")
-    return Evaluation(**{name: content[name] for name in known})
+    try:
+        found = Evaluation(**{field.name: content[field.name] for field in fields(Evaluation)})
+    except KeyError as lacking:
+        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: it lacks {lacking}") from None
+    if not isinstance(found.losses, dict):
+        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: losses are not by source")
+    return found
 
 
 def _optional(path: Path, parse, missing: list[str]) -> object:

@@ -217,7 +217,7 @@ def test_a_line_that_is_being_written(tmp_path, name):
         ("metrics.jsonl", "[1]", ["line 1"]),
         ("metrics.jsonl", '{"step": 9}', ["line 2", "step 2 follows step 9"]),
         ("selection.jsonl", '{"step": 1, "candidates": [1], "sources": [], "selected": []}', ["line 1", "do not fit"]),
-        ("evaluations.jsonl", '{"step": 0, "losses": {}}', ["line 1", "it lacks accuracies"]),
+        ("evaluations.jsonl", '{"step": 0, "losses": {}}', ["line 1", "it lacks 'accuracies'"]),
     ],
 )
 def test_a_damaged_line_is_refused(tmp_path, name, line, words):
@@ -287,6 +287,14 @@ def test_numbers_that_are_not_there(tmp_path):
     table = page.table("First and last evaluation")
     assert (table["algebra"]["run"], table["geometry"]["run"]) == ("-", "4.000")
     assert page.table("Training loss in numbers")["run"]["last step"] == "1.000"
+
+
+def test_steps_of_which_little_is_known(tmp_path):
+    run = write_run(tmp_path / "run", evaluated=False)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    page, _ = written(tmp_path, run)
+    assert page.table("Training loss in numbers")["run"]["last step"] == "0.500"
+    assert page.table("The runs")["run"]["s per step"] == "-"
 
 
 def test_many_ranks_are_a_range(tmp_path):
