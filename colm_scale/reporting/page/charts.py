@@ -17,10 +17,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _SIZE_INCHES = (3.0, 1.75)
 _WIDE_INCHES = (6.2, 2.1)
+_LEFT_INCHES, _BOTTOM_INCHES, _TOP_INCHES = 0.4, 0.32, 0.06
+"""Room for the numbers: the same in every panel, so that their steps are below each other."""
+_FAR = 5
+"""Ratio of the highest to the lowest value from which an axis of ratios is marked at 1, 2, 5, 10, ..."""
 _INK, _FAINT = "ink-2", "rule"
 _DASHES = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.6))}
 
@@ -56,6 +60,7 @@ class Chart:
         title: Stands above it.
         what: What is drawn, with its unit, for the text that stands for the picture.
         percent: Whether values are shares.
+        ratios: Whether equal ratios are equally far apart, if all values are positive.
         from_zero: Whether the axis begins at zero.
         top: Where the axis ends, if not above all values.
     """
@@ -64,6 +69,7 @@ class Chart:
     what: str
     lines: Sequence[Line]
     percent: bool = False
+    ratios: bool = False
     from_zero: bool = False
     top: float | None = None
     wide: bool = False
@@ -78,8 +84,10 @@ class Chart:
         """The picture; ``salt`` is of this chart alone, and keeps its ids apart from those of others."""
         colours = {name: f"#{number:06x}" for number, name in enumerate(self._colours(), 0x10203)}
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 8}):
-            figure = Figure(figsize=_WIDE_INCHES if self.wide else _SIZE_INCHES, layout="constrained")
-            axes = figure.add_subplot()
+            width, height = _WIDE_INCHES if self.wide else _SIZE_INCHES
+            figure = Figure(figsize=(width, height))
+            left, bottom, top = _LEFT_INCHES / width, _BOTTOM_INCHES / height, 1 - _TOP_INCHES / height
+            axes = figure.add_axes((left, bottom, 0.99 - left, top - bottom))
             for number, line in enumerate(self.lines):
                 _draw(axes, line, colours[line.colour], number)
             self._dress(axes, colours)
@@ -97,15 +105,23 @@ class Chart:
         axes.set_axisbelow(True)
         axes.tick_params(colors=colours[_INK], length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        self._scale(axes)
         axes.set_xlabel("step", loc="right", color=colours[_INK], labelpad=1)
         axes.margins(x=0.02)
+
+    def _scale(self, axes: Axes) -> None:
+        low, high = axes.dataLim.intervaly
+        if self.ratios and low > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        far = self.ratios and low > 0 and high / low > _FAR
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6) if far else MaxNLocator(4))
+        unit = "%" if self.percent else ""
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}{unit}"))
         if self.from_zero:
             axes.set_ylim(bottom=0)
         if self.top is not None:
             axes.set_ylim(top=self.top)
-        if self.percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}%"))
 
 
 def binned(x: np.ndarray, y: np.ndarray, most: int = 80) -> tuple[np.ndarray, np.ndarray]:

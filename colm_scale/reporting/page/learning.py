@@ -52,7 +52,8 @@ def held_out(runs: Sequence[Run]) -> Section:
     return Section(
         id="held-out",
         title="Held-out loss",
-        text="Mean token loss of held-out examples, first the means, then every source. Each panel has its own scale.",
+        text="Mean token loss of held-out examples, first the means, then every source. Each panel has its own scale, "
+        "on which equal ratios are equally far apart.",
         charts=[chart for chart in [*means, *by_source] if chart.lines],
         tables=[table] if sources else [],
         missing=[f"{run.name} has no evaluation." for run in runs if not run.evaluations],
@@ -78,7 +79,7 @@ def training(runs: Sequence[Run]) -> Section:
         text="Loss of the coreset that each step trained on. Methods choose different examples, so compare runs by "
         f"their held-out loss. Of more than {_SMOOTHED} steps the heavy line is the mean of neighbouring ones.",
         charts=[
-            Chart(title="training loss", what="Loss of the coreset", lines=loss, wide=True),
+            Chart(title="training loss", what="Loss of the coreset", lines=loss, wide=True, ratios=True),
             Chart(title="learning rate, in thousandths", what="Schedule", lines=rate, from_zero=True),
         ],
         tables=[Table(caption="Training loss in numbers", head=head, rows=rows)],
@@ -143,7 +144,7 @@ def _held_out_chart(runs: Sequence[Run], title: str, value: Value) -> Chart:
         if known:
             x, y = map(np.array, zip(*known))
             lines.append(Line(x=x, y=y, colour=colour_of(place), label=run.name, points=len(x) <= 20))
-    return Chart(title=title, what="Held-out loss", lines=lines)
+    return Chart(title=title, what="Held-out loss", lines=lines, ratios=True)
 
 
 def _change(run: Run, value: Value, percent: bool = False) -> str:

@@ -14,6 +14,15 @@ def line(y, **other) -> Line:
     return Line(**{"x": x, "y": np.array(y, dtype=float), "colour": "run-1", "label": "a run", **other})
 
 
+def heights(chart: Chart) -> np.ndarray:
+    """How far up the points of the chart's first line are."""
+    root = ElementTree.fromstring(chart.svg("s"))
+    (series,) = (element for element in root.iter("g") if element.get("class") == "series run-1")
+    points = np.array(re.findall(r"[\d.]+", series.find("path").get("d")), dtype=float).reshape(-1, 2)
+    assert (np.diff(points[:, 0]) > 0).all()
+    return -points[:, 1]
+
+
 def test_bins_are_means_of_equally_many_steps():
     x, y = binned(np.arange(1, 8), np.array([1.0, 3, 5, 7, np.nan, 9, 11]), 3)
     assert x.tolist() == [2, 4, 7]
@@ -50,13 +59,9 @@ def test_a_chart_is_well_formed_and_says_what_it_shows():
 
 
 def test_points_are_where_the_values_are():
-    """A higher value is further up, and steps go from left to right."""
-    root = ElementTree.fromstring(Chart(title="t", what="w", lines=[line([1, 4, 2])]).svg("salt"))
-    (series,) = (element for element in root.iter("g") if element.get("class") == "series run-1")
-    points = np.array(re.findall(r"[\d.]+", series.find("path").get("d")), dtype=float).reshape(3, 2)
-    assert (np.diff(points[:, 0]) > 0).all()
-    heights = points[0, 1] - points[:, 1]
-    np.testing.assert_allclose(heights / heights[1], [0, 1, 1 / 3], atol=1e-6)
+    """A higher value is further up, in proportion; steps go from left to right (`heights`)."""
+    up = heights(Chart(title="t", what="w", lines=[line([1, 4, 2])]))
+    np.testing.assert_allclose((up - up[0]) / (up[1] - up[0]), [0, 1, 1 / 3], atol=1e-6)
 
 
 def test_a_line_with_gaps_and_one_without_any_value():
@@ -78,3 +83,10 @@ def test_areas_are_stacked_from_their_lower_edge():
     text = Chart(title="t", what="w", lines=[area], from_zero=True, top=4).svg("s")
     assert 'class="series phase-train"' in text
     assert "fill: var(--phase-train)" in text
+
+
+def test_equal_ratios_are_equally_far_apart():
+    ups = np.diff(heights(Chart(title="t", what="w", lines=[line([0.1, 1, 10])], ratios=True)))
+    assert ups[0] == pytest.approx(ups[1])
+    ups = np.diff(heights(Chart(title="t", what="w", lines=[line([0, 1, 10])], ratios=True)))  # not of zero
+    assert ups[1] == pytest.approx(9 * ups[0], rel=1e-4)
