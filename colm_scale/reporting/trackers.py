@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,13 +26,16 @@ from colm_scale.records import StepReport
 from colm_scale.reporting.run_directory import metrics_row, writing
 from colm_scale.reporting.summary import Evaluation
 
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
 Numbers = dict[str, float]
 
 _STATE = "trackers.json"
 _BEFORE_ANY = -1
 """The step after which a tracker that has been sent nothing goes on: the evaluation before training is that of 0."""
-_OF_ALL_STEPS = ("step", "candidates", "selected")
-"""What a row of metrics.jsonl holds that is no news."""
+_NO_NEWS = ("step", "candidates", "selected", "peak_bytes", "phase_peak_bytes")
+"""What a row of metrics.jsonl holds that is the same in all, or sent in another unit."""
 
 
 def check_trackers(config: TrackConfig) -> None:
@@ -60,7 +64,7 @@ class Trackers:
 
     def __init__(self, config: RunConfig, folder: Path, say: Callable[[str], None]):
         self._config, self._folder, self._say = config, folder, say
-        self._running: dict[str, object] = {}
+        self._running: dict[str, GeneralTracker] = {}
         self._state: dict[str, dict] = {}
         self._already: dict[str, int] = {}
 
@@ -137,17 +141,14 @@ class Trackers:
 
 def step_numbers(report: StepReport) -> Numbers:
     """A row of metrics.jsonl, flat: ``train/loss``, ``seconds/sketch``, ``peak_gib/nvml/rank0``, ..."""
-    row = metrics_row(report)
-    by_kind = row.pop("phase_peak_bytes")
-    row.pop("peak_bytes")
+    row = {name: value for name, value in metrics_row(report).items() if name not in _NO_NEWS}
     row["peak_gib"] = {
         kind: {f"rank{rank}": peak / 2**30 for rank, peak in enumerate(by_phase["step"])}
-        for kind, by_phase in by_kind.items()
+        for kind, by_phase in report.phase_peak_bytes.items()
     }
-    numbers = {name: value for name, value in row.items() if name not in _OF_ALL_STEPS}
-    grouped = {name: value for name, value in numbers.items() if isinstance(value, Mapping)}
-    single = {f"train/{name}": value for name, value in numbers.items() if name not in grouped}
-    return dict(_flat({**single, **grouped}))
+    grouped = {name: value for name, value in row.items() if isinstance(value, Mapping)}
+    single = {f"train/{name}": value for name, value in row.items() if name not in grouped}
+    return dict(_flat(single | grouped))
 
 
 def evaluation_numbers(evaluation: Evaluation) -> Numbers:
@@ -157,7 +158,7 @@ def evaluation_numbers(evaluation: Evaluation) -> Numbers:
     return dict(_flat({"eval": fields}))
 
 
-def _made(name: str, track: TrackConfig, folder: Path, id: str, done: int, begun: bool):
+def _made(name: str, track: TrackConfig, folder: Path, run_id: str, done: int, begun: bool) -> GeneralTracker:
     """accelerate's tracker of this kind, not started."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -166,11 +167,11 @@ def _made(name: str, track: TrackConfig, folder: Path, id: str, done: int, begun
         case "tensorboard":
             return kind(name, logging_dir=folder, purge_step=done + 1 if done else 0)
         case "wandb":
-            return kind(track.project, name=title, id=id, resume="allow", dir=str(folder))
+            return kind(track.project, name=title, id=run_id, resume="allow", dir=str(folder))
         case "mlflow":
-            return kind(track.project, run_name=title, run_id=id if begun else None)
+            return kind(track.project, run_name=title, run_id=run_id if begun else None)
         case "trackio":
-            return kind(track.project, name=f"{title}-{id}", resume="allow")
+            return kind(track.project, name=f"{title}-{run_id}", resume="allow")
 
 
 def _let_accelerate_log() -> None:
