@@ -63,6 +63,7 @@ class Chart:
         ratios: Whether equal ratios are equally far apart, if all values are positive.
         from_zero: Whether the axis begins at zero.
         top: Where the axis ends, if not above all values.
+        wide: Whether it takes the room of two.
     """
 
     title: str
@@ -111,10 +112,11 @@ class Chart:
 
     def _scale(self, axes: Axes) -> None:
         low, high = axes.dataLim.intervaly
-        if self.ratios and low > 0:
+        ratios = self.ratios and 0 < low <= high  # nothing drawn: from infinity to minus infinity
+        if ratios:
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())
-        far = self.ratios and low > 0 and high / low > _FAR
+        far = ratios and high / low > _FAR
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6) if far else MaxNLocator(4))
         unit = "%" if self.percent else ""
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}{unit}"))

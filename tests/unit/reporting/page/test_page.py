@@ -13,6 +13,8 @@ from colm_scale.errors import UserError
 from colm_scale.reporting.page import write_page
 from colm_scale.reporting.run_directory import RunDirectory
 
+pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
+
 
 def written(tmp_path, *runs) -> tuple[Page, str]:
     """The page of some runs, parsed, and its text."""
