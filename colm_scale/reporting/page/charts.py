@@ -76,6 +76,11 @@ class Chart:
     wide: bool = False
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return all(np.isnan(line.y).all() for line in self.lines)
+
+    @property
     def alt(self) -> str:
         """What the picture shows, in words."""
         said = [_said(line, self.percent) for line in self.lines if not line.faint]

@@ -58,9 +58,8 @@ def shares(runs: Sequence[Run]) -> Section:
     """What part of the coreset each source had, over time."""
     names = mixed(runs, lambda run: run.composition.names)
     charts = [
-        Chart(title=name, what="Share of the coreset", percent=True, from_zero=True, lines=lines)
+        Chart(title=name, what="Share of the coreset", percent=True, from_zero=True, lines=_share_lines(runs, name))
         for name in names
-        if (lines := _share_lines(runs, name))
     ]
     rows = [[name, *(_mean_shares(run, name) for run in runs)] for name in names]
     return Section(
@@ -84,9 +83,12 @@ def worth(runs: Sequence[Run]) -> Section:
     """The telemetry of the selection."""
     bases = [name for name in mixed(runs, lambda run: run.below("telemetry")) if _base(name) == name]
     charts = [
-        Chart(title=_TITLES.get(base, base.replace("_", " ")), what="Telemetry of the selection", lines=lines)
+        Chart(
+            title=_TITLES.get(base, base.replace("_", " ")),
+            what="Telemetry of the selection",
+            lines=[line for place, run in enumerate(runs, 1) for line in _telemetry_lines(run, base, place)],
+        )
         for base in bases
-        if (lines := [line for place, run in enumerate(runs, 1) for line in _telemetry_lines(run, base, place)])
     ]
     added = [_worth(run) for run in runs]
     measured = [of_run.rows() for of_run in added]

@@ -53,7 +53,7 @@ def times(runs: Sequence[Run]) -> Section:
         "bare floor is the least any implementation must do with the step's tokens, run again in the same process. The "
         "panels share a scale, beyond which single slow steps may reach.",
         legend=[*((f"fill phase-{group}", meaning) for group, meaning in _MEANING.items()), ("floor", "bare floor")],
-        charts=[_time_chart(run, top) for run in runs if len(run.steps)],
+        charts=[_time_chart(run, top) for run in runs],
         tables=[
             Table(
                 caption="Median seconds of each phase (share of the step); bare floor with 20th and 80th percentile",

@@ -54,7 +54,7 @@ def held_out(runs: Sequence[Run]) -> Section:
         title="Held-out loss",
         text="Mean token loss of held-out examples, first the means, then every source. Each panel has its own scale, "
         "on which equal ratios are equally far apart.",
-        charts=[chart for chart in [*means, *by_source] if chart.lines],
+        charts=[*means, *by_source],
         tables=[table] if sources else [],
         missing=[f"{run.name} has no evaluation." for run in runs if not run.evaluations],
     )

@@ -190,6 +190,7 @@ def test_a_run_that_has_only_begun(tmp_path):
     page, _ = written(tmp_path, run)
     assert "run: No step is written down yet." in page.items
     assert page.table("The runs")["run"]["steps"] == "0 of 3"
+    assert "figure" not in {tag for tag, _ in page.tags}
 
 
 def test_files_that_are_missing_are_named(tmp_path):
