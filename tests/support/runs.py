@@ -107,10 +107,3 @@ def evaluation(step: int, sources: Sequence[str]) -> Evaluation:
         small_loss=losses[sources[-1]],
         accuracy=0.25,
     )
-
-
-def without(path: Path, *names: str) -> Path:
-    """The same run directory, of which files are missing."""
-    for name in names:
-        (path / name).unlink()
-    return path

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from support.pages import Page
-from support.runs import GIB, SIZES, SOURCES, evaluation, write_run
+from support.runs import SIZES, SOURCES, evaluation, write_run
 
 from colm_scale.errors import UserError
 from colm_scale.reporting.page import write_page
@@ -310,4 +310,3 @@ def test_many_ranks_are_a_range(tmp_path):
 def test_few_ranks_are_a_line_each(two):
     label = next(text for text in two[0].attributes("aria-label", "figure") if "nvml" in text)
     assert re.findall(r"(\w+), (rank \d)", label) == [("first", "rank 0"), ("first", "rank 1"), ("second", "rank 0")]
-    assert GIB == 1 << 30
