@@ -6,7 +6,7 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: install train test test-faults lint docs clean
+.PHONY: install train test test-faults test-browser lint docs clean
 
 install: .venv/installed
 
@@ -25,6 +25,10 @@ test: install lint
 # Every fault under every engine, one after the other: long.
 test-faults: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults $(ARGS)
+
+# A report in headless Chromium, of which Debian's packages are chromium and chromium-driver. Fails where there is none.
+test-browser: install
+	COLM_SCALE_TEST_BROWSER=required PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "held-out loss and right answers of an adapter, source by source",
     "doctor": "what would keep a run from working here: versions, devices, network, compiler, disk",
     "plan": "what such a run will need, without a GPU and without weights: the same options, and --plan.*",
+    "report": "one HTML page about one or several runs",
 }
 """Every command, a module of `colm_scale.commands` with a function ``run(arguments)``, and what it does."""
 

@@ -20,6 +20,7 @@ from colm_scale.distributed.stream import StreamedSampler, share_survey
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.modeling.proxy import check_proxy
+from colm_scale.reporting.trackers import check_trackers
 from colm_scale.selection.quota import kept_sources
 
 
@@ -55,6 +56,8 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         UserError: On the rank that found it; see `Group.together`.
     """
     with group.together():
+        if group.is_first:
+            check_trackers(config.track)
         ds_config = _check_ranks(config, group)
         sharded = sharding(config, ds_config)
         config.selection.check_own()

@@ -20,6 +20,7 @@ from colm_scale.records import StepReport
 from colm_scale.reporting.display import Display
 from colm_scale.reporting.run_directory import RunDirectory, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
+from colm_scale.reporting.trackers import Trackers
 
 
 class Session:
@@ -46,6 +47,7 @@ class Session:
         self._summary: RunSummary | None = None
         if directory is not None:
             self._display = Display(config.profile.display, meter.label, directory.log)
+            self._trackers = Trackers(config, directory.path, self._display.message)
             self._summary = RunSummary(
                 inputs.source_names, inputs.sizes, small, meter.label, inputs.sampler.dropped, inputs.sampler.cut
             )
@@ -56,12 +58,14 @@ class Session:
     def __exit__(self, *_: object) -> None:
         if self._directory is not None:
             self._display.close()
+            self._trackers.close()
 
     def start(self, steps: int, facts: Sequence[str], done: int = 0) -> None:
         """Say what is about to run, ``done`` steps of it before."""
         if self._directory is not None:
             for fact in facts:
                 self._display.message(fact)
+            self._trackers.start(done)
             self._display.start(steps, done)
 
     def state(self) -> dict:
@@ -83,6 +87,7 @@ class Session:
             self._directory.report(report, self._names)
             self._summary.report(report)
             self._display.step(report)
+            self._trackers.step(report)
 
     def evaluate(self, step: int) -> None:
         """Evaluate on all ranks. During training, keep the adapter if none before was better."""
@@ -93,6 +98,7 @@ class Session:
             self._directory.evaluation(evaluation)
             self._summary.evaluation(evaluation)
             self._display.evaluation(evaluation)
+            self._trackers.evaluation(evaluation)
         best = math.inf if self._best is None else self._best.loss_by_source
         if step and evaluation.loss_by_source < best:
             self._best = evaluation

@@ -114,7 +114,8 @@ def train(config: RunConfig, group: Group, watch: Watch) -> bool:
     with prepared.session(config, group) as session:
         state = prepared.state(config, session, group)
         done = state.load(prepared.found)
-        _claim(prepared.directory, config, prepared.engine, prepared.meter, done, group)
+        facts = written_down(config, prepared.inputs, prepared.steps)
+        _claim(prepared.directory, config, facts, prepared.engine, prepared.meter, done, group)
         session.start(prepared.steps, prepared.facts(config, done, group), done)
         return _run_steps(config, done, prepared.steps, prepared.step, state, session, watch, group)
 
@@ -292,16 +293,22 @@ def _check_resumable(found: Checkpoint | None, identity: dict[str, object], grou
 
 
 def _claim(
-    directory: RunDirectory | None, config: RunConfig, engine: Engine, meter: MemoryMeter, done: int, group: Group
+    directory: RunDirectory | None,
+    config: RunConfig,
+    facts: dict[str, object],
+    engine: Engine,
+    meter: MemoryMeter,
+    done: int,
+    group: Group,
 ) -> None:
     """Write the files that say what runs, once it is known that it can."""
     held = torch.tensor([held_bytes(engine.module)], device=group.device)
     held = group.all_gather(held, "control").flatten().tolist()
     with group.together():
         if directory is not None:
-            facts = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
-            found = environment(group.device, group.world_size, engine.name, **facts)
-            directory.create(as_yaml(config), found, done)
+            own = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
+            found = environment(group.device, group.world_size, engine.name, **own)
+            directory.create(as_yaml(config), found, done, facts)
 
 
 def build_step(

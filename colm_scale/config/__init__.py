@@ -16,6 +16,7 @@ import yaml
 from colm_scale.config.checks import require
 from colm_scale.config.own import is_own
 from colm_scale.config.selection import SelectionConfig as SelectionConfig  # whoever needs it has it from here
+from colm_scale.config.track import TrackConfig
 from colm_scale.errors import UserError
 
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
@@ -267,6 +268,7 @@ class RunConfig:
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     output_dir: str | None = None
     """Folder of the run. Default: runs/ and the date and time."""
     ds_config: str | None = None

@@ -17,6 +17,9 @@ from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.summary import Evaluation
 
+FACTS = "run.json"
+"""The file with what is known of a run before its first step."""
+
 
 class RunDirectory:
     """A run's folder. Only rank 0 has one.
@@ -47,10 +50,17 @@ class RunDirectory:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a folder open to writing")
 
-    def create(self, config_yaml: str, environment: Mapping[str, object], after: int = 0) -> None:
-        """Make the folder, claim it for this run, and write ``config.yaml`` and ``environment.json``.
+    def create(
+        self,
+        config_yaml: str,
+        environment: Mapping[str, object],
+        after: int = 0,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """Make the folder, claim it for this run, and write ``config.yaml``, ``environment.json`` and ``run.json``.
 
         Args:
+            facts: What ``run.json`` holds: the schedule, and the training examples of each source.
             after: The step after which the run goes on: rows of later steps, which will come again, are taken out.
 
         Raises:
@@ -62,7 +72,8 @@ class RunDirectory:
             for rows in (self.metrics, self._selection, self._evaluations):
                 _cut(rows, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            (self.path / "environment.json").write_text(json.dumps(finite(environment), indent=2), encoding="utf-8")
+            for name, content in {"environment.json": environment, FACTS: facts or {}}.items():
+                (self.path / name).write_text(json.dumps(finite(content), indent=2), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 

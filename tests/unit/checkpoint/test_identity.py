@@ -21,6 +21,7 @@ from colm_scale.config import (
     SelectionConfig,
     TrainConfig,
 )
+from colm_scale.config.track import TrackConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
@@ -171,6 +172,7 @@ SAME = {
     "eval": EvalConfig(every=3),
     "fsdp": FsdpConfig(cpu_offload=True),
     "profile": ProfileConfig(floor_every=0),
+    "track": TrackConfig(to=["tensorboard"], name="x"),
     "output_dir": "elsewhere",
     "engine": "fsdp",
     "resume": "somewhere",

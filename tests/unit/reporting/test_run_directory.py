@@ -56,7 +56,7 @@ def rows(path) -> list[dict]:
 @pytest.fixture
 def directory(tmp_path) -> RunDirectory:
     directory = RunDirectory(str(tmp_path / "deep" / "run"))
-    directory.create("train:\n  steps: 3\n", {"engine": "single", "load": math.nan})
+    directory.create("train:\n  steps: 3\n", {"engine": "single", "load": math.nan}, facts={"schedule": {"steps": 3}})
     return directory
 
 
@@ -123,6 +123,7 @@ def test_an_evaluation_is_a_row(directory):
 def test_configuration_and_environment(directory):
     assert (directory.path / "config.yaml").read_text() == "train:\n  steps: 3\n"
     assert json.loads((directory.path / "environment.json").read_text()) == {"engine": "single", "load": None}
+    assert json.loads((directory.path / "run.json").read_text()) == {"schedule": {"steps": 3}}
     assert (directory.adapter, directory.log) == (directory.path / "adapter", directory.path / "log.txt")
 
 

@@ -1,0 +1,159 @@
+"""What it cost: seconds by phase with the bare floor, memory by rank and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from colm_scale.reporting.page.charts import Chart, Line, binned, number
+from colm_scale.reporting.page.learning import middle, mixed
+from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of
+from colm_scale.reporting.page.read import Run
+from colm_scale.reporting.summary import gib
+
+_GROUPS = {
+    "sketch": ("sketch",),
+    "choose": ("gather", "select", "broadcast", "learn", "route"),
+    "train": ("train",),
+    "optimizer": ("optimizer",),
+}
+"""Phases that share a colour; all others are ``other``."""
+_OTHER = "other"
+_MEANING = {
+    "sketch": "sketch",
+    "choose": "gather, select, broadcast, learn, route",
+    "train": "train",
+    "optimizer": "optimizer",
+    _OTHER: "sample, report and others",
+}
+_POINTS = 60
+_HEADROOM = 1.2
+"""Top of the panels over the slowest run's 95th percentile: a first step can take many times as long as all others."""
+_MOST_RANKS = 8
+"""Ranks that are drawn each; of more, the range."""
+
+
+def times(runs: Sequence[Run]) -> Section:
+    """Seconds of a step by phase, with the bare floor."""
+    phases = [phase for phase in mixed(runs, lambda run: run.below("seconds")) if phase != "step"]
+    rows = [[phase, *(_phase_time(run, phase) for run in runs)] for phase in phases]
+    rows += [
+        ["step", *(_phase_time(run, "step") for run in runs)],
+        ["bare floor", *(_with_range(run.floor_seconds()) for run in runs)],
+        ["step / bare floor", *(_with_range(run.column("measured_over_floor")) for run in runs)],
+    ]
+    slowest = [middle(run.column("seconds", "step"), 95) for run in runs]
+    top = _HEADROOM * max((seconds for seconds in slowest if seconds > 0), default=1.0)
+    without = [run.name for run in runs if np.isnan(run.column("measured_over_floor")).all()]
+    return Section(
+        id="time",
+        title="Time of a step",
+        text="Seconds of each phase on its slowest rank, so that they can add up to a little more than the step. The "
+        "bare floor is the least any implementation must do with the step's tokens, run again in the same process. The "
+        "panels share a scale, beyond which single slow steps may reach.",
+        legend=[*((f"fill phase-{group}", meaning) for group, meaning in _MEANING.items()), ("floor", "bare floor")],
+        charts=[_time_chart(run, top) for run in runs],
+        tables=[
+            Table(
+                caption="Median seconds of each phase (share of the step); bare floor with 20th and 80th percentile",
+                head=["phase", *(run.name for run in runs)],
+                rows=rows,
+            )
+        ],
+        missing=[f"{name} has measured no bare floor yet." for name in without],
+    )
+
+
+def memory(runs: Sequence[Run]) -> Section:
+    """Peak memory by rank, a panel for each kind."""
+    kinds = mixed(runs, lambda run: run.below("phase_peak_bytes"))
+    charts = [
+        Chart(
+            title=f"{kind}, GiB",
+            what="Peak memory of each rank",
+            lines=[line for place, run in enumerate(runs, 1) for line in _memory_lines(run, kind, place)],
+            from_zero=True,
+            wide=len(kinds) == 1,
+        )
+        for kind in kinds
+    ]
+    rows = [
+        [Cell(text=run.name, run=place), kind, rank, *_peaks(run, kind, rank)]
+        for place, run in enumerate(runs, 1)
+        for kind in run.below("phase_peak_bytes")
+        for rank in run.below("phase_peak_bytes", kind, "step")
+    ]
+    return Section(
+        id="memory",
+        title="Memory of each rank",
+        text="Peak of every step, by kind: nvml is what the driver counts for the process, allocator what torch has "
+        f"allocated, resident the process's memory in a run on CPUs. A line per rank; of more than {_MOST_RANKS} ranks "
+        "the range.",
+        charts=charts,
+        tables=[
+            Table(
+                caption="Peak of the run",
+                head=["run", "kind", "rank", "peak GiB", "median of the steps, GiB", "highest phase"],
+                rows=rows,
+                folded=len(rows) > 16,
+            )
+        ],
+    )
+
+
+def _time_chart(run: Run, top: float) -> Chart:
+    total = np.zeros(0)
+    lines = []
+    for group in [*_GROUPS, _OTHER]:
+        x, y = binned(run.steps, _group_seconds(run, group), _POINTS)
+        below = total if len(total) else np.zeros(len(y))
+        total = below + y
+        shown = f"{group}: {number(float(np.median(y)))} s" if len(y) else group
+        lines.append(Line(x=x, y=total, down_to=below, colour=f"phase-{group}", label=shown))
+    x, y = binned(run.steps, run.floor_seconds(), _POINTS)
+    if len(x):
+        lines.append(Line(x=x, y=y, colour="ink", label="bare floor, s", points=len(x) <= 20))
+    return Chart(title=run.name, what="Seconds of a step by phase", lines=lines, from_zero=True, top=top)
+
+
+def _group_seconds(run: Run, group: str) -> np.ndarray:
+    named = {phase for phases in _GROUPS.values() for phase in phases} | {"step"}
+    others = [phase for phase in run.below("seconds") if phase not in named]
+    phases = _GROUPS.get(group, others)
+    return sum((np.nan_to_num(run.column("seconds", phase)) for phase in phases), np.zeros(len(run.steps)))
+
+
+def _phase_time(run: Run, phase: str) -> str:
+    seconds, step = middle(run.column("seconds", phase)), middle(run.column("seconds", "step"))
+    if np.isnan(seconds):
+        return "-"
+    return number(seconds) if phase == "step" else f"{seconds:.4f} ({seconds / step:.1%})"
+
+
+def _with_range(values: np.ndarray) -> str:
+    low, median, high = (middle(values, at) for at in (20, 50, 80))
+    return "-" if np.isnan(median) else f"{number(median)} ({number(low)} to {number(high)})"
+
+
+def _memory_lines(run: Run, kind: str, place: int) -> list[Line]:
+    ranks = run.below("phase_peak_bytes", kind, "step")
+    by_rank = {rank: run.column("phase_peak_bytes", kind, "step", rank) / 2**30 for rank in ranks}
+    if len(ranks) > _MOST_RANKS:
+        stacked = np.array(list(by_rank.values()))
+        by_rank = {"lowest": np.fmin.reduce(stacked), "highest": np.fmax.reduce(stacked)}
+    lines = []
+    for order, (rank, gibibytes) in enumerate(by_rank.items()):
+        x, y = binned(run.steps, gibibytes)
+        name = rank if rank in ("lowest", "highest") else f"rank {rank}"
+        style = ("solid", "dashed", "dotted")[order % 3]
+        lines.append(Line(x=x, y=y, colour=colour_of(place), label=f"{run.name}, {name}", style=style))
+    return lines
+
+
+def _peaks(run: Run, kind: str, rank: str) -> list[str]:
+    steps = run.column("phase_peak_bytes", kind, "step", rank)
+    phases = [phase for phase in run.below("phase_peak_bytes", kind) if phase != "step"]
+    highest = {phase: middle(run.column("phase_peak_bytes", kind, phase, rank), 100) for phase in phases}
+    at = max(highest, key=lambda phase: np.nan_to_num(highest[phase]), default="-")
+    return [gib(middle(steps, 100)), gib(middle(steps)), at]

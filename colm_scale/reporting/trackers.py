@@ -1,0 +1,209 @@
+"""Experiment trackers, by way of accelerate: what rank 0 sends to TensorBoard, Weights & Biases, MLflow and trackio.
+
+A tracker is a convenience: one that fails is told of once and gets no more, and the run goes on. A run that is resumed
+goes on in the same history. TensorBoard drops what it has of the steps that come again; the others cannot take back
+what they have, so they are not sent those steps again (they bring the same numbers). What each was sent is written down
+in the run's ``trackers.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from colm_scale.config import RunConfig
+from colm_scale.config.track import TrackConfig
+from colm_scale.errors import UserError
+from colm_scale.records import StepReport
+from colm_scale.reporting.run_directory import metrics_row, writing
+from colm_scale.reporting.summary import Evaluation
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+Numbers = dict[str, float]
+
+_STATE = "trackers.json"
+_BEFORE_ANY = -1
+"""The step after which a tracker that has been sent nothing goes on: the evaluation before training is that of 0."""
+_NO_NEWS = ("step", "candidates", "selected", "peak_bytes", "phase_peak_bytes")
+"""What a row of metrics.jsonl holds that is the same in all, or sent in another unit."""
+
+
+def check_trackers(config: TrackConfig) -> None:
+    """Whether every tracker is installed.
+
+    Raises:
+        UserError: One is not.
+    """
+    if not config.to:
+        return
+    from accelerate.tracking import get_available_trackers
+
+    there = {str(kind) for kind in get_available_trackers()}
+    for name in config.to:
+        if name not in there:
+            raise UserError(f"--track.to {name}: {name} is not installed: pip install {name}, or leave it out")
+
+
+class Trackers:
+    """The trackers of a run. Only the first rank has any.
+
+    Args:
+        folder: The run directory, already made.
+        say: Tells the user something.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, say: Callable[[str], None]):
+        self._config, self._folder, self._say = config, folder, say
+        self._running: dict[str, GeneralTracker] = {}
+        self._state: dict[str, dict] = {}
+        self._already: dict[str, int] = {}
+
+    def start(self, done: int) -> None:
+        """Begin, or go on after step ``done`` of the same run."""
+        track = self._config.track
+        if not track.to:
+            return
+        if done:
+            self._state = self._read_state()
+        for name in track.to:
+            known = self._state.setdefault(name, {"id": uuid.uuid4().hex[:12], "sent": _BEFORE_ANY})
+            self._already[name] = _BEFORE_ANY if name == "tensorboard" else known["sent"]
+            begun = known["sent"] != _BEFORE_ANY
+            self._guarded(name, lambda name=name, begun=begun: self._open(name, done, begun))
+
+    def step(self, report: StepReport) -> None:
+        """Send a step."""
+        self._send(report.step, step_numbers(report))
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Send an evaluation."""
+        self._send(evaluation.step, evaluation_numbers(evaluation))
+
+    def close(self) -> None:
+        """Tell every tracker that this is all; nothing happens the second time."""
+        for name in list(self._running):
+            self._guarded(name, self._running[name].finish)
+        self._running = {}
+
+    def _open(self, name: str, done: int, begun: bool) -> None:
+        """Start a tracker; its run is the one that it began before, if it did."""
+        _let_accelerate_log()
+        known = self._state[name]
+        tracker = _made(name, self._config.track, self._folder, known["id"], done, begun)
+        tracker.start()
+        if name == "mlflow":  # which alone chooses the run's id itself
+            known["id"] = tracker.tracker.info.run_id
+        self._running[name] = tracker
+        self._write_state()
+        if not begun:
+            tracker.store_init_configuration(_options(self._config))
+
+    def _send(self, step: int, numbers: Numbers) -> None:
+        for name, tracker in list(self._running.items()):
+            if step > self._already[name]:
+                named = _for_mlflow(numbers) if name == "mlflow" else numbers
+                if self._guarded(name, lambda tracker=tracker, named=named: tracker.log(named, step=step)):
+                    self._state[name]["sent"] = max(step, self._state[name]["sent"])
+        if self._running:
+            self._write_state()
+
+    def _guarded(self, name: str, call: Callable[[], None]) -> bool:
+        """Call a tracker, and do without it from then on if it fails; whether it did not."""
+        try:
+            call()
+            return True
+        except Exception as error:
+            self._running.pop(name, None)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._say(f"warning: --track.to {name} failed and is sent no more, the run goes on: {reason}")
+            return False
+
+    def _read_state(self) -> dict[str, dict]:
+        path = self._folder / _STATE
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def _write_state(self) -> None:
+        new = self._folder / f".{_STATE}.new"
+        with writing(self._folder / _STATE):
+            new.write_text(json.dumps(self._state), "utf-8")
+            new.replace(self._folder / _STATE)
+
+
+def step_numbers(report: StepReport) -> Numbers:
+    """A row of metrics.jsonl, flat: ``train/loss``, ``seconds/sketch``, ``peak_gib/nvml/rank0``, ..."""
+    row = {name: value for name, value in metrics_row(report).items() if name not in _NO_NEWS}
+    row["peak_gib"] = {
+        kind: {f"rank{rank}": peak / 2**30 for rank, peak in enumerate(by_phase["step"])}
+        for kind, by_phase in report.phase_peak_bytes.items()
+    }
+    grouped = {name: value for name, value in row.items() if isinstance(value, Mapping)}
+    single = {f"train/{name}": value for name, value in row.items() if name not in grouped}
+    return dict(_flat(single | grouped))
+
+
+def evaluation_numbers(evaluation: Evaluation) -> Numbers:
+    """``eval/loss`` (natural mixture), ``eval/loss_by_source``, ..., and each source's, ``eval/losses/SOURCE``."""
+    fields = asdict(evaluation)
+    del fields["step"], fields["counts"]
+    return dict(_flat({"eval": fields}))
+
+
+def _made(name: str, track: TrackConfig, folder: Path, run_id: str, done: int, begun: bool) -> GeneralTracker:
+    """accelerate's tracker of this kind, not started."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind, title = LOGGER_TYPE_TO_CLASS[name], track.name or folder.resolve().name
+    match name:
+        case "tensorboard":
+            return kind(name, logging_dir=folder, purge_step=done + 1 if done else 0)
+        case "wandb":
+            return kind(track.project, name=title, id=run_id, resume="allow", dir=str(folder))
+        case "mlflow":
+            return kind(track.project, run_name=title, run_id=run_id if begun else None)
+        case "trackio":
+            return kind(track.project, name=f"{title}-{run_id}", resume="allow")
+
+
+def _let_accelerate_log() -> None:
+    """accelerate's trackers write to its log, which asks for its state; making that changes the number of threads."""
+    from accelerate import PartialState
+
+    threads = torch.get_num_threads()
+    PartialState(cpu=True)  # joins the ranks there are, and leaves the choice of a device alone
+    torch.set_num_threads(threads)
+
+
+def _options(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """Every option by its dotted name; what has no number or text as text."""
+    flat = {}
+    for section, options in asdict(config).items():
+        values = options if isinstance(options, dict) else {"": options}
+        for name, value in values.items():
+            key = f"{section}.{name}".rstrip(".")
+            flat[key] = value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
+    return flat
+
+
+def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers of a tree, their names joined by slashes."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and math.isfinite(value):
+            yield f"{prefix}{name}", float(value)
+
+
+def _for_mlflow(numbers: Numbers) -> Numbers:
+    """With a code in place of each character that MLflow refuses in a name, so that two names stay two."""
+    refused = re.compile(r"[^\w\-. :/]")
+    return {refused.sub(lambda found: f"_{ord(found[0]):x}_", name): value for name, value in numbers.items()}
