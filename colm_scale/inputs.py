@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,16 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale.config import RunConfig
 from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
-from colm_scale.data.readers import builtin_as_rows, read_rows
+from colm_scale.data.readers import Row, builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler, Sampler
-from colm_scale.data.stream import survey
+from colm_scale.data.stream import digest_of, survey
 from colm_scale.distributed.engines import check_optimizer, sharding
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.stream import StreamedSampler, share_survey
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.modeling.proxy import check_proxy
-from colm_scale.selection.quota import kept_sources
+from colm_scale.selection.quota import check_names, kept_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,10 @@ class Inputs:
         source_names, sizes: ``[Q]`` names, and ``[Q]`` int64 training examples of each source.
         kept: ``[Q]`` bool, sources all of whose candidates are trained on.
         protected: ``[Q]`` int64, protected examples of each source.
-        digest: Of the training data.
+        digest: Of the training data, as it is tokenised.
         eval: Held-out examples.
         ds_config: What DeepSpeed is given; None under other engines.
+        rows_digest: Of the rows of the training data, before they are tokenised.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ class Inputs:
     digest: str
     eval: Examples | None
     ds_config: dict | None
+    rows_digest: str = ""
 
 
 def read_inputs(config: RunConfig, group: Group) -> Inputs:
@@ -65,27 +66,29 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         longest = config.data.max_length or context_length(model)
         check_proxy(config, model, tokenizer, longest)
     training = _streamed if config.data.streaming else _held
-    sampler, names, sizes, protected, digest = training(config, tokenizer, longest, group)
+    sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group)
     with group.together():
+        check_names("data.protected_sources", config.data.protected_sources or (), names)
         kept = kept_sources(sizes, names, config.selection.kept_sources, config.selection.quantile)
         held_out = None
         if config.data.eval or not config.data.train:
-            held_out = _read(config, "eval", tokenizer, longest, names)
-    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config)
+            held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
+    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest)
 
 
-_Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str]
-"""Sampler, source names, their sizes, how many of each are protected, and the digest of the data."""
+_Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str, str]
+"""Sampler, source names, their sizes, how many of each are protected, and the digests of the data and of its rows."""
 
 
 def _held(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
     """Training data that every rank reads and holds."""
     with group.together():
-        train = _read(config, "train", tokenizer, longest)
+        rows = _rows(config, "train")
+        train = tokenise(rows, tokenizer, config.data, longest)
         sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
     digest = train.digest()
     group.agree(digest, "training data")
-    return sampler, train.source_names, train.sizes, train.protected_sizes, digest
+    return sampler, train.source_names, train.sizes, train.protected_sizes, digest, digest_of(rows, config.data)
 
 
 def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
@@ -95,7 +98,8 @@ def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: in
     surveyed = share_survey(surveyed, group)
     with group.together():
         sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
-    return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, surveyed.digest
+    digest = surveyed.digest
+    return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, digest, digest
 
 
 def check_even_shares(candidates: int, ranks: int) -> None:
@@ -136,13 +140,6 @@ def _check_derivative(config: RunConfig, sharded: str | None) -> None:
         )
 
 
-def _read(
-    config: RunConfig,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    source_names: Sequence[str] | None = None,
-) -> Examples:
+def _rows(config: RunConfig, split: Split) -> list[Row]:
     specs = getattr(config.data, split)
-    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
-    return tokenise(rows, tokenizer, config.data, longest, source_names)
+    return read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)

@@ -32,6 +32,7 @@ from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator, global_draws
 from colm_scale.records import (
+    Audit,
     Batch,
     CandidateMatrix,
     Candidates,
@@ -43,6 +44,7 @@ from colm_scale.records import (
     long_tensor,
 )
 from colm_scale.selection import baselines, telemetry
+from colm_scale.selection.audit import audit
 from colm_scale.selection.route import deal, form_micro_batches, route
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch.adapters import AdapterTap
@@ -112,7 +114,7 @@ class CoresetStep:
         group.take_traffic()  # what was exchanged between steps is not the step's
         with spans("sample"):
             candidates = self._sampler(step)
-            quota = rule.quota(candidates, self.observer.statistics)
+            quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
             if estimator is not None:
                 known = estimator.known(candidates)
                 joint, packed = self._config.selection.joint, self._sketching.packs
@@ -145,9 +147,8 @@ class CoresetStep:
             _check_losses(candidates, selection, losses)
         with spans("optimizer"):
             update = self._engine.step(learning_rate)
-            if update.applied:
-                self.observer.learn(candidates, selection, losses)
-            if self.observer.refreshed(candidates, rule.config) and estimator is not None:
+            trained_on = selection if update.applied else None
+            if self.observer.after(candidates, trained_on, losses, rule.config) and estimator is not None:
                 estimator.moments = estimator.moments.fresh()
         if not update.applied and update.loss_scale == 1.0:
             raise TrainingError(
@@ -157,6 +158,7 @@ class CoresetStep:
 
         with spans("report"):
             worth |= self._worth(candidates, quota, selection, matrix, draw) | self._facts(selection, kept)
+            found = self._audit(candidates, quota, selection, matrix, rule)
         seconds, peaks = spans.finish()
         seconds, phase_peak_bytes = self._over_ranks(seconds, peaks)
         report = StepReport(
@@ -175,6 +177,7 @@ class CoresetStep:
             imbalance=routed.imbalance,
             padding_share=self._padding(candidates, plan, routed),
             telemetry=worth,
+            audit=found,
         )
         return report, Work(sketched, trained)
 
@@ -226,7 +229,21 @@ class CoresetStep:
         facts = {} if self.estimator is None else dict(self.estimator.facts)
         if kept is not None:
             facts["replayed_share"] = float((kept[selection.positions] >= 0).double().mean())
+        if self._config.selection.coverage_floor:
+            facts["coverage_owed"] = float(self.observer.coverage.examples_owed)
         return facts
+
+    def _audit(
+        self,
+        candidates: Candidates,
+        quota: Quota,
+        selection: Selection,
+        matrix: CandidateMatrix | None,
+        rule: SelectionRule,
+    ) -> Audit | None:
+        if not (self._config.audit and self._group.is_first):
+            return None
+        return audit(candidates, quota, selection, matrix, rule.kept, rule.config)
 
     def _train(self, micro_batches: Sequence[MicroBatch], n: int) -> Tensor:
         """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""

@@ -187,7 +187,7 @@ def _train(config: RunConfig, group: Group, watch: Watch) -> bool:
             group=group,
         )
         done = state.load(found)
-        _claim(directory, config, engine, meter, done, group)
+        _claim(directory, config, inputs, engine, meter, done, group)
         facts = _facts(config, inputs, engine, evaluator, group)
         session.start(steps, [*facts, *sketched_by, *_resumed(found, done)], done)
         return _run_steps(config, done, steps, step, state, session, watch, group)
@@ -219,6 +219,7 @@ def _run_steps(
         if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")
             started = time.perf_counter()
+            session.flush()
             state.save(number)
             session.saved(number, time.perf_counter() - started)
         if stopping and number < steps:
@@ -257,7 +258,13 @@ def _check_resumable(found: Checkpoint | None, identity: dict[str, object], grou
 
 
 def _claim(
-    directory: RunDirectory | None, config: RunConfig, engine: Engine, meter: MemoryMeter, done: int, group: Group
+    directory: RunDirectory | None,
+    config: RunConfig,
+    inputs: Inputs,
+    engine: Engine,
+    meter: MemoryMeter,
+    done: int,
+    group: Group,
 ) -> None:
     """Write the files that say what runs, once it is known that it can."""
     held = torch.tensor([held_bytes(engine.module)], device=group.device)
@@ -265,18 +272,26 @@ def _claim(
     with group.together():
         if directory is not None:
             facts = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
+            facts |= {"rows_digest": inputs.rows_digest, "sources": _source_table(inputs)}
             found = environment(group.device, group.world_size, engine.name, **facts)
             directory.create(as_yaml(config), found, done)
+            if config.audit and not config.data.streaming:
+                held = inputs.sampler.examples
+                directory.examples(held.ids, held.sources, held.protected, held.source_names)
 
 
 def _written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, object]:
     """What a checkpoint says about the run for people to read."""
-    table = zip(inputs.source_names, inputs.sizes.tolist(), inputs.kept.tolist())
     return {
         "schedule": {"steps": steps, "learning_rate": config.train.learning_rate, "kind": config.train.schedule},
         "random": {"seed": config.train.seed, "draws": "functions of seed, purpose and index"},
-        "sources": [{"name": name, "examples": size, "kept": kept} for name, size, kept in table],
+        "sources": _source_table(inputs),
     }
+
+
+def _source_table(inputs: Inputs) -> list[dict[str, object]]:
+    table = zip(inputs.source_names, inputs.sizes.tolist(), inputs.kept.tolist())
+    return [{"name": name, "examples": size, "kept": kept} for name, size, kept in table]
 
 
 def _resumed(found: Checkpoint | None, done: int) -> list[str]:

@@ -52,6 +52,8 @@ class DataConfig:
     protected_column: str = "protected"
     """Column with true for an example that colm and stratified train on whenever it is a candidate. It need not be
     there."""
+    protected_sources: list[str] | None = None
+    """Sources whose every example is protected, as if its row said so; whatever sources the selection keeps besides."""
     instruction_column: str = "instruction"
     """Column with the prompt (with `output_column`)."""
     input_column: str = "input"
@@ -266,6 +268,8 @@ class RunConfig:
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    audit: bool = True
+    """Write every candidate of every step, and what became of it and why, to OUTPUT_DIR/audit (Parquet)."""
     output_dir: str | None = None
     """Folder of the run. Default: runs/ and the date and time."""
     ds_config: str | None = None

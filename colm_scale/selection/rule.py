@@ -14,6 +14,7 @@ from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
 from colm_scale.selection import baselines
 from colm_scale.selection.allocation import quotas, shares
+from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import Share, allocate, proportional
 from colm_scale.selection.select import select_coreset
 from colm_scale.selection.statistics import SourceStatistics
@@ -45,11 +46,17 @@ class SelectionRule:
         """The largest coreset the method can return."""
         return self.config.candidates if self.config.method == "full" else self.config.budget
 
-    def quota(self, candidates: Candidates, statistics: SourceStatistics | None = None) -> Quota:
+    def quota(
+        self,
+        candidates: Candidates,
+        statistics: SourceStatistics | None = None,
+        coverage: Coverage | None = None,
+    ) -> Quota:
         """Kept candidates and the shares of the other sources (DESIGN 2.3).
 
         Args:
             statistics: Of the steps before; only the allocations that go by it need it.
+            coverage: The same; only a floor under it needs it.
 
         Raises:
             TrainingError: Not all kept candidates fit, and ``--selection.overflow`` is ``fail``.
@@ -64,6 +71,7 @@ class SelectionRule:
             draw,
             share,
             protected=candidates.protected,
+            due=coverage.due(candidates.sources, config) if coverage is not None and config.coverage_floor else None,
             cap=config.kept_cap,
             by_source=config.overflow == "shares",
         )

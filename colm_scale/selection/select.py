@@ -100,7 +100,7 @@ def _rank(
             if config.weights == "unbiased":
                 return picks, coefficients * (len(rows) / k)
         case "systematic":
-            picks = systematic(_along_the_mean(sketches), k, draw)
+            picks = systematic(along_the_mean(sketches), k, draw)
         case "importance":
             picks, probabilities = importance(sketches.double().norm(dim=1).cpu(), k, draw)
             if config.weights == "unbiased":
@@ -110,7 +110,7 @@ def _rank(
     return picks, stands_for[groups[picks]]
 
 
-def _along_the_mean(rows: Tensor) -> Tensor:
+def along_the_mean(rows: Tensor) -> Tensor:
     """``[m]`` one number for each of the ``rows`` ``[m, h]``: its product with their mean, or its only entry."""
     rows = rows.double().cpu()
     return rows.flatten() if rows.shape[1] == 1 else (rows * rows.mean(0)).sum(1)
