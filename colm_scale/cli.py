@@ -13,6 +13,8 @@ from colm_scale.errors import UserError
 
 COMMANDS = {
     "train": "fine-tune a model with LoRA on mini-batch coresets",
+    "replay": "train what another run has selected, without selecting: the same options",
+    "explain": "which sources and examples a run has trained on, left out, and favoured",
     "plan": "what such a run will need, without a GPU and without weights: the same options, and --plan.*",
 }
 """Every command, a module of `colm_scale.commands` with a function ``run(arguments)``, and what it does."""

@@ -11,7 +11,7 @@ from colm_scale.config import RunConfig
 from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import Row, builtin_as_rows, read_rows
-from colm_scale.data.sampler import CandidateSampler, Sampler
+from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
 from colm_scale.data.stream import digest_of, survey
 from colm_scale.distributed.engines import check_optimizer, sharding
 from colm_scale.distributed.group import Group
@@ -20,6 +20,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.modeling.proxy import check_proxy
 from colm_scale.selection.quota import check_names, kept_sources
+from colm_scale.selection.recorded import SelectionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Inputs:
         eval: Held-out examples.
         ds_config: What DeepSpeed is given; None under other engines.
         rows_digest: Of the rows of the training data, before they are tokenised.
+        record: What a replay selects.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +49,7 @@ class Inputs:
     eval: Examples | None
     ds_config: dict | None
     rows_digest: str = ""
+    record: SelectionRecord | None = None
 
 
 def read_inputs(config: RunConfig, group: Group) -> Inputs:
@@ -65,33 +68,45 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context_length(model)
         check_proxy(config, model, tokenizer, longest)
+        record = _record(config)
+    group.agree("" if record is None else record.digest, "record of selections (--selection.replay)")
     training = _streamed if config.data.streaming else _held
-    sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group)
+    sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)
     with group.together():
         check_names("data.protected_sources", config.data.protected_sources or (), names)
         kept = kept_sources(sizes, names, config.selection.kept_sources, config.selection.quantile)
         held_out = None
         if config.data.eval or not config.data.train:
             held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
-    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest)
+        if record is not None:
+            digest = f"{digest}, selected as in {record.digest}"
+            _check_rows(record, rows_digest)
+    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest, record)
 
 
 _Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str, str]
 """Sampler, source names, their sizes, how many of each are protected, and the digests of the data and of its rows."""
 
 
-def _held(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
+def _held(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, record: SelectionRecord | None
+) -> _Training:
     """Training data that every rank reads and holds."""
     with group.together():
         rows = _rows(config, "train")
         train = tokenise(rows, tokenizer, config.data, longest)
-        sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
+        if record is None:
+            sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
+        else:
+            sampler = RecordedSampler(train, record)
     digest = train.digest()
     group.agree(digest, "training data")
     return sampler, train.source_names, train.sizes, train.protected_sizes, digest, digest_of(rows, config.data)
 
 
-def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
+def _streamed(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, _: SelectionRecord | None
+) -> _Training:
     """Training data that the first rank reads as it is needed."""
     with group.together():
         surveyed = survey(config.data.train, config.data) if group.is_first else None
@@ -119,7 +134,8 @@ def _check_ranks(config: RunConfig, group: Group) -> dict | None:
     """What depends on the number of ranks, and the configuration of DeepSpeed."""
     from colm_scale.distributed.ds_config import read_ds_config
 
-    check_even_shares(config.selection.candidates, group.world_size)
+    if config.selection.method != "replay":
+        check_even_shares(config.selection.candidates, group.world_size)
     if config.engine == "single" and group.world_size > 1:
         raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
     if config.engine == "ddp" and group.world_size == 1:
@@ -137,6 +153,26 @@ def _check_derivative(config: RunConfig, sharded: str | None) -> None:
             f"--selection.derivative exact differentiates in forward mode, for which ZeRO-3 (--ds_config "
             f"{config.ds_config}) has no rules: use --selection.derivative finite, --selection.estimator last_layer, "
             f"or --engine fsdp"
+        )
+
+
+def _record(config: RunConfig) -> SelectionRecord | None:
+    """What a replay selects, if the run is one, checked against its number of steps where that is known."""
+    if config.selection.replay is None:
+        return None
+    record, steps = SelectionRecord(config.selection.replay), config.train.steps
+    if steps is not None and steps > record.steps:
+        raise UserError(
+            f"--train.steps is {steps}, but {record.file} holds {record.steps} steps: give at most as many"
+        )
+    return record
+
+
+def _check_rows(record: SelectionRecord, rows_digest: str) -> None:
+    if record.rows_digest not in (None, rows_digest):
+        raise UserError(
+            f"{record.file} was written by a run on other rows of data than these, though ids and sources are the "
+            f"same: give the data of that run (--data.train, and the same --data.template)"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from colm_scale.config import RunConfig
 from colm_scale.data.batching import collate
 from colm_scale.data.sampler import Sampler
-from colm_scale.distributed.engine import Engine
+from colm_scale.distributed.engine import Engine, Update
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
@@ -147,18 +147,14 @@ class CoresetStep:
             _check_losses(candidates, selection, losses)
         with spans("optimizer"):
             update = self._engine.step(learning_rate)
-            trained_on = selection if update.applied else None
-            if self.observer.after(candidates, trained_on, losses, rule.config) and estimator is not None:
+            renewed = self.observer.after(candidates, selection, losses, update.applied, rule.config)
+            if renewed and estimator is not None:
                 estimator.moments = estimator.moments.fresh()
-        if not update.applied and update.loss_scale == 1.0:
-            raise TrainingError(
-                f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
-                f"Try a smaller --train.learning_rate, or --train.dtype float32"
-            )
+        _check_update(update, step)
 
         with spans("report"):
             worth |= self._worth(candidates, quota, selection, matrix, draw) | self._facts(selection, kept)
-            found = self._audit(candidates, quota, selection, matrix, rule)
+            audited = self._audit(candidates, quota, selection, matrix, rule)
         seconds, peaks = spans.finish()
         seconds, phase_peak_bytes = self._over_ranks(seconds, peaks)
         report = StepReport(
@@ -177,7 +173,7 @@ class CoresetStep:
             imbalance=routed.imbalance,
             padding_share=self._padding(candidates, plan, routed),
             telemetry=worth,
-            audit=found,
+            audit=audited,
         )
         return report, Work(sketched, trained)
 
@@ -359,6 +355,14 @@ def _check_sketches(plan: SketchPlan, selection: Selection, step: int) -> None:
         raise TrainingError(
             f"step {step}: none of the {sketched} sketched candidates has a finite sketch; the adapter was not changed "
             f"by this step. Try --train.dtype float32, or --selection.method stratified, which needs no sketch"
+        )
+
+
+def _check_update(update: Update, step: int) -> None:
+    if not update.applied and update.loss_scale == 1.0:
+        raise TrainingError(
+            f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
+            f"Try a smaller --train.learning_rate, or --train.dtype float32"
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from colm_scale.checkpoint.identity import check_same_run, config_facts, model_digest
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
-from colm_scale.config import RunConfig, TrainConfig, as_yaml
+from colm_scale.config import RunConfig, SelectionConfig, TrainConfig, as_yaml
 from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
@@ -313,8 +313,7 @@ def _facts(
         f"weights on rank 0",
         *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
-        f"method {selection.method}: {selection.budget if selection.method != 'full' else selection.candidates} of "
-        f"{selection.candidates} candidates per step",
+        _method_fact(config.selection, inputs),
         *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
         *update_facts(config),
         *rounding_facts(config),
@@ -339,6 +338,13 @@ def _facts(
     return facts
 
 
+def _method_fact(selection: SelectionConfig, inputs: Inputs) -> str:
+    if inputs.record is not None:
+        return f"method replay: the selections of {inputs.record.file}, {inputs.record.steps} steps"
+    trained = selection.candidates if selection.method == "full" else selection.budget
+    return f"method {selection.method}: {trained} of {selection.candidates} candidates per step"
+
+
 def build_step(
     config: RunConfig,
     inputs: Inputs,
@@ -359,7 +365,7 @@ def build_step(
     return CoresetStep(
         config=config,
         sampler=inputs.sampler,
-        rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes),
+        rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes, inputs.record),
         estimator=estimator,
         observer=Observer(inputs.kept),
         engine=engine,

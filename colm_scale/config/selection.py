@@ -9,7 +9,7 @@ from typing import Literal
 from colm_scale.config.checks import require
 from colm_scale.errors import UserError
 
-Method = Literal["colm", "stratified", "random", "full"]
+Method = Literal["colm", "stratified", "random", "full", "replay"]
 EstimatorName = Literal["last_layer", "zeroth_order", "loss", "length"]
 Ranking = Literal["facility", "matching", "pursuit", "systematic", "importance", "top"]
 Allocation = Literal["proportional", "equal", "temperature", "excess_loss", "none"]
@@ -26,7 +26,10 @@ class SelectionConfig:
 
     method: Method = "colm"
     """colm: kept sources, quotas, facility location on gradient sketches. stratified: the same kept sources and quotas,
-    random within. random: uniform. full: every candidate, in accumulated micro-batches."""
+    random within. random: uniform. full: every candidate, in accumulated micro-batches. replay: what another run has
+    selected."""
+    replay: str | None = None
+    """replay: that run's folder, or its selection.jsonl."""
     preset: Literal["none", "paper"] = "none"
     """paper: one zeroth-order probe, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580), whatever the options
     below say."""
@@ -111,6 +114,8 @@ class SelectionConfig:
     """The same base with only so many of its first blocks sketches in place of the model."""
 
     def __post_init__(self) -> None:
+        if (self.method == "replay") != (self.replay is not None):
+            raise UserError("--selection.method replay and --selection.replay FILE belong together: give both")
         require(self.candidates >= 1, "selection.candidates", self.candidates, "at least 1")
         require(self.budget >= 1, "selection.budget", self.budget, "at least 1")
         require(

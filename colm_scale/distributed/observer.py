@@ -32,22 +32,21 @@ class Observer:
         self.coverage = Coverage.beginning(len(kept))
 
     def after(
-        self, candidates: Candidates, trained: Selection | None, losses: Tensor, config: SelectionConfig
+        self, candidates: Candidates, selection: Selection, losses: Tensor, applied: bool, config: SelectionConfig
     ) -> bool:
         """Take in a step.
 
         Args:
-            trained: What it was trained on; None if the step has changed nothing.
             losses: ``[n]`` of all ranks, on the CPU.
+            applied: Whether the step was an update; if not, nothing of it was trained on.
 
         Returns:
             Whether the kept sources were chosen anew (`SelectionConfig.refresh_every`).
         """
-        positions = candidates.sources.new_empty(0)
-        if trained is not None:
-            self._learn(candidates, trained, losses)
-            positions = trained.positions
-        self.coverage = self.coverage.after(candidates.sources, positions, config)
+        if applied:
+            self._learn(candidates, selection, losses)
+        trained = selection.positions[: len(selection) * applied]
+        self.coverage = self.coverage.after(candidates.sources, trained, config)
         self.recent = self.recent.after(candidates.step, candidates.sources, config)
         return is_refreshed(candidates.step, config)
 

@@ -25,8 +25,10 @@ def kept_facts(
     marked = [f"protected examples: {int(protected.sum()):,} ({by_source})"] if by_source else []
     if selection.method == "random":
         return [f"{fact}; --selection.method random does not protect them" for fact in marked]
-    if selection.method == "full":
+    if selection.method in ("full", "replay"):
         return []
+    if selection.coverage_floor:
+        marked.append(f"coverage floor: {selection.coverage_floor:.0%} of each source's candidates, in every pass")
     names_kept = [name for name, is_kept in zip(names, kept.tolist()) if is_kept]
     facts = [f"kept sources ({len(names_kept)}): {', '.join(names_kept) or 'none'}", *marked]
     share = expected_share(sizes, kept, protected, selection.candidates, selection.budget, selection.kept_cap)

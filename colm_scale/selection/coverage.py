@@ -1,8 +1,8 @@
 """A floor under what is trained of each source: at least this share of its candidates, over any stretch of steps.
 
 A source is owed ``--selection.coverage_floor`` of an example for each of its candidates. What is owed and not trained
-on is carried to the next step; what is trained on beyond it is no credit, so that a source that had much at first cannot
-be starved later. With ``c`` the floor, ``n_t`` a source's candidates of step ``t`` and ``x_t`` those trained on,
+on is carried to the next step; what is trained on beyond it is no credit, so a source that had much at first cannot be
+starved later. With ``c`` the floor, ``n_t`` a source's candidates of step ``t`` and ``x_t`` those trained on,
 
     owed_t = max(0, owed_{t-1} + c n_t - x_t)          (the recursion of a queue; Lindley, 1952)
     due_t  = min(n_t, floor(owed_{t-1} + c n_t))       what the step must train on

@@ -50,8 +50,10 @@ def similarities(rows: Tensor, metric: Metric, others: Tensor | None = None) -> 
 
 
 def nearest(rows: Tensor, others: Tensor, metric: Metric) -> Tensor:
-    """``[n]`` how far each of the ``rows`` ``[n, h]`` is from the nearest of ``others`` ``[m, h]``, m at least 1; by the
-    cosine, 1 minus it."""
+    """``[n]`` how far each of the ``rows`` ``[n, h]`` is from the nearest of ``others`` ``[m, h]``, m at least 1.
+
+    By the cosine, that is 1 minus it.
+    """
     blocks = rows.split(_BLOCK_ROWS)
     if metric == "cosine":
         return torch.cat([(1 - similarities(block, metric, others)).amin(1) for block in blocks])
