@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
-    ("planning",),
+    ("planning", "explaining"),
     ("arguments",),
     ("commands",),
     ("cli",),
