@@ -27,8 +27,10 @@ def two_sided(distributions: Floats, counts: NDArray[np.int64]) -> Floats:
 
 
 def most_extreme(distributions: Floats) -> Floats:
-    """``[m]`` the smallest that `two_sided` can come to, whatever the count."""
-    return np.clip(2 * np.minimum(distributions[:, 0], distributions[:, -1]), 0, 1)
+    """``[m]`` the smallest that `two_sided` can come to with a count that can come about."""
+    rows, possible = np.arange(len(distributions)), distributions > 0
+    fewest, most = possible.argmax(1), distributions.shape[1] - 1 - possible[:, ::-1].argmax(1)
+    return np.clip(2 * np.minimum(distributions[rows, fewest], distributions[rows, most]), 0, 1)
 
 
 def false_discovery(p_values: Floats) -> Floats:
