@@ -51,6 +51,12 @@ class Inputs:
     rows_digest: str = ""
     record: SelectionRecord | None = None
 
+    @property
+    def source_table(self) -> list[dict[str, object]]:
+        """Each source's name, training examples, and whether it is kept at the beginning."""
+        table = zip(self.source_names, self.sizes.tolist(), self.kept.tolist())
+        return [{"name": name, "examples": size, "kept": kept} for name, size, kept in table]
+
 
 def read_inputs(config: RunConfig, group: Group) -> Inputs:
     """Read and check.
@@ -69,7 +75,8 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         longest = config.data.max_length or context_length(model)
         check_proxy(config, model, tokenizer, longest)
         record = _record(config)
-    group.agree("" if record is None else record.digest, "record of selections (--selection.replay)")
+    if record is not None:
+        group.agree(record.digest, "record of selections (--selection.replay)")
     training = _streamed if config.data.streaming else _held
     sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)
     with group.together():

@@ -22,7 +22,7 @@ from torch import Tensor
 from colm_scale.checkpoint.identity import check_same_run, config_facts, model_digest
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
-from colm_scale.config import RunConfig, SelectionConfig, TrainConfig, as_yaml
+from colm_scale.config import RunConfig, TrainConfig, as_yaml
 from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
@@ -45,7 +45,7 @@ from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
-from colm_scale.reporting.facts import kept_facts, rounding_facts, update_facts
+from colm_scale.reporting.facts import kept_facts, method_fact, rounding_facts, update_facts
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.summary import gib
 from colm_scale.selection.allocation import allocation_facts
@@ -258,12 +258,7 @@ def _check_resumable(found: Checkpoint | None, identity: dict[str, object], grou
 
 
 def _claim(
-    directory: RunDirectory | None,
-    config: RunConfig,
-    inputs: Inputs,
-    engine: Engine,
-    meter: MemoryMeter,
-    done: int,
+    directory: RunDirectory | None, config: RunConfig, inputs: Inputs, engine: Engine, meter: MemoryMeter, done: int,
     group: Group,
 ) -> None:
     """Write the files that say what runs, once it is known that it can."""
@@ -272,12 +267,11 @@ def _claim(
     with group.together():
         if directory is not None:
             facts = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
-            facts |= {"rows_digest": inputs.rows_digest, "sources": _source_table(inputs)}
+            facts |= {"rows_digest": inputs.rows_digest, "sources": inputs.source_table}
             found = environment(group.device, group.world_size, engine.name, **facts)
             directory.create(as_yaml(config), found, done)
             if config.audit and not config.data.streaming:
-                held = inputs.sampler.examples
-                directory.examples(held.ids, held.sources, held.protected, held.source_names)
+                directory.examples(inputs.sampler.examples)
 
 
 def _written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, object]:
@@ -285,13 +279,8 @@ def _written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, ob
     return {
         "schedule": {"steps": steps, "learning_rate": config.train.learning_rate, "kind": config.train.schedule},
         "random": {"seed": config.train.seed, "draws": "functions of seed, purpose and index"},
-        "sources": _source_table(inputs),
+        "sources": inputs.source_table,
     }
-
-
-def _source_table(inputs: Inputs) -> list[dict[str, object]]:
-    table = zip(inputs.source_names, inputs.sizes.tolist(), inputs.kept.tolist())
-    return [{"name": name, "examples": size, "kept": kept} for name, size, kept in table]
 
 
 def _resumed(found: Checkpoint | None, done: int) -> list[str]:
@@ -313,7 +302,7 @@ def _facts(
         f"weights on rank 0",
         *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
-        _method_fact(config.selection, inputs),
+        method_fact(selection, inputs.record),
         *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
         *update_facts(config),
         *rounding_facts(config),
@@ -336,13 +325,6 @@ def _facts(
             by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
             facts.append(f"{what}: {sum(counts.values())} ({by_source})")
     return facts
-
-
-def _method_fact(selection: SelectionConfig, inputs: Inputs) -> str:
-    if inputs.record is not None:
-        return f"method replay: the selections of {inputs.record.file}, {inputs.record.steps} steps"
-    trained = selection.candidates if selection.method == "full" else selection.budget
-    return f"method {selection.method}: {trained} of {selection.candidates} candidates per step"
 
 
 def build_step(

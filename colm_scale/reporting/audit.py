@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from colm_scale.data.examples import Examples
 from colm_scale.records import REASONS, StepReport
 
 MOST_ROWS = 65_536
@@ -58,14 +59,15 @@ class AuditWriter:
         self._held.clear()
 
 
-def write_examples(path: Path, ids: Tensor, sources: Tensor, protected: Tensor, source_names: Sequence[str]) -> None:
-    """Write the training examples that survived tokenisation, a row each, so that those that never come are known.
+def write_examples(path: Path, examples: Examples) -> None:
+    """Write which examples there are, a row each, so that those that never come are known.
 
     Raises:
         OSError: It cannot be written.
     """
-    columns = {"id": ids.numpy(), "source": sources.numpy(), "protected": protected.numpy()}
-    _write(_table(columns, {"source": source_names}), path)
+    columns = {"id": examples.ids, "source": examples.sources, "protected": examples.protected}
+    numbers = {name: column.numpy() for name, column in columns.items()}
+    _write(_table(numbers, {"source": examples.source_names}), path)
 
 
 def cut(folder: Path, after: int) -> None:

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import Tensor
 
+from colm_scale.data.examples import Examples
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.audit import AuditWriter, cut, write_examples
@@ -85,10 +85,10 @@ class RunDirectory:
         with writing(self._audit_folder):
             self._audit.flush()
 
-    def examples(self, ids: Tensor, sources: Tensor, protected: Tensor, source_names: Sequence[str]) -> None:
+    def examples(self, examples: Examples) -> None:
         """Write ``examples.parquet``, see `write_examples`."""
         with writing(self._examples):
-            write_examples(self._examples, ids, sources, protected, source_names)
+            write_examples(self._examples, examples)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append to ``evaluations.jsonl``: the fields of `Evaluation`."""

@@ -113,7 +113,9 @@ def allocate(
     return Quota(entering.nonzero().flatten(), per_source, overflow, free=left - int(per_source.sum()))
 
 
-def expected_share(sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budget: int, cap: float) -> float:
+def expected_share(
+    sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budget: int, cap: float, floor: float = 0.0
+) -> float:
     """How many of the kept and protected candidates enter, over many steps: 1 if there is room for the average step's.
 
     Args:
@@ -122,9 +124,10 @@ def expected_share(sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budge
         protected: ``[Q]`` protected examples of each source.
         n: Candidates of a step.
         budget, cap: As in `allocate`.
+        floor: Share of the others that is due.
     """
     wanted = n * int(torch.where(kept, sizes, protected).sum()) / int(sizes.sum())
-    room = min(budget, max(_whole(cap * budget), budget - (n - wanted)))
+    room = min(max(_whole(cap * budget), budget - (n - wanted)), budget - floor * (n - wanted))
     return min(1.0, room / wanted) if wanted else 1.0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from unit.reporting.test_run_directory import REPORT
 
+from colm_scale.data.examples import Examples
 from colm_scale.errors import TrainingError
 from colm_scale.records import REASONS, Audit, long_tensor
 from colm_scale.reporting import audit
@@ -100,7 +101,9 @@ def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
 def test_all_examples_are_listed(tmp_path):
     directory = RunDirectory(str(tmp_path / "run"))
     directory.create("", {})
-    directory.examples(long_tensor([4, 9]), long_tensor([1, 0]), torch.tensor([True, False]), NAMES)
+    ids, sources, protected = long_tensor([4, 9]), long_tensor([1, 0]), torch.tensor([True, False])
+    nothing = long_tensor([])
+    directory.examples(Examples(nothing, nothing, nothing, ids, sources, protected, tuple(NAMES), {}, {}))
     assert pq.read_table(tmp_path / "run" / "examples.parquet").to_pylist() == [
         {"id": 4, "source": "ζ", "protected": True},
         {"id": 9, "source": "algebra", "protected": False},
