@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from colm_scale.modeling.load import check_adapter, check_kernels, check_model, 
 from colm_scale.modeling.proxy import check_proxy
 from colm_scale.selection.quota import check_names, kept_sources
 from colm_scale.selection.recorded import SelectionRecord
+
+_DEFAULT_STEPS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context_length(model)
         check_proxy(config, model, tokenizer, longest)
-        record = _record(config)
+        record = None if config.selection.replay is None else SelectionRecord(config.selection.replay)
     if record is not None:
         group.agree(record.digest, "record of selections (--selection.replay)")
     training = _streamed if config.data.streaming else _held
@@ -87,7 +90,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
             held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
         if record is not None:
             digest = f"{digest}, selected as in {record.digest}"
-            _check_rows(record, rows_digest)
+            _check_record(record, rows_digest, total_steps(config, int(sizes.sum())))
     return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest, record)
 
 
@@ -163,19 +166,20 @@ def _check_derivative(config: RunConfig, sharded: str | None) -> None:
         )
 
 
-def _record(config: RunConfig) -> SelectionRecord | None:
-    """What a replay selects, if the run is one, checked against its number of steps where that is known."""
-    if config.selection.replay is None:
-        return None
-    record, steps = SelectionRecord(config.selection.replay), config.train.steps
-    if steps is not None and steps > record.steps:
+def total_steps(config: RunConfig, examples: int) -> int:
+    """Optimizer steps of a run; an epoch shows every example once as a candidate."""
+    if config.train.epochs is not None:
+        return max(1, math.ceil(config.train.epochs * examples / config.selection.candidates))
+    return config.train.steps or _DEFAULT_STEPS
+
+
+def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None:
+    """Refuse a replay of other data, or of more steps than there are."""
+    if steps > record.steps:
         raise UserError(
-            f"--train.steps is {steps}, but {record.file} holds {record.steps} steps: give at most as many"
+            f"the replay of {record.file} would make {steps} steps, but it holds {record.steps}: give --train.steps "
+            f"{record.steps}, or fewer"
         )
-    return record
-
-
-def _check_rows(record: SelectionRecord, rows_digest: str) -> None:
     if record.rows_digest not in (None, rows_digest):
         raise UserError(
             f"{record.file} was written by a run on other rows of data than these, though ids and sources are the "

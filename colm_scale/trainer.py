@@ -33,7 +33,7 @@ from colm_scale.distributed.shards import held_bytes
 from colm_scale.distributed.watch import STOPPED, Watch, peer_is_gone
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.evaluate import Evaluator
-from colm_scale.inputs import Inputs, read_inputs
+from colm_scale.inputs import Inputs, read_inputs, total_steps
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
@@ -55,8 +55,6 @@ from colm_scale.session import Session
 from colm_scale.sketch.adapters import AdapterTap
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
-
-_DEFAULT_STEPS = 80
 
 
 def run(config: RunConfig) -> int:
@@ -131,13 +129,6 @@ def build_model(
             use_packing(proxy, config.train.packing, group.device)
         sketching, probes = add_probes(proxy, config)
         return module, tap, Tap(sketching, *probes)
-
-
-def total_steps(config: RunConfig, examples: int) -> int:
-    """Optimizer steps of a run; an epoch shows every example once as a candidate."""
-    if config.train.epochs is not None:
-        return max(1, math.ceil(config.train.epochs * examples / config.selection.candidates))
-    return config.train.steps or _DEFAULT_STEPS
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

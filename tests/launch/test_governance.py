@@ -171,7 +171,7 @@ def test_a_protected_source_is_trained_on_whole_whatever_else_is_kept(folder, da
         (["replay", "nowhere"], ["nowhere holds no run"]),
         (["replay", "RUN", "--selection.budget", "4"], ["--selection.budget", "leave it out"]),
         (["replay", "RUN", "--train.setps", "4"], ["unknown option --train.setps", "--train.steps"]),
-        (["replay", "RUN", "--train.steps", "7"], ["--train.steps is 7", "holds 6 steps"]),
+        (["replay", "RUN", "--train.steps", "7"], ["would make 7 steps", "holds 6: give --train.steps 6"]),
         (["explain"], ["RUN is missing"]),
         (["explain", "nowhere"], ["nowhere holds no run"]),
         (["explain", "RUN", "--fromat", "json"], ["unknown option --fromat", "--format"]),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from colm_scale.config import FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.inputs import total_steps
 from colm_scale.reporting.facts import rounding_facts
-from colm_scale.trainer import learning_rate, resolve, total_steps
+from colm_scale.trainer import learning_rate, resolve
 
 
 def rates(steps: int, **options) -> list[float]:
