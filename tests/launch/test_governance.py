@@ -134,6 +134,20 @@ def test_a_replay_of_other_data_is_refused(original, folder):
             assert word in outcome.errors[0]
 
 
+def test_a_streamed_run_is_replayed_streamed_and_held(folder, data):
+    """Each makes the same examples out of the same rows; held, they are sought by id."""
+    out = folder / "streamed"
+    options = (*SMALL, "--data.train", data, "--data.streaming", "true", "--data.shuffle_rows", "32")
+    run([*python(), *options, "--output_dir", str(out)], folder / "log streamed").succeeded()
+    for streaming in ("true", "false"):
+        again = folder / f"streamed {streaming}"
+        more = ("--data.streaming", streaming, "--output_dir", str(again))
+        command("replay", str(out), *more, folder=folder / f"log streamed {streaming}").succeeded()
+        for name in ("selection.jsonl", "metrics.jsonl"):
+            compared = [[row["step"], row.get("loss"), row.get("selected")] for row in rows(again / name)]
+            assert compared == [[row["step"], row.get("loss"), row.get("selected")] for row in rows(out / name)]
+
+
 def test_explain_works_with_the_audit_and_without(original, folder):
     bare = folder / "bare"
     bare.mkdir()
