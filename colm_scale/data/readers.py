@@ -73,8 +73,7 @@ def stream_rows(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
 
 
 def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row]:
-    """The built-in mixture as rows. Its columns are its own; of ``config`` only the template and
-    the protected sources count.
+    """The built-in mixture as rows. Its columns are its own; of ``config`` template and protected sources count.
 
     Raises:
         UserError: The split is neither "train" nor "eval".

@@ -1,10 +1,11 @@
-"""What a run's record adds up to, by example and by source. Read line by line; what is held is 25 bytes a candidate.
+"""What a run's record adds up to, by example and by source. Read line by line; what is held is 34 bytes a candidate.
 
     T  steps of the record        C  candidates of all steps        N  examples known        Q  sources known
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -45,38 +46,41 @@ class Tally:
 def tally(steps: Iterable[RecordedStep]) -> Tally:
     """Add up all ``steps``."""
     numbers: dict[str, int] = {}
-    ids, sources, chances, chosen = array("q"), array("q"), array("d"), array("b")
-    counts: list[tuple[Counter, Counter, Counter]] = []
+    ids, sources, numbered = array("q"), array("q"), array("q")
+    chances, kept, picked = array("d"), array("b"), array("b")
     for step in steps:
         of = [numbers.setdefault(name, len(numbers)) for name in step.sources]
-        chance, taken, of_step = _step(step, of)
+        were_kept = _taken(step.candidates, step.selected[: step.kept])
+        others = [None if is_kept else id_ for is_kept, id_ in zip(were_kept, step.candidates)]
+        were_picked = _taken(others, step.selected[step.kept :])
         ids.extend(step.candidates)
         sources.extend(of)
-        chances.extend(chance)
-        chosen.extend(taken)
-        counts.append(of_step)
-    by_step = (np.array([[of[kind][q] for q in range(len(numbers))] for of in counts]) for kind in range(3))
-    columns = (np.frombuffer(ids, np.int64), np.frombuffer(sources, np.int64), np.frombuffer(chances, np.float64))
-    return Tally(list(numbers), *by_step, *columns, np.frombuffer(chosen, np.int8).astype(bool))
-
-
-def _step(step: RecordedStep, sources: Sequence[int]) -> tuple[list[float], list[bool], tuple[Counter, ...]]:
-    """Chance of each candidate and whether it was chosen; candidates, trained and kept of each source."""
-    left_kept, left = Counter(step.selected[: step.kept]), Counter(step.selected[step.kept :])
-    present, trained, kept, picked = Counter(sources), Counter(), Counter(), Counter()
-    entered, taken = [], []
-    for id_, source in zip(step.candidates, sources):
-        # An example that is a candidate twice in a step, at the seam of two epochs, is taken once for each selection.
-        entered.append(left_kept[id_] > 0)
-        left_kept[id_] -= entered[-1]
-        was_picked = not entered[-1] and left[id_] > 0
-        left[id_] -= was_picked
-        taken.append(entered[-1] or was_picked)
-        kept[source] += entered[-1]
-        picked[source] += was_picked
-        trained[source] += taken[-1]
-    chances = [
-        1.0 if is_kept else picked[source] / (present[source] - kept[source])
-        for is_kept, source in zip(entered, sources)
+        numbered.extend([step.step - 1] * len(of))
+        kept.extend(were_kept)
+        picked.extend(were_picked)
+        chances.extend(_chances(of, were_kept, were_picked))
+    ids, sources, numbered = (np.frombuffer(column, np.int64) for column in (ids, sources, numbered))
+    kept, picked = (np.frombuffer(column, np.int8).astype(bool) for column in (kept, picked))
+    cells, shape = numbered * len(numbers) + sources, (int(numbered[-1]) + 1, len(numbers))
+    by_step = [
+        np.bincount(cells[mask], minlength=math.prod(shape)).reshape(shape)
+        for mask in (slice(None), kept | picked, kept)
     ]
-    return chances, taken, (present, trained, kept)
+    return Tally(list(numbers), *by_step, ids, sources, np.frombuffer(chances, np.float64), kept | picked)
+
+
+def _taken(ids: Sequence[int | None], selected: Sequence[int]) -> list[bool]:
+    """Whether each of the ``ids`` was selected. One that is there twice in a step, at the seam of two epochs, is taken
+    once for each time that it was."""
+    left, found = Counter(selected), []
+    for id_ in ids:
+        found.append(left[id_] > 0)
+        left[id_] -= found[-1]
+    return found
+
+
+def _chances(sources: Sequence[int], kept: Sequence[bool], picked: Sequence[bool]) -> list[float]:
+    """With which chance each candidate of a step would have been trained on, see `Tally`."""
+    eligible = Counter(source for source, is_kept in zip(sources, kept) if not is_kept)
+    picks = Counter(source for source, is_picked in zip(sources, picked) if is_picked)
+    return [1.0 if is_kept else picks[source] / eligible[source] for source, is_kept in zip(sources, kept)]
