@@ -198,10 +198,3 @@ def test_wrong_input_is_one_line(arguments, words, original, tmp_path):
     assert len(outcome.errors) == 1, outcome.stderr
     for word in words:
         assert word in outcome.errors[0]
-
-
-def test_a_protected_source_that_is_none_is_refused(data, tmp_path):
-    outcome = run([*python(), *SMALL, "--data.train", data, "--data.protected_sources", "rere"], tmp_path)
-    assert outcome.code == 2
-    assert "--data.protected_sources names 'rere'" in outcome.errors[0]
-    assert "'rare'" in outcome.errors[0]
