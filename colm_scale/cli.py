@@ -16,6 +16,8 @@ COMMANDS = {
     "merge": "an adapter merged into its base model, as a folder that needs no peft; or the adapter alone",
     "eval": "held-out loss and right answers of an adapter, source by source",
     "doctor": "what would keep a run from working here: versions, devices, network, compiler, disk",
+    "replay": "train what another run has selected, without selecting: the same options",
+    "explain": "which sources and examples a run has trained on, left out, and favoured",
     "plan": "what such a run will need, without a GPU and without weights: the same options, and --plan.*",
     "report": "one HTML page about one or several runs",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale.config import RunConfig
 from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
-from colm_scale.data.readers import builtin_as_rows, read_rows
-from colm_scale.data.sampler import CandidateSampler, Sampler
-from colm_scale.data.stream import survey
+from colm_scale.data.readers import Row, builtin_as_rows, read_rows
+from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
+from colm_scale.data.stream import digest_of, survey
 from colm_scale.distributed.engines import check_optimizer, sharding
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.stream import StreamedSampler, share_survey
@@ -21,7 +20,9 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.modeling.proxy import check_proxy
 from colm_scale.reporting.trackers import check_trackers
-from colm_scale.selection.quota import kept_sources
+from colm_scale.schedule import total_steps
+from colm_scale.selection.quota import check_names, kept_sources
+from colm_scale.selection.recorded import SelectionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,11 @@ class Inputs:
         source_names, sizes: ``[Q]`` names, and ``[Q]`` int64 training examples of each source.
         kept: ``[Q]`` bool, sources all of whose candidates are trained on.
         protected: ``[Q]`` int64, protected examples of each source.
-        digest: Of the training data.
+        digest: Of the training data, as it is tokenised.
         eval: Held-out examples.
         ds_config: What DeepSpeed is given; None under other engines.
+        rows_digest: Of the rows of the training data, before they are tokenised.
+        record: What a replay selects.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,6 +50,14 @@ class Inputs:
     digest: str
     eval: Examples | None
     ds_config: dict | None
+    rows_digest: str = ""
+    record: SelectionRecord | None = None
+
+    @property
+    def source_table(self) -> list[dict[str, object]]:
+        """Each source's name, training examples, and whether it is kept at the beginning."""
+        table = zip(self.source_names, self.sizes.tolist(), self.kept.tolist())
+        return [{"name": name, "examples": size, "kept": kept} for name, size, kept in table]
 
 
 def read_inputs(config: RunConfig, group: Group) -> Inputs:
@@ -68,38 +79,54 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context_length(model)
         check_proxy(config, model, tokenizer, longest)
+        record = None if config.selection.replay is None else SelectionRecord(config.selection.replay)
+    if record is not None:
+        group.agree(record.digest, "record of selections (--selection.replay)")
     training = _streamed if config.data.streaming else _held
-    sampler, names, sizes, protected, digest = training(config, tokenizer, longest, group)
+    sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)
     with group.together():
+        check_names("data.protected_sources", config.data.protected_sources or (), names)
         kept = kept_sources(sizes, names, config.selection.kept_sources, config.selection.quantile)
         held_out = None
         if config.data.eval or not config.data.train:
-            held_out = _read(config, "eval", tokenizer, longest, names)
-    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config)
+            held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
+        if record is not None:
+            digest = f"{digest}, selected as in {record.digest}"
+            _check_record(record, rows_digest, total_steps(config, int(sizes.sum())))
+    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest, record)
 
 
-_Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str]
-"""Sampler, source names, their sizes, how many of each are protected, and the digest of the data."""
+_Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str, str]
+"""Sampler, source names, their sizes, how many of each are protected, and the digests of the data and of its rows."""
 
 
-def _held(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
+def _held(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, record: SelectionRecord | None
+) -> _Training:
     """Training data that every rank reads and holds."""
     with group.together():
-        train = _read(config, "train", tokenizer, longest)
-        sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
+        rows = _rows(config, "train")
+        train = tokenise(rows, tokenizer, config.data, longest)
+        if record is None:
+            sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
+        else:
+            sampler = RecordedSampler(train, record)
     digest = train.digest()
     group.agree(digest, "training data")
-    return sampler, train.source_names, train.sizes, train.protected_sizes, digest
+    return sampler, train.source_names, train.sizes, train.protected_sizes, digest, digest_of(rows, config.data)
 
 
-def _streamed(config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group) -> _Training:
+def _streamed(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, _: SelectionRecord | None
+) -> _Training:
     """Training data that the first rank reads as it is needed."""
     with group.together():
         surveyed = survey(config.data.train, config.data) if group.is_first else None
     surveyed = share_survey(surveyed, group)
     with group.together():
         sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
-    return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, surveyed.digest
+    digest = surveyed.digest
+    return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, digest, digest
 
 
 def check_even_shares(candidates: int, ranks: int) -> None:
@@ -119,7 +146,8 @@ def _check_ranks(config: RunConfig, group: Group) -> dict | None:
     """What depends on the number of ranks, and the configuration of DeepSpeed."""
     from colm_scale.distributed.ds_config import read_ds_config
 
-    check_even_shares(config.selection.candidates, group.world_size)
+    if config.selection.method != "replay":
+        check_even_shares(config.selection.candidates, group.world_size)
     if config.engine == "single" and group.world_size > 1:
         raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
     if config.engine == "ddp" and group.world_size == 1:
@@ -140,13 +168,20 @@ def _check_derivative(config: RunConfig, sharded: str | None) -> None:
         )
 
 
-def _read(
-    config: RunConfig,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    source_names: Sequence[str] | None = None,
-) -> Examples:
+def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None:
+    """Refuse a replay of other data, or of more steps than there are."""
+    if steps > record.steps:
+        raise UserError(
+            f"the replay of {record.file} would make {steps} steps, but it holds {record.steps}: give --train.steps "
+            f"{record.steps}, or fewer"
+        )
+    if record.rows_digest not in (None, rows_digest):
+        raise UserError(
+            f"{record.file} was written by a run on other rows of data than these, though ids and sources are the "
+            f"same: give the data of that run (--data.train, and the same --data.template)"
+        )
+
+
+def _rows(config: RunConfig, split: Split) -> list[Row]:
     specs = getattr(config.data, split)
-    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
-    return tokenise(rows, tokenizer, config.data, longest, source_names)
+    return read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)

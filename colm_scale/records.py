@@ -161,6 +161,27 @@ class Selection:
         return self.positions[self.kept :]
 
 
+REASONS = ("kept", "protected", "selected", "passed over", "no quota", "overflow", "invalid")
+"""What can become of a candidate: trained on because its source is kept, because it is protected, or because it was
+picked; or not, though others of its source were picked, because its source had no picks, because there was no room for
+all that are kept or protected, or because its loss or sketch was not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Why each candidate of a step was trained on or not.
+
+    Attributes:
+        reasons: ``[n]`` uint8, numbers of `REASONS`.
+        scores: ``[n]`` float32, what the selection compared it by (`colm_scale.selection.audit`); nan where nothing.
+        losses: ``[n]`` float32 mean token loss at its sketch; nan where it was not sketched.
+    """
+
+    reasons: Tensor
+    scores: Tensor
+    losses: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Which rank trains which candidate, in which micro-batch. Equal on every rank.
@@ -288,6 +309,8 @@ class StepReport:
     """What the selection was worth, by name (`colm_scale.selection.telemetry`)."""
     floor: float | None = None
     """Measured step seconds / bare-floor seconds on the same tokens, on the steps where it was taken."""
+    audit: Audit | None = None
+    """On the first rank, if the run keeps an audit."""
 
 
 def long_tensor(values: Tensor | Sequence[int]) -> Tensor:

@@ -59,6 +59,12 @@ class Session:
         if self._directory is not None:
             self._display.close()
             self._trackers.close()
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held; before a checkpoint, so that none is of a later step than what is written."""
+        if self._directory is not None:
+            self._directory.flush()
 
     def start(self, steps: int, facts: Sequence[str], done: int = 0) -> None:
         """Say what is about to run, ``done`` steps of it before."""

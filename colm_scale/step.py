@@ -18,7 +18,7 @@ from torch import Tensor
 from colm_scale.config import RunConfig
 from colm_scale.data.batching import collate
 from colm_scale.data.sampler import Sampler
-from colm_scale.distributed.engine import Engine
+from colm_scale.distributed.engine import Engine, Update
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
@@ -32,6 +32,7 @@ from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator, global_draws
 from colm_scale.records import (
+    Audit,
     Batch,
     CandidateMatrix,
     Candidates,
@@ -43,6 +44,7 @@ from colm_scale.records import (
     long_tensor,
 )
 from colm_scale.selection import baselines, telemetry
+from colm_scale.selection.audit import audit
 from colm_scale.selection.route import deal, form_micro_batches, route
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch.adapters import AdapterTap
@@ -129,7 +131,7 @@ class CoresetStep:
         group.take_traffic()  # what was exchanged between steps is not the step's
         with spans("sample"):
             candidates = self._sampler(step)
-            quota = rule.quota(candidates, self.observer.statistics)
+            quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
             if estimator is not None:
                 plan = self._plan(candidates, quota)
                 sketched = self._batches(candidates, plan.shares[group.rank], self._sketching.packs)
@@ -160,18 +162,14 @@ class CoresetStep:
             _check_losses(candidates, selection, losses)
         with spans("optimizer"):
             update = self._engine.step(learning_rate)
-            if update.applied:
-                self.observer.learn(candidates, selection, losses)
-            if self.observer.refreshed(candidates, rule.config) and estimator is not None:
+            renewed = self.observer.after(candidates, selection, losses, update.applied, rule.config)
+            if renewed and estimator is not None:
                 estimator.moments = estimator.moments.fresh()
-        if not update.applied and update.loss_scale == 1.0:
-            raise TrainingError(
-                f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
-                f"Try a smaller --train.learning_rate, or --train.dtype float32"
-            )
+        _check_update(update, step)
 
         with spans("report"):
             worth |= self._worth(candidates, quota, selection, matrix, draw) | self._facts(selection, kept)
+            audited = self._audit(candidates, quota, selection, matrix, rule)
         seconds, peaks = spans.finish()
         seconds, phase_peak_bytes = self._over_ranks(seconds, peaks)
         report = StepReport(
@@ -190,6 +188,7 @@ class CoresetStep:
             imbalance=routed.imbalance,
             padding_share=self._padding(candidates, plan, routed),
             telemetry=worth,
+            audit=audited,
         )
         return report, Work(sketched, trained)
 
@@ -197,7 +196,7 @@ class CoresetStep:
         """What the step will do; of what it changes, only the sampler goes on."""
         rule = dataclasses.replace(self._rule, kept=self.observer.recent.kept)
         candidates = self._sampler(step)
-        quota = rule.quota(candidates, self.observer.statistics)
+        quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
         if self.estimator is None:
             plan, drawn = None, rule.select(candidates, quota, None)
         else:
@@ -260,7 +259,21 @@ class CoresetStep:
         facts = {} if self.estimator is None else dict(self.estimator.facts)
         if kept is not None:
             facts["replayed_share"] = float((kept[selection.positions] >= 0).double().mean())
+        if self._config.selection.coverage_floor:
+            facts["coverage_owed"] = float(self.observer.coverage.examples_owed)
         return facts
+
+    def _audit(
+        self,
+        candidates: Candidates,
+        quota: Quota,
+        selection: Selection,
+        matrix: CandidateMatrix | None,
+        rule: SelectionRule,
+    ) -> Audit | None:
+        if not (self._config.audit and self._group.is_first):
+            return None
+        return audit(candidates, quota, selection, matrix, rule.kept, rule.config)
 
     def _train(self, micro_batches: Sequence[MicroBatch], n: int) -> Tensor:
         """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""
@@ -376,6 +389,14 @@ def _check_sketches(plan: SketchPlan, selection: Selection, step: int) -> None:
         raise TrainingError(
             f"step {step}: none of the {sketched} sketched candidates has a finite sketch; the adapter was not changed "
             f"by this step. Try --train.dtype float32, or --selection.method stratified, which needs no sketch"
+        )
+
+
+def _check_update(update: Update, step: int) -> None:
+    if not update.applied and update.loss_scale == 1.0:
+        raise TrainingError(
+            f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
+            f"Try a smaller --train.learning_rate, or --train.dtype float32"
         )
 
 

@@ -115,7 +115,7 @@ def train(config: RunConfig, group: Group, watch: Watch) -> bool:
         state = prepared.state(config, session, group)
         done = state.load(prepared.found)
         facts = written_down(config, prepared.inputs, prepared.steps)
-        _claim(prepared.directory, config, facts, prepared.engine, prepared.meter, done, group)
+        _claim(prepared.directory, config, prepared.inputs, facts, prepared.engine, prepared.meter, done, group)
         session.start(prepared.steps, prepared.facts(config, done, group), done)
         return _run_steps(config, done, prepared.steps, prepared.step, state, session, watch, group)
 
@@ -255,6 +255,7 @@ def _run_steps(
         if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")
             started = time.perf_counter()
+            session.flush()
             state.save(number)
             session.saved(number, time.perf_counter() - started)
         if stopping and number < steps:
@@ -295,6 +296,7 @@ def _check_resumable(found: Checkpoint | None, identity: dict[str, object], grou
 def _claim(
     directory: RunDirectory | None,
     config: RunConfig,
+    inputs: Inputs,
     facts: dict[str, object],
     engine: Engine,
     meter: MemoryMeter,
@@ -309,6 +311,8 @@ def _claim(
             own = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}
             found = environment(group.device, group.world_size, engine.name, **own)
             directory.create(as_yaml(config), found, done, facts)
+            if config.audit and not config.data.streaming:
+                directory.examples(inputs.sampler.examples)
 
 
 def build_step(
@@ -331,7 +335,7 @@ def build_step(
     return CoresetStep(
         config=config,
         sampler=inputs.sampler,
-        rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes),
+        rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes, inputs.record),
         estimator=estimator,
         observer=Observer(inputs.kept),
         engine=engine,

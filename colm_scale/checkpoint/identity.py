@@ -31,6 +31,7 @@ _LEFT_OUT = {
     "data.train": "the data's digest covers what they hold, wherever they lie",
     "data.eval": "nothing that is trained depends on it",
     "data.chat_template": "the data's digest covers what it writes",
+    "selection.replay": "the data's digest covers what it holds, wherever it lies",
     "selection.proxy": "the proxy has a digest of its own, wherever it lies",
     "train.threads": "rounding at most",
     "train.activation_checkpointing": "rounding at most",

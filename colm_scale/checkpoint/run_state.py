@@ -25,6 +25,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.observer import Observer
 from colm_scale.errors import UserError
 from colm_scale.reporting.run_directory import finite
+from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.recent import RecentSources
 from colm_scale.selection.statistics import SourceStatistics
 
@@ -117,6 +118,7 @@ class RunState:
         saved = self._shared(self._sources(), None if found is None else found.tensors["sources"])
         saved = {name: value.cpu() for name, value in saved.items()}
         self._observer.recent = RecentSources(kept=saved.pop("kept"), seen=saved.pop("seen"))
+        self._observer.coverage = Coverage(saved.pop("owed"))
         self._observer.statistics = SourceStatistics(**saved)
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
@@ -140,7 +142,9 @@ class RunState:
         }
 
     def _sources(self) -> dict[str, Tensor]:
-        return dataclasses.asdict(self._observer.statistics) | dataclasses.asdict(self._observer.recent)
+        observer = self._observer
+        parts = map(dataclasses.asdict, (observer.statistics, observer.recent, observer.coverage))
+        return {name: value for part in parts for name, value in part.items()}
 
     def _sketches(self, saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The first rank's on every rank; the others pass None."""

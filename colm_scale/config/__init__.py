@@ -54,6 +54,8 @@ class DataConfig:
     protected_column: str = "protected"
     """Column with true for an example that colm and stratified train on whenever it is a candidate. It need not be
     there."""
+    protected_sources: list[str] | None = None
+    """Sources whose every example is protected, as if its row said so; whatever sources the selection keeps besides."""
     instruction_column: str = "instruction"
     """Column with the prompt (with `output_column`)."""
     input_column: str = "input"
@@ -269,6 +271,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    audit: bool = True
+    """Write every candidate of every step, and what became of it and why, to OUTPUT_DIR/audit (Parquet)."""
     output_dir: str | None = None
     """Folder of the run. Default: runs/ and the date and time."""
     ds_config: str | None = None

@@ -10,7 +10,7 @@ from colm_scale.config import own
 from colm_scale.config.checks import require
 from colm_scale.errors import UserError
 
-Method = Literal["colm", "stratified", "random", "full"]
+Method = Literal["colm", "stratified", "random", "full", "replay"]
 EstimatorName = Literal["last_layer", "zeroth_order", "loss", "length"]
 Ranking = Literal["facility", "matching", "pursuit", "systematic", "importance", "top"]
 Allocation = Literal["proportional", "equal", "temperature", "excess_loss", "none"]
@@ -27,7 +27,10 @@ class SelectionConfig:
 
     method: Method = "colm"
     """colm: kept sources, quotas, facility location on gradient sketches. stratified: the same kept sources and quotas,
-    random within. random: uniform. full: every candidate, in accumulated micro-batches."""
+    random within. random: uniform. full: every candidate, in accumulated micro-batches. replay: what another run has
+    selected."""
+    replay: str | None = None
+    """replay: that run's folder, or its selection.jsonl."""
     preset: Literal["none", "paper"] = "none"
     """paper: one zeroth-order probe, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580), whatever the options
     below say."""
@@ -55,6 +58,9 @@ class SelectionConfig:
     """Exponent of the temperature allocation: 1 is proportional, 0 is equal."""
     allocation_floor: int = 1
     """Fewest picks of a source that has candidates, for every allocation but proportional."""
+    coverage_floor: float = 0.0
+    """colm and stratified: at least this share of each source's candidates is trained on, over any stretch of steps and
+    so in every pass over the data; what one step lacks the next ones make up. At most budget / candidates. 0: none."""
     num_probes: int = 1
     """Random directions of the zeroth-order estimator (K)."""
     derivative: Literal["finite", "exact"] = "finite"
@@ -112,6 +118,8 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         _require_part("estimator", self.estimator, EstimatorName)
         _require_part("ranking", self.ranking, Ranking)
+        if (self.method == "replay") != (self.replay is not None):
+            raise UserError("--selection.method replay and --selection.replay FILE belong together: give both")
         require(self.candidates >= 1, "selection.candidates", self.candidates, "at least 1")
         require(self.budget >= 1, "selection.budget", self.budget, "at least 1")
         require(
@@ -129,6 +137,8 @@ class SelectionConfig:
             self.allocation_exponent >= 0, "selection.allocation_exponent", self.allocation_exponent, "0 or more"
         )
         require(self.allocation_floor >= 0, "selection.allocation_floor", self.allocation_floor, "0 or more")
+        if self.coverage_floor:
+            self._check_coverage()
         require(0 <= self.kept_quantile <= 1, "selection.kept_quantile", self.kept_quantile, "in [0, 1]")
         require(0 < self.kept_cap <= 1, "selection.kept_cap", self.kept_cap, "above 0 and at most 1")
         require(self.refresh_every >= 0, "selection.refresh_every", self.refresh_every, "0 or more")
@@ -165,6 +175,20 @@ class SelectionConfig:
             )
         if self.preset == "none":
             self._check_ranking()
+
+    def _check_coverage(self) -> None:
+        """A floor that can be met, under a method that has quotas to meet it by."""
+        option = f"--selection.coverage_floor {self.coverage_floor}"
+        require(0 < self.coverage_floor <= 1, "selection.coverage_floor", self.coverage_floor, "in [0, 1]")
+        if self.method == "random":
+            raise UserError(f"{option} needs quotas, which --selection.method random has not: give stratified")
+        if self.allocation == "none" and self.preset == "none":
+            raise UserError(f"{option} needs quotas, which --selection.allocation none has not: leave one out")
+        if self.method in ("colm", "stratified") and self.coverage_floor * self.candidates > self.budget:
+            raise UserError(
+                f"{option} asks for more than --selection.budget {self.budget} of --selection.candidates "
+                f"{self.candidates} can give: give at most {self.budget / self.candidates:.6g}, or a larger budget"
+            )
 
     def _check_ranking(self) -> None:
         """What goes with which ranking."""

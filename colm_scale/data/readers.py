@@ -73,7 +73,7 @@ def stream_rows(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
 
 
 def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row]:
-    """The built-in mixture as rows. Its columns are its own; of ``config`` only the template counts.
+    """The built-in mixture as rows. Its columns are its own; of ``config`` template and protected sources count.
 
     Raises:
         UserError: The split is neither "train" nor "eval".
@@ -86,6 +86,7 @@ def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row
             prompt=_templated(row["instruction"], config),
             completion=row["output"],
             where=f"built-in {split} data row {number + 1}",
+            protected=row["source"] in (config.protected_sources or ()),
         )
         for number, row in enumerate(builtin_rows(split, seed))
     ]
@@ -152,6 +153,7 @@ def _row(number: int, source: str, record: Record, config: DataConfig) -> Row:
     else:
         raise UserError(_missing_columns(record, config))
     protected = _flag(cells.get(config.protected_column), config.protected_column, where)
+    protected = protected or source in (config.protected_sources or ())
     return Row(number, source, messages, prompt, completion, where, protected)
 
 

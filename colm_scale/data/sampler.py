@@ -11,6 +11,7 @@ from colm_scale.data.examples import Examples
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates
+from colm_scale.selection.recorded import SelectionRecord, index_of
 
 
 class Sampler(Protocol):
@@ -63,7 +64,9 @@ class CandidateSampler:
         first, last = start // self._size, (start + self._count - 1) // self._size
         self._permutations = {epoch: self._permutation(epoch) for epoch in range(first, last + 1)}
         stream = torch.cat(list(self._permutations.values()))
-        indices = stream[start - first * self._size :][: self._count]
+        return self._at(step, stream[start - first * self._size :][: self._count])
+
+    def _at(self, step: int, indices: Tensor) -> Candidates:
         protected = None if self._protected is None else self._protected[indices]
         return Candidates(step, indices, self._ids[indices], self._sources[indices], self._lengths[indices], protected)
 
@@ -78,3 +81,19 @@ class CandidateSampler:
         if epoch in self._permutations:
             return self._permutations[epoch]
         return torch.randperm(self._size, generator=generator(self._seed, "shuffle", epoch))
+
+
+class RecordedSampler(CandidateSampler):
+    """Gives each step the candidates that a record has for it.
+
+    Raises:
+        UserError: The record is not one of these examples, see `SelectionRecord.check`.
+    """
+
+    def __init__(self, examples: Examples, record: SelectionRecord):
+        super().__init__(examples, 1, seed=0)
+        record.check(examples.ids, examples.sources, examples.source_names)
+        self._record = record
+
+    def __call__(self, step: int) -> Candidates:
+        return self._at(step, index_of(self._record.candidates(step), self._ids))

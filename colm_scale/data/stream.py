@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -209,6 +209,14 @@ class BlockStream:
             f"--selection.candidates is {count}, but only {usable} training examples are there "
             f"({sum(self.dropped.values())} were dropped): give at most {usable}"
         )
+
+
+def digest_of(rows: Iterable[Row], config: DataConfig) -> str:
+    """SHA-256 of rows that are held: that of `Survey` for the same rows."""
+    digest = _RowDigest(config)
+    for row in rows:
+        digest.add(row)
+    return digest.hexadecimal()
 
 
 class _RowDigest:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.records import Candidates, Selection
+from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.recent import RecentSources, is_refreshed
 from colm_scale.selection.statistics import SourceStatistics, observation_weights
 
@@ -22,20 +23,35 @@ class Observer:
     Attributes:
         statistics: What is known after the last step; equal on every rank.
         recent: The sources that are kept in the next step.
+        coverage: What each source is owed, if there is a floor under what is trained of it.
     """
 
     def __init__(self, kept: Tensor):
         self.statistics = SourceStatistics.zeros(len(kept))
         self.recent = RecentSources.beginning(kept)
+        self.coverage = Coverage.beginning(len(kept))
 
-    def learn(self, candidates: Candidates, selection: Selection, losses: Tensor) -> None:
-        """Let the statistics learn from the step; ``losses`` ``[n]`` are those of all ranks, on the CPU."""
+    def after(
+        self, candidates: Candidates, selection: Selection, losses: Tensor, applied: bool, config: SelectionConfig
+    ) -> bool:
+        """Take in a step.
+
+        Args:
+            losses: ``[n]`` of all ranks, on the CPU.
+            applied: Whether the step was an update; if not, nothing of it was trained on.
+
+        Returns:
+            Whether the kept sources were chosen anew (`SelectionConfig.refresh_every`).
+        """
+        if applied:
+            self._learn(candidates, selection, losses)
+        trained = selection.positions[: len(selection) * applied]
+        self.coverage = self.coverage.after(candidates.sources, trained, config)
+        self.recent = self.recent.after(candidates.step, candidates.sources, config)
+        return is_refreshed(candidates.step, config)
+
+    def _learn(self, candidates: Candidates, selection: Selection, losses: Tensor) -> None:
         weights = observation_weights(selection, candidates.sources)
         member = F.one_hot(candidates.sources, len(self.statistics.recent)) * weights.unsqueeze(1)  # [n, Q]
         seen = member.T @ torch.stack([torch.ones(len(losses)), losses], dim=1).double()
         self.statistics = self.statistics.learn(seen)
-
-    def refreshed(self, candidates: Candidates, config: SelectionConfig) -> bool:
-        """Count a step's candidates; whether the kept sources were chosen anew (`SelectionConfig.refresh_every`)."""
-        self.recent = self.recent.after(candidates.step, candidates.sources, config)
-        return is_refreshed(candidates.step, config)

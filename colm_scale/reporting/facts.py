@@ -8,6 +8,15 @@ from torch import Tensor
 
 from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.selection.quota import expected_share
+from colm_scale.selection.recorded import SelectionRecord
+
+
+def method_fact(selection: SelectionConfig, record: SelectionRecord | None) -> str:
+    """How many of how many are trained on; of a replay, what it trains."""
+    if record is not None:
+        return f"method replay: the selections of {record.file}, {record.steps} steps"
+    trained = selection.candidates if selection.method == "full" else selection.budget
+    return f"method {selection.method}: {trained} of {selection.candidates} candidates per step"
 
 
 def kept_facts(
@@ -25,11 +34,14 @@ def kept_facts(
     marked = [f"protected examples: {int(protected.sum()):,} ({by_source})"] if by_source else []
     if selection.method == "random":
         return [f"{fact}; --selection.method random does not protect them" for fact in marked]
-    if selection.method == "full":
+    if selection.method in ("full", "replay"):
         return []
+    if selection.coverage_floor:
+        marked.append(f"coverage floor: {selection.coverage_floor:.0%} of each source's candidates, in every pass")
     names_kept = [name for name, is_kept in zip(names, kept.tolist()) if is_kept]
     facts = [f"kept sources ({len(names_kept)}): {', '.join(names_kept) or 'none'}", *marked]
-    share = expected_share(sizes, kept, protected, selection.candidates, selection.budget, selection.kept_cap)
+    limits = selection.candidates, selection.budget, selection.kept_cap, selection.coverage_floor
+    share = expected_share(sizes, kept, protected, *limits)
     if share < 1:
         what = "kept and protected candidates" if by_source else "candidates of kept sources"
         facts.append(

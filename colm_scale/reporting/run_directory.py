@@ -13,8 +13,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from colm_scale.data.examples import Examples
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
+from colm_scale.reporting.audit import AuditWriter, cut, write_examples
 from colm_scale.reporting.summary import Evaluation
 
 FACTS = "run.json"
@@ -40,6 +42,9 @@ class RunDirectory:
         self._selection = self.path / "selection.jsonl"
         self._evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self._audit_folder = self.path / "audit"
+        self._examples = self.path / "examples.parquet"
+        self._audit = AuditWriter(self._audit_folder)
         self._resume = resume
         if self.metrics.exists() and not resume:
             raise UserError(
@@ -71,6 +76,7 @@ class RunDirectory:
             self.metrics.touch(exist_ok=self._resume)
             for rows in (self.metrics, self._selection, self._evaluations):
                 _cut(rows, after)
+            cut(self._audit_folder, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
             for name, content in {"environment.json": environment, FACTS: facts or {}}.items():
                 (self.path / name).write_text(json.dumps(finite(content), indent=2), encoding="utf-8")
@@ -78,9 +84,22 @@ class RunDirectory:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 
     def report(self, report: StepReport, source_names: Sequence[str]) -> None:
-        """Append a step to ``metrics.jsonl`` and ``selection.jsonl``."""
+        """Append a step to ``metrics.jsonl`` and ``selection.jsonl``, and to the audit if there is one."""
         _append(self.metrics, metrics_row(report))
         _append(self._selection, selection_row(report, source_names))
+        if report.audit is not None:
+            with writing(self._audit_folder):
+                self._audit.add(report, source_names)
+
+    def flush(self) -> None:
+        """Write what is held of the audit."""
+        with writing(self._audit_folder):
+            self._audit.flush()
+
+    def examples(self, examples: Examples) -> None:
+        """Write ``examples.parquet``, see `write_examples`."""
+        with writing(self._examples):
+            write_examples(self._examples, examples)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append to ``evaluations.jsonl``: the fields of `Evaluation`."""

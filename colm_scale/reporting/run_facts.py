@@ -9,7 +9,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.shards import held_bytes
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs
-from colm_scale.reporting.facts import kept_facts, rounding_facts, update_facts
+from colm_scale.reporting.facts import kept_facts, method_fact, rounding_facts, update_facts
 from colm_scale.reporting.summary import gib
 from colm_scale.selection.allocation import allocation_facts
 
@@ -34,8 +34,7 @@ def run_facts(
         f"weights on rank 0",
         *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
-        f"method {selection.method}: {selection.budget if selection.method != 'full' else selection.candidates} of "
-        f"{selection.candidates} candidates per step",
+        method_fact(selection, inputs.record),
         *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
         *update_facts(config),
         *rounding_facts(config),
@@ -61,10 +60,10 @@ def run_facts(
 
 
 def written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, object]:
-    """What a checkpoint says about the run for people to read."""
-    table = zip(inputs.source_names, inputs.sizes.tolist(), inputs.kept.tolist())
+    """What a checkpoint and ``run.json`` say about the run."""
     return {
         "schedule": {"steps": steps, "learning_rate": config.train.learning_rate, "kind": config.train.schedule},
         "random": {"seed": config.train.seed, "draws": "functions of seed, purpose and index"},
-        "sources": [{"name": name, "examples": size, "kept": kept} for name, size, kept in table],
+        "sources": inputs.source_table,
+        "rows_digest": inputs.rows_digest,
     }

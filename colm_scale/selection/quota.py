@@ -37,14 +37,19 @@ def kept_sources(
         kept = torch.zeros(len(sizes), dtype=torch.bool)
         kept[sizes.argsort(stable=True)[: _whole(quantile * len(sizes))]] = True
         return kept
+    check_names("selection.kept_sources", chosen, names)
+    return torch.tensor([name in chosen for name in names], dtype=torch.bool)
+
+
+def check_names(option: str, chosen: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a name that an option gives, if it is none of the sources ``names`` of the training data."""
     for name in chosen:
         if name not in names:
             (closest,) = difflib.get_close_matches(name, names, n=1, cutoff=0)
             raise UserError(
-                f"--selection.kept_sources names {name!r}, which is no source of the training data; did you mean "
-                f"{closest!r}? The sources are: {', '.join(names)}"
+                f"--{option} names {name!r}, which is no source of the training data; did you mean {closest!r}? "
+                f"The sources are: {', '.join(names)}"
             )
-    return torch.tensor([name in chosen for name in names], dtype=torch.bool)
 
 
 Share = Callable[[Tensor, int], Tensor]
@@ -66,6 +71,7 @@ def allocate(
     share: Share = proportional,
     *,
     protected: Tensor | None = None,
+    due: Tensor | None = None,
     cap: float = 1.0,
     by_source: bool = False,
 ) -> Quota:
@@ -73,6 +79,7 @@ def allocate(
 
     Protected candidates all enter, then those of kept sources; if there is no room for all of either, a subset of them
     does. What is left goes to the other sources, where protected candidates that did not fit are ranked like any other.
+    What is due of any source comes before kept sources, and before their cap, but after what is protected.
 
     Args:
         sources: ``[n]`` source of each candidate.
@@ -81,6 +88,8 @@ def allocate(
         generator: Draws the subset; rank-equal.
         share: How what is left is shared out. What its quotas leave over is free, to be picked from any source.
         protected: ``[n]`` bool, candidates that enter whatever their source; none by default.
+        due: ``[Q]`` fewest of each source, at most its candidates; none by default. If the budget is too small for
+            all, every source gets the same, or what it is due if that is less.
         cap: Share of the budget that kept and protected candidates may take; more where others cannot fill the rest.
         by_source: Let the subset of those that do not all fit be of as many of each source as any has, or all that it
             has. Otherwise it is uniform.
@@ -89,18 +98,25 @@ def allocate(
     protected = torch.zeros_like(of_kept) if protected is None else protected
     wanted = int((of_kept | protected).sum())
     room = min(budget, max(_whole(cap * budget), budget - (len(sources) - wanted)))
-    entering = of_kept.new_zeros(len(sources))
-    for mask in (protected, of_kept & ~protected):
-        positions = mask.nonzero().flatten()
-        entering[_fitting(positions, sources, room - int(entering.sum()), by_source, generator)] = True
+    entering, nothing = of_kept.new_zeros(len(sources)), torch.zeros(len(kept), dtype=torch.int64)
+    entering[_fitting(protected.nonzero().flatten(), sources, room, by_source, generator, nothing)] = True
+    entered = int(entering.sum())
+    missing = nothing if due is None else (due - torch.bincount(sources[entering], minlength=len(kept))).clamp(min=0)
+    missing = _top_up(nothing, missing, budget - entered)
+    of_others = missing.masked_fill(kept, 0)
+    room = max(min(room, budget - int(of_others.sum())) - entered, int(missing[kept].sum()))
+    rest = (of_kept & ~protected).nonzero().flatten()
+    entering[_fitting(rest, sources, room, by_source, generator, missing - of_others)] = True
     others = torch.bincount(sources[~entering], minlength=len(kept)).masked_fill(kept, 0)
     left = min(budget - int(entering.sum()), int(others.sum()))
-    per_source = share(others, left)
+    per_source = at_least(share(others, left), of_others)
     overflow = wanted - int(entering.sum())
     return Quota(entering.nonzero().flatten(), per_source, overflow, free=left - int(per_source.sum()))
 
 
-def expected_share(sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budget: int, cap: float) -> float:
+def expected_share(
+    sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budget: int, cap: float, floor: float = 0.0
+) -> float:
     """How many of the kept and protected candidates enter, over many steps: 1 if there is room for the average step's.
 
     Args:
@@ -109,9 +125,10 @@ def expected_share(sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budge
         protected: ``[Q]`` protected examples of each source.
         n: Candidates of a step.
         budget, cap: As in `allocate`.
+        floor: Share of the others that is due.
     """
     wanted = n * int(torch.where(kept, sizes, protected).sum()) / int(sizes.sum())
-    room = min(budget, max(_whole(cap * budget), budget - (n - wanted)))
+    room = min(max(_whole(cap * budget), budget - (n - wanted)), budget - floor * (n - wanted))
     return min(1.0, room / wanted) if wanted else 1.0
 
 
@@ -130,16 +147,39 @@ def reallocate(per_source: Tensor, available: Tensor) -> Tensor:
     return _top_up(quota, available, int(per_source.sum() - quota.sum()))
 
 
-def _fitting(positions: Tensor, sources: Tensor, room: int, by_source: bool, generator: torch.Generator) -> Tensor:
-    """``positions``, or a draw of ``room`` of them; the generator is only touched if a draw is needed."""
+def at_least(quota: Tensor, least: Tensor) -> Tensor:
+    """Quotas ``[Q]`` of the same sum, none below ``least``; as they are if none is.
+
+    What some lack is taken one by one from those that are furthest above their least (the lowest id among equals).
+
+    Args:
+        quota: ``[Q]``, of a sum no smaller than that of ``least``.
+        least: ``[Q]``, not negative.
+    """
+    raised = torch.maximum(quota, least)
+    for _ in range(int(raised.sum() - quota.sum())):
+        raised[(raised - least).argmax()] -= 1
+    return raised
+
+
+def _fitting(
+    positions: Tensor, sources: Tensor, room: int, by_source: bool, generator: torch.Generator, least: Tensor
+) -> Tensor:
+    """``positions``, or a draw of ``room`` of them, with at least so many ``[Q]`` of each source; the generator is only
+    touched if a draw is needed."""
     if len(positions) <= room:
         return positions
     drawn = positions[torch.randperm(len(positions), generator=generator)]
     if by_source:
-        counts = torch.bincount(sources[positions])
-        quota = _top_up(torch.zeros_like(counts), counts, room)
-        drawn = torch.cat([drawn[sources[drawn] == source][:count] for source, count in enumerate(quota.tolist())])
-    return drawn[:room]
+        counts = torch.bincount(sources[positions], minlength=len(least))
+        return _first_of_each(drawn, sources, at_least(_top_up(torch.zeros_like(counts), counts, room), least))
+    first = _first_of_each(drawn, sources, least)
+    return torch.cat([first, drawn[~torch.isin(drawn, first)]])[:room]
+
+
+def _first_of_each(drawn: Tensor, sources: Tensor, counts: Tensor) -> Tensor:
+    """The first ``counts`` ``[Q]`` of each source among the positions ``drawn``."""
+    return torch.cat([drawn[sources[drawn] == source][:count] for source, count in enumerate(counts.tolist())])
 
 
 def _whole(number: float) -> int:

@@ -106,7 +106,7 @@ def _pursuit(ranked: Ranked) -> Picks:
 
 
 def _systematic(ranked: Ranked) -> Picks:
-    return systematic(_along_the_mean(ranked.rows), ranked.total, ranked.draw), None
+    return systematic(along_the_mean(ranked.rows), ranked.total, ranked.draw), None
 
 
 def _importance(ranked: Ranked) -> Picks:
@@ -128,7 +128,7 @@ RANKINGS: dict[str, Callable[[Ranked], Picks]] = {
 }
 
 
-def _along_the_mean(rows: Tensor) -> Tensor:
+def along_the_mean(rows: Tensor) -> Tensor:
     """``[m]`` one number for each of the ``rows`` ``[m, h]``: its product with their mean, or its only entry."""
     rows = rows.double().cpu()
     return rows.flatten() if rows.shape[1] == 1 else (rows * rows.mean(0)).sum(1)

@@ -14,7 +14,9 @@ from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
 from colm_scale.selection import baselines
 from colm_scale.selection.allocation import quotas, shares
+from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import Share, allocate, proportional
+from colm_scale.selection.recorded import SelectionRecord
 from colm_scale.selection.select import select_coreset
 from colm_scale.selection.statistics import SourceStatistics
 
@@ -28,12 +30,14 @@ class SelectionRule:
         kept: ``[Q]`` bool, the sources that are kept.
         seed: Of the run; each step draws from its own generators, equal on every rank.
         sizes: ``[Q]`` training examples of each source; only the temperature allocation needs them.
+        record: What a replay selects.
     """
 
     config: SelectionConfig
     kept: Tensor
     seed: int
     sizes: Tensor | None = None
+    record: SelectionRecord | None = None
 
     @property
     def sketches(self) -> bool:
@@ -43,13 +47,21 @@ class SelectionRule:
     @property
     def most_selected(self) -> int:
         """The largest coreset the method can return."""
+        if self.record is not None:
+            return self.record.most_selected
         return self.config.candidates if self.config.method == "full" else self.config.budget
 
-    def quota(self, candidates: Candidates, statistics: SourceStatistics | None = None) -> Quota:
+    def quota(
+        self,
+        candidates: Candidates,
+        statistics: SourceStatistics | None = None,
+        coverage: Coverage | None = None,
+    ) -> Quota:
         """Kept candidates and the shares of the other sources (DESIGN 2.3).
 
         Args:
             statistics: Of the steps before; only the allocations that go by it need it.
+            coverage: The same; only a floor under it needs it.
 
         Raises:
             TrainingError: Not all kept candidates fit, and ``--selection.overflow`` is ``fail``.
@@ -64,6 +76,7 @@ class SelectionRule:
             draw,
             share,
             protected=candidates.protected,
+            due=coverage.due(candidates.sources, config) if coverage is not None and config.coverage_floor else None,
             cap=config.kept_cap,
             by_source=config.overflow == "shares",
         )
@@ -90,6 +103,8 @@ class SelectionRule:
                 return baselines.random(len(candidates), self.config.budget, self._draw(candidates))
             case "full":
                 return baselines.full(len(candidates))
+            case "replay":
+                return self.record.selection(candidates)
 
     def _share(self, lots: torch.Generator, statistics: SourceStatistics | None) -> Share:
         config = self.config

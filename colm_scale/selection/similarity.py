@@ -49,5 +49,16 @@ def similarities(rows: Tensor, metric: Metric, others: Tensor | None = None) -> 
     return apart.neg_().add_(largest)
 
 
+def nearest(rows: Tensor, others: Tensor, metric: Metric) -> Tensor:
+    """``[n]`` how far each of the ``rows`` ``[n, h]`` is from the nearest of ``others`` ``[m, h]``, m at least 1.
+
+    By the cosine, that is 1 minus it.
+    """
+    blocks = rows.split(_BLOCK_ROWS)
+    if metric == "cosine":
+        return torch.cat([(1 - similarities(block, metric, others)).amin(1) for block in blocks])
+    return torch.cat([_between(block, others, metric).amin(1) for block in blocks])
+
+
 def _between(rows: Tensor, others: Tensor, metric: Metric) -> Tensor:
     return torch.cdist(rows, others, p=_ORDER[metric], compute_mode="donot_use_mm_for_euclid_dist")

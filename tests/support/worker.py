@@ -140,6 +140,8 @@ CASES = {
     "excess_loss": Case(_selection(method="stratified", allocation="excess_loss", kept_sources=[])),
     "excess_loss_ranked": Case(_selection(allocation="excess_loss", kept_sources=[])),
     "excess_loss_broken": Case(_selection(allocation="excess_loss", kept_sources=[]), break_after=3),
+    "covered": Case(_selection(coverage_floor=0.45, kept_sources=[])),
+    "covered_broken": Case(_selection(coverage_floor=0.45, kept_sources=[]), break_after=3),
     "loss": Case(_selection(estimator="loss"), 3),
     "loss_broken": Case(_selection(estimator="loss"), 3, break_after=1),
     "length": Case(_selection(estimator="length"), 3),
@@ -354,6 +356,7 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
         steps[-1] |= {"by_proxy": len(by_proxy), "sketched_batches": len(work.sketched)}
         by_proxy.clear()
         steps[-1]["statistics"] = step.observer.statistics.recent
+        steps[-1]["owed"] = step.observer.coverage.owed
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
         if spy is not None:
             steps[-1] |= spy.steps[-1]

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("doctor", "profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
-    ("planning",),
+    ("planning", "explaining"),
     ("dry_run",),
     ("arguments",),
     ("trained",),

@@ -9,6 +9,7 @@ from colm_scale.config import SelectionConfig
 from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Selection, long_tensor
+from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.rule import SelectionRule, loss_shares
 
 SOURCES = long_tensor([0, 1, 0, 2, 0, 1, 0, 0, 1, 0, 0, 1])
@@ -198,3 +199,30 @@ def test_of_the_two_middles_of_an_even_number_the_lower_wins():
         matrix = CandidateMatrix(positions, values, torch.ones(8, dtype=torch.bool), torch.zeros(8))
         middle = values.flatten().argsort()[3:5]
         assert one.select(drawn, one.quota(drawn), matrix).positions.tolist() == [int(middle[0])]
+
+
+METHODS = [
+    {"method": "stratified"},
+    {"method": "stratified", "weights": "unbiased"},
+    *({"ranking": ranking} for ranking in ("facility", "matching", "pursuit", "systematic", "importance", "top")),
+    *({"ranking": ranking, "joint": True} for ranking in ("facility", "matching", "pursuit")),
+    {"joint": True, "allocation": "none"},
+    {"allocation": "equal"},
+    {"coverage_floor": 0.4},
+    {"method": "stratified", "coverage_floor": 0.4, "overflow": "shares"},
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_whoever_selects_all_that_is_kept_or_protected_is_trained_on(options):
+    protected = long_tensor([0, 8])
+    for step in range(1, 6):
+        drawn = dataclasses.replace(candidates(step), protected=torch.isin(torch.arange(len(SOURCES)), protected))
+        of = rule(**options)
+        quota = of.quota(drawn, coverage=Coverage(long_tensor([700_000, 900_000, 0])))
+        positions = quota.to_sketch(SOURCES)
+        values = torch.randn(len(positions), 4, generator=generator(step, "rows"))
+        matrix = CandidateMatrix(positions, values, torch.ones(len(positions), dtype=torch.bool), values[:, 0].abs())
+        selection = of.select(drawn, quota, matrix)
+        assert sorted(selection.positions[: selection.kept].tolist()) == [0, 3, 8]
+        assert len(set(selection.positions.tolist())) == 6

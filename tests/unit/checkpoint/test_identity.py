@@ -196,7 +196,7 @@ def test_which_options_are_compared():
     expected = {"model.quantize"}
     for section, left_out in {
         "data": {"train", "eval", "chat_template"},
-        "selection": {"proxy"},
+        "selection": {"proxy", "replay"},
         "lora": set(),
         "train": {
             *("threads", "timeout", "compile", "activation_checkpointing", "forward_reuse", "forward_reuse_gib")

@@ -17,6 +17,7 @@ from colm_scale.distributed.engine import LossScale, TorchEngine, collect
 from colm_scale.distributed.group import Group
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.moments import AdamMoments
 from colm_scale.selection.recent import RecentSources
 from colm_scale.selection.statistics import SourceStatistics
@@ -47,7 +48,7 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     sampler, session = Part(number), Part(number)
     known = SourceStatistics(torch.full((2, 3), number / 3, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64))
     recent = RecentSources(torch.tensor([number > 3, False]), torch.tensor([number, 2]))
-    observer = SimpleNamespace(statistics=known, recent=recent)
+    observer = SimpleNamespace(statistics=known, recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
     state = RunState(CheckpointFolder(folder, 1), identity, {}, sampler, engine, estimator, observer, session, GROUP)
     return SimpleNamespace(
         engine=engine, estimator=estimator, observer=observer, sampler=sampler, session=session, state=state
@@ -88,6 +89,7 @@ def test_every_part_comes_back(saved, tmp_path):
     assert run.observer.statistics.recent.tolist() == [[7 / 3] * 3] * 2, "in float64"
     assert run.observer.recent.kept.tolist() == [True, False]
     assert run.observer.recent.seen.tolist() == [7, 2]
+    assert run.observer.coverage.owed.tolist() == [250_000, 7]
     run.engine.scale = saved.engine.scale = LossScale(1.0)
     for one in (saved, run):
         trained(one)

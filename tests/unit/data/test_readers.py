@@ -12,7 +12,7 @@ import pytest
 
 from colm_scale.config import DataConfig
 from colm_scale.data.builtin import builtin_rows
-from colm_scale.data.readers import Message, Row, builtin_as_rows, read_rows
+from colm_scale.data.readers import Message, Row, builtin_as_rows, read_rows, stream_rows
 from colm_scale.errors import UserError
 
 CONFIG = DataConfig()
@@ -477,3 +477,15 @@ def test_builtin_rows_are_templated_and_numbered():
         records[5]["output"],
         "built-in eval data row 6",
     )
+
+
+def test_sources_are_protected_by_name(in_tmp):
+    pair = {"prompt": "a", "completion": "b"}
+    marked = {"source": "other", "protected": True}
+    write_jsonl(Path("a.jsonl"), [pair | {"source": "rare"}, pair | {"source": "other"}, pair | marked])
+    config = DataConfig(protected_sources=["rare"])
+    assert [row.protected for row in read_rows(["a.jsonl"], config)] == [True, False, True]
+    assert [row.protected for row in stream_rows(["a.jsonl"], config)] == [True, False, True]
+    built_in = builtin_as_rows("train", DataConfig(protected_sources=["EQ/tank"]))
+    assert {row.source for row in built_in if row.protected} == {"EQ/tank"}
+    assert sum(row.protected for row in built_in) == 20

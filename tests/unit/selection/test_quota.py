@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
-from colm_scale.records import Quota
-from colm_scale.selection.quota import allocate, expected_share, kept_sources, reallocate
+from colm_scale.records import Quota, long_tensor
+from colm_scale.selection.quota import allocate, check_names, expected_share, kept_sources, reallocate
 
 NAMES = ["algebra", "geometry", "logic", "proofs"]
 
@@ -258,3 +258,15 @@ def test_reallocation_meets_the_sum_if_it_can(pairs):
     assert (quota <= available).all()
     assert (quota >= torch.minimum(per_source, available)).all()
     assert quota.sum() == min(per_source.sum(), available.sum())
+
+
+def test_a_protected_source_that_is_none_is_refused():
+    check_names("data.protected_sources", ["rare"], ["big", "rare"])
+    with pytest.raises(UserError, match=r"--data.protected_sources names 'rere'.* did you mean 'rare'"):
+        check_names("data.protected_sources", ["rere"], ["big", "rare"])
+
+
+def test_what_is_due_of_others_leaves_the_kept_less_room():
+    sizes, kept, none = long_tensor([30, 70]), torch.tensor([True, False]), long_tensor([0, 0])
+    assert expected_share(sizes, kept, none, 100, 40, 1.0) == 1
+    assert expected_share(sizes, kept, none, 100, 40, 1.0, floor=0.4) == pytest.approx(12 / 30)
