@@ -1,6 +1,6 @@
 """The runs of `support.worker` in transformers' Trainer and TRL's: the same model, the same candidates in their order.
 
-As a script, under a launcher: ``trainers.py KIND FOLDER STEPS [RESUME] [NAME=JSON ...]``.
+As a script, under a launcher: ``trainers.py KIND CASE FOLDER STEPS RANKS RESUME OPTIONS``, the last two as JSON.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from colm_scale.base import BASE_MODEL
 from colm_scale.config import RunConfig, TrainConfig
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
@@ -96,10 +96,9 @@ def make(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1,
     class CoresetSFTTrainer(CoresetTrainerMixin, SFTTrainer):
         """As users write it."""
 
-    tokenizer = SimpleNamespace(pad_token="<pad>")
-    del tokenizer
     args = SFTConfig(**given, bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True})
-    return CoresetSFTTrainer(args=args, data_collator=collate, **common)
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)  # its collator only asks what pads
+    return CoresetSFTTrainer(args=args, processing_class=tokenizer, **common)
 
 
 def train(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1, resume=None, **options) -> dict:
@@ -136,7 +135,8 @@ def main() -> None:
     kind, name, folder, steps, ranks, resume, options = sys.argv[1:]
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    found = train(kind, worker.CASES[name], Path(folder), int(steps), int(ranks), json.loads(resume), **json.loads(options))
+    of_trainer = {"resume": json.loads(resume), **json.loads(options)}
+    found = train(kind, worker.CASES[name], Path(folder), int(steps), int(ranks), **of_trainer)
     if torch.distributed.get_rank() == 0:
         torch.save(found, Path(folder) / "found.pt")
 
