@@ -120,14 +120,16 @@ class CoresetTrainerMixin:
         data = self._run.data
         columns = Columns(data.source_column, data.protected_column, tuple(sorted(self._sources)))
         self._set_signature_columns_if_needed()
-        before = self.data_collator, self._train_batch_size, self._signature_columns
+        loading = self.accelerator.dataloader_config
+        before = self.data_collator, self._train_batch_size, self._signature_columns, loading.dispatch_batches
         self.data_collator = CandidateCollator(self.data_collator, columns)
         self._train_batch_size = self._loader_batch
         self._signature_columns = [*self._signature_columns, *columns.all]
+        loading.dispatch_batches = False  # else a stream is read by the first rank, which sends tensors only
         try:
             yield
         finally:
-            self.data_collator, self._train_batch_size, self._signature_columns = before
+            self.data_collator, self._train_batch_size, self._signature_columns, loading.dispatch_batches = before
 
     def _begin(self, done: int) -> None:
         """The model is prepared, and ``done`` steps have been made: the selection can be."""
