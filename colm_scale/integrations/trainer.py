@@ -66,7 +66,7 @@ class CoresetTrainerMixin:
             raise UserError("compute_loss_func is not called, for the loss is that of the coreset: leave it out")
         if given.arguments.get("train_dataset") is not None:
             given.arguments["train_dataset"] = numbered(given.arguments["train_dataset"])
-        config = as_run(coreset)
+        config = as_run(coreset, ("output_dir",))
         super().__init__(*given.args, **given.kwargs)
         check_arguments(self)
         self._group = dataclasses.replace(connect(), device=self.args.device)
@@ -134,7 +134,8 @@ class CoresetTrainerMixin:
     def _begin(self, done: int) -> None:
         """The model is prepared, and ``done`` steps have been made: the selection can be."""
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        self._selector = CoresetSelector(model, self._run, self._sources, self._group)
+        config = dataclasses.replace(self._run, output_dir=None)
+        self._selector = CoresetSelector(model, config, self._sources, self._group)
         if self._resumed is not None:
             self._load(Path(self._resumed) / _CORESET)
         self._selector.step = done
