@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from colm_scale import __version__
 from colm_scale.checkpoint.identity import check_same_run, config_facts
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import RunConfig, SelectionConfig, TrainConfig, as_yaml
+from colm_scale.data.examples import Examples
 from colm_scale.distributed.group import connect
 from colm_scale.errors import UserError
 from colm_scale.integrations.candidates import CandidateCollator, Columns, count_sources, numbered
@@ -31,6 +32,7 @@ from colm_scale.integrations.selector import Coreset, CoresetSelector
 from colm_scale.integrations.support import check_arguments, loader_batch, optimizer_of
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
+from colm_scale.step import MicroBatch
 
 _CORESET = "coreset"
 """Under this name a micro-batch travels through the trainer's loop; its folder in checkpoints and output."""
@@ -66,29 +68,22 @@ class CoresetTrainerMixin:
             raise UserError("compute_loss_func is not called, for the loss is that of the coreset: leave it out")
         if given.arguments.get("train_dataset") is not None:
             given.arguments["train_dataset"] = numbered(given.arguments["train_dataset"])
-        config = as_run(coreset, ("output_dir",))
+        run = as_run(coreset, ("output_dir",))
         super().__init__(*given.args, **given.kwargs)
         check_arguments(self)
-        self._group = dataclasses.replace(connect(), device=self.args.device)
-        self._loader_batch = loader_batch(config.selection, self.args, self._group.world_size)
-        train = dataclasses.asdict(config.train) | optimizer_of(self.args) | {"seed": self.args.seed}
-        self._run = dataclasses.replace(config, train=TrainConfig(**train))
-        self._sources = dict(sources or count_sources(self.train_dataset, config.data.source_column))
-        self._selector: CoresetSelector | None = None
-        self._coreset: Coreset | None = None
-        self._resumed: str | None = None
-        self.add_callback(_Steps(self))
+        sources = sources or count_sources(self.train_dataset, run.data.source_column)
+        self._coresets = _Coresets(run, self.args, dict(sources))  # the only name that is added to the trainer's own
+        self.add_callback(_Steps(self, self._coresets))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object):
         """As the trainer's own; what the selection has learned goes on too."""
-        self._resumed = resume_from_checkpoint or None
-        if resume_from_checkpoint is True:
-            self._resumed = get_last_checkpoint(self.args.output_dir)
+        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._coresets.resumed = Path(found) if found else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self):
         """The trainer's own loader, of larger batches, whose rows keep their source and id."""
-        with self._of_candidates():
+        with _loading_candidates(self, self._coresets):
             return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -97,71 +92,83 @@ class CoresetTrainerMixin:
         if not parts:
             return [], None
         rate = self.optimizer.param_groups[0]["lr"]
-        step = self.state.global_step + 1
-        self._coreset = self._selector.select(parts, step=step, micro_batches=len(parts), learning_rate=rate)
-        return [_as_inputs(micro_batch) for micro_batch in self._coreset.micro_batches], None
+        coreset = self._coresets.select(parts, self.state.global_step + 1, rate)
+        return [_as_inputs(micro_batch) for micro_batch in coreset.micro_batches], None
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: object):
         """That of the coreset, through whatever wraps the model; in evaluation the trainer's own."""
         if _CORESET not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        # Whatever trains on several ranks averages their gradients.
-        return self._selector.loss(inputs[_CORESET], through=model) * self._group.world_size
+        return self._coresets.loss(inputs[_CORESET], model)
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """With what is to be said about the selection, where the trainer says something about its training."""
-        if "loss" in logs and self._selector is not None:
-            logs |= self._reports.take()
+        if "loss" in logs:
+            logs |= self._coresets.reports.take()
         super().log(logs, *args, **kwargs)
 
-    @contextmanager
-    def _of_candidates(self) -> Iterator[None]:
-        """A block in which the trainer makes its training loader."""
-        data = self._run.data
-        columns = Columns(data.source_column, data.protected_column, tuple(sorted(self._sources)))
-        self._set_signature_columns_if_needed()
-        loading = self.accelerator.dataloader_config
-        before = self.data_collator, self._train_batch_size, self._signature_columns, loading.dispatch_batches
-        self.data_collator = CandidateCollator(self.data_collator, columns)
-        self._train_batch_size = self._loader_batch
-        self._signature_columns = [*self._signature_columns, *columns.all]
-        loading.dispatch_batches = False  # else a stream is read by the first rank, which sends tensors only
-        try:
-            yield
-        finally:
-            self.data_collator, self._train_batch_size, self._signature_columns, loading.dispatch_batches = before
 
-    def _begin(self, done: int) -> None:
-        """The model is prepared, and ``done`` steps have been made: the selection can be."""
-        model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
-        config = dataclasses.replace(self._run, output_dir=None)
+class _Coresets:
+    """What a trainer needs for coresets, apart from it, for its own names are many.
+
+    Attributes:
+        run: All options, those among them that the trainer decides.
+        columns: Where rows say what they are.
+        loader_batch: Candidates in a batch of the loader.
+        resumed: The trainer's checkpoint that the next training goes on from.
+        reports: Of the training that is under way.
+    """
+
+    reports: Reports
+
+    def __init__(self, run: RunConfig, args: TrainingArguments, sources: dict[str, int]):
+        self._args, self._sources = args, sources
+        self._group = dataclasses.replace(connect(), device=args.device)
+        self.loader_batch = loader_batch(run.selection, args, self._group.world_size)
+        train = dataclasses.asdict(run.train) | optimizer_of(args) | {"seed": args.seed}
+        self.run = dataclasses.replace(run, train=TrainConfig(**train))
+        self.columns = Columns(run.data.source_column, run.data.protected_column, tuple(sorted(sources)))
+        self.resumed: Path | None = None
+
+    def begin(self, model: nn.Module, engine: str, done: int) -> None:
+        """``done`` steps have been made, and the model is prepared."""
+        config = dataclasses.replace(self.run, output_dir=None)
         self._selector = CoresetSelector(model, config, self._sources, self._group)
-        if self._resumed is not None:
-            self._load(Path(self._resumed) / _CORESET)
-        self._selector.step = done
-        directory = None
+        if self.resumed is not None:
+            self._load(self.resumed / _CORESET)
+        directory, meter = None, self._selector.meter
         with self._group.together():
             if self._group.is_first:
-                path = self._run.output_dir or str(Path(self.args.output_dir) / _CORESET)
+                path = self.run.output_dir or str(Path(self._args.output_dir) / _CORESET)
                 directory = RunDirectory(path, resume=True)  # what an earlier training has left there gives way
-                engine = str(self.accelerator.distributed_type)
-                facts = {"device_name": self._selector.meter.device_name, "memory": self._selector.meter.label}
+                facts = {"device_name": meter.device_name, "memory": meter.label}
                 found = environment(self._group.device, self._group.world_size, engine, **facts)
-                directory.create(as_yaml(self._run), found, done)
-        self._reports = Reports(directory, self._selector.names)
+                directory.create(as_yaml(self.run), found, done)
+        self.reports = Reports(directory, self._selector.names)
 
-    def _end_step(self) -> None:
-        report = self._selector.finish()
-        if report is not None:
-            self._reports.add(report, self._coreset.dropped)
+    def select(self, parts: list[Examples], step: int, learning_rate: float) -> Coreset:
+        """The coreset of a step, in as many micro-batches as there are parts."""
+        self._current = self._selector.select(
+            parts, step=step, micro_batches=len(parts), learning_rate=learning_rate
+        )
+        return self._current
 
-    def _save(self, folder: Path, step: int) -> None:
+    def loss(self, micro_batch: MicroBatch, model: nn.Module) -> Tensor:
+        """Times the number of ranks, for whatever trains on several of them averages their gradients."""
+        return self._selector.loss(micro_batch, through=model) * self._group.world_size
+
+    def end_step(self) -> None:
+        """The optimizer has made its step."""
+        self.reports.add(self._selector.finish(), self._current.dropped)
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Put what the selection has learned beside what the trainer has saved."""
         state = {"step": step, "run": self._identity(), "moment_steps": self._selector.state.moment_steps}
         state["written_by"] = {"colm_scale": __version__, "ranks": self._group.world_size}
         tensors = self._selector.state.tensors(step)
         with self._group.together():
             if self._group.is_first:
-                CheckpointFolder(folder, keep=1).write(step, state, tensors)
+                CheckpointFolder(checkpoint / _CORESET, keep=1).write(step, state, tensors)
 
     def _load(self, folder: Path) -> None:
         found = None
@@ -180,27 +187,47 @@ class CoresetTrainerMixin:
     def _identity(self) -> dict[str, object]:
         """What must be the same in a training that goes on; the rest is the trainer's to check."""
         sources = ", ".join(f"{name} {count}" for name, count in sorted(self._sources.items()))
-        return {"config": config_facts(self._run), "data": sources, "model": ""}
+        return {"config": config_facts(self.run), "data": sources, "model": ""}
 
 
 class _Steps(TrainerCallback):
-    """Tells the trainer it belongs to where its loop is."""
+    """Says where the trainer's loop is."""
 
-    def __init__(self, trainer: CoresetTrainerMixin):
-        self._trainer = trainer
+    def __init__(self, trainer: CoresetTrainerMixin, coresets: _Coresets):
+        self._trainer, self._coresets = trainer, coresets
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
-        self._trainer._begin(state.global_step)
+        accelerator = self._trainer.accelerator
+        model = accelerator.unwrap_model(self._trainer.model_wrapped, keep_torch_compile=False)
+        self._coresets.begin(model, str(accelerator.distributed_type), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
-        self._trainer._end_step()
+        self._coresets.end_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / _CORESET
-        self._trainer._save(folder, state.global_step)
+        step = state.global_step
+        self._coresets.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}", step)
 
 
-def _as_inputs(micro_batch) -> dict[str, object]:
+@contextmanager
+def _loading_candidates(trainer: CoresetTrainerMixin, coresets: _Coresets) -> Iterator[None]:
+    """A block in which a trainer makes its training loader."""
+    trainer._set_signature_columns_if_needed()
+    loading = trainer.accelerator.dataloader_config
+    ours = {
+        "data_collator": CandidateCollator(trainer.data_collator, coresets.columns),
+        "_train_batch_size": coresets.loader_batch,
+        "_signature_columns": [*trainer._signature_columns, *coresets.columns.all],
+    }
+    with ExitStack() as put_back:
+        # A stream would otherwise be read by the first rank, which sends tensors only.
+        for owner, name, value in [(loading, "dispatch_batches", False), *[(trainer, *item) for item in ours.items()]]:
+            put_back.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def _as_inputs(micro_batch: MicroBatch) -> dict[str, object]:
     """A micro-batch as the trainer's loop passes it on and counts its tokens."""
     batch = micro_batch.batch
     found: dict[str, Tensor | object] = {"input_ids": batch.input_ids, _CORESET: micro_batch}
