@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import datasets
 import pytest
 import torch
 from support import trainers, worker
-from support.commands import rows, run, torchrun
+from support.commands import ROOT, rows, run, torchrun
 from support.trainers import HAS_TRL, WITHOUT_TRL
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -53,7 +54,7 @@ def test_two_ranks_select_and_learn_the_same(tmp_path):
     case = worker.CASES["last_layer"]
     command = torchrun(2, "tests/support/trainers.py")
     options = ["transformers", "last_layer", str(tmp_path), "4", "2", "null", "{}"]
-    run([*command, *options], tmp_path / "log", PYTHONPATH="tests").succeeded()
+    run([*command, *options], tmp_path / "log", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}").succeeded()
     expected = trainers.ours(case, 4)
     assert trainers.selected(tmp_path) == expected["selected"]
     found = torch.load(tmp_path / "found.pt")
