@@ -13,7 +13,7 @@ from colm_scale.modeling.attention import PACKED, PACKED_SDPA
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probes, without_dropout
-from colm_scale.modeling.sample import in_last_blocks, sample_of
+from colm_scale.modeling.sample import in_last_blocks, sample_of_model
 from colm_scale.sketch.tap import Tap
 
 
@@ -36,7 +36,7 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> tuple[
     module = ExampleLoss(model, whole=True)
     own = base.config._attn_implementation
     packs = own in ("sdpa", PACKED, PACKED_SDPA)
-    sample = sample_of(base.config, attn_implementation="sdpa" if packs else "eager").to(base.dtype)
+    sample = sample_of_model(base, "sdpa" if packs else "eager").to(base.dtype)
     if packs:
         module.padded_because = use_packing(sample, config.train.packing, device)
         base.config._attn_implementation = sample.config._attn_implementation

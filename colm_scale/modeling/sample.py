@@ -19,16 +19,24 @@ _FEW_TOKENS = 128
 """Vocabulary of a sample: of no account for its blocks."""
 
 
-def sample_of(config: PretrainedConfig, **options: object) -> PreTrainedModel:
+def sample_of(config: PretrainedConfig) -> PreTrainedModel:
     """One block and next to no vocabulary, frozen, in float32 on the CPU; the same numbers every time.
 
     Args:
         config: Of the whole model.
-        options: As ``from_config`` takes them.
     """
     with global_draws(torch.device("cpu"), 0, "sample"):
-        model = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
     return model.requires_grad_(False)
+
+
+def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """The same of a model that is there, with the attention that is named."""
+    config = _shortened(model.config)
+    config._attn_implementation = attention
+    with global_draws(torch.device("cpu"), 0, "sample"):
+        sample = type(model)(config)  # ``from_config`` cuts weights into shards while a trainer runs under ZeRO-3
+    return sample.float().requires_grad_(False)
 
 
 def in_last_blocks(model: nn.Module, found: Probe, count: int) -> tuple[Probe, ...]:

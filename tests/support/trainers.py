@@ -135,6 +135,10 @@ def main() -> None:
     kind, name, folder, steps, ranks, resume, options = sys.argv[1:]
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if "deepspeed" in options:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see `colm_scale.distributed.zero`
     of_trainer = {"resume": json.loads(resume), **json.loads(options)}
     found = train(kind, worker.CASES[name], Path(folder), int(steps), int(ranks), **of_trainer)
     if torch.distributed.get_rank() == 0:
