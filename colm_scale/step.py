@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.config import RunConfig
-from colm_scale.data.batching import collate
+from colm_scale.data.batching import collate_share
 from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine, Update
 from colm_scale.distributed.estimators import Estimator
@@ -29,7 +29,7 @@ from colm_scale.modeling.compiling import uncompiled
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.modeling.replay import BlockInputs
-from colm_scale.profiling.spans import Spans
+from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator, global_draws
 from colm_scale.records import (
     Audit,
@@ -41,7 +41,6 @@ from colm_scale.records import (
     Selection,
     SketchPlan,
     StepReport,
-    long_tensor,
 )
 from colm_scale.selection import baselines, telemetry
 from colm_scale.selection.audit import audit
@@ -145,7 +144,7 @@ class CoresetStep:
         with spans("broadcast"):
             selection = share_selection(selection, rule.most_selected, candidates, group)
         if estimator is not None:
-            _check_sketches(plan, selection, step)
+            check_sketches(plan, selection, step)
             with spans("learn"):
                 estimator.learn(selection)
         draw, worth = self._compared(candidates, selection, matrix)
@@ -170,8 +169,7 @@ class CoresetStep:
         with spans("report"):
             worth |= self._worth(candidates, quota, selection, matrix, draw) | self._facts(selection, kept)
             audited = self._audit(candidates, quota, selection, matrix, rule)
-        seconds, peaks = spans.finish()
-        seconds, phase_peak_bytes = self._over_ranks(seconds, peaks)
+        seconds, phase_peak_bytes = over_ranks(*spans.finish(), group)
         report = StepReport(
             step=step,
             loss=float((losses * shares).sum()),
@@ -315,13 +313,7 @@ class CoresetStep:
         """What the selection was worth beside a random draw with its quotas; on other ranks than the first, nothing."""
         if not self._group.is_first:
             return {}
-        found = telemetry.composition(candidates.sources, selection)
-        if matrix is None:
-            return found
-        eligible = telemetry.could_be_picked(candidates, selection, matrix)
-        joint, free = self._config.selection.joint, quota.free > 0
-        ranking = telemetry.ranking(matrix, candidates.sources, eligible, selection, draw, joint=joint, free=free)
-        return found | ranking
+        return telemetry.worth(candidates, quota, selection, matrix, draw, joint=self._config.selection.joint)
 
     def _match(self, candidates: Candidates, selection: Selection, draw: Selection) -> Tensor:
         """``[4, 4]`` inner products of what would be trained by all candidates, the coreset, the draw, and a uniform
@@ -350,31 +342,11 @@ class CoresetStep:
         return shares
 
     def _micro_batches(self, candidates: Candidates, shares: Tensor, routed: Route) -> list[MicroBatch]:
-        own = routed.micro_batches[self._group.rank]
-        found = []
-        for number, batch in enumerate(self._batches(candidates, own, self._engine.module.packs)):
-            of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
-            found.append(MicroBatch(batch, of_batch.to(self._group.device), number < routed.replayed))
-        return found
+        batches = self._batches(candidates, routed.micro_batches[self._group.rank], self._engine.module.packs)
+        return weighted(batches, shares, self._group.device, routed.replayed)
 
     def _batches(self, candidates: Candidates, share: Sequence[tuple[int, ...]], packed: bool) -> list[Batch]:
-        """A rank's micro-batches on its device; an empty one holds the shortest candidate, at no position."""
-        batches, examples = [], self._sampler.examples
-        shortest = candidates.indices[candidates.lengths.argmin().view(1)]
-        for positions in map(long_tensor, share):
-            indices = candidates.indices[positions] if len(positions) else shortest
-            batches.append(collate(examples, indices, positions, self._pad_id, self._group.device, packed=packed))
-        return batches
-
-    def _over_ranks(
-        self, seconds: dict[str, float], peaks: dict[str, dict[str, int]]
-    ) -> tuple[dict[str, float], dict[str, dict[str, tuple[int, ...]]]]:
-        """Seconds of the slowest rank per phase, and every rank's memory peaks by kind and phase."""
-        row = [*seconds.values(), *(float(peak) for of_kind in peaks.values() for peak in of_kind.values())]
-        rows = self._group.all_gather(torch.tensor(row, dtype=torch.float64, device=self._group.device), "report").cpu()
-        slowest = dict(zip(seconds, rows[:, : len(seconds)].amax(0).tolist()))
-        columns = iter(rows[:, len(seconds) :].long().T.tolist())
-        return slowest, {kind: {phase: tuple(next(columns)) for phase in of_kind} for kind, of_kind in peaks.items()}
+        return collate_share(self._sampler.examples, candidates, share, self._pad_id, self._group.device, packed=packed)
 
     def _now(self) -> float:
         if self._group.device.type == "cuda":
@@ -382,7 +354,23 @@ class CoresetStep:
         return time.perf_counter()
 
 
-def _check_sketches(plan: SketchPlan, selection: Selection, step: int) -> None:
+def weighted(
+    batches: Sequence[Batch], shares: Tensor, device: torch.device, replayed: int = 0
+) -> list[MicroBatch]:
+    """Micro-batches to train on.
+
+    Args:
+        shares: ``[n]`` what each candidate's loss counts for.
+        replayed: How many of the first ones start from what the sketch has kept.
+    """
+    found = []
+    for number, batch in enumerate(batches):
+        of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
+        found.append(MicroBatch(batch, of_batch.to(device), number < replayed))
+    return found
+
+
+def check_sketches(plan: SketchPlan, selection: Selection, step: int) -> None:
     """One bad example is left out and counted; if all are bad, it is not the examples."""
     sketched = len(plan.positions)
     if selection.invalid == sketched and (sketched > 1 or not len(selection)):

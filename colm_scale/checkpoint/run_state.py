@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from colm_scale import __version__
 from colm_scale.checkpoint.identity import check_same_run
+from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine, LossScale, collect, restore
@@ -25,9 +25,6 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.observer import Observer
 from colm_scale.errors import UserError
 from colm_scale.reporting.run_directory import finite
-from colm_scale.selection.coverage import Coverage
-from colm_scale.selection.recent import RecentSources
-from colm_scale.selection.statistics import SourceStatistics
 
 
 class Counters(Protocol):
@@ -61,8 +58,8 @@ class RunState:
         group: Group,
     ):
         self._folder, self._identity, self._facts = folder, identity, facts
-        self._sampler, self._engine, self._estimator, self._session = sampler, engine, estimator, session
-        self._observer, self._group = observer, group
+        self._sampler, self._engine, self._session, self._group = sampler, engine, session, group
+        self._selection = SelectionState(estimator, observer, group)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step. All ranks call it together.
@@ -70,12 +67,7 @@ class RunState:
         Raises:
             TrainingError: On the first rank: it cannot be written.
         """
-        tensors = collect(self._engine, keep=self._group.is_first)
-        if self._estimator is not None:
-            tensors["moments"] = self._estimator.moments.tensors()
-            if self._estimator.store is not None:
-                tensors["sketches"] = self._estimator.store.state(step)
-        tensors["sources"] = self._sources()
+        tensors = collect(self._engine, keep=self._group.is_first) | self._selection.tensors(step)
         with self._group.together():
             if self._folder is not None:
                 self._folder.write(step, finite(self._state(step)), tensors)
@@ -109,17 +101,7 @@ class RunState:
         restore(self._engine, {} if found is None else found.tensors, self._group)
         self._engine.updates = state["updates"]
         self._engine.scale = LossScale(**state["loss_scale"])
-        if self._estimator is not None:
-            moments = self._estimator.moments
-            saved = self._shared(moments.tensors(), None if found is None else found.tensors["moments"])
-            self._estimator.moments = moments.with_tensors(saved, state["moment_steps"])
-            if self._estimator.store is not None:
-                self._estimator.store.keep(**self._sketches(None if found is None else found.tensors["sketches"]))
-        saved = self._shared(self._sources(), None if found is None else found.tensors["sources"])
-        saved = {name: value.cpu() for name, value in saved.items()}
-        self._observer.recent = RecentSources(kept=saved.pop("kept"), seen=saved.pop("seen"))
-        self._observer.coverage = Coverage(saved.pop("owed"))
-        self._observer.statistics = SourceStatistics(**saved)
+        self._selection.put_back(state["moment_steps"], None if found is None else found.tensors)
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
 
@@ -129,7 +111,7 @@ class RunState:
             "run": dict(self._identity),
             "updates": self._engine.updates,
             "loss_scale": dataclasses.asdict(self._engine.scale),
-            "moment_steps": None if self._estimator is None else self._estimator.moments.step,
+            "moment_steps": self._selection.moment_steps,
             "sampler": self._sampler.state(),
             "session": self._session.state(),
             **self._facts,
@@ -140,28 +122,3 @@ class RunState:
                 "ranks": self._group.world_size,
             },
         }
-
-    def _sources(self) -> dict[str, Tensor]:
-        observer = self._observer
-        parts = map(dataclasses.asdict, (observer.statistics, observer.recent, observer.coverage))
-        return {name: value for part in parts for name, value in part.items()}
-
-    def _sketches(self, saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The first rank's on every rank; the others pass None."""
-        count, columns = self._group.share_json(None if saved is None else [*saved["rows"].shape])
-        shapes = {"ids": (count,), "steps": (count,), "rows": (count, columns)}
-        shared = {}
-        for name, shape in shapes.items():
-            value = torch.zeros(shape, dtype=torch.float32 if name == "rows" else torch.int64)
-            if saved is not None:
-                value.copy_(saved[name])
-            shared[name] = self._group.broadcast(value.to(self._group.device), "control").cpu()
-        return shared
-
-    def _shared(self, now: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """What the first rank has ``saved``, on every rank's device; the others pass None, and ``now`` gives shapes."""
-        shared = {}
-        for name, value in now.items():
-            value = (value if saved is None else saved[name]).to(self._group.device, value.dtype, copy=True)
-            shared[name] = self._group.broadcast(value, "control")
-        return shared

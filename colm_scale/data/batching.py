@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.data.examples import Examples
-from colm_scale.records import Batch, Packing, Targets
+from colm_scale.records import Batch, Candidates, Packing, Targets, long_tensor
 
 
 def collate(
@@ -23,6 +23,24 @@ def collate(
     """
     rows, labelled = zip(*[examples.example(index) for index in indices.tolist()])
     return make_batch([row.long() for row in rows], labelled, positions, pad_id, device, packed=packed)
+
+
+def collate_share(
+    examples: Examples,
+    candidates: Candidates,
+    share: Sequence[tuple[int, ...]],
+    pad_id: int,
+    device: torch.device,
+    *,
+    packed: bool = False,
+) -> list[Batch]:
+    """A rank's micro-batches, tuples of positions; an empty one holds the shortest candidate, at no position."""
+    batches = []
+    shortest = candidates.indices[candidates.lengths.argmin().view(1)]
+    for positions in map(long_tensor, share):
+        indices = candidates.indices[positions] if len(positions) else shortest
+        batches.append(collate(examples, indices, positions, pad_id, device, packed=packed))
+    return batches
 
 
 def make_batch(

@@ -32,18 +32,23 @@ class Observer:
         self.coverage = Coverage.beginning(len(kept))
 
     def after(
-        self, candidates: Candidates, selection: Selection, losses: Tensor, applied: bool, config: SelectionConfig
+        self,
+        candidates: Candidates,
+        selection: Selection,
+        losses: Tensor | None,
+        applied: bool,
+        config: SelectionConfig,
     ) -> bool:
         """Take in a step.
 
         Args:
-            losses: ``[n]`` of all ranks, on the CPU.
+            losses: ``[n]`` of all ranks, on the CPU; None if they are not known.
             applied: Whether the step was an update; if not, nothing of it was trained on.
 
         Returns:
             Whether the kept sources were chosen anew (`SelectionConfig.refresh_every`).
         """
-        if applied:
+        if applied and losses is not None:
             self._learn(candidates, selection, losses)
         trained = selection.positions[: len(selection) * applied]
         self.coverage = self.coverage.after(candidates.sources, trained, config)

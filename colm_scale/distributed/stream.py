@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import RunConfig
-from colm_scale.data.examples import Examples, offsets_of
+from colm_scale.data.examples import Examples
 from colm_scale.data.stream import BlockStream, Position, Survey
 from colm_scale.distributed.group import Group
+from colm_scale.distributed.rows import decoded, encoded
 from colm_scale.errors import UserError
 from colm_scale.records import Candidates, long_tensor
 
@@ -62,7 +62,7 @@ class StreamedSampler:
             )
             self.dropped, self.cut = self._stream.dropped, self._stream.cut
         nothing = long_tensor([])
-        self.examples = self._as_examples(nothing, nothing, nothing, nothing.int())
+        self.examples = decoded(torch.stack([nothing] * 3), nothing.int(), self._names)
 
     def __call__(self, step: int) -> Candidates:
         """The candidates of a step; steps are asked for in turn.
@@ -102,30 +102,13 @@ class StreamedSampler:
     def _shared(self, drawn: Examples | None) -> Examples:
         """The first rank's examples on every rank: ``24 n`` bytes, and 4 per token; the others pass None.
 
-        A message of known size says how long the examples are, and so how long the other one is: their tokens one after
-        the other, those that carry loss as their complement, which is negative; and so are the sources of protected
-        ones.
+        A message of known size says how long the examples are, and so how long the other one is.
         """
-        n, device = self._count, self._group.device
-        header = torch.zeros(3 * n, dtype=torch.int64)
+        device = self._group.device
+        rows, tokens = torch.zeros(3, self._count, dtype=torch.int64), None
         if drawn is not None:
-            sources = torch.where(drawn.protected, ~drawn.sources, drawn.sources)
-            header = torch.cat([drawn.ids, sources, drawn.lengths])
-        ids, sources, lengths = self._group.broadcast(header.to(device), "stream").cpu().split(n)
-        tokens = torch.empty(int(lengths.sum()), dtype=torch.int32)
-        if drawn is not None:
-            tokens = torch.where(drawn.labelled, ~drawn.tokens, drawn.tokens)
-        return self._as_examples(ids, sources, lengths, self._group.broadcast(tokens.to(device), "stream").cpu())
-
-    def _as_examples(self, ids: Tensor, sources: Tensor, lengths: Tensor, marked: Tensor) -> Examples:
-        return Examples(
-            tokens=torch.where(marked < 0, ~marked, marked),
-            labelled=marked < 0,
-            offsets=offsets_of(lengths),
-            ids=ids,
-            sources=torch.where(sources < 0, ~sources, sources),
-            protected=sources < 0,
-            source_names=self._names,
-            dropped={},
-            cut={},
-        )
+            rows, tokens = encoded(drawn)
+        rows = self._group.broadcast(rows.to(device), "stream").cpu()
+        if tokens is None:
+            tokens = torch.empty(int(rows[2].sum()), dtype=torch.int32)
+        return decoded(rows, self._group.broadcast(tokens.to(device), "stream").cpu(), self._names)

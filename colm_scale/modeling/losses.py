@@ -83,11 +83,16 @@ class ExampleLoss(nn.Module):
 
     A model may do to its logits what `_post_processing` does not know. The row that is left to the head shows it in the
     first forward: from then on the model makes the logits of the label rows itself, all of them at a time.
+
+    Args:
+        whole: Whether ``model`` runs as a whole, as it must where something else has cut it into shards and gathers
+            what is outside the blocks when the whole is called.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, whole: bool = False):
         super().__init__()
         self.model = model
+        self._whole = whole
         head = model.get_output_embeddings()
         frozen = not any(parameter.requires_grad for parameter in head.parameters())
         self._fused = frozen and type(head) is nn.Linear
@@ -116,24 +121,27 @@ class ExampleLoss(nn.Module):
         """What is in the forward that is under way."""
         return self._pass.batch
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, through: nn.Module | None = None) -> Tensor:
+        """As above; ``through`` is called in place of the model that it wraps (DDP, a DeepSpeed engine)."""
+        if through is None:
+            # Past peft's wrapper, which would call the model's forward without the hooks by which FSDP2 gathers it.
+            through = self.model if self._whole else self.causal_model
         current = self._pass = _Pass(batch)
         try:
-            # Past peft's wrapper, which would call the model's forward without the hooks by which FSDP2 gathers it.
             with self._hooked(self.causal_model.get_output_embeddings()):
-                logits = self.causal_model(
-                    input_ids=batch.input_ids, **_what_is_seen(batch), use_cache=False
-                ).logits
+                logits = through(input_ids=batch.input_ids, **_what_is_seen(batch), use_cache=False).logits
         finally:
             self._pass = None
         if self._fused and not self._post_checked:
             self._post_checked = True
             self._fused = _close(self._post(current.raw_logits.float()), logits.float())
             if not self._fused:
-                return self(batch)
+                return self(batch, through)
         if current.losses is None:
             current.losses = F.cross_entropy(logits[0].float(), current.wanted, reduction="none")
-        return _mean_per_example(current.losses.view(current.branches, len(batch.targets.tokens)), batch.targets)
+        found = _mean_per_example(current.losses.view(current.branches, len(batch.targets.tokens)), batch.targets)
+        # What has cut the whole into shards waits in the backward for a gradient of what it returns: it gets zeros.
+        return found + logits.flatten()[:0].sum() if self._whole and logits.requires_grad else found
 
     @contextmanager
     def _hooked(self, head: nn.Module) -> Iterator[None]:

@@ -15,12 +15,10 @@ from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import Probe, decoder_blocks, find_probes
-from colm_scale.randomness import global_draws
+from colm_scale.modeling.sample import in_last_blocks, sample_of
 from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")
-_FEW_TOKENS = 128
-"""Vocabulary of a sample: of no account for its blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +67,7 @@ def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
     Raises:
         UserError: As from a run: there is no such probe or target, rows are to be packed and cannot be.
     """
-    with global_draws(CPU, 0, "sample"):
-        one = AutoModelForCausalLM.from_config(_shortened(of), dtype=torch.float32).requires_grad_(False)
+    one = sample_of(of)
     padded_because = use_packing(one, config.train.packing, CPU)
     attention = one.config._attn_implementation
     selection = config.selection
@@ -92,7 +89,7 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
         base.config._attn_implementation = known.attention
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
-        probes = _in_last_blocks(base, known.probe, config.selection.probe_blocks) if known.probe else ()
+        probes = in_last_blocks(base, known.probe, config.selection.probe_blocks) if known.probe else ()
         module = ExampleLoss(add_adapters(base.requires_grad_(False), config.lora, config.train.seed))
     module.knows_logits()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -100,16 +97,6 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
         _to_fake_tensors(module)
         tap = Tap(module, *probes, like=known.like) if probes else None
     return FakeModel(mode, module, tap, known.padded_because)
-
-
-def _shortened(of: PretrainedConfig) -> PretrainedConfig:
-    config = copy.deepcopy(of)
-    config.num_hidden_layers, config.vocab_size = 1, _FEW_TOKENS
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, name, None)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
-    return config
 
 
 def _to_fake_tensors(model: nn.Module) -> None:
@@ -124,10 +111,3 @@ def _to_fake_tensors(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
 
-
-def _in_last_blocks(model: nn.Module, found: Probe, count: int) -> tuple[Probe, ...]:
-    """The probe of a sample's only block, in the last blocks of the whole model."""
-    prefix, blocks = decoder_blocks(model)
-    below = found.layer.removeprefix(found.block)
-    names = [f"{prefix}.{number}" for number in range(len(blocks) - count, len(blocks))]
-    return tuple(Probe(name, name + below, found.rows) for name in names)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from colm_scale.distributed.group import Group
 from colm_scale.profiling.memory import MemoryMeter
 
 STEP = "step"
@@ -85,6 +86,20 @@ class Spans:
         self._aside = 0.0
         self._marks: list[tuple[str, Any, Any]] = []
         self._peaks: dict[str, dict[str, int]] = {}
+
+
+def over_ranks(
+    seconds: dict[str, float], peaks: dict[str, dict[str, int]], group: Group
+) -> tuple[dict[str, float], dict[str, dict[str, tuple[int, ...]]]]:
+    """Of what `Spans.finish` returns on each rank: seconds of the slowest by phase, all ranks' peaks by kind and phase.
+
+    All ranks call it together, with the same phases.
+    """
+    row = [*seconds.values(), *(float(peak) for of_kind in peaks.values() for peak in of_kind.values())]
+    rows = group.all_gather(torch.tensor(row, dtype=torch.float64, device=group.device), "report").cpu()
+    slowest = dict(zip(seconds, rows[:, : len(seconds)].amax(0).tolist()))
+    columns = iter(rows[:, len(seconds) :].long().T.tolist())
+    return slowest, {kind: {phase: tuple(next(columns)) for phase in of_kind} for kind, of_kind in peaks.items()}
 
 
 class _HostClock:

@@ -79,6 +79,7 @@ def route(
     *,
     packed: bool = False,
     kept_on: Tensor | None = None,
+    count: int | None = None,
 ) -> Route:
     """Deal the coreset to ranks, each as much work as can be.
 
@@ -91,6 +92,7 @@ def route(
         token_budget, packed: As in `form_micro_batches`.
         kept_on: ``[n]`` the rank that has kept a candidate's block inputs, where it is replayed; -1 where none has.
             Those examples stay where they are, in micro-batches of their own, and the others even the work out.
+        count: So many micro-batches for every rank, whatever the budget; not with ``kept_on``.
     """
     tokens = lengths.tolist()
     costs = _Costs(tokens, packed)
@@ -101,10 +103,12 @@ def route(
     dealt = _share_out([position for position in order if at[position] < 0], tokens, world_size, saved)
 
     def grouped(orders: list[list[int]]) -> list[list[list[int]]]:
-        count = max(costs.fewest(order, token_budget) for order in orders)
-        return [costs.group(order, token_budget, count) for order in orders]
+        most = count or max(costs.fewest(order, token_budget) for order in orders)
+        return [costs.group(order, token_budget, most) for order in orders]
 
-    replayed = grouped(local)
+    if count:
+        token_budget = len(tokens) * max(tokens)
+    replayed = grouped(local) if kept_on is not None else [[] for _ in range(world_size)]
     shares = [[*first, *rest] for first, rest in zip(replayed, grouped(dealt))]
     own = [[*first, *rest] for first, rest in zip(local, dealt)]
     return Route(

@@ -52,6 +52,25 @@ def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, gen
     return dataclasses.replace(drawn, weights=torch.cat(own))
 
 
+def worth(
+    candidates: Candidates,
+    quota: Quota,
+    selection: Selection,
+    matrix: CandidateMatrix | None,
+    draw: Selection,
+    *,
+    joint: bool,
+) -> dict[str, float]:
+    """`composition` and, where candidates were sketched, `ranking` of one step's selection beside a ``draw``."""
+    found = composition(candidates.sources, selection)
+    if matrix is None:
+        return found
+    eligible = could_be_picked(candidates, selection, matrix)
+    return found | ranking(
+        matrix, candidates.sources, eligible, selection, draw, joint=joint, free=quota.free > 0
+    )
+
+
 def composition(sources: Tensor, selection: Selection) -> dict[str, float]:
     """Effective number of sources of the coreset, by weight, and of the candidates."""
     return {

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("doctor", "profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
     ("trainer",),
-    ("planning", "explaining"),
+    ("planning", "explaining", "integrations"),
     ("dry_run",),
     ("arguments",),
     ("trained",),

@@ -222,3 +222,17 @@ def test_where_all_that_is_picked_is_on_one_rank_the_imbalance_shows_it():
     routed = route(lengths, torch.arange(8), 2, 4096, packed=True, kept_on=torch.zeros(8, dtype=torch.int64))
     assert routed.imbalance == 2
     assert routed.micro_batches[1] == ((),)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_as_many_micro_batches_as_are_asked_for(packed, count):
+    """Fewer and more than the budget demands, and more than there are examples; every example is in one of them."""
+    lengths = long_tensor([9, 3, 30, 4, 12, 7, 7, 1])
+    chosen = long_tensor([0, 2, 3, 4, 5, 7])
+    routed = route(lengths, chosen, 2, 16, packed=packed, count=count)
+    assert [len(share) for share in routed.micro_batches] == [count, count]
+    trained = [position for share in routed.micro_batches for micro_batch in share for position in micro_batch]
+    assert sorted(trained) == chosen.tolist()
+    busiest = max(sum(map(bool, share)) for share in routed.micro_batches)
+    assert busiest == min(count, max(sum(map(len, share)) for share in routed.micro_batches))

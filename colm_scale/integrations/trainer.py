@@ -1,0 +1,234 @@
+"""CoLM in transformers' ``Trainer`` and what is made of it, such as TRL's ``SFTTrainer``.
+
+The trainer's own loop runs. It asks `get_batch_samples` for the micro-batches of an optimizer step: here its loader has
+given so many candidates, and the coreset comes back in as many micro-batches as the loop counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from colm_scale import __version__
+from colm_scale.checkpoint.identity import check_same_run, config_facts
+from colm_scale.checkpoint.store import CheckpointFolder
+from colm_scale.config import RunConfig, SelectionConfig, TrainConfig, as_yaml
+from colm_scale.data.examples import Examples
+from colm_scale.distributed.group import connect
+from colm_scale.errors import UserError
+from colm_scale.integrations.candidates import CandidateCollator, Columns, count_sources, numbered
+from colm_scale.integrations.options import as_run
+from colm_scale.integrations.reports import Reports
+from colm_scale.integrations.selector import Coreset, CoresetSelector
+from colm_scale.integrations.support import check_arguments, loader_batch, optimizer_of
+from colm_scale.reporting.environment import environment
+from colm_scale.reporting.run_directory import RunDirectory
+from colm_scale.step import MicroBatch
+
+_CORESET = "coreset"
+"""Under this name a micro-batch travels through the trainer's loop; its folder in checkpoints and output."""
+
+
+class CoresetTrainerMixin:
+    """Before ``Trainer``, or ``SFTTrainer``, among the bases of a class: trains on coresets of the batches.
+
+    ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` say, as ever, what is trained on; the loader
+    gives as many times more as ``coreset.candidates`` are more than ``coreset.budget``.
+
+    Args:
+        coreset: The options of the selection; or a run's, of which ``selection``, ``data.source_column``,
+            ``data.protected_column``, ``train.micro_batch_tokens``, ``train.loss``, ``train.packing`` and
+            ``output_dir`` (of reports) count.
+        sources: Training examples of each source, by name; counted where that is possible.
+
+    Raises:
+        UserError: The trainer's arguments contradict the selection, or cannot be followed.
+    """
+
+    loss_is_scaled_for_ga = True  # by the weights, which add up to 1 over all micro-batches and ranks
+
+    def __init__(
+        self,
+        *args: object,
+        coreset: SelectionConfig | RunConfig,
+        sources: Mapping[str, int] | None = None,
+        **kwargs: object,
+    ):
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        if given.arguments.get("compute_loss_func") is not None:
+            raise UserError("compute_loss_func is not called, for the loss is that of the coreset: leave it out")
+        if given.arguments.get("train_dataset") is not None:
+            given.arguments["train_dataset"] = numbered(given.arguments["train_dataset"])
+        run = as_run(coreset, ("output_dir",))
+        super().__init__(*given.args, **given.kwargs)
+        check_arguments(self)
+        sources = sources or count_sources(self.train_dataset, run.data.source_column)
+        self._coresets = _Coresets(run, self.args, dict(sources))  # the only name that is added to the trainer's own
+        self.add_callback(_Steps(self, self._coresets))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object):
+        """As the trainer's own; what the selection has learned goes on too."""
+        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._coresets.resumed = Path(found) if found else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self):
+        """The trainer's own loader, of larger batches, whose rows keep their source and id."""
+        with _loading_candidates(self, self._coresets):
+            return super().get_train_dataloader()
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The coreset of the next batches, in as many micro-batches."""
+        parts = list(islice(epoch_iterator, num_batches))
+        if not parts:
+            return [], None
+        rate = self.optimizer.param_groups[0]["lr"]
+        coreset = self._coresets.select(parts, self.state.global_step + 1, rate)
+        return [_as_inputs(micro_batch) for micro_batch in coreset.micro_batches], None
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: object):
+        """That of the coreset, through whatever wraps the model; in evaluation the trainer's own."""
+        if _CORESET not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        return self._coresets.loss(inputs[_CORESET], model)
+
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
+        """With what is to be said about the selection, where the trainer says something about its training."""
+        if "loss" in logs:
+            logs |= self._coresets.reports.take()
+        super().log(logs, *args, **kwargs)
+
+
+class _Coresets:
+    """What a trainer needs for coresets, apart from it, for its own names are many.
+
+    Attributes:
+        run: All options, those among them that the trainer decides.
+        columns: Where rows say what they are.
+        loader_batch: Candidates in a batch of the loader.
+        resumed: The trainer's checkpoint that the next training goes on from.
+        reports: Of the training that is under way.
+    """
+
+    reports: Reports
+
+    def __init__(self, run: RunConfig, args: TrainingArguments, sources: dict[str, int]):
+        self._args, self._sources = args, sources
+        self._group = dataclasses.replace(connect(), device=args.device)
+        self.loader_batch = loader_batch(run.selection, args, self._group.world_size)
+        train = dataclasses.asdict(run.train) | optimizer_of(args) | {"seed": args.seed}
+        self.run = dataclasses.replace(run, train=TrainConfig(**train))
+        self.columns = Columns(run.data.source_column, run.data.protected_column, tuple(sorted(sources)))
+        self.resumed: Path | None = None
+
+    def begin(self, model: nn.Module, engine: str, done: int) -> None:
+        """``done`` steps have been made, and the model is prepared."""
+        config = dataclasses.replace(self.run, output_dir=None)
+        self._selector = CoresetSelector(model, config, self._sources, self._group)
+        if self.resumed is not None:
+            self._load(self.resumed / _CORESET)
+        directory, meter = None, self._selector.meter
+        with self._group.together():
+            if self._group.is_first:
+                path = self.run.output_dir or str(Path(self._args.output_dir) / _CORESET)
+                directory = RunDirectory(path, resume=True)  # what an earlier training has left there gives way
+                facts = {"device_name": meter.device_name, "memory": meter.label}
+                found = environment(self._group.device, self._group.world_size, engine, **facts)
+                directory.create(as_yaml(self.run), found, done)
+        self.reports = Reports(directory, self._selector.names)
+
+    def select(self, parts: list[Examples], step: int, learning_rate: float) -> Coreset:
+        """The coreset of a step, in as many micro-batches as there are parts."""
+        self._current = self._selector.select(
+            parts, step=step, micro_batches=len(parts), learning_rate=learning_rate
+        )
+        return self._current
+
+    def loss(self, micro_batch: MicroBatch, model: nn.Module) -> Tensor:
+        """Times the number of ranks, for whatever trains on several of them averages their gradients."""
+        return self._selector.loss(micro_batch, through=model) * self._group.world_size
+
+    def end_step(self) -> None:
+        """The optimizer has made its step."""
+        self.reports.add(self._selector.finish(), self._current.dropped)
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Put what the selection has learned beside what the trainer has saved."""
+        state = {"step": step, "run": self._identity(), "moment_steps": self._selector.state.moment_steps}
+        state["written_by"] = {"colm_scale": __version__, "ranks": self._group.world_size}
+        tensors = self._selector.state.tensors(step)
+        with self._group.together():
+            if self._group.is_first:
+                CheckpointFolder(checkpoint / _CORESET, keep=1).write(step, state, tensors)
+
+    def _load(self, folder: Path) -> None:
+        found = None
+        with self._group.together():
+            if self._group.is_first:
+                found = CheckpointFolder(folder, keep=1).newest(fallback=False)
+                if found is None:
+                    raise UserError(
+                        f"{folder.parent} was not saved by a trainer with coresets ({folder.name} holds nothing): go "
+                        f"on with the trainer that saved it, or begin anew with its adapter"
+                    )
+                check_same_run(found.state["run"], self._identity(), found.path)
+        steps = self._group.share_json(None if found is None else found.state["moment_steps"])
+        self._selector.state.put_back(steps, None if found is None else found.tensors)
+
+    def _identity(self) -> dict[str, object]:
+        """What must be the same in a training that goes on; the rest is the trainer's to check."""
+        sources = ", ".join(f"{name} {count}" for name, count in sorted(self._sources.items()))
+        return {"config": config_facts(self.run), "data": sources, "model": ""}
+
+
+class _Steps(TrainerCallback):
+    """Says where the trainer's loop is."""
+
+    def __init__(self, trainer: CoresetTrainerMixin, coresets: _Coresets):
+        self._trainer, self._coresets = trainer, coresets
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
+        accelerator = self._trainer.accelerator
+        model = accelerator.unwrap_model(self._trainer.model_wrapped, keep_torch_compile=False)
+        self._coresets.begin(model, str(accelerator.distributed_type), state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
+        self._coresets.end_step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
+        step = state.global_step
+        self._coresets.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}", step)
+
+
+@contextmanager
+def _loading_candidates(trainer: CoresetTrainerMixin, coresets: _Coresets) -> Iterator[None]:
+    """A block in which a trainer makes its training loader."""
+    trainer._set_signature_columns_if_needed()
+    loading = trainer.accelerator.dataloader_config
+    ours = {
+        "data_collator": CandidateCollator(trainer.data_collator, coresets.columns),
+        "_train_batch_size": coresets.loader_batch,
+        "_signature_columns": [*trainer._signature_columns, *coresets.columns.all],
+    }
+    with ExitStack() as put_back:
+        # A stream would otherwise be read by the first rank, which sends tensors only.
+        for owner, name, value in [(loading, "dispatch_batches", False), *[(trainer, *item) for item in ours.items()]]:
+            put_back.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def _as_inputs(micro_batch: MicroBatch) -> dict[str, object]:
+    """A micro-batch as the trainer's loop passes it on and counts its tokens."""
+    batch = micro_batch.batch
+    found: dict[str, Tensor | object] = {"input_ids": batch.input_ids, _CORESET: micro_batch}
+    return found if batch.attention_mask is None else found | {"attention_mask": batch.attention_mask}
