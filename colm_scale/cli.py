@@ -14,6 +14,7 @@ from colm_scale.errors import UserError
 COMMANDS = {
     "train": "fine-tune a model with LoRA on mini-batch coresets",
     "plan": "what such a run will need, without a GPU and without weights: the same options, and --plan.*",
+    "sources": "find the sub-populations of data that has no labels, for --data.sources of a run",
 }
 """Every command, a module of `colm_scale.commands` with a function ``run(arguments)``, and what it does."""
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale.config import RunConfig
 from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
+from colm_scale.data.labels import labelled
 from colm_scale.data.readers import builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler, Sampler
 from colm_scale.data.stream import survey
@@ -146,4 +147,6 @@ def _read(
 ) -> Examples:
     specs = getattr(config.data, split)
     rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
+    if split == "train":
+        rows = list(labelled(rows, config.data.sources))
     return tokenise(rows, tokenizer, config.data, longest, source_names)

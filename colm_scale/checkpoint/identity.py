@@ -30,6 +30,7 @@ _VOLATILE = {
 _LEFT_OUT = {
     "data.train": "the data's digest covers what they hold, wherever they lie",
     "data.eval": "nothing that is trained depends on it",
+    "data.sources": "the data's digest covers them",
     "data.chat_template": "the data's digest covers what it writes",
     "selection.proxy": "the proxy has a digest of its own, wherever it lies",
     "train.threads": "rounding at most",

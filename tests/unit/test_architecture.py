@@ -13,7 +13,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "randomness", "records", "base"),
     ("config",),
-    ("data", "selection", "modeling"),
+    ("data", "selection", "modeling", "sources"),
     ("sketch",),
     ("distributed",),
     ("profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),
