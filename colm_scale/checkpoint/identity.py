@@ -82,7 +82,7 @@ def config_facts(config: RunConfig) -> dict[str, object]:
         config: Resolved, so that a default and the same value written out are equal.
     """
     facts = {"model.quantize": config.model.quantize}
-    for section in ("data", "selection", "lora", "train"):
+    for section in ("data", "selection", "sources", "lora", "train"):
         options = dataclasses.asdict(getattr(config, section))
         facts |= {f"{section}.{name}": value for name, value in options.items()}
     return json.loads(json.dumps({name: value for name, value in facts.items() if name not in _LEFT_OUT}))

@@ -21,6 +21,7 @@ from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine, LossScale, collect, restore
 from colm_scale.distributed.estimators import Estimator
+from colm_scale.distributed.follow import Follower
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.observer import Observer
 from colm_scale.errors import UserError
@@ -45,6 +46,7 @@ class RunState:
         identity: What makes this run this run, see `checkpoint.identity`.
         facts: Written down for people: source table, schedule.
         sampler, engine, estimator, observer, session: The parts; no estimator where the method does not sketch.
+        follower: Where sources are found anew.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class RunState:
         observer: Observer,
         session: Counters,
         group: Group,
+        follower: Follower | None = None,
     ):
         self._folder, self._identity, self._facts = folder, identity, facts
         self._sampler, self._engine, self._estimator, self._session = sampler, engine, estimator, session
-        self._observer, self._group = observer, group
+        self._observer, self._group, self._follower = observer, group, follower
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step. All ranks call it together.
@@ -75,6 +78,8 @@ class RunState:
             if self._estimator.store is not None:
                 tensors["sketches"] = self._estimator.store.state(step)
         tensors["sources"] = self._sources()
+        if self._follower is not None:
+            tensors["followed"] = self._follower.state()
         with self._group.together():
             if self._folder is not None:
                 self._folder.write(step, finite(self._state(step)), tensors)
@@ -118,6 +123,8 @@ class RunState:
         saved = {name: value.cpu() for name, value in saved.items()}
         self._observer.recent = RecentSources(kept=saved.pop("kept"), seen=saved.pop("seen"))
         self._observer.statistics = SourceStatistics(**saved)
+        if self._follower is not None:
+            self._follower.load(None if found is None else found.tensors["followed"], self._observer.recent.kept)
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
 

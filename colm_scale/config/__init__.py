@@ -16,6 +16,7 @@ import yaml
 from colm_scale.config.checks import require
 from colm_scale.config.own import is_own
 from colm_scale.config.selection import SelectionConfig as SelectionConfig  # whoever needs it has it from here
+from colm_scale.config.sources import SourcesConfig as SourcesConfig
 from colm_scale.errors import UserError
 
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
@@ -277,6 +278,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    sources: SourcesConfig = field(default_factory=SourcesConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -302,6 +304,11 @@ class RunConfig:
             )
         if self.train.forward_reuse != "off":
             self._check_reusable()
+        if self.sources.refresh_every and not self.data.sources:
+            raise UserError(
+                f"--sources.refresh_every {self.sources.refresh_every} is for sources that colm-scale sources has "
+                f"found: name its file with --data.sources, or leave it out"
+            )
         if self.engine == "deepspeed" and self.ds_config is None:
             raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config zero2")
         if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from colm_scale.distributed.follow import Drift
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.summary import Evaluation
@@ -36,6 +37,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self._selection = self.path / "selection.jsonl"
         self._evaluations = self.path / "evaluations.jsonl"
+        self._drift = self.path / "sources.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self._resume = resume
         if self.metrics.exists() and not resume:
@@ -59,7 +61,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.metrics.touch(exist_ok=self._resume)
-            for rows in (self.metrics, self._selection, self._evaluations):
+            for rows in (self.metrics, self._selection, self._evaluations, self._drift):
                 _cut(rows, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
             (self.path / "environment.json").write_text(json.dumps(finite(environment), indent=2), encoding="utf-8")
@@ -70,6 +72,10 @@ class RunDirectory:
         """Append a step to ``metrics.jsonl`` and ``selection.jsonl``."""
         _append(self.metrics, metrics_row(report))
         _append(self._selection, selection_row(report, source_names))
+
+    def drift(self, drift: Drift) -> None:
+        """Append to ``sources.jsonl``: the fields of `Drift`."""
+        _append(self._drift, dataclasses.asdict(drift))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append to ``evaluations.jsonl``: the fields of `Evaluation`."""

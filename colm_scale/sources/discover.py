@@ -1,7 +1,7 @@
 """Sub-populations where no labels are: rows in blocks to points on disk, points to clusters, and what is said of them.
 
-Nothing that grows with the data is in memory but 16 bytes a row: rows and their embeddings pass by in blocks, a file
-without a name holds the points, and what is fitted is fitted to a sample. The rows are read twice, or three times with
+Nothing that grows with the data is in memory but some 30 bytes a row: rows pass by in blocks, a file without a name
+holds their embeddings, and what is fitted is fitted to a sample. The rows are read twice, or three times with
 ``--embedding words``, which learns its words first.
 
     N  rows        n  of them, a sample        c  numbers of an embedding        p  of a point
@@ -41,24 +41,33 @@ class Embedded:
     """All rows as points.
 
     Attributes:
-        states: ``[N, c]`` float32, on disk.
+        file: Their embeddings, float32, one after the other.
+        width: Numbers of an embedding, c.
         names: The sources that the data names, in the order in which they came.
         sources: ``[N]`` int32, which of them a row has.
     """
 
-    states: np.ndarray
+    file: BinaryIO
+    width: int
     names: list[str]
     sources: np.ndarray
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The states of a block of rows at a time, in memory."""
-        for start in range(0, len(self.states), BLOCK):
-            yield np.array(self.states[start : start + BLOCK])
+        """``[4096, c]`` embeddings at a time; of the last rows, as many as there are."""
+        self.file.seek(0)
+        while block := self.file.read(4 * self.width * BLOCK):
+            yield np.frombuffer(block, np.float32).reshape(-1, self.width)
 
     def sample(self, count: int, seed: int) -> np.ndarray:
         """Rows ``[n]``, drawn at random, ascending."""
-        rows = len(self.states)
+        rows = len(self.sources)
         return np.sort(np.random.default_rng([seed, rows]).choice(rows, min(count, rows), replace=False))
+
+    def picked(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """The embeddings of some rows, which ascend, a block of all rows at a time."""
+        for number, block in enumerate(self.blocks()):
+            start, end = np.searchsorted(rows, [number * BLOCK, (number + 1) * BLOCK])
+            yield block[rows[start:end] - number * BLOCK]
 
 
 def discover(options: SourcesOptions) -> str:
@@ -93,7 +102,7 @@ def discover(options: SourcesOptions) -> str:
             agreement=found,
             baseline=baseline,
         )
-        draw_map(space.transform(embedded.states[sample]), labels[sample], report, folder / "map.png")
+        draw_map(_points(embedded, sample, space), labels[sample], report, folder / "map.png")
     return write_report(report, folder)
 
 
@@ -142,9 +151,7 @@ def _embed(options: SourcesOptions, embedder: Embedder, file: BinaryIO) -> Embed
         sources.append(np.array([number.setdefault(row.source, len(number)) for row in block], np.int32))
         rows += len(block)
         print(f"embedded {rows:,} rows in {time.perf_counter() - started:,.0f} s", file=sys.stderr, flush=True)
-    file.flush()
-    states = np.memmap(file, np.float32, "r", shape=(rows, states.shape[1]))
-    return Embedded(states, list(number), np.concatenate(sources))
+    return Embedded(file, states.shape[1], list(number), np.concatenate(sources))
 
 
 def _space(embedded: Embedded, options: SourcesOptions) -> Any:
@@ -153,18 +160,21 @@ def _space(embedded: Embedded, options: SourcesOptions) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    sample = embedded.states[embedded.sample(MOST_COMPARED, options.seed)]
+    sample = np.concatenate([*embedded.picked(embedded.sample(MOST_COMPARED, options.seed))])
     components = min(options.dimensions, *sample.shape)
     return make_pipeline(StandardScaler(), PCA(components, random_state=options.seed)).fit(sample)
 
 
 def _cluster(embedded: Embedded, space: Any, options: SourcesOptions) -> Clusters:
-    rows = embedded.sample(_FITTED, options.seed)
-    blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
-    points = np.concatenate([space.transform(embedded.states[block]) for block in blocks])
+    points = _points(embedded, embedded.sample(_FITTED, options.seed), space)
     if options.method == "hdbscan":
         return hdbscan(points, options.smallest, options.seed)
     return kmeans(points, options.clusters, options.stability, options.seed)
+
+
+def _points(embedded: Embedded, rows: np.ndarray, space: Any) -> np.ndarray:
+    """``[n, p]`` the points of some rows, which ascend."""
+    return np.concatenate([space.transform(some) for some in embedded.picked(rows) if len(some)])
 
 
 def _assign(embedded: Embedded, space: Any, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
