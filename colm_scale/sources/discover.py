@@ -83,7 +83,7 @@ def discover(options: SourcesOptions) -> str:
         started = time.perf_counter()
         embedder = _embedder(options)
         embedded = _embed(options, embedder, file)
-        space = _space(embedded, options)
+        space = _space(embedded, options, scaled=embedder.scaled)
         clusters = _cluster(embedded, space, options)
         labels, distances = _assign(embedded, space, clusters)
         nearest = _nearest(labels, distances, options.nearest)
@@ -154,15 +154,16 @@ def _embed(options: SourcesOptions, embedder: Embedder, file: BinaryIO) -> Embed
     return Embedded(file, states.shape[1], list(number), np.concatenate(sources))
 
 
-def _space(embedded: Embedded, options: SourcesOptions) -> Any:
-    """Principal components of the numbers of a state, each of which counts alike, fitted to a sample."""
+def _space(embedded: Embedded, options: SourcesOptions, *, scaled: bool) -> Any:
+    """Principal components, of numbers each of which counts alike if they are to be scaled; fitted to a sample."""
     from sklearn.decomposition import PCA
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     sample = np.concatenate([*embedded.picked(embedded.sample(MOST_COMPARED, options.seed))])
     components = min(options.dimensions, *sample.shape)
-    return make_pipeline(StandardScaler(), PCA(components, random_state=options.seed)).fit(sample)
+    scaler = StandardScaler() if scaled else None
+    return make_pipeline(scaler, PCA(components, random_state=options.seed)).fit(sample)
 
 
 def _cluster(embedded: Embedded, space: Any, options: SourcesOptions) -> Clusters:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -30,10 +30,13 @@ class States:
 
     Attributes:
         cut: Rows, so far, of which only the first ``--data.max_length`` tokens were looked at.
+        scaled: Whether each number of a state is to count alike: in many models a few are larger than all others.
 
     Raises:
         UserError: There is no such model or adapter.
     """
+
+    scaled = True
 
     def __init__(self, options: SourcesOptions):
         self.cut = 0
@@ -66,6 +69,7 @@ class Words:
     """
 
     name, cut = "TF-IDF", 0
+    scaled = False  # a component says how much by its size
 
     def __init__(self, some: Iterable[Row], seed: int):
         from sklearn.decomposition import TruncatedSVD
@@ -96,7 +100,7 @@ def text_of(row: Row) -> str:
     return row.prompt + row.completion
 
 
-Embedder = Callable[[Sequence[Row]], np.ndarray]
+Embedder = States | Words
 
 
 def _load(options: SourcesOptions) -> nn.Module:

@@ -53,7 +53,7 @@ def test_too_few_points_are_refused():
 
 def test_dense_groups_are_found_and_the_rest_goes_to_the_nearest():
     points, truth = blobs((80, 60, 40))
-    odd = np.array([[10.0, 4.0, 0.0]], np.float32)  # beside the first
+    odd = np.array([[60.0, 4.0, 0.0]], np.float32)  # beside the first
     found = hdbscan(np.concatenate([points, odd]), 15, seed=0)
     labels, _ = found.assign(np.concatenate([points, odd]))
     assert partition(labels[:-1]) == partition(truth)

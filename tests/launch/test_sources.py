@@ -1,0 +1,101 @@
+"""``colm-scale sources`` as users call it, and a run that takes what it has written."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support.commands import SMALL, python, rows, run, torchrun, write_rows
+
+from colm_scale.data.builtin import builtin_rows
+
+SOURCES = "from colm_scale.cli import main; main(['sources', *{!r}])"
+KINDS = ("CoT/shop", "EQ/number", "PoT/area")
+
+
+def sources(options: list[str], folder: Path):
+    return run([sys.executable, "-c", SOURCES.format(options)], folder / "sources")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Rows without labels, of three kinds, and their sources as the command finds them."""
+    folder = tmp_path_factory.mktemp("sources")
+    data = [row for row in builtin_rows("train") if row["source"] in KINDS][:300]
+    write_rows(folder / "rows.jsonl", [{name: row[name] for name in ("instruction", "output")} for row in data])
+    options = [str(folder / "rows.jsonl"), "--clusters", "2", "3", "--output_dir", str(folder / "out")]
+    said = sources(options, folder).succeeded().stdout
+    assert "kmeans: 3 clusters" in said
+    return folder
+
+
+def given(folder: Path) -> list[str]:
+    return ["--data.train", str(folder / "rows.jsonl"), "--data.sources", str(folder / "out/sources.jsonl")]
+
+
+def test_a_run_goes_by_them_and_finds_them_anew(folder):
+    options = [*SMALL, *given(folder), "--train.steps", "4", "--sources.refresh_every", "2"]
+    options += ["--output_dir", str(folder / "run")]
+    said = run([*torchrun(2), *options], folder / "log").succeeded().stdout
+    assert "300 examples of 3 sources" in said
+    assert "sources found anew after step 4" in said
+    sizes = Counter(row["source"] for row in rows(folder / "out/sources.jsonl"))
+    steps = rows(folder / "run/selection.jsonl")
+    assert {name for step in steps for name in step["sources"]} <= sizes.keys()
+    drift = rows(folder / "run/sources.jsonl")
+    assert [row["step"] for row in drift] == [2, 4]
+    assert all(row["examples"] == 32 and row["seconds"] > 0 for row in drift)
+    assert all(sum(row["sizes"].values()) == 300 for row in drift)
+
+
+def test_a_stream_has_the_same_sources(folder):
+    seen = []
+    for streaming in ("false", "true"):
+        out = folder / f"streaming-{streaming}"
+        options = [*SMALL, *given(folder), "--data.streaming", streaming, "--output_dir", str(out)]
+        run([*python(), *options, "--selection.method", "stratified"], folder / "log").succeeded()
+        first = rows(out / "selection.jsonl")[0]
+        seen.append(dict(zip(first["candidates"], first["sources"])))
+    names = [row["source"] for row in rows(folder / "out/sources.jsonl")]
+    for of_step in seen:
+        assert all(names[id_] == name for id_, name in of_step.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["FILE is missing"]),
+        (["missing.jsonl"], ["missing.jsonl does not exist"]),
+        (["rows.jsonl", "--cluster", "3"], ["unknown option --cluster", "--clusters"]),
+        (["rows.jsonl", "--method", "means"], ["--method is 'means'", "kmeans"]),
+        (["bad.jsonl"], ["bad.jsonl line 2", "invalid JSON"]),
+    ],
+)
+def test_wrong_input_is_one_line(options, words, folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    places = {"rows.jsonl": folder / "rows.jsonl", "bad.jsonl": tmp_path / "bad.jsonl"}
+    options = [str(places.get(option, option)) for option in options]
+    outcome = sources([*options, *(["--output_dir", str(tmp_path / "out")] if options else [])], tmp_path)
+    assert outcome.code == 2
+    assert len(outcome.errors) == 1, outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    for word in words:
+        assert word in outcome.errors[0]
+
+
+def test_another_file_and_no_file_are_told_before_a_model_is_loaded(folder, tmp_path):
+    lines = (folder / "out/sources.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "odd.jsonl").write_text("".join([*lines[:4], lines[5], lines[4], *lines[6:]]))
+    for options, words in (
+        (
+            [*given(folder)[:2], "--data.sources", str(tmp_path / "odd.jsonl")],
+            ["odd.jsonl line 5", "rows.jsonl line 5"],
+        ),
+        (["--data.sources", "a.jsonl"], ["--data.sources a.jsonl", "--data.train"]),
+        (["--sources.refresh_every", "9"], ["--sources.refresh_every 9", "--data.sources"]),
+    ):
+        outcome = run([*python(), *SMALL, *options, "--output_dir", str(tmp_path / "run")], tmp_path / "log")
+        assert outcome.code == 2
+        assert all(word in outcome.errors[0] for word in words), outcome.stderr
