@@ -382,6 +382,7 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
         steps[-1]["sources"] = report.candidates.sources
         drift = step.follow(number)
         steps[-1]["drift"] = None if drift is None else asdict(drift) | {"seconds": drift.seconds > 0}
+        steps[-1]["moved"] = step.follower.state()["moved"] if step.follower is not None else None
         steps[-1]["kept_sources"] = step.observer.recent.kept
         if spy is not None:
             steps[-1] |= spy.steps[-1]
