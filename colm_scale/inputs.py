@@ -22,6 +22,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.modeling.proxy import check_proxy
 from colm_scale.selection.quota import kept_sources
+from colm_scale.sources.cluster import check_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         config.selection.check_own()
         check_kernels(config.model, config.train, sharded)
         _check_derivative(config, sharded)
+        if config.sources.refresh_every:
+            check_installed("sklearn")
         model = check_model(config.model)
         check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,17 +21,18 @@ _PAIRS, _STARTS = 3, 10
 """Pairs of halves that are compared for each number of clusters; starts of k-means, of which the best counts."""
 
 
-@contextmanager
-def sklearn() -> Iterator[None]:
-    """A block that uses scikit-learn, on one thread: on several, sums are taken in an order that changes.
+def check_installed(*modules: str) -> None:
+    """Raise a UserError unless these modules, of the extra for sources, are there."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"finding sources needs {module}: pip install 'colm_scale[sources]'")
 
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        raise UserError("clustering needs scikit-learn: pip install 'colm_scale[sources]'") from None
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A block in which scikit-learn computes on one thread: on several, sums are taken in an order that changes."""
+    from threadpoolctl import threadpool_limits
+
     with threadpool_limits(1):
         yield
 

@@ -25,7 +25,7 @@ from colm_scale.data.labels import label_line
 from colm_scale.data.readers import Row, each_row
 from colm_scale.errors import UserError
 from colm_scale.sources.agreement import Agreement, agreement, small
-from colm_scale.sources.cluster import MOST_COMPARED, Clusters, hdbscan, kmeans, sklearn
+from colm_scale.sources.cluster import MOST_COMPARED, Clusters, check_installed, hdbscan, kmeans, one_thread
 from colm_scale.sources.embedders import Embedder, States, Words, term_weights, text_of
 from colm_scale.sources.options import SourcesOptions
 from colm_scale.sources.report import Cluster, Example, Report, draw_map, write_report
@@ -76,16 +76,18 @@ def discover(options: SourcesOptions) -> str:
     Raises:
         UserError: Wrong input, or the folder holds what was found before.
     """
+    check_installed("sklearn", "matplotlib")
     folder = _folder(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    with sklearn(), tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()
         embedder = _embedder(options)
         embedded = _embed(options, embedder, file)
-        space = _space(embedded, options, scaled=embedder.scaled)
-        clusters = _cluster(embedded, space, options)
-        labels, distances = _assign(embedded, space, clusters)
+        with one_thread():
+            space = _space(embedded, options, scaled=embedder.scaled)
+            clusters = _cluster(embedded, space, options)
+            labels, distances = _assign(embedded, space, clusters)
         nearest = _nearest(labels, distances, options.nearest)
         sample = embedded.sample(MOST_COMPARED, options.seed)
         shown, texts = _write_labels(options, folder, labels, nearest, sample, compared=len(embedded.names) > 1)
@@ -246,7 +248,8 @@ def _agreement(
 
     names, sources = embedded.names, embedded.sources[sample]
     weights = term_weights().fit_transform(texts)
-    by_words = KMeans(int(labels.max()) + 1, n_init=3, random_state=seed).fit_predict(weights)
+    with one_thread():
+        by_words = KMeans(int(labels.max()) + 1, n_init=3, random_state=seed).fit_predict(weights)
     return agreement(names, sources, labels[sample]), agreement(names, sources, by_words)
 
 

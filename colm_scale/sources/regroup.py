@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colm_scale.sources.cluster import sklearn
+from colm_scale.sources.cluster import one_thread
 
 _COMPONENTS = 32
 """Most principal components that are clustered."""
@@ -59,7 +59,7 @@ def regroup(states: np.ndarray, sources: np.ndarray, seed: int) -> Regrouped:
 
 def _clustered(states: np.ndarray, before: np.ndarray, k: int, seed: int) -> np.ndarray:
     """``[m]`` group of each example, by the better of two starts."""
-    with sklearn():
+    with one_thread():
         from sklearn.cluster import KMeans
         from sklearn.decomposition import PCA
         from sklearn.pipeline import make_pipeline

@@ -5,7 +5,7 @@ import pytest
 
 from colm_scale.errors import UserError
 from colm_scale.sources.agreement import agreement, small
-from colm_scale.sources.cluster import hdbscan, kmeans, sklearn
+from colm_scale.sources.cluster import check_installed, hdbscan, kmeans, one_thread
 from colm_scale.sources.regroup import regroup
 
 
@@ -21,7 +21,7 @@ def blobs(sizes, spread=0.3, seed=0) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    with sklearn():
+    with one_thread():
         yield
 
 
@@ -77,6 +77,12 @@ def test_agreement_with_known_sources():
 def test_the_small_ones_are_those_of_the_rule():
     assert small(np.repeat([0, 1, 2], [6, 3, 3])).tolist() == [False, True, True]
     assert small(np.repeat([0, 1], [4, 4])).tolist() == [False, False]
+
+
+def test_what_is_not_installed_is_named_with_its_extra():
+    check_installed("sklearn", "matplotlib")
+    with pytest.raises(UserError, match=r"needs no_such_module: pip install 'colm_scale\[sources\]'"):
+        check_installed("sklearn", "no_such_module")
 
 
 # regroup.py
