@@ -77,12 +77,15 @@ def discover(options: SourcesOptions) -> str:
         UserError: Wrong input, or the folder holds what was found before.
     """
     check_installed("sklearn", "matplotlib")
-    folder = _folder(options)
+    folder = Path(options.output_dir)
+    if (folder / "sources.jsonl").exists():
+        raise UserError(f"--output_dir {folder} holds sources.jsonl already: give another folder, or remove it")
     if options.threads:
         torch.set_num_threads(options.threads)
+    started = time.perf_counter()
+    embedder = _embedder(options)
+    _make(folder)
     with tempfile.TemporaryFile(dir=folder) as file:
-        started = time.perf_counter()
-        embedder = _embedder(options)
         embedded = _embed(options, embedder, file)
         with one_thread():
             space = _space(embedded, options, scaled=embedder.scaled)
@@ -108,15 +111,11 @@ def discover(options: SourcesOptions) -> str:
     return write_report(report, folder)
 
 
-def _folder(options: SourcesOptions) -> Path:
-    folder = Path(options.output_dir)
-    if (folder / "sources.jsonl").exists():
-        raise UserError(f"--output_dir {folder} holds sources.jsonl already: give another folder, or remove it")
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
-    return folder
 
 
 def _embedder(options: SourcesOptions) -> Embedder:

@@ -119,6 +119,7 @@ def test_what_was_found_before_is_not_overwritten():
     ("options", "words"),
     [
         ({"files": ["missing.jsonl"]}, "missing.jsonl does not exist"),
+        ({"files": ["rows.jsonl", "bad.jsonl"], "embedding": "words"}, "bad.jsonl line 2, column 12: invalid JSON"),
         ({"model": ModelConfig(name="nowhere/at-all")}, "--model.name nowhere/at-all"),
         ({"adapter": "nowhere"}, "--adapter nowhere"),
         ({"clusters": [90], "embedding": "words"}, "162 rows are too few for 90 clusters"),
@@ -126,6 +127,7 @@ def test_what_was_found_before_is_not_overwritten():
 )
 def test_wrong_input_is_said(options, words):
     write("rows.jsonl", named=False)
+    Path("bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     with pytest.raises(UserError, match=words):
         discover(SourcesOptions(**{"files": ["rows.jsonl"], "output_dir": "out", **options}))
 
