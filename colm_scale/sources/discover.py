@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -84,8 +85,7 @@ def discover(options: SourcesOptions) -> str:
         torch.set_num_threads(options.threads)
     started = time.perf_counter()
     embedder = _embedder(options)
-    _make(folder)
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with _writing(folder), tempfile.TemporaryFile(dir=folder) as file:
         embedded = _embed(options, embedder, file)
         with one_thread():
             space = _space(embedded, options, scaled=embedder.scaled)
@@ -108,14 +108,17 @@ def discover(options: SourcesOptions) -> str:
             baseline=baseline,
         )
         draw_map(_points(embedded, sample, space), labels[sample], report, folder / "map.png")
-    return write_report(report, folder)
+        return write_report(report, folder)
 
 
-def _make(folder: Path) -> None:
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Make a folder, for a block that writes to it; raises a UserError if that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be made: {error.strerror}") from None
+        raise UserError(f"--output_dir {folder} cannot be written: {error.strerror or error}") from None
 
 
 def _embedder(options: SourcesOptions) -> Embedder:
