@@ -27,7 +27,8 @@ COMMAND = "from colm_scale.cli import main; main()"
 
 def agreement(name: str, path: Path, most: int, arm: str, options: list[str]) -> None:
     """One arm on at most ``most`` rows of a file: as many clusters as sources, then as many as are stable."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with path.open(encoding="utf-8", newline="\n") as file:
+        lines = list(file)
     lines = Random(0).sample(lines, min(most, len(lines)))
     known = len({json.loads(line)["source"] for line in lines})
     with tempfile.TemporaryDirectory() as folder:
