@@ -123,7 +123,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _embedder(options: SourcesOptions) -> Embedder:
     rows = each_row(options.files, options.data)
-    if options.embedding == "words":
+    if options.by_words:
         return Words(_drawn(rows, MOST_COMPARED, options.seed), options.seed)
     next(rows)  # what is wrong with the first row is said before a model is loaded
     return States(options)

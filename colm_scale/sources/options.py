@@ -21,9 +21,10 @@ class SourcesOptions:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: str | None = None
     """Folder or hub id of a LoRA adapter for the model, for instance of a short run on this data."""
-    embedding: Literal["states", "words"] = "states"
-    """states: the mean of the model's last hidden states over a row's tokens. words: TF-IDF of its words, reduced by a
-    singular value decomposition; no model."""
+    embedding: Literal["auto", "states", "words"] = "auto"
+    """states: the mean of the model's last hidden states over a row's tokens; by default of the built-in base. words:
+    TF-IDF of its words, reduced by a singular value decomposition; no model. auto: states where a model or an adapter
+    is named, else words, which tell more than the built-in base does."""
     method: Literal["kmeans", "hdbscan"] = "kmeans"
     """kmeans: for each number of `clusters`. hdbscan: as many as are dense, of at least `smallest` rows."""
     clusters: list[int] = field(default_factory=lambda: [4, 6, 8, 12, 16, 24, 32])
@@ -61,3 +62,8 @@ class SourcesOptions:
             raise UserError(f"--embedding words takes no model: leave {given} out, or give --embedding states")
         if self.model.quantize != "none":
             raise UserError("--model.quantize is not for --embedding states, whose model is small: leave it out")
+
+    @property
+    def by_words(self) -> bool:
+        """Whether rows are embedded without a model."""
+        return self.embedding == "words" or (self.embedding == "auto" and not (self.model.name or self.adapter))

@@ -25,7 +25,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     data = [row for row in builtin_rows("train") if row["source"] in KINDS][:300]
     write_rows(folder / "rows.jsonl", [{name: row[name] for name in ("instruction", "output")} for row in data])
-    options = [str(folder / "rows.jsonl"), "--clusters", "2", "3", "--output_dir", str(folder / "out")]
+    options = [str(folder / "rows.jsonl"), "--embedding", "states", "--output_dir", str(folder / "out")]
+    options += ["--clusters", "2", "3"]
     said = sources(options, folder).succeeded().stdout
     assert "kmeans: 3 clusters" in said
     return folder

@@ -79,7 +79,8 @@ def test_the_model_tells_kinds_of_problems_apart():
     kinds = ("CoT/shop", "EQ/number", "PoT/area")
     rows = [row for row in builtin_rows("train") if row["source"] in kinds][:240]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    discover(SourcesOptions(files=["rows.jsonl"], clusters=[6], output_dir="out", data=RowConfig(max_length=48)))
+    short = RowConfig(max_length=48)
+    discover(SourcesOptions(files=["rows.jsonl"], embedding="states", clusters=[6], output_dir="out", data=short))
     report = json.loads(Path("out/report.json").read_text())
     assert report["embedding"] == "the built-in base"
     assert report["cut"] > 0
@@ -130,6 +131,14 @@ def test_wrong_input_is_said(options, words):
     Path("bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     with pytest.raises(UserError, match=words):
         discover(SourcesOptions(**{"files": ["rows.jsonl"], "output_dir": "out", **options}))
+
+
+def test_a_model_is_used_where_one_is_named():
+    def by_words(**options) -> bool:
+        return SourcesOptions(files=["rows.jsonl"], **options).by_words
+
+    assert by_words()
+    assert not any([by_words(adapter="a"), by_words(model=ModelConfig(name="m")), by_words(embedding="states")])
 
 
 @pytest.mark.parametrize(
