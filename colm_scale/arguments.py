@@ -58,7 +58,7 @@ def parse_plan(arguments: Sequence[str]) -> tuple[RunConfig, PlanConfig]:
 
 
 def parse_own(command: str, options: type[T], arguments: Sequence[str]) -> T:
-    """The options of a command that starts no run: those of the flat dataclass ``options``.
+    """The options of a command that starts no run: those of the dataclass ``options``.
 
     Its first field, if it has no default, is what the command is about, and written without its name: ``colm-scale
     explain RUN``, or several words where it is a list.
@@ -75,8 +75,8 @@ def parse_own(command: str, options: type[T], arguments: Sequence[str]) -> T:
     parser.add_class_arguments(options, as_group=False)
     if subject is not None and not {"-h", "--help"} & set(arguments):
         arguments = _name_subject(subject.name, types, arguments, f"colm-scale {command} {_written(subject, types)}")
-    made = parser.parse_args(_join_lists(arguments, types))
-    return options(**{name: getattr(made, name) for name in types})
+    made = parser.instantiate(parser.parse_args(_join_lists(arguments, types)))
+    return options(**{field.name: getattr(made, field.name) for field in dataclasses.fields(options)})
 
 
 def _written(subject: dataclasses.Field[Any] | None, types: Mapping[str, str]) -> str:

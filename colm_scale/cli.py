@@ -20,6 +20,7 @@ COMMANDS = {
     "explain": "which sources and examples a run has trained on, left out, and favoured",
     "plan": "what such a run will need, without a GPU and without weights: the same options, and --plan.*",
     "report": "one HTML page about one or several runs",
+    "sources": "find the sub-populations of data that has no labels, for --data.sources of a run",
 }
 """Every command, a module of `colm_scale.commands` with a function ``run(arguments)``, and what it does."""
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale.config import RunConfig
 from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
+from colm_scale.data.labels import labelled
 from colm_scale.data.readers import Row, builtin_as_rows, read_rows
 from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
 from colm_scale.data.stream import digest_of, survey
@@ -23,6 +24,7 @@ from colm_scale.reporting.trackers import check_trackers
 from colm_scale.schedule import total_steps
 from colm_scale.selection.quota import check_names, kept_sources
 from colm_scale.selection.recorded import SelectionRecord
+from colm_scale.sources.cluster import check_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         config.selection.check_own()
         check_kernels(config.model, config.train, sharded)
         _check_derivative(config, sharded)
+        if config.sources.refresh_every:
+            check_installed("sklearn")
         model = check_model(config.model)
         check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)
@@ -184,4 +188,5 @@ def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None
 
 def _rows(config: RunConfig, split: Split) -> list[Row]:
     specs = getattr(config.data, split)
-    return read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
+    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
+    return list(labelled(rows, config.data.sources)) if split == "train" else rows

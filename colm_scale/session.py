@@ -12,12 +12,14 @@ from torch import Tensor
 
 from colm_scale.config import RunConfig
 from colm_scale.distributed.engine import Engine, collect
+from colm_scale.distributed.follow import Drift
 from colm_scale.distributed.group import Group
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs
 from colm_scale.profiling.memory import MemoryMeter
 from colm_scale.records import StepReport
 from colm_scale.reporting.display import Display
+from colm_scale.reporting.facts import drift_line
 from colm_scale.reporting.run_directory import RunDirectory, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
 from colm_scale.reporting.trackers import Trackers
@@ -94,6 +96,12 @@ class Session:
             self._summary.report(report)
             self._display.step(report)
             self._trackers.step(report)
+
+    def drifted(self, drift: Drift | None) -> None:
+        """Write and show what was found when sources were found anew, if they were."""
+        if self._directory is not None and drift is not None:
+            self._directory.drift(drift)
+            self._display.message(drift_line(drift))
 
     def evaluate(self, step: int) -> None:
         """Evaluate on all ranks. During training, keep the adapter if none before was better."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine, Update
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
+from colm_scale.distributed.follow import Drift, Follower
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.match import gradient_products
 from colm_scale.distributed.observer import Observer
@@ -44,6 +45,7 @@ from colm_scale.records import (
 )
 from colm_scale.selection import baselines, telemetry
 from colm_scale.selection.audit import audit
+from colm_scale.selection.recent import RecentSources
 from colm_scale.selection.route import deal, form_micro_batches, route
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch.adapters import AdapterTap
@@ -108,8 +110,9 @@ class CoresetStep:
         sketching: ExampleLoss,
         adapters: AdapterTap | None = None,
         inputs: BlockInputs | None = None,
+        follower: Follower | None = None,
     ):
-        self.estimator, self.observer = estimator, observer
+        self.estimator, self.observer, self.follower = estimator, observer, follower
         self._config, self._sampler, self._rule = config, sampler, rule
         self._engine, self._group, self._spans = engine, group, spans
         self._pad_id, self._sketching, self._adapters = pad_id, sketching, adapters
@@ -123,13 +126,13 @@ class CoresetStep:
                 and ids), or the gradient is not. The weights have not changed.
         """
         spans, group, estimator = self._spans, self._group, self.estimator
-        rule = dataclasses.replace(self._rule, kept=self.observer.recent.kept)
+        rule = self._current_rule()
         budget_tokens = self._config.train.micro_batch_tokens
         matrix, plan, sketched, kept = None, None, [], None
 
         group.take_traffic()  # what was exchanged between steps is not the step's
         with spans("sample"):
-            candidates = self._sampler(step)
+            candidates = self._candidates(step)
             quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
             if estimator is not None:
                 plan = self._plan(candidates, quota)
@@ -157,7 +160,7 @@ class CoresetStep:
             if self._inputs is not None:
                 self._inputs.arrange([micro_batch.batch for micro_batch in trained if micro_batch.replayed])
         with spans("train"), global_draws(group.device, self._config.train.seed, "dropout", step, group.rank):
-            losses = self._train(trained, len(candidates))
+            losses = self._train(trained, candidates)
             _check_losses(candidates, selection, losses)
         with spans("optimizer"):
             update = self._engine.step(learning_rate)
@@ -192,8 +195,8 @@ class CoresetStep:
 
     def preview(self, step: int) -> Preview:
         """What the step will do; of what it changes, only the sampler goes on."""
-        rule = dataclasses.replace(self._rule, kept=self.observer.recent.kept)
-        candidates = self._sampler(step)
+        rule = self._current_rule()
+        candidates = self._candidates(step)
         quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
         if self.estimator is None:
             plan, drawn = None, rule.select(candidates, quota, None)
@@ -209,14 +212,35 @@ class CoresetStep:
         ranks, budget_tokens = self._group.world_size, self._config.train.micro_batch_tokens
         return plan_sketch(candidates, quota, ranks, budget_tokens, known, self._config.selection.joint, packed)
 
+    def follow(self, step: int) -> Drift | None:
+        """After a step: find the sources anew, where that is done and due, and go by them from then on."""
+        drift = None if self.follower is None else self.follower.refresh(step)
+        if drift is not None:
+            self.observer.recent = RecentSources.beginning(self.follower.kept)
+        return drift
+
+    def _current_rule(self) -> SelectionRule:
+        sizes = self._rule.sizes if self.follower is None else self.follower.sizes
+        return dataclasses.replace(self._rule, kept=self.observer.recent.kept, sizes=sizes)
+
+    def _candidates(self, step: int) -> Candidates:
+        candidates = self._sampler(step)
+        return candidates if self.follower is None else self.follower.relabelled(candidates)
+
+    def _looking(self, sketching: bool = False) -> AbstractContextManager[None]:
+        """A block whose forwards tell what the sources are found by."""
+        looks = self.follower is not None and (self.follower.sketches or not sketching)
+        return self.follower.looking() if looks else nullcontext()
+
     def _sketch(self, candidates: Candidates, plan: SketchPlan, batches: list[Batch]) -> Tensor | None:
         """Sketch this rank's share; ``[n]`` the rank that has kept a candidate's block inputs, if that is done."""
         if self._inputs is None:
-            self.estimator.sketch(plan, batches)
+            with self._looking(sketching=True):
+                self.estimator.sketch(plan, batches)
             return None
         most = self._config.train.forward_reuse_gib * 2**30 // self._inputs.bytes_per_token
         kept, counts = kept_on(plan, candidates.lengths, most)
-        with self._inputs.keeping(counts[self._group.rank]):
+        with self._inputs.keeping(counts[self._group.rank]), self._looking(sketching=True):
             self.estimator.sketch(plan, batches)
         return kept
 
@@ -273,15 +297,18 @@ class CoresetStep:
             return None
         return audit(candidates, quota, selection, matrix, rule.kept, rule.config)
 
-    def _train(self, micro_batches: Sequence[MicroBatch], n: int) -> Tensor:
+    def _train(self, micro_batches: Sequence[MicroBatch], candidates: Candidates) -> Tensor:
         """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""
-        losses = torch.zeros(n, device=self._group.device)
+        losses = torch.zeros(len(candidates), device=self._group.device)
         for number, micro_batch in enumerate(micro_batches, 1):
-            with self._inputs.replaying(micro_batch.batch) if micro_batch.replayed else nullcontext():
+            replaying = self._inputs.replaying(micro_batch.batch) if micro_batch.replayed else nullcontext()
+            with replaying, self._looking():
                 own = self._engine.forward(micro_batch.batch)
             self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
             positions = micro_batch.batch.positions
             losses[positions.to(losses.device)] = own.detach()[: len(positions)]
+        if self.follower is not None:
+            self.follower.remember(candidates)
         return self._group.all_reduce(losses, "report").cpu()
 
     def _compared(

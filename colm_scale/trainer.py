@@ -27,6 +27,7 @@ from colm_scale.config import RunConfig, as_yaml
 from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import Estimator, make_estimator
+from colm_scale.distributed.follow import make_follower
 from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.distributed.observer import Observer
 from colm_scale.distributed.reuse import reusing
@@ -100,6 +101,7 @@ class Prepared:
             observer=self.step.observer,
             session=session,
             group=group,
+            follower=self.step.follower,
         )
 
     def facts(self, config: RunConfig, done: int, group: Group) -> list[str]:
@@ -249,6 +251,8 @@ def _run_steps(
             watch.enter("floor")
             report = dataclasses.replace(report, floor=report.seconds["step"] / step.bare_floor_seconds(work))
         session.step(report)
+        watch.enter("sources")
+        session.drifted(step.follow(number))
         if number == steps or _is_due(config.eval.every, number):
             session.evaluate(number)
         stopping = group.any(watch.stop_requested)
@@ -345,6 +349,7 @@ def build_step(
         adapters=AdapterTap(engine.module) if config.profile.match_every else None,
         sketching=engine.module if proxy is None else proxy.model,
         inputs=BlockInputs(tap.model, _alike(config, tap), reuse) if reuse != "off" else None,
+        follower=make_follower(config, engine.module, inputs.source_names, inputs.sizes, inputs.kept, group),
     )
 
 

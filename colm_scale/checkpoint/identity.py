@@ -30,6 +30,7 @@ _VOLATILE = {
 _LEFT_OUT = {
     "data.train": "the data's digest covers what they hold, wherever they lie",
     "data.eval": "nothing that is trained depends on it",
+    "data.sources": "the data's digest covers them",
     "data.chat_template": "the data's digest covers what it writes",
     "selection.replay": "the data's digest covers what it holds, wherever it lies",
     "selection.proxy": "the proxy has a digest of its own, wherever it lies",
@@ -82,7 +83,7 @@ def config_facts(config: RunConfig) -> dict[str, object]:
         config: Resolved, so that a default and the same value written out are equal.
     """
     facts = {"model.quantize": config.model.quantize}
-    for section in ("data", "selection", "lora", "train"):
+    for section in ("data", "selection", "sources", "lora", "train"):
         options = dataclasses.asdict(getattr(config, section))
         facts |= {f"{section}.{name}": value for name, value in options.items()}
     return json.loads(json.dumps({name: value for name, value in facts.items() if name not in _LEFT_OUT}))

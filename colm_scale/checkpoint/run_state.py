@@ -21,6 +21,7 @@ from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.data.sampler import Sampler
 from colm_scale.distributed.engine import Engine, LossScale, collect, restore
 from colm_scale.distributed.estimators import Estimator
+from colm_scale.distributed.follow import Follower
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.observer import Observer
 from colm_scale.errors import UserError
@@ -43,6 +44,7 @@ class RunState:
         identity: What makes this run this run, see `checkpoint.identity`.
         facts: Written down for people: source table, schedule.
         sampler, engine, estimator, observer, session: The parts; no estimator where the method does not sketch.
+        follower: Where sources are found anew.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class RunState:
         observer: Observer,
         session: Counters,
         group: Group,
+        follower: Follower | None = None,
     ):
         self._folder, self._identity, self._facts = folder, identity, facts
         self._sampler, self._engine, self._session, self._group = sampler, engine, session, group
         self._selection = SelectionState(estimator, observer, group)
+        self._follower = follower
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step. All ranks call it together.
@@ -68,6 +72,8 @@ class RunState:
             TrainingError: On the first rank: it cannot be written.
         """
         tensors = collect(self._engine, keep=self._group.is_first) | self._selection.tensors(step)
+        if self._follower is not None:
+            tensors["followed"] = self._follower.state()
         with self._group.together():
             if self._folder is not None:
                 self._folder.write(step, finite(self._state(step)), tensors)
@@ -102,6 +108,8 @@ class RunState:
         self._engine.updates = state["updates"]
         self._engine.scale = LossScale(**state["loss_scale"])
         self._selection.put_back(state["moment_steps"], None if found is None else found.tensors)
+        if self._follower is not None:
+            self._follower.load(None if found is None else found.tensors["followed"], self._selection.kept)
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
 

@@ -26,6 +26,11 @@ class SelectionState:
         self._estimator, self._observer, self._group = estimator, observer, group
 
     @property
+    def kept(self) -> Tensor:
+        """``[Q]`` bool, the sources that are kept in the next step."""
+        return self._observer.recent.kept
+
+    @property
     def moment_steps(self) -> int | None:
         """From how many steps the moments have learned."""
         return None if self._estimator is None else self._estimator.moments.step

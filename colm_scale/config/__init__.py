@@ -16,6 +16,7 @@ import yaml
 from colm_scale.config.checks import require
 from colm_scale.config.own import is_own
 from colm_scale.config.selection import SelectionConfig as SelectionConfig  # whoever needs it has it from here
+from colm_scale.config.sources import SourcesConfig as SourcesConfig
 from colm_scale.config.track import TrackConfig
 from colm_scale.errors import UserError
 
@@ -41,14 +42,9 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the examples come from and how a row becomes tokens."""
+class RowConfig:
+    """How a row of the user's data becomes an example."""
 
-    train: list[str] | None = None
-    """Files (.jsonl, .json, .parquet, .csv, .xlsx) or hub data sets (ORG/NAME or ORG/NAME:SPLIT), one or more.
-    Default: the built-in mixture of maths problems."""
-    eval: list[str] | None = None
-    """Held-out data, the same kinds. Default: the built-in held-out split with built-in training data, else none."""
     source_column: str = "source"
     """Column with an example's source. A file without it: the file's name is the source."""
     protected_column: str = "protected"
@@ -74,8 +70,25 @@ class DataConfig:
     """How a prompt is written before it is tokenised; `{instruction}` is the row's prompt."""
     max_length: int | None = None
     """Longest example in tokens. Default: the model's context, at most 2,048."""
+
+    def __post_init__(self) -> None:
+        require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
+        require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(RowConfig):
+    """Where the examples come from and how a row becomes tokens."""
+
+    train: list[str] | None = None
+    """Files (.jsonl, .json, .parquet, .csv, .xlsx) or hub data sets (ORG/NAME or ORG/NAME:SPLIT), one or more.
+    Default: the built-in mixture of maths problems."""
+    eval: list[str] | None = None
+    """Held-out data, the same kinds. Default: the built-in held-out split with built-in training data, else none."""
+    sources: str | None = None
+    """File with the source of each row of `train`, as `colm-scale sources` writes it; whatever `source_column` says."""
     overlong: Literal["drop", "cut"] = "drop"
-    """What happens to a longer example: dropped, or cut at the end. Both are counted per source."""
+    """What happens to an example above `max_length`: dropped, or cut at the end. Both are counted per source."""
     streaming: bool = False
     """Read the training data (.jsonl files or hub data sets) as it is needed, on rank 0, instead of holding it in
     memory. It is read once before, to check every row and count the sources."""
@@ -83,11 +96,15 @@ class DataConfig:
     """With `streaming`: rows that are held and shuffled at a time."""
 
     def __post_init__(self) -> None:
-        require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
-        require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        super().__post_init__()
         require(self.shuffle_rows >= 1, "data.shuffle_rows", self.shuffle_rows, "at least 1")
         if self.streaming and not self.train:
             raise UserError("--data.streaming true streams what --data.train names: name it, or leave it out")
+        if self.sources and not self.train:
+            raise UserError(
+                f"--data.sources {self.sources} says where the rows of --data.train come from: name that too, or leave "
+                "it out (the built-in data has sources)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +281,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    sources: SourcesConfig = field(default_factory=SourcesConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -292,6 +310,11 @@ class RunConfig:
             )
         if self.train.forward_reuse != "off":
             self._check_reusable()
+        if self.sources.refresh_every and not self.data.sources:
+            raise UserError(
+                f"--sources.refresh_every {self.sources.refresh_every} is for sources that colm-scale sources has "
+                f"found: name its file with --data.sources, or leave it out"
+            )
         if self.engine == "deepspeed" and self.ds_config is None:
             raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config zero2")
         if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):

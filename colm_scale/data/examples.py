@@ -143,8 +143,8 @@ class _Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
-    """One row's tokens ``[T]`` int32 and marks ``[T]`` bool."""
+class Encoded:
+    """One row's tokens ``[T]`` int32, and ``[T]`` bool marks of those that are learned."""
 
     row: Row
     tokens: np.ndarray
@@ -172,7 +172,7 @@ def tokenise(
     """
     examples = tokenise_block(rows, tokenizer, config, max_length, source_names or ())
     if not len(examples):
-        shortest = min((len(encoded.tokens) for encoded in _encode(rows, tokenizer, config)), default=0)
+        shortest = min((len(encoded.tokens) for encoded in encode(rows, tokenizer, config)), default=0)
         raise UserError(f"{none_left(len(rows), max_length)}, and the shortest example has {shortest}")
     return examples
 
@@ -192,13 +192,13 @@ def tokenise_block(
     source_names: Sequence[str],
 ) -> Examples:
     """As `tokenise`, for some of all rows: it may be that none of them can be used."""
-    kept: list[_Encoded] = []
+    kept: list[Encoded] = []
     dropped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
-    for encoded in _encode(rows, tokenizer, config):
+    for encoded in encode(rows, tokenizer, config):
         length = len(encoded.tokens)
         if length > max_length and config.overlong == "cut":
-            encoded = _Encoded(encoded.row, encoded.tokens[:max_length], encoded.labelled[:max_length])
+            encoded = Encoded(encoded.row, encoded.tokens[:max_length], encoded.labelled[:max_length])
         if len(encoded.tokens) > max_length or not encoded.labelled.any():
             dropped[encoded.row.source] += 1
             continue
@@ -208,7 +208,7 @@ def tokenise_block(
     return _packed(kept, source_names, dict(dropped), dict(cut))
 
 
-def _packed(kept: Sequence[_Encoded], known: Sequence[str], dropped: dict[str, int], cut: dict[str, int]) -> Examples:
+def _packed(kept: Sequence[Encoded], known: Sequence[str], dropped: dict[str, int], cut: dict[str, int]) -> Examples:
     names = (*known, *sorted({encoded.row.source for encoded in kept}.difference(known)))
     number = {name: source for source, name in enumerate(names)}
     return Examples(
@@ -224,8 +224,12 @@ def _packed(kept: Sequence[_Encoded], known: Sequence[str], dropped: dict[str, i
     )
 
 
-def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Iterator[_Encoded]:
-    """Every row, however long, in order."""
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Iterator[Encoded]:
+    """Every row as tokens, however long, in order.
+
+    Raises:
+        UserError: As `tokenise`.
+    """
     first_chat = next((row.where for row in rows if row.messages), None)
     chats = _Chats(tokenizer, check_tokenizer(tokenizer, config, first_chat))
     leading, eos = _leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
@@ -244,11 +248,11 @@ def _pair(row: Row) -> list[_Segment]:
     return [_Segment(row.prompt, False), _Segment(row.completion, True)]
 
 
-def _encoded(row: Row, parts: Sequence[tuple[list[int], bool]]) -> _Encoded:
+def _encoded(row: Row, parts: Sequence[tuple[list[int], bool]]) -> Encoded:
     tokens = np.fromiter(chain.from_iterable(ids for ids, _ in parts), dtype=np.int32)
     labelled = np.repeat([labelled for _, labelled in parts], [len(ids) for ids, _ in parts])
     labelled[:1] = False
-    return _Encoded(row, tokens, labelled)
+    return Encoded(row, tokens, labelled)
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

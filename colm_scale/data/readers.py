@@ -61,6 +61,15 @@ def read_rows(specs: Sequence[str], config: DataConfig) -> list[Row]:
     return list(_rows(specs, config, streaming=False))
 
 
+def each_row(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
+    """The same rows, one at a time: of .jsonl and .parquet files and of hub data sets, little more than one is held.
+
+    Raises:
+        UserError: As `read_rows`.
+    """
+    return _rows(specs, config, streaming=False)
+
+
 def stream_rows(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
     """The same rows of .jsonl files and hub data sets, each read when it is asked for, and none held.
 

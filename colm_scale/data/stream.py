@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import DataConfig
 from colm_scale.data.examples import Examples, check_tokenizer, joined, none_left, read_chat_template, tokenise_block
+from colm_scale.data.labels import labelled
 from colm_scale.data.readers import Row, stream_rows
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.randomness import generator
@@ -62,12 +63,12 @@ def survey(specs: Sequence[str], config: DataConfig) -> Survey:
     """Read all rows once, and check each.
 
     Raises:
-        UserError: As `stream_rows`, or the chat template cannot be read.
+        UserError: As `stream_rows` and `labelled`, or the chat template cannot be read.
     """
     sizes: Counter[str] = Counter()
     protected: Counter[str] = Counter()
     digest, first_chat = _RowDigest(config), None
-    for row in stream_rows(specs, config):
+    for row in labelled(stream_rows(specs, config), config.sources):
         digest.add(row)
         sizes[row.source] += 1
         protected[row.source] += row.protected
@@ -192,7 +193,7 @@ class BlockStream:
 
     def _rows(self) -> Iterator[Row]:
         try:
-            yield from stream_rows(self._specs, self._config)
+            yield from labelled(stream_rows(self._specs, self._config), self._config.sources)
         except UserError as error:  # the survey has found none
             raise _changed(str(error)) from error
 

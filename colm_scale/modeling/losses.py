@@ -100,6 +100,9 @@ class ExampleLoss(nn.Module):
         self._post_checked = False
         self.padded_because: str | None = None
         """Why its micro-batches are padded, if that was looked into and they are."""
+        self.on_hidden: Callable[[Batch, Tensor], None] | None = None
+        """Called in each forward with the last hidden states, ``[*batch.input_ids.shape, c]``; where the micro-batch is
+        repeated, with their mean."""
         self._pass: _Pass | None = None
 
     def knows_logits(self) -> None:
@@ -159,6 +162,9 @@ class ExampleLoss(nn.Module):
         targets, tokens = current.batch.targets, current.batch.input_ids.numel()
         current.branches = hidden.shape[:-1].numel() // tokens
         current.wanted = targets.tokens.repeat(current.branches)
+        if self.on_hidden is not None:
+            states = hidden.detach().reshape(current.branches, tokens, -1).mean(0)
+            self.on_hidden(current.batch, states.view(*current.batch.input_ids.shape, -1))
         taken = hidden.reshape(current.branches, tokens, -1)[:, targets.rows].flatten(0, 1)
         if not self._fused:
             return (taken.unsqueeze(0), *args[1:])

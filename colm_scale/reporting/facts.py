@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from colm_scale.config import RunConfig, SelectionConfig
+from colm_scale.distributed.follow import Drift
 from colm_scale.selection.quota import expected_share
 from colm_scale.selection.recorded import SelectionRecord
 
@@ -90,3 +91,12 @@ def _rounding(config: RunConfig) -> str | None:
         needed = selection.probe_blocks
         return f"--selection.float32_blocks {selection.float32_blocks} in {config.train.dtype}: give {needed} or more"
     return None
+
+
+def drift_line(drift: Drift) -> str:
+    """What has become of the sources, in one line."""
+    said = f"sources found anew after step {drift.step}: {drift.moved:,} of {drift.examples:,} examples seen have moved"
+    for what, names in (("new", drift.new), ("now kept", drift.kept), ("no longer kept", drift.no_longer_kept)):
+        if names:
+            said += f"; {what}: {', '.join(names)}"
+    return f"{said} ({drift.seconds:.2f} s)"

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from colm_scale.data.examples import Examples
+from colm_scale.distributed.follow import Drift
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.audit import AuditWriter, cut, write_examples
@@ -41,6 +42,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self._selection = self.path / "selection.jsonl"
         self._evaluations = self.path / "evaluations.jsonl"
+        self._drift = self.path / "sources.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self._audit_folder = self.path / "audit"
         self._examples = self.path / "examples.parquet"
@@ -74,7 +76,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.metrics.touch(exist_ok=self._resume)
-            for rows in (self.metrics, self._selection, self._evaluations):
+            for rows in (self.metrics, self._selection, self._evaluations, self._drift):
                 _cut(rows, after)
             cut(self._audit_folder, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
@@ -100,6 +102,10 @@ class RunDirectory:
         """Write ``examples.parquet``, see `write_examples`."""
         with writing(self._examples):
             write_examples(self._examples, examples)
+
+    def drift(self, drift: Drift) -> None:
+        """Append to ``sources.jsonl``: the fields of `Drift`."""
+        _append(self._drift, dataclasses.asdict(drift))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append to ``evaluations.jsonl``: the fields of `Evaluation`."""

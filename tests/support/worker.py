@@ -28,7 +28,16 @@ from torch import Tensor, nn
 
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
-from colm_scale.config import FsdpConfig, LoraConfig, ProfileConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import (
+    DataConfig,
+    FsdpConfig,
+    LoraConfig,
+    ProfileConfig,
+    RunConfig,
+    SelectionConfig,
+    SourcesConfig,
+    TrainConfig,
+)
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.ds_config import read_ds_config
@@ -82,6 +91,7 @@ class Case:
     break_after: int | None = None
     """Save after this step, and go on from the checkpoint with everything made anew."""
     match_every: int = 0
+    refresh_sources: int = 0
 
 
 def _selection(**options) -> SelectionConfig:
@@ -131,6 +141,17 @@ CASES = {
         {"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 2 * 96 * 4 * 32 * 4 / 2**30},
     ),
     "broken": Case(_selection(), break_after=3),
+    "followed": Case(_selection(), refresh_sources=2),
+    "followed_broken": Case(_selection(), refresh_sources=2, break_after=3),
+    "followed_broken_after": Case(_selection(), refresh_sources=2, break_after=4),
+    "followed_branched": Case(
+        _selection(estimator="zeroth_order", num_probes=2, perturbation=EPSILON), 4, refresh_sources=2
+    ),
+    "followed_stratified": Case(_selection(method="stratified"), 4, refresh_sources=2),
+    "followed_proxy": Case(_selection(proxy_blocks=2), 4, refresh_sources=2),
+    "followed_replayed": Case(
+        _selection(), 4, {"activation_checkpointing": True, "forward_reuse": "device"}, refresh_sources=2
+    ),
     "matched": Case(_selection(), steps=3, match_every=1),
     **{name: Case(_selection(), 3, {"optimizer": name}) for name in ("sgd", "lion", "adafactor", "muon")},
     **{
@@ -204,6 +225,8 @@ def run_config(case: Case, engine: str = "auto") -> RunConfig:
             param_dtype=dtype if dtype.endswith("float16") else "stored",
         ),
         profile=ProfileConfig(match_every=case.match_every),
+        data=DataConfig(train=["given.jsonl"], sources="given.jsonl") if case.refresh_sources else DataConfig(),
+        sources=SourcesConfig(refresh_every=case.refresh_sources),
         engine="fsdp" if engine.startswith("fsdp") else "auto",
         ds_config=_ds_config(engine) if engine.startswith("zero") else None,
     )
@@ -326,6 +349,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         observer=step.observer,
         session=nothing,
         group=group,
+        follower=step.follower,
     )
     return Parts(module, module if proxy is None else proxy.model, engine, step, spy, state, held)
 
@@ -358,6 +382,11 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
         steps[-1]["statistics"] = step.observer.statistics.recent
         steps[-1]["owed"] = step.observer.coverage.owed
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
+        steps[-1]["sources"] = report.candidates.sources
+        drift = step.follow(number)
+        steps[-1]["drift"] = None if drift is None else asdict(drift) | {"seconds": drift.seconds > 0}
+        steps[-1]["moved"] = step.follower.state()["moved"] if step.follower is not None else None
+        steps[-1]["kept_sources"] = step.observer.recent.kept
         if spy is not None:
             steps[-1] |= spy.steps[-1]
         forwards.clear()

@@ -13,7 +13,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "randomness", "records", "base"),
     ("config",),
-    ("schedule", "data", "selection", "modeling"),
+    ("schedule", "data", "selection", "modeling", "sources"),
     ("sketch",),
     ("distributed",),
     ("doctor", "profiling", "reporting", "evaluate", "inputs", "checkpoint", "session", "step"),

@@ -179,7 +179,7 @@ SAME = {
 }
 FREE = {
     "train": TrainConfig(threads=3, timeout=5.0, activation_checkpointing=True),
-    "data": DataConfig(train=["a.jsonl"], eval=["b.jsonl"], chat_template="t.jinja"),
+    "data": DataConfig(train=["a.jsonl"], eval=["b.jsonl"], chat_template="t.jinja", sources="c.jsonl"),
     "selection": SelectionConfig(proxy="elsewhere"),
 }
 
@@ -195,8 +195,9 @@ def test_which_options_are_compared():
     """A new option of these sections is compared until somebody says why it need not be."""
     expected = {"model.quantize"}
     for section, left_out in {
-        "data": {"train", "eval", "chat_template"},
+        "data": {"train", "eval", "chat_template", "sources"},
         "selection": {"proxy", "replay"},
+        "sources": set(),
         "lora": set(),
         "train": {
             *("threads", "timeout", "compile", "activation_checkpointing", "forward_reuse", "forward_reuse_gib")

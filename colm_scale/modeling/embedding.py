@@ -1,0 +1,50 @@
+"""What a model makes of an example: the mean of its last hidden states (after the final norm, before the head).
+
+    B  examples of a micro-batch        c  numbers of a hidden state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from colm_scale.data.batching import make_batch
+from colm_scale.records import Batch, long_tensor
+from colm_scale.selection.route import form_micro_batches
+
+
+def mean_states(batch: Batch, hidden: Tensor) -> Tensor:
+    """``[B, c]`` float32 mean over each example's own tokens, of hidden states ``[B, T, c]``, or ``[1, T, c]`` packed.
+
+    Padding has no part in it.
+    """
+    states = batch.by_example(hidden).float()
+    lengths = torch.tensor(batch.lengths, device=hidden.device).unsqueeze(1)
+    real = torch.arange(states.shape[1], device=hidden.device) < lengths
+    return (states * real.unsqueeze(2)).sum(1) / lengths
+
+
+@torch.no_grad()
+def embed(model: nn.Module, rows: Sequence[Tensor], token_budget: int) -> Tensor:
+    """``[n, c]`` float32 on the CPU, the mean last hidden state of each of ``n`` examples.
+
+    Args:
+        model: A causal language model in evaluation mode, with adapters or without.
+        rows: Tokens of each example, ``[length]`` int64, at least one each.
+        token_budget: Most tokens (padding included) of one forward; a longer example is one of its own.
+    """
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    device = next(decoder.parameters()).device
+    lengths = long_tensor([len(row) for row in rows])
+    found: Tensor | None = None
+    for positions in map(long_tensor, form_micro_batches(lengths, torch.arange(len(rows)), token_budget)):
+        some = [rows[position] for position in positions.tolist()]
+        marks = [torch.zeros_like(row, dtype=torch.bool) for row in some]  # nothing is learned
+        batch = make_batch(some, marks, positions, 0, device)
+        output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        states = mean_states(batch, output.last_hidden_state).cpu()
+        found = states.new_zeros(len(rows), states.shape[1]) if found is None else found
+        found[positions] = states
+    return found

@@ -1,0 +1,80 @@
+"""Sources that are found anew while a run goes on: the same on one rank and two, under every engine, and after a
+resume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import worker
+
+CASES = (
+    *("followed", "followed_broken", "followed_broken_after", "followed_branched", "followed_stratified"),
+    *("followed_proxy", "followed_replayed"),
+)
+PAIRS = (
+    ("auto", "followed"),
+    ("auto", "followed_broken"),
+    ("auto", "followed_branched"),
+    ("auto", "followed_stratified"),
+    ("auto", "followed_proxy"),
+    ("fsdp", "followed"),
+    ("fsdp", "followed_replayed"),
+    ("zero3", "followed"),
+    ("auto > zero2", "followed_broken_after"),
+)
+
+
+def told(steps: list[dict]) -> list[tuple]:
+    """What each step went by and what came of it."""
+    return [
+        (step["ids"].tolist(), step["sources"].tolist(), step["kept_sources"].tolist(), step["drift"])
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize(("engine", "case"), PAIRS)
+def test_two_ranks_do_what_one_does(ranks, alone, engine, case):
+    expected = alone[case.removesuffix("_after").removesuffix("_broken")]["steps"]
+    for cases in ranks:
+        assert told(cases[f"{engine}/{case}"]["steps"]) == told(expected)
+
+
+@pytest.mark.parametrize("case", ["followed_broken", "followed_broken_after"])
+def test_a_run_goes_on_bit_for_bit(alone, case):
+    whole, broken = alone["followed"], alone[case]
+    assert told(broken["steps"]) == told(whole["steps"])
+    assert all(torch.equal(broken["adapters"][name], value) for name, value in whole["adapters"].items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_examples_have_the_source_that_they_moved_to(alone, case):
+    data = worker.examples()
+    now = dict(zip(data.ids.tolist(), data.sources.tolist()))
+    for number, step in enumerate(alone[case]["steps"], 1):
+        assert step["sources"].tolist() == [now[id_] for id_ in step["candidate_ids"].tolist()]
+        before, drift = dict(now), step["drift"]
+        now |= dict(step["moved"].tolist())
+        assert (drift is not None) == (number % 2 == 0)
+        changed = sum(now[id_] != source for id_, source in before.items())
+        assert changed == (0 if drift is None else drift["moved"])
+        if drift is not None:
+            assert changed, "nothing has moved, so this says little"
+            sizes = torch.bincount(torch.tensor([*now.values()]), minlength=5)
+            assert [*drift["sizes"].values()] == sizes.tolist()
+            assert torch.equal(step["kept_sources"], sizes * len(sizes) < sizes.sum())
+
+
+@pytest.mark.parametrize(("case", "looked_at"), [("followed", 48), ("followed_branched", 48), ("followed_proxy", 24)])
+def test_every_candidate_is_known_where_the_model_itself_sketches(alone, case, looked_at):
+    """And where it does not, the coreset; within an epoch, which is four steps, no example comes twice."""
+    drifts = [step["drift"] for step in alone[case]["steps"][:4]]
+    assert [drift["examples"] for drift in drifts if drift] == [looked_at, looked_at]
+
+
+def test_following_costs_no_forward(alone, ranks):
+    for steps in (alone["followed"]["steps"], *(cases["zero3/followed"]["steps"] for cases in ranks)):
+        for step in steps:
+            assert step["forwards"] == step["sketched_batches"] + step["trained_batches"]
+    for cases in ranks:
+        exchanged = {step["bytes"]["sources"] for step in cases["auto/followed"]["steps"]}
+        assert exchanged == {4 * 24 * 65}
