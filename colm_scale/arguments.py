@@ -12,7 +12,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settings
@@ -21,10 +21,14 @@ from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
 from colm_scale.planning.config import PlanConfig
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-T = TypeVar("T", bound="DataclassInstance")
+class Options(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=Options)
 
 _HINT = "see --help for all options"
 _DRY_RUN = ("--dry-run", "--dry_run")
@@ -43,7 +47,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
 def parse_train(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
     """The same for ``colm-scale train``, and whether only to say what the run would do (``--dry-run``)."""
     parser = _parser("train")
-    parser.types = parser.types | {"dry-run": "flag"}
+    parser.types = {**parser.types, "dry-run": "flag"}
     what = "Do everything up to the first step, say what the run would do and what a rank will need, write nothing."
     parser.add_argument(*_DRY_RUN, action=_Flag, help=what)
     return _run_config(_parsed(parser, arguments)), any(word in _DRY_RUN for word in arguments)
@@ -133,7 +137,7 @@ def _run_config(made: Namespace) -> RunConfig:
     return RunConfig(**{field.name: getattr(made, field.name) for field in dataclasses.fields(RunConfig)})
 
 
-def option_types(config_class: type[DataclassInstance] = RunConfig, prefix: str = "") -> dict[str, str]:
+def option_types(config_class: type[Options] = RunConfig, prefix: str = "") -> dict[str, str]:
     """Every option (without dashes) and the type it takes, e.g. ``{"train.steps": "int | None"}``."""
     types: dict[str, str] = {}
     hints = get_type_hints(config_class)
@@ -149,7 +153,7 @@ def option_types(config_class: type[DataclassInstance] = RunConfig, prefix: str 
 class _Flag(argparse.Action):
     """An option without a value that is no part of a configuration: ``--print_config`` does not show it."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **options):
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
 
     def __call__(self, *_: object) -> None:

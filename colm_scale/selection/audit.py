@@ -80,7 +80,8 @@ def _scores(matrix: CandidateMatrix, sources: Tensor, selection: Selection, conf
         case "top":
             return matrix.losses.float().cpu()
         case "importance":
-            return matrix.rows.norm(dim=1).float().cpu()
+            lengths: Tensor = torch.linalg.vector_norm(matrix.rows, dim=1)
+            return lengths.float().cpu()
     found = torch.full((len(matrix.positions),), torch.nan)
     valid, picked = matrix.valid.cpu(), torch.isin(matrix.positions, selection.picked)
     groups = torch.zeros_like(matrix.positions) if config.joint else sources[matrix.positions]

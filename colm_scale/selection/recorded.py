@@ -100,7 +100,8 @@ class SelectionRecord:
     def __init__(self, path: str):
         self.file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         ids, picks, weights, kept = array("q"), array("q"), array("d"), array("q")
-        ends, pick_ends, numbers, codes = array("q", [0]), array("q", [0]), array("q"), {}
+        ends, pick_ends, numbers = array("q", [0]), array("q", [0]), array("q")
+        codes: dict[str, int] = {}
         for step in recorded_steps(self.file):
             ids.extend(step.candidates)
             picks.extend(step.selected)
@@ -184,13 +185,13 @@ def index_of(wanted: Tensor, ids: Tensor) -> Tensor:
     return torch.where(ids[places] == wanted, places, -1)
 
 
-def _tensor(column: array) -> Tensor:
+def _tensor(column: array[int]) -> Tensor:
     return torch.from_numpy(np.frombuffer(column, dtype=np.int64).copy())
 
 
 def _rows_digest(facts: Path) -> str | None:
     try:
-        found: Mapping = json.loads(facts.read_text("utf-8"))
+        found: Mapping[str, str] = json.loads(facts.read_text("utf-8"))
     except (OSError, ValueError):
         return None  # a record by itself, or of a version that did not write it: ids and sources are checked
     return found.get("rows_digest")

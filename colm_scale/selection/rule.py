@@ -104,6 +104,7 @@ class SelectionRule:
             case "full":
                 return baselines.full(len(candidates))
             case "replay":
+                assert self.record is not None
                 return self.record.selection(candidates)
 
     def _share(self, lots: torch.Generator, statistics: SourceStatistics | None) -> Share:

@@ -24,8 +24,8 @@ EXTRAS = {"deepspeed", "flash", "quantize", "report", "dev"}
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "matplotlib", "rich")
 # Where a distribution and its module have different names; and what comes with transformers, jsonargparse, datasets and
 # DeepSpeed, which cannot do without it.
-DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}
-COMES_ALONG = {"numpy", "pyarrow", "pydantic", "tokenizers", "yaml"}
+DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "sklearn": "scikit-learn"}
+COMES_ALONG = {"markupsafe", "numpy", "pyarrow", "pydantic", "threadpoolctl", "tokenizers", "yaml"}
 
 
 @pytest.fixture(scope="module")
