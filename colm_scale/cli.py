@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(command: str, arguments: Sequence[str]) -> NoReturn:
     """Run one of `COMMANDS` and exit."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises while it is imported, used or not
     try:
         importlib.import_module(f"colm_scale.commands.{command}").run(arguments)
     except UserError as error:

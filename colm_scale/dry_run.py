@@ -103,9 +103,10 @@ def _places(config: RunConfig, prepared: Prepared) -> dict[str, str]:
     every, evaluates = config.checkpoint.every, prepared.evaluator is not None
     saved = f"{folder}/checkpoints: every {every} steps and at the end, the last {config.checkpoint.keep} are kept"
     best = ": the best by held-out loss, and the last in adapter_last" if config.eval.every and evaluates else ""
+    examples = ", examples.parquet" if config.audit and not config.data.streaming else ""
     return {
-        "the run": f"{folder}/config.yaml, environment.json, log.txt",
-        "each step": f"{folder}/metrics.jsonl, selection.jsonl",
+        "the run": f"{folder}/config.yaml, environment.json, run.json, log.txt{examples}",
+        "each step": f"{folder}/metrics.jsonl, selection.jsonl{', audit' if config.audit else ''}",
         "held-out data": f"{folder}/evaluations.jsonl" if evaluates else "none is given",
         "checkpoints": saved if every else "none (--checkpoint.every 0)",
         "adapter": f"{folder}/adapter{best}",

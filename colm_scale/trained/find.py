@@ -20,6 +20,7 @@ from colm_scale.config import LoraConfig, ModelConfig, RunConfig
 from colm_scale.config.tools import Which
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, check_adapter
+from colm_scale.reporting.run_directory import FACTS
 from colm_scale.trainer import resolve
 
 _ADAPTER, _CONFIG, _MANIFEST = "adapter_config.json", "config.yaml", "manifest.json"
@@ -33,7 +34,7 @@ class Trained:
         folder: Of the adapter in PEFT format, or of the checkpoint that holds it.
         weights: The adapter of a checkpoint, by name; None if ``folder`` is PEFT's.
         config: Of the run, resolved; without one the defaults, with the base model that the adapter names.
-        sources: Training examples of each source, in the order of the run's numbers, where a checkpoint says so.
+        sources: Training examples of each source, in the order of the run's numbers, where the run says so.
     """
 
     folder: Path
@@ -71,7 +72,7 @@ def find(name: str, which: Which, model: str | None, *, trust_remote_code: bool)
         base = dataclasses.replace(base, name=model, revision=None)
     if checkpoint is None:
         with_way_out(lambda: check_adapter(LoraConfig(adapter=str(folder))))
-    sources = _sources(checkpoint or (_newest(run) if run else None))
+    sources = _sources(run / FACTS) if run else {}
     weights = None if checkpoint is None else checkpoint.tensors["adapter"]
     return Trained(folder, weights, dataclasses.replace(config, model=base), sources)
 
@@ -145,9 +146,14 @@ def _newest(run: Path) -> Checkpoint | None:
         return None
 
 
-def _sources(found: Checkpoint | None) -> dict[str, int]:
-    rows = [] if found is None else found.state.get("sources", [])
-    return {row["name"]: row["examples"] for row in rows}
+def _sources(facts: Path) -> dict[str, int]:
+    """What a run has written down of its sources before its first step."""
+    try:
+        return {row["name"]: row["examples"] for row in json.loads(facts.read_text("utf-8"))["sources"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{facts} cannot be read: {error}") from None
 
 
 def _config_of(folder: Path) -> RunConfig:

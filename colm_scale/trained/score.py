@@ -169,7 +169,7 @@ def _show(scores: Scores, trained: Trained, line: str) -> None:
         by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
         console.print(f"examples {why}: {sum(counts.values())} ({by_source})", soft_wrap=True)
     if scores.adapter.loss is None:
-        console.print("no mean over the natural mixture: no checkpoint of the run says how large its sources are")
+        console.print("no mean over the natural mixture: the run does not say how large these sources are")
     console.print(f"with lm-evaluation-harness (pip install 'lm_eval[hf]'):\n  {line}", soft_wrap=True)
 
 

@@ -48,7 +48,7 @@ def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "run"
     adapted("best").save_pretrained(path / "adapter")
     last = {f"model.{name}": weight for name, weight in adapted("last").named_parameters() if weight.requires_grad}
-    CheckpointFolder(path / "checkpoints", 2).write(7, {"step": 7, "sources": SOURCES}, {"adapter": last})
+    CheckpointFolder(path / "checkpoints", 2).write(7, {"step": 7}, {"adapter": last})
     config = RunConfig(lora=LoraConfig(rank=4), output_dir=str(path))
     (path / "config.yaml").write_text(as_yaml(config), "utf-8")
     return path
@@ -130,7 +130,9 @@ def test_the_last_adapter_of_a_run_that_kept_its_best(run, tmp_path):
     assert find(str(path), "best", None, trust_remote_code=False).folder == path / "adapter"
 
 
-def test_sources_are_known_from_a_checkpoint(run):
+def test_sources_are_what_the_run_has_written_down(run):
+    assert find(str(run), "best", None, trust_remote_code=False).sources == {}  # by a version that did not
+    (run / "run.json").write_text(json.dumps({"sources": SOURCES}), "utf-8")
     assert find(str(run), "best", None, trust_remote_code=False).sources == {"b": 30, "a": 2}
     assert list(find(str(run), "best", None, trust_remote_code=False).sources) == ["b", "a"]  # in the run's order
 
