@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from colm_scale import arguments, trainer
+from colm_scale import arguments, assembly, trainer
 from colm_scale.data.batching import collate
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.estimators import make_estimator
@@ -138,11 +138,11 @@ class Bench:
         self._group = group = connect()
         self._inputs = inputs = read_inputs(config, group)
         self._examples = inputs.sampler.examples
-        self._module, self._tap, _ = trainer.build_model(config, loading_device(config, None, group), group)
+        self._module, self._tap, _ = assembly.build_model(config, loading_device(config, None, group), group)
         engine = make_engine(config, None, self._module, group)
         random = replace(config, selection=replace(config.selection, method="random"))
         spans = Spans(group.device, memory_meter(group.device))
-        self._step = trainer.build_step(random, inputs, engine, None, spans, group)
+        self._step = assembly.build_step(random, inputs, engine, None, spans, group)
         count = int(inputs.sizes.sum())
         self.pool = torch.randperm(count, generator=generator(config.train.seed, "pool"))[:pool]
         """``[N]`` indices of the examples."""

@@ -94,7 +94,7 @@ def _prepared(options: list[str]):
     import torch
     import transformers
 
-    from colm_scale import arguments, trainer
+    from colm_scale import arguments, assembly, trainer
     from colm_scale.distributed.engines import loading_device, make_engine
     from colm_scale.distributed.group import connect
     from colm_scale.inputs import read_inputs
@@ -106,10 +106,10 @@ def _prepared(options: list[str]):
     config = trainer.resolve(arguments.parse(options))
     group = connect()
     inputs = read_inputs(config, group)
-    module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    module, tap, proxy = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)
     spans = Spans(group.device, memory_meter(group.device), lambda phase: None)
-    return trainer.build_step(config, inputs, engine, tap, spans, group, proxy)
+    return assembly.build_step(config, inputs, engine, tap, spans, group, proxy)
 
 
 def steps_of(arm: str, match: str, setting: Setting, steps: dict[str, int]) -> int:

@@ -25,7 +25,7 @@ import rows
 import torch
 import transformers
 
-from colm_scale import arguments, trainer
+from colm_scale import arguments, assembly, trainer
 from colm_scale.distributed.ds_config import read_ds_config
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.group import connect
@@ -143,12 +143,12 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     held = (getattr(examples, field.name) for field in dataclasses.fields(examples))
     live = LiveBytes(outside=[value for value in held if isinstance(value, torch.Tensor)])
     with live:
-        module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)
+        module, tap, proxy = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
         live.count([*module.parameters(), *module.buffers()])
         made = make_engine(config, inputs.ds_config, module, group)
         meter = memory_meter(group.device) if gpu else LiveMeter(live)
         spans = Spans(group.device, meter, lambda _: None)
-        step = trainer.build_step(config, inputs, made, tap, spans, group, proxy)
+        step = assembly.build_step(config, inputs, made, tap, spans, group, proxy)
         for number in (1, 2):  # the first makes the optimizer's averages
             gc.collect()
             report, work = step(number, 1e-3)

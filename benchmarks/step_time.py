@@ -31,7 +31,7 @@ import runs
 import torch
 import transformers
 
-from colm_scale import arguments, trainer
+from colm_scale import arguments, assembly, trainer
 from colm_scale.config import ModelConfig
 from colm_scale.distributed.engines import loading_device, make_engine
 from colm_scale.distributed.group import Group, connect
@@ -62,10 +62,10 @@ def prepare(options: list[str], group: Group) -> tuple:
     """A run's step, and what an estimator does to a micro-batch beyond a bare forward, if it does anything."""
     config = trainer.resolve(arguments.parse(options))
     inputs = read_inputs(config, group)
-    module, tap, proxy = trainer.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    module, tap, proxy = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)
     spans = Spans(group.device, memory_meter(group.device), lambda _: None)
-    step = trainer.build_step(config, inputs, engine, tap, spans, group, proxy)
+    step = assembly.build_step(config, inputs, engine, tap, spans, group, proxy)
     return step, branches(config, proxy or tap, group), module, runs.digest(config.data.train)
 
 

@@ -282,6 +282,20 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A batch to train on.
+
+    Attributes:
+        shares: ``[B]`` what each of its losses counts for; zero in one that only keeps step.
+        replayed: Whether it starts from what the sketch has kept.
+    """
+
+    batch: Batch
+    shares: Tensor
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What one step leaves behind: one row of metrics.jsonl and one of selection.jsonl."""
 

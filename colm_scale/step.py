@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from colm_scale.config import RunConfig
-from colm_scale.data.batching import collate_share
+from colm_scale.data.batching import collate_share, weighted
 from colm_scale.data.sampler import Sampler
-from colm_scale.distributed.engine import Engine, Update
+from colm_scale.distributed.engine import Engine
 from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.follow import Drift, Follower
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.match import gradient_products
 from colm_scale.distributed.observer import Observer
-from colm_scale.errors import TrainingError
+from colm_scale.finite import check_losses, check_sketches, check_update
 from colm_scale.modeling.compiling import uncompiled
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
@@ -37,6 +37,7 @@ from colm_scale.records import (
     Batch,
     CandidateMatrix,
     Candidates,
+    MicroBatch,
     Quota,
     Route,
     Selection,
@@ -46,26 +47,12 @@ from colm_scale.records import (
 from colm_scale.selection import baselines, telemetry
 from colm_scale.selection.audit import audit
 from colm_scale.selection.recent import RecentSources
-from colm_scale.selection.route import deal, form_micro_batches, route
+from colm_scale.selection.route import deal, form_micro_batches, padding_share, route
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch.adapters import AdapterTap
 from colm_scale.sketch.plan import kept_on, plan_sketch
 
 PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "report")
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """A batch to train on.
-
-    Attributes:
-        shares: ``[B]`` what each of its losses counts for; zero in one that only keeps step.
-        replayed: Whether it starts from what the sketch has kept.
-    """
-
-    batch: Batch
-    shares: Tensor
-    replayed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +148,13 @@ class CoresetStep:
                 self._inputs.arrange([micro_batch.batch for micro_batch in trained if micro_batch.replayed])
         with spans("train"), global_draws(group.device, self._config.train.seed, "dropout", step, group.rank):
             losses = self._train(trained, candidates)
-            _check_losses(candidates, selection, losses)
+            check_losses(candidates, selection, losses)
         with spans("optimizer"):
             update = self._engine.step(learning_rate)
             renewed = self.observer.after(candidates, selection, losses, update.applied, rule.config)
             if renewed and estimator is not None:
                 estimator.moments = estimator.moments.fresh()
-        _check_update(update, step)
+        check_update(update, step)
 
         with spans("report"):
             worth |= self._worth(candidates, quota, selection, matrix, draw) | self._facts(selection, kept)
@@ -379,55 +366,3 @@ class CoresetStep:
         if self._group.device.type == "cuda":
             torch.cuda.synchronize(self._group.device)
         return time.perf_counter()
-
-
-def weighted(
-    batches: Sequence[Batch], shares: Tensor, device: torch.device, replayed: int = 0
-) -> list[MicroBatch]:
-    """Micro-batches to train on.
-
-    Args:
-        shares: ``[n]`` what each candidate's loss counts for.
-        replayed: How many of the first ones start from what the sketch has kept.
-    """
-    found = []
-    for number, batch in enumerate(batches):
-        of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
-        found.append(MicroBatch(batch, of_batch.to(device), number < replayed))
-    return found
-
-
-def check_sketches(plan: SketchPlan, selection: Selection, step: int) -> None:
-    """One bad example is left out and counted; if all are bad, it is not the examples."""
-    sketched = len(plan.positions)
-    if selection.invalid == sketched and (sketched > 1 or not len(selection)):
-        raise TrainingError(
-            f"step {step}: none of the {sketched} sketched candidates has a finite sketch; the adapter was not changed "
-            f"by this step. Try --train.dtype float32, or --selection.method stratified, which needs no sketch"
-        )
-
-
-def _check_update(update: Update, step: int) -> None:
-    if not update.applied and update.loss_scale == 1.0:
-        raise TrainingError(
-            f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
-            f"Try a smaller --train.learning_rate, or --train.dtype float32"
-        )
-
-
-def _check_losses(candidates: Candidates, selection: Selection, losses: Tensor) -> None:
-    bad = selection.positions[~losses[selection.positions].isfinite()]
-    if len(bad):
-        ids = candidates.ids[bad].tolist()
-        raise TrainingError(
-            f"step {candidates.step}: the training loss of {len(ids)} selected example(s) is not finite, "
-            f"ids {ids[:8]}{' ...' if len(ids) > 8 else ''}; the adapter was not changed by this step. "
-            f"Try a smaller --train.learning_rate, or look at these rows of the data"
-        )
-
-
-def padding_share(lengths: Tensor, shares: Sequence[Sequence[tuple[int, ...]]]) -> float:
-    """Share of the tokens of some micro-batches that is padding."""
-    groups = [lengths[list(positions)] for share in shares for positions in share if positions]
-    padded = sum(len(group) * int(group.max()) for group in groups)
-    return 1 - sum(int(group.sum()) for group in groups) / padded if padded else 0.0

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.data.examples import Examples
-from colm_scale.records import Batch, Candidates, Packing, Targets, long_tensor
+from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Targets, long_tensor
 
 
 def collate(
@@ -110,3 +110,19 @@ class _Mover:
     def targets(self, targets: Targets) -> Targets:
         rows, tokens, slots, counts = map(self, (targets.rows, targets.tokens, targets.slots, targets.counts))
         return Targets(rows, tokens, slots, counts, targets.most)
+
+
+def weighted(
+    batches: Sequence[Batch], shares: Tensor, device: torch.device, replayed: int = 0
+) -> list[MicroBatch]:
+    """Micro-batches to train on.
+
+    Args:
+        shares: ``[n]`` what each candidate's loss counts for.
+        replayed: How many of the first ones start from what the sketch has kept.
+    """
+    found = []
+    for number, batch in enumerate(batches):
+        of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
+        found.append(MicroBatch(batch, of_batch.to(device), number < replayed))
+    return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.config import RunConfig, SelectionConfig
-from colm_scale.data.batching import collate_share
+from colm_scale.data.batching import collate_share, weighted
 from colm_scale.data.examples import Examples
 from colm_scale.distributed.estimators import make_estimator
 from colm_scale.distributed.exchange import share_selection
@@ -24,19 +24,19 @@ from colm_scale.distributed.group import Group, connect
 from colm_scale.distributed.observer import Observer
 from colm_scale.distributed.reuse import reusing
 from colm_scale.distributed.rows import gather_examples
+from colm_scale.finite import check_sketches
 from colm_scale.integrations.candidates import Columns, as_examples, rows_of
 from colm_scale.integrations.model import prepare
 from colm_scale.integrations.options import LOOP, as_run
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
-from colm_scale.records import CandidateMatrix, Candidates, Quota, Route, Selection, StepReport, long_tensor
+from colm_scale.records import CandidateMatrix, Candidates, MicroBatch, Quota, Route, Selection, StepReport, long_tensor
 from colm_scale.selection import telemetry
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import route
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch.plan import plan_sketch
-from colm_scale.step import MicroBatch, check_sketches, weighted
 
 
 @dataclass(frozen=True, slots=True)

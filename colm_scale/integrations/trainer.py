@@ -30,9 +30,9 @@ from colm_scale.integrations.options import as_run
 from colm_scale.integrations.reports import Reports
 from colm_scale.integrations.selector import Coreset, CoresetSelector
 from colm_scale.integrations.support import check_arguments, loader_batch, optimizer_of
+from colm_scale.records import MicroBatch
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
-from colm_scale.step import MicroBatch
 
 _CORESET = "coreset"
 """Under this name a micro-batch travels through the trainer's loop; its folder in checkpoints and output."""

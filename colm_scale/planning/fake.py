@@ -79,7 +79,7 @@ def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
 
 
 def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeModel:
-    """What `trainer.build_model` builds, from the model's configuration and what a sample has shown.
+    """What `assembly.build_model` builds, from the model's configuration and what a sample has shown.
 
     Raises:
         UserError: As from a run: its blocks cannot be checkpointed.

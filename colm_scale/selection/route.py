@@ -225,3 +225,10 @@ def _best_swap(full: list[int], empty: list[int], tokens: list[int], gap: float)
                 if left < best:
                     best, found = left, (at, candidate)
     return found
+
+
+def padding_share(lengths: Tensor, shares: Sequence[Sequence[tuple[int, ...]]]) -> float:
+    """Share of the tokens of some micro-batches that is padding."""
+    groups = [lengths[list(positions)] for share in shares for positions in share if positions]
+    padded = sum(len(group) * int(group.max()) for group in groups)
+    return 1 - sum(int(group.sum()) for group in groups) / padded if padded else 0.0

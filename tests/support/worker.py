@@ -26,6 +26,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from colm_scale.assembly import build_step
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import (
@@ -60,7 +61,6 @@ from colm_scale.records import Candidates, Selection, long_tensor
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
-from colm_scale.trainer import build_step
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy
 
