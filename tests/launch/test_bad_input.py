@@ -341,11 +341,11 @@ def test_help_explains_every_option(option, help_text):
 
 
 def docstrings(config_class: type) -> dict[str, str]:
-    """The text under each field of a class."""
-    body = ast.parse(inspect.getsource(config_class)).body[0].body
+    """The text under each field of a class, those that it inherits included."""
     return {
         field.target.id: text.value.value
-        for field, text in pairwise(body)
+        for owner in config_class.__mro__[:-1]
+        for field, text in pairwise(ast.parse(inspect.getsource(owner)).body[0].body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 
