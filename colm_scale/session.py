@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from colm_scale.config import RunConfig
 from colm_scale.distributed.engine import Engine, collect
 from colm_scale.distributed.follow import Drift
 from colm_scale.distributed.group import Group
+from colm_scale.errors import TrainingError
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs
 from colm_scale.profiling.memory import MemoryMeter
@@ -57,11 +59,13 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if self._directory is not None:
             self._display.close()
             self._trackers.close()
-            self.flush()
+            # What has ended the run is told, not what follows from it: the same disk is full.
+            with nullcontext() if error is None else suppress(TrainingError):
+                self.flush()
 
     def flush(self) -> None:
         """Write what is held; before a checkpoint, so that none is of a later step than what is written."""
