@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Every GPU there is, or two processes on the CPU.
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+# Two files of tests at a time; the tests of one file share the runs that it has started.
+WORKERS ?= -n 2 --dist loadfile
 ARGS ?=
 BIN := .venv/bin
 
@@ -20,7 +22,7 @@ train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launchers/train.py --ds_config ds_configs/zero2.json $(ARGS)
 
 test: install lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 # Every fault under every engine, one after the other: long.
 test-faults: install
