@@ -13,5 +13,7 @@ python benchmarks/engines.py --processes "$gpus" --dtypes float32 bfloat16 float
 python benchmarks/selection_speed.py --device cuda --shares
 python benchmarks/step_time.py --cut 1 --models Phi-2 Phi-3-mini StableLM-Zephyr-3B Llama-3-8B -- \
   --train.dtype bfloat16 --train.micro_batch_tokens 8192
+python benchmarks/step_time.py --compile --cut 1 --models Phi-2 --arms last_layer stratified -- \
+  --train.dtype bfloat16 --train.micro_batch_tokens 8192
 python benchmarks/memory.py measure --gpu --ranks "$gpus" -- --train.dtype bfloat16
 if python -c 'import trl' 2>/dev/null; then python benchmarks/against_trl.py -- --train.dtype bfloat16; fi

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
-import pynvml
 import torch
 
 from colm_scale.doctor.finding import Finding
+from colm_scale.reporting.environment import driver_version
 
 _GIB = 2**30
 _SHARED_MEMORY = Path("/dev/shm")
@@ -30,7 +30,7 @@ def check_devices() -> list[Finding]:
             findings.append(Finding("devices", "warning", "no bfloat16", "use --train.dtype float16 or float32"))
         return findings
     cpus = f"no GPU; {os.cpu_count()} cores, {psutil.virtual_memory().total / _GIB:.0f} GiB of memory"
-    driver = _driver()
+    driver = driver_version()
     if driver is None:
         return [Finding("devices", "ok", cpus)]
     if torch.version.cuda is None:
@@ -45,7 +45,7 @@ def check_devices() -> list[Finding]:
 
 def check_nvml() -> list[Finding]:
     """Whether memory on a GPU can be read as the driver sees it."""
-    driver = _driver()
+    driver = driver_version()
     if driver is not None:
         return [Finding("NVML", "ok", f"driver {driver}")]
     if torch.cuda.is_available():
@@ -53,14 +53,6 @@ def check_nvml() -> list[Finding]:
         way_out = "make libnvidia-ml.so.1 visible (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
         return [Finding("NVML", "warning", what, way_out)]
     return [Finding("NVML", "ok", "not there, and not needed on CPUs")]
-
-
-def _driver() -> str | None:
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError:
-        return None
 
 
 def check_compiler() -> list[Finding]:

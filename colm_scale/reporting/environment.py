@@ -43,7 +43,7 @@ def _versions() -> dict[str, str | None]:
         **{package: _version(package) for package in _PACKAGES},
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
-        "driver": _driver(),
+        "driver": driver_version(),
     }
 
 
@@ -55,7 +55,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
+    """That of the NVIDIA driver; None without one."""
     try:
         pynvml.nvmlInit()
         return pynvml.nvmlSystemGetDriverVersion()
