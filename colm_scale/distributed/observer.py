@@ -50,7 +50,7 @@ class Observer:
         """
         if applied and losses is not None:
             self._learn(candidates, selection, losses)
-        trained = selection.positions[: len(selection) * applied]
+        trained = selection.positions if applied else selection.positions[:0]
         self.coverage = self.coverage.after(candidates.sources, trained, config)
         self.recent = self.recent.after(candidates.step, candidates.sources, config)
         return is_refreshed(candidates.step, config)

@@ -25,13 +25,19 @@ def assert_alike(compiled, plain):
 
 @pytest.mark.parametrize("case", LIKE)
 def test_on_one_process(alone, case):
+    assert alone[case]["graphs"] > 0
     assert_alike(alone[case]["steps"], alone[LIKE[case]]["steps"])
 
 
 @pytest.mark.parametrize(("engine", "case"), PAIRS)
 def test_on_two_ranks(ranks, alone, engine, case):
     for cases in ranks:
+        assert cases[f"{engine}/{case}"]["graphs"] > 0
         assert_alike(cases[f"{engine}/{case}"]["steps"], alone[LIKE[case]]["steps"])
+
+
+def test_nothing_is_compiled_unasked(alone):
+    assert not any(alone[case]["graphs"] for case in LIKE.values())
 
 
 def test_gradients_inside_are_read_as_ever(alone):

@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from colm_scale.assembly import build_step
 from colm_scale.checkpoint.run_state import RunState
@@ -330,13 +331,14 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     )
     held: list[int] = []
     engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
-    for block in decoder_blocks(module.causal_model)[1]:  # the engine's own hooks, which gather, were there first
+    blocks = [] if config.train.compile else decoder_blocks(module.causal_model)[1]  # compiled code changes with hooks
+    for block in blocks:  # the engine's own hooks, which gather, were there first
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
     spans = Spans(group.device, memory_meter(group.device))
     step = build_step(config, inputs, engine, tap, spans, group, proxy)
     spy = None
-    if sketches:
+    if sketches and not config.train.compile:  # it looks at every operation, and nothing is compiled under such a look
         spy = step.estimator = EstimatorSpy(step.estimator, group)
     nothing = SimpleNamespace(state=dict, load=lambda _: None)
     state = RunState(
@@ -345,7 +347,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         facts={},
         sampler=inputs.sampler,
         engine=engine.inner,
-        estimator=None if spy is None else spy.inner,
+        estimator=step.estimator if spy is None else spy.inner,
         observer=step.observer,
         session=nothing,
         group=group,
@@ -362,6 +364,8 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
         parts = make_parts(case, first, group, folder)
     except UserError as error:
         return {"refused": str(error)}
+    torch._dynamo.reset()  # so that no case finds what another has compiled
+    graphs = counters["stats"]["unique_graphs"]
     held_at_start = held_bytes(parts.module)
     forwards, by_proxy = [], []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
@@ -399,12 +403,13 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
             by_proxy.clear()
     gradients = engine.gradients[0]
     return {
+        "graphs": counters["stats"]["unique_graphs"] - graphs,
         "steps": steps,
         "gradients": gradients,
         "adapters": collect(engine.inner, keep=True)["adapter"],
         "floor": floor,
         "name": engine.name,
-        "held": (held_at_start, max(parts.held), held_bytes(module)),
+        "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
 
 
