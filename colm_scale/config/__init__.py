@@ -263,15 +263,11 @@ class ProfileConfig:
 
     floor_every: int = 20
     """Steps between re-runs of the bare floor (costs one step each). 0: never."""
-    match_every: int = 0
-    """Steps between exact comparisons of the coreset's gradient with that of all candidates, over all adapters (costs
-    a forward and backward of every candidate). 0: never."""
     display: Literal["auto", "live", "plain", "off"] = "auto"
     """live: a display that updates in place. plain: a line per step. auto: live on a terminal, else plain."""
 
     def __post_init__(self) -> None:
         require(self.floor_every >= 0, "profile.floor_every", self.floor_every, "0 or more")
-        require(self.match_every >= 0, "profile.match_every", self.match_every, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +323,6 @@ class RunConfig:
         if selection.method != "colm" or selection.estimator == "length":
             what = "estimator length" if selection.method == "colm" else f"method {selection.method}"
             raise UserError(f"{option} uses the candidates' forward, and {what} has none: leave it out")
-        if selection.proxy is not None or selection.proxy_blocks is not None:
-            raise UserError(f"{option} uses the candidates' forward by the model itself, not by a proxy: leave one out")
         if is_own(selection.estimator):
             raise UserError(
                 f"{option} uses the candidates' forward, and whether --selection.estimator {selection.estimator} runs "

@@ -13,7 +13,6 @@ _READ = (
     *("data.source_column", "data.protected_column"),
     *("train.micro_batch_tokens", "train.loss", "train.packing"),
 )
-_NOT_HERE = ("selection.proxy", "selection.proxy_blocks")
 
 
 def as_run(coreset: SelectionConfig | RunConfig, also_read: tuple[str, ...] = ()) -> RunConfig:
@@ -28,8 +27,8 @@ def as_run(coreset: SelectionConfig | RunConfig, also_read: tuple[str, ...] = ()
     """
     run = RunConfig(selection=coreset) if isinstance(coreset, SelectionConfig) else coreset
     for name, value, default in _options(run):
-        counts = name.startswith("selection.") and name not in _NOT_HERE
-        if value != default and not counts and name not in (*_READ, *also_read):
+        counts = name.startswith("selection.") or name in (*_READ, *also_read)
+        if value != default and not counts:
             raise UserError(
                 f"{name}={value!r} has no effect here, for the training loop is not colm_scale's own: leave it out"
             )

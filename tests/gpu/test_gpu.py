@@ -15,7 +15,7 @@ from support.families import base_model, batch_of, with_adapters
 from colm_scale.modeling.attention import PACKED
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.records import Batch
 from colm_scale.selection.facility import greedy_with_gains
@@ -141,8 +141,8 @@ def test_a_micro_batch_asks_the_device_for_nothing():
     device = torch.device("cuda", 0)
     base = base_model("llama", torch.bfloat16).to(device)
     use_packing(base, "on", device)
-    probes = find_probes(base)
-    tap = Tap(ExampleLoss(with_adapters(base).to(device)), *probes)
+    probe = find_probe(base)
+    tap = Tap(ExampleLoss(with_adapters(base).to(device)), probe)
     batch = to(batch_of([9, 4, 7], packed=True), device)
     tap.model(batch)  # looks at the logits, once
     torch.cuda.set_sync_debug_mode("error")

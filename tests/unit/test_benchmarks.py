@@ -15,7 +15,7 @@ from support.families import base_model, batch_of, with_adapters
 
 from colm_scale.config.selection import EstimatorName, Ranking, SelectionConfig
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.selection.line import medoids_on_line
 from colm_scale.sketch.tap import Tap
@@ -102,17 +102,17 @@ def test_parameters_are_taken_in_groups_that_fit(modules, monkeypatch):
 
 def test_what_is_remembered_is_what_the_tap_says(modules):
     base = base_model("llama")
-    probes = find_probes(base, "v", 1)
+    probe = find_probe(base)
     model = ExampleLoss(with_adapters(base))
-    tap = Tap(model, *probes)
+    tap = Tap(model, probe)
     remembered = modules["gradient_match"].Remembered(tap)
     changes = torch.randn(2, tap.size, generator=generator(0, "test"))
     batches = [batch_of([9, 5, 7]), batch_of([9, 5]), batch_of([9, 5, 7])]  # the last two are known
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     for batch in batches:
-        losses, ((delta, a),) = remembered.factors(batch)
-        expected, ((true_delta, true_a),) = tap.factors(batch)
+        losses, delta, a = remembered.factors(batch)
+        expected, true_delta, true_a = tap.factors(batch)
         torch.testing.assert_close(losses, expected)
         torch.testing.assert_close(delta.transpose(1, 2) @ a, true_delta.transpose(1, 2) @ true_a)
         torch.testing.assert_close(remembered.branched_losses(batch, changes), tap.branched_losses(batch, changes))

@@ -14,7 +14,7 @@ from colm_scale.distributed.group import connect
 from colm_scale.errors import UserError
 from colm_scale.modeling.embedding import mean_states
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, long_tensor
 from colm_scale.reporting.facts import drift_line
@@ -29,12 +29,12 @@ LENGTHS = [9, 5, 7]
 @pytest.fixture
 def parts() -> SimpleNamespace:
     base = base_model("llama")
-    probes = find_probes(base)
+    probe = find_probe(base)
     module = ExampleLoss(with_adapters(base))
     sizes = long_tensor([30, 20, 10])
     kept = torch.tensor([False, False, True])
     follower = Follower(CONFIG, module, ("a", "b", "c"), sizes, kept, connect(), sketches=True)
-    return SimpleNamespace(module=module, tap=Tap(module, *probes), follower=follower)
+    return SimpleNamespace(module=module, tap=Tap(module, probe), follower=follower)
 
 
 def candidates(*sources: int, step: int = 1) -> Candidates:

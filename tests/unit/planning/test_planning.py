@@ -16,7 +16,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.planning.config import PlanConfig
 from colm_scale.planning.fake import FakeModel, fake_model, tried
 from colm_scale.planning.memory import engine_memory, peaks
@@ -56,11 +56,11 @@ def real_growth(config: RunConfig, family: str) -> dict[str, int]:
     """By how much live bytes grow in a real model of the same configuration."""
     base = base_model(family, **OPTIONS).requires_grad_(False)
     use_packing(base, config.train.packing, CPU)
-    probes = find_probes(base)
+    probe = find_probe(base)
     if config.train.activation_checkpointing:
         keep_block_inputs_only(base)
     module = ExampleLoss(add_adapters(base, config.lora, 0))
-    tap, batch = Tap(module, *probes), batch_of(list(LENGTHS), prompt=12, packed=module.packs)
+    tap, batch = Tap(module, probe), batch_of(list(LENGTHS), prompt=12, packed=module.packs)
     module(batch)  # looks at the logits, once
     found = {}
     for phase, run in (
