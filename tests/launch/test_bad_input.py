@@ -77,7 +77,7 @@ OPTIONS = {
     "budget zero": Case("--selection.budget 0", ("--selection.budget is 0", "at least 1")),
     "no candidates": Case("--selection.candidates 0", ("--selection.candidates is 0", "at least 1")),
     "highest lengths": Case(
-        "--selection.estimator length --selection.ranking top", ("ranking top", "--selection.estimator loss"),
+        "--selection.estimator length --selection.ranking top", ("ranking top", "--selection.estimator last_layer"),
     ),
     "joint draws": Case(
         "--selection.joint true --selection.ranking systematic", ("--selection.joint true", "systematic", "matching")
@@ -186,15 +186,6 @@ FILES = {
         options="--train.optimizer adafactor",
     ),
     "tiny epsilon": good("--train.optimizer adafactor --train.adam_epsilon 1e-30", "--train.adam_epsilon", "1e-15"),
-    "exact derivatives under ZeRO-3": ds(
-        '{"zero_optimization": {"stage": 3}}', "--selection.derivative exact", "ZeRO-3", "--engine fsdp",
-        options="--selection.estimator zeroth_order --selection.derivative exact",
-    ),
-    "no such proxy": good("--selection.proxy {here}/no_proxy", "--selection.proxy", "no_proxy", "cannot load a model"),
-    "a proxy that is no causal model": good(
-        "--selection.proxy {here}/../encoder", "--selection.proxy", "not a causal language model"
-    ),
-    "all blocks as a proxy": good("--selection.proxy_blocks 8", "--selection.proxy_blocks is 8", "below the 8 blocks"),
     "reused columns": good("--selection.reuse 3", "--selection.reuse 3", "--selection.compression countsketch"),
     "no such model": good("", "no_model", "cannot load a model", model="no_model"),
     "not causal": good("", "not a causal language model", "BertForMaskedLM", model="encoder"),
@@ -206,9 +197,6 @@ FILES = {
     "no folder to write to": good("--output_dir {here}/train.jsonl/a", "--output_dir", "be written"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),
     "no such target": good("--lora.targets w_proj", "--lora.targets", "w_proj", "self_attn.v_proj", model="base"),
-    "too many blocks": good(
-        "--selection.probe_blocks 99", "--selection.probe_blocks is 99", "has 8 blocks", model="base"
-    ),
     "probe without adapter": good("--lora.targets q_proj", "v_proj", "--lora.targets", model="base"),
     "no such adapter": good("--lora.adapter {here}/no", "--lora.adapter", "/no", "no adapter", model="base"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launched runs with sketches that count for later epochs and a proxy that makes them, on data that is streamed."""
+"""Launched runs with sketches that count for later epochs, on data that is streamed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from pathlib import Path
 
 import pytest
 from support.commands import Forked, rows
-from support.families import base_model
 from support.faults import Workshop
 
 BREAK = 5
 """Steps before the break. A step has 16 of the 56 rows as candidates, so the first epoch ends within step 4."""
 
 
-def options(proxy: Path) -> tuple[str, ...]:
-    return (
-        *("--data.streaming", "true", "--data.shuffle_rows", "13", "--checkpoint.every", "1", "--checkpoint.keep", "9"),
-        *("--selection.estimator", "zeroth_order", "--selection.reuse", "99", "--selection.kept_sources", "[]"),
-        *("--selection.proxy", str(proxy)),
-    )
+OPTIONS = (
+    *("--data.streaming", "true", "--data.shuffle_rows", "13", "--checkpoint.every", "1", "--checkpoint.keep", "9"),
+    *("--selection.estimator", "zeroth_order", "--selection.reuse", "99", "--selection.kept_sources", "[]"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +28,10 @@ def workshop(tmp_path_factory) -> Iterator[Workshop]:
 
 
 @pytest.fixture(scope="module")
-def proxies(workshop) -> list[Path]:
-    """Two models of one block and half the width."""
-    places = [workshop.folder / name for name in ("proxy", "other")]
-    for place, width in zip(places, (16, 24)):
-        shutil.copytree(workshop.folder / "model", place)
-        given = base_model("llama").config.from_pretrained(place)
-        base_model("llama", num_hidden_layers=1, hidden_size=width, vocab_size=given.vocab_size).save_pretrained(place)
-    return places
-
-
-@pytest.fixture(scope="module")
-def whole(workshop, proxies) -> Path:
+def whole(workshop) -> Path:
     """A run of 8 steps on one rank."""
     run = workshop.folder / "whole"
-    workshop.start(run, "single", *options(proxies[0]), ranks=1).outcome(120).succeeded()
+    workshop.start(run, "single", *OPTIONS, ranks=1).outcome(120).succeeded()
     return run
 
 
@@ -64,25 +50,13 @@ def test_the_share_of_reused_sketches_is_reported(whole):
     assert told[:3] == [0.0] * 3
     assert 0 < told[3] < 1
     assert told[4:] == [1.0] * 4
-    assert "sketched by " in (whole / "log.txt").read_text("utf-8")
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2)])
-def test_a_run_goes_on_with_the_sketches_it_has_on_as_many_ranks_as_there_are(workshop, whole, proxies, engine, ranks):
+def test_a_run_goes_on_with_the_sketches_it_has_on_as_many_ranks_as_there_are(workshop, whole, engine, ranks):
     run = broken(workshop, whole, f"on-{ranks}")
-    outcome = workshop.go_on(run, engine, *options(proxies[0]), ranks=ranks).succeeded()
+    outcome = workshop.go_on(run, engine, *OPTIONS, ranks=ranks).succeeded()
     assert f"going on after step {BREAK}," in outcome.stdout
     # All sketches are from before the break: not even rounding differs in what is compared.
     assert rows(run / "selection.jsonl") == rows(whole / "selection.jsonl")
     assert [row["telemetry"]["reused_share"] for row in rows(run / "metrics.jsonl")[BREAK:]] == [1.0] * 3
-
-
-def test_a_proxy_may_lie_elsewhere_but_must_be_the_same(workshop, whole, proxies):
-    moved = workshop.folder / "moved"
-    shutil.copytree(proxies[0], moved)
-    workshop.go_on(broken(workshop, whole, "with-moved"), "single", *options(moved), ranks=1).succeeded()
-    run = broken(workshop, whole, "with-other")
-    outcome = workshop.go_on(run, "single", *options(proxies[1]), ranks=1)
-    assert outcome.code == 2
-    (error,) = outcome.errors
-    assert "is not one of this run: other proxy (--selection.proxy)" in error

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -333,8 +333,13 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
     """Train a case on this rank. ``A > B`` begins under one engine and, from its checkpoint, goes on under another."""
-    with mock.patch.object(zeroth_order, "PERTURBATION", case.perturbation):
+    with perturbed(case):
         return _run_case(case, engine_name, group)
+
+
+def perturbed(case: Case) -> AbstractContextManager:
+    """Finite differences of the case's step."""
+    return mock.patch.object(zeroth_order, "PERTURBATION", case.perturbation)
 
 
 def _run_case(case: Case, engine_name: str, group: Group) -> dict:

@@ -58,7 +58,7 @@ def test_files_and_options_that_a_page_names_exist(page):
     assert options <= {*option_types(), *option_types(PlanConfig, "plan.")}
 
 
-@pytest.mark.parametrize("name", ["own_ranking.py", "own_estimator.py"])
+@pytest.mark.parametrize("name", ["own_ranking.py", "own_estimator.py", "loss_estimator.py"])
 def test_an_example_is_short_and_is_the_one_of_the_page(name):
     assert len((DOCS / "examples" / name).read_text("utf-8").splitlines()) < 80
     assert f"docs/examples/{name}:" in PAGES["CONTRIBUTING.md"]
