@@ -32,7 +32,7 @@ from colm_scale.sources.regroup import regroup
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """What a refresh has found: a row of a run's sources.jsonl.
+    """What a refresh has found: a row of a run's drift.jsonl.
 
     Attributes:
         step: After which it was made.

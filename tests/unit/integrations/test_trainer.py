@@ -197,7 +197,8 @@ SMALL = SelectionConfig(candidates=24, budget=12)
         (SMALL, {"optim": "rmsprop"}, "optim 'rmsprop' is not known"),
         (RunConfig(model=ModelConfig(name="a/b")), {}, "model.name='a/b' has no effect here"),
         (RunConfig(selection=SMALL, train=TrainConfig(seed=3)), {}, "train.seed=3 has no effect"),
-        (RunConfig(selection=SMALL, data=DataConfig(source_column="task")), {}, "no column 'task'"),
+        (RunConfig(selection=SMALL, data=DataConfig(columns={"source": "task"})), {}, "no column 'task'"),
+        (RunConfig(data=DataConfig(columns={"output": "text"})), {}, "data.columns.output='text' has no effect"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(coreset, options, said, tmp_path):
