@@ -8,19 +8,24 @@ offloaded or quantised weight looks like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, without_dropout
 from colm_scale.records import Batch
+
+_Arguments = tuple[tuple[object, ...], dict[str, object]]
+"""Of a block: by position, and by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class ProbeTap:
         slice: Where its numbers, row by row, are among the d of all probes.
     """
 
-    lora_b: nn.Module
+    lora_b: nn.Linear
     rows: Tensor
     shape: tuple[int, int]
     slice: slice
@@ -82,7 +87,7 @@ class Tap:
             taps.append(ProbeTap(lora_b, probe.rows, shape, slice(self.size, self.size + shape[0] * shape[1])))
             self.size = taps[-1].slice.stop
         self.probes = tuple(taps)
-        self._batched = like._batched * len(probes) if like else self._find_batched_arguments()
+        self._batched: list[dict[str, int]] = like._batched * len(probes) if like else self._find_batched_arguments()
 
     @property
     def shape(self) -> tuple[int]:
@@ -101,14 +106,14 @@ class Tap:
         """
         branches, changes = len(changes), changes.flatten(1)
 
-        def branch(sizes: dict[str, int]):
+        def branch(sizes: dict[str, int]) -> Callable[..., _Arguments]:
             return lambda _block, args, kwargs: _repeat(args, kwargs, sizes, len(batch.input_ids), branches)
 
-        def change(probe: ProbeTap):
+        def change(probe: ProbeTap) -> Callable[..., Tensor]:
             d_out, r = probe.shape
             weights = changes[:, probe.slice].view(branches, d_out, r).transpose(1, 2)
 
-            def hook(_module, args, output: Tensor) -> Tensor:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 added = torch.bmm(args[0].reshape(branches, -1, r), weights.to(args[0]))
                 return probe.add_to(output, added.reshape(*output.shape[:-1], d_out))
 
@@ -130,10 +135,10 @@ class Tap:
         """
         seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-        def start_graph(_block, _args, _kwargs):
+        def start_graph(_block: nn.Module, _args: object, _kwargs: object) -> None:
             torch.set_grad_enabled(True)  # until the no_grad block of bare_losses ends
 
-        def read(module, args, output: Tensor) -> None:
+        def read(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen[module] = args[0].detach(), output
 
         with _hooks(
@@ -151,7 +156,8 @@ class Tap:
     def bare_losses(self, batch: Batch) -> Tensor:
         """``[B]`` losses by one forward without dropout; the tap's hooks take part only inside its other methods."""
         with torch.no_grad(), without_dropout(self.model):
-            return self.model(batch)
+            losses: Tensor = self.model(batch)
+        return losses
 
     def _find_batched_arguments(self) -> list[dict[str, int]]:
         """For each block the tensor arguments that carry the micro-batch in their first dimension, by path.
@@ -162,8 +168,8 @@ class Tap:
         """
         sizes: list[list[dict[str, int]]] = [[] for _ in self.blocks]
 
-        def record(of_block: list[dict[str, int]]):
-            def hook(_block, args, kwargs):
+        def record(of_block: list[dict[str, int]]) -> Callable[..., None]:
+            def hook(_block: nn.Module, args: object, kwargs: object) -> None:
                 leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
                 tensors = ((pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor))
                 of_block.append({path: leaf.shape[0] for path, leaf in tensors if leaf.ndim})
@@ -185,23 +191,28 @@ class Tap:
         ]
 
 
-def _repeat(args: tuple, kwargs: dict, sizes: dict[str, int], count: int, branches: int):
+def _repeat(
+    args: tuple[object, ...], kwargs: dict[str, object], sizes: dict[str, int], count: int, branches: int
+) -> _Arguments:
     """A block's arguments with a micro-batch of ``count`` repeated once per branch, wherever it has not been yet.
 
     What an earlier block returned has been; and a micro-batch without padding has no mask, or one that all share.
     """
 
-    def repeat(path, leaf):
-        size = sizes.get(pytree.keystr(path)) if isinstance(leaf, Tensor) else None
+    def repeat(path: pytree.KeyPath, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        size = sizes.get(pytree.keystr(path))
         if size is None or len(leaf) != size * count:
             return leaf
         return leaf.repeat(branches, *[1] * (leaf.ndim - 1))
 
-    return pytree.tree_map_with_path(repeat, (args, kwargs))
+    repeated: _Arguments = pytree.tree_map_with_path(repeat, (args, kwargs))
+    return repeated
 
 
 @contextmanager
-def _hooks(*handles) -> Iterator[None]:
+def _hooks(*handles: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:
@@ -209,9 +220,8 @@ def _hooks(*handles) -> Iterator[None]:
             handle.remove()
 
 
-def _lora_b(layer: nn.Module, name: str) -> nn.Module:
-    adapters = getattr(layer, "lora_B", None)
-    if not adapters:
+def _lora_b(layer: nn.Module, name: str) -> nn.Linear:
+    if not isinstance(layer, LoraLayer) or not layer.lora_B:
         raise UserError(
             f"the probe {name} has no LoRA adapter: add it to --lora.targets, or name an adapted layer of the last "
             f"block with --selection.probe"
@@ -224,4 +234,6 @@ def _lora_b(layer: nn.Module, name: str) -> nn.Module:
             f"the adapter of {name} is not plain LoRA but {kind}, whose output does not pass through lora_B alone: "
             f"use plain LoRA, or --selection.method stratified, which needs no sketch"
         )
-    return adapters[active]
+    found = layer.lora_B[active]
+    assert isinstance(found, nn.Linear)
+    return found
