@@ -50,7 +50,7 @@ def _packed(
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return _sdpa(module, query, key, value, attention_mask, **kwargs)
     offsets, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
-    run = _flash if may_flash and _takes_flash(query, value, kwargs) else _side_by_side
+    run: Callable[..., Tensor] = _flash if may_flash and _takes_flash(query, value, kwargs) else _side_by_side
     return run(module, query, key, value, offsets, longest, **kwargs), None
 
 
@@ -90,7 +90,8 @@ def _flash(
     causal = {"window_size": (window, 0)} if _WINDOWS else {"is_causal": True}
     found = varlen_attn(q, k, v, every, every, longest, longest, scale=scaling, **causal)
     assert isinstance(found, Tensor)
-    return found.unflatten(0, (rows, tokens))
+    apart: Tensor = found.unflatten(0, (rows, tokens))
+    return apart
 
 
 def _side_by_side(

@@ -36,6 +36,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
 from colm_scale.randomness import global_draws
+from colm_scale.records import Json
 
 _LONGEST_DEFAULT = 2048
 _OPTION = "model.name"
@@ -184,7 +185,7 @@ def load_model(
 
 def _load(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, option: str, **options: object
-) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+) -> tuple[PreTrainedModel, Json]:
     """The model, and what transformers says about its weights."""
     read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # does not say that it can return a pair
     if config.quantize == "nf4":
