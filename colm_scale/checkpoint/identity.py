@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
+from colm_scale.records import Json
 
 _SAMPLE = 1024
 """Elements of each parameter that the model's digest reads."""
@@ -71,7 +72,7 @@ def model_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def config_facts(config: RunConfig) -> dict[str, object]:
+def config_facts(config: RunConfig) -> Json:
     """The options that decide what is computed, by dotted name, as JSON gives them back.
 
     ``lora.adapter`` is among them although the checkpoint holds what has become of its weights: its own alpha, dropout
@@ -80,14 +81,15 @@ def config_facts(config: RunConfig) -> dict[str, object]:
     Args:
         config: Resolved, so that a default and the same value written out are equal.
     """
-    facts = {"model.quantize": config.model.quantize}
+    facts: Json = {"model.quantize": config.model.quantize}
     for section in ("data", "selection", "sources", "lora", "train"):
         options = dataclasses.asdict(getattr(config, section))
         facts |= {f"{section}.{name}": value for name, value in options.items()}
-    return json.loads(json.dumps({name: value for name, value in facts.items() if name not in _LEFT_OUT}))
+    plain: Json = json.loads(json.dumps({name: value for name, value in facts.items() if name not in _LEFT_OUT}))
+    return plain
 
 
-def check_same_run(stored: dict, current: dict, where: Path) -> None:
+def check_same_run(stored: Json, current: Json, where: Path) -> None:
     """Check that a run may go on from a checkpoint.
 
     Args:

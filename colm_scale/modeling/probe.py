@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from colm_scale.errors import UserError
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
@@ -53,7 +54,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def first_blocks(base: nn.Module, count: int) -> nn.Module:
+def first_blocks(base: PreTrainedModel, count: int) -> PreTrainedModel:
     """A model of the first ``count`` blocks of another, with its embeddings, final norm and head, on the same weights.
 
     What an engine does with the base's parameters (cut them into shards, move them) leaves these as they are, and no
@@ -61,14 +62,16 @@ def first_blocks(base: nn.Module, count: int) -> nn.Module:
     """
     name, blocks = decoder_blocks(base)
     # Parameters of its own around the same numbers; 4-bit ones, which no engine cuts, are the same.
-    memo = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
+    memo: dict[int, object] = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
     memo |= {id(block): nn.Identity() for block in blocks[count:]}
     model = copy.deepcopy(base, memo)
-    del model.get_submodule(name)[count:]
+    copied = model.get_submodule(name)
+    assert isinstance(copied, nn.ModuleList)
+    del copied[count:]
     return model
 
 
-def find_probe(model: nn.Module, which: str = "v") -> Probe:
+def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
     """Find the probe in the last block of a causal language model that has no adapters yet.
 
     Args:

@@ -25,7 +25,7 @@ def sample_of(config: PretrainedConfig) -> PreTrainedModel:
         config: Of the whole model.
     """
     with global_draws(torch.device("cpu"), 0, "sample"):
-        model = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
     return model.requires_grad_(False)
 
 
@@ -35,7 +35,8 @@ def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     config._attn_implementation = attention
     with global_draws(torch.device("cpu"), 0, "sample"):
         sample = type(model)(config)  # ``from_config`` cuts weights into shards while a trainer runs under ZeRO-3
-    return sample.float().requires_grad_(False)
+    in_float32: PreTrainedModel = sample.float()
+    return in_float32.requires_grad_(False)
 
 
 def in_last_block(model: nn.Module, found: Probe) -> Probe:

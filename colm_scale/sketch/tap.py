@@ -12,14 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, without_dropout
 from colm_scale.records import Batch
+
+_Arguments = tuple[tuple[object, ...], dict[str, object]]
+"""Of a block: by position, and by name."""
 
 
 class Tap:
@@ -63,10 +68,10 @@ class Tap:
         branches, (d_out, r) = len(changes), self.shape
         weights = changes.view(branches, d_out, r).transpose(1, 2)
 
-        def branch(_block, args, kwargs):
+        def branch(_block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
             return _repeat(args, kwargs, self._batched, len(batch.input_ids), branches)
 
-        def change(_module, args, output: Tensor) -> Tensor:
+        def change(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             added = torch.bmm(args[0].reshape(branches, -1, r), weights.to(args[0]))
             return self._add_to(output, added.reshape(*output.shape[:-1], d_out))
 
@@ -86,10 +91,10 @@ class Tap:
         """
         seen: list[Tensor] = []
 
-        def start_graph(_block, _args, _kwargs):
+        def start_graph(_block: nn.Module, _args: object, _kwargs: object) -> None:
             torch.set_grad_enabled(True)  # until the no_grad block of bare_losses ends
 
-        def read(_module, args, output: Tensor) -> None:
+        def read(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen[:] = args[0].detach(), output
 
         with _hooks(
@@ -104,7 +109,8 @@ class Tap:
     def bare_losses(self, batch: Batch) -> Tensor:
         """``[B]`` losses by one forward without dropout; the tap's hooks take part only inside its other methods."""
         with torch.no_grad(), without_dropout(self.model):
-            return self.model(batch)
+            losses: Tensor = self.model(batch)
+        return losses
 
     def _of_output(self, output: Tensor) -> Tensor:
         """``[..., d_out]`` of ``lora_b``'s output (or of its gradient)."""
@@ -127,7 +133,7 @@ class Tap:
         """
         sizes: list[dict[str, int]] = []
 
-        def record(_block, args, kwargs):
+        def record(_block: nn.Module, args: object, kwargs: object) -> None:
             leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
             tensors = ((pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor))
             sizes.append({path: leaf.shape[0] for path, leaf in tensors if leaf.ndim})
@@ -143,23 +149,28 @@ class Tap:
         return {path: size // 2 for path, size in two.items() if 3 * size == 2 * three.get(path, 0)}
 
 
-def _repeat(args: tuple, kwargs: dict, sizes: dict[str, int], count: int, branches: int):
+def _repeat(
+    args: tuple[object, ...], kwargs: dict[str, object], sizes: dict[str, int], count: int, branches: int
+) -> _Arguments:
     """A block's arguments with a micro-batch of ``count`` repeated once per branch.
 
     A micro-batch without padding has no mask, or one that all share.
     """
 
-    def repeat(path, leaf):
-        size = sizes.get(pytree.keystr(path)) if isinstance(leaf, Tensor) else None
+    def repeat(path: pytree.KeyPath, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        size = sizes.get(pytree.keystr(path))
         if size is None or len(leaf) != size * count:
             return leaf
         return leaf.repeat(branches, *[1] * (leaf.ndim - 1))
 
-    return pytree.tree_map_with_path(repeat, (args, kwargs))
+    repeated: _Arguments = pytree.tree_map_with_path(repeat, (args, kwargs))
+    return repeated
 
 
 @contextmanager
-def _hooks(*handles) -> Iterator[None]:
+def _hooks(*handles: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:
@@ -167,9 +178,8 @@ def _hooks(*handles) -> Iterator[None]:
             handle.remove()
 
 
-def _lora_b(layer: nn.Module, name: str) -> nn.Module:
-    adapters = getattr(layer, "lora_B", None)
-    if not adapters:
+def _lora_b(layer: nn.Module, name: str) -> nn.Linear:
+    if not isinstance(layer, LoraLayer) or not layer.lora_B:
         raise UserError(
             f"the probe {name} has no LoRA adapter: add it to --lora.targets, or name an adapted layer of the last "
             f"block with --selection.probe"
@@ -182,4 +192,6 @@ def _lora_b(layer: nn.Module, name: str) -> nn.Module:
             f"the adapter of {name} is not plain LoRA but {kind}, whose output does not pass through lora_B alone: "
             f"use plain LoRA, or --selection.method stratified, which needs no sketch"
         )
-    return adapters[active]
+    found = layer.lora_B[active]
+    assert isinstance(found, nn.Linear)
+    return found
