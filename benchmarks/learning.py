@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further run is begun")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
-    arms = given.arms or [arm for group in given.groups for arm in GROUPS[group]]
+    arms = given.arms or [arm for group in given.groups for arm in GROUPS[group] if arm in ARMS]
     setting = Setting.of(given.data, given.model, options)
     if given.what == "cost":
         cost(setting, list(dict.fromkeys([REFERENCE, *arms])), given.rounds)

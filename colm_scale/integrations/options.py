@@ -10,7 +10,7 @@ from colm_scale.errors import UserError
 LOOP = ("train.seed", "train.optimizer", "train.betas", "train.adam_epsilon")
 """What the training loop decides and the selection must know."""
 _READ = (
-    *("data.source_column", "data.protected_column"),
+    *("data.source_column", "data.protected_column", "sources.refresh_every"),
     *("train.micro_batch_tokens", "train.loss", "train.packing"),
 )
 _NOT_HERE = ("selection.proxy", "selection.proxy_blocks")
