@@ -258,16 +258,26 @@ def _join_lists(arguments: Sequence[str], of: Mapping[str, str]) -> list[str]:
     while waiting:
         word = waiting.pop(0)
         name, equals, value = word.partition("=")
-        if not types.get(name, "").startswith(("list[", "tuple[")):
+        kinds = types.get(name, "").split(" | ")
+        if not kinds[0].startswith("tuple[") and not any(kind.startswith("list[") for kind in kinds):
             joined.append(word)
             continue
         values = [value] if equals else []
         while waiting and not waiting[0].startswith("--"):
             values.append(waiting.pop(0))
-        if len(values) == 1 and (values[0][:1] == "[" or values[0] == "null"):
-            joined += [name, values[0]]
+        alone = values[0] if len(values) == 1 else ""
+        if alone[:1] == "[" or alone == "null" or ("float" in kinds and _is_number(alone)):
+            joined += [name, alone]
         elif types[name].startswith("tuple["):
             joined += [name, f"[{', '.join(values)}]"]
         else:
             joined += [name, json.dumps(values)]
     return joined
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -19,6 +19,7 @@ from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.spans import Spans
+from colm_scale.selection.allocation import source_shares
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.sketch.precision import FLOAT32_BLOCKS
 from colm_scale.sketch.tap import Tap
@@ -58,9 +59,15 @@ def build_step(
     return CoresetStep(
         config=config,
         sampler=inputs.sampler,
-        rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes, inputs.record),
+        rule=SelectionRule(
+            config.selection,
+            inputs.kept,
+            config.train.seed,
+            source_shares(config.selection.shares, inputs.source_names, inputs.sizes),
+            inputs.record,
+        ),
         estimator=estimator,
-        observer=Observer(inputs.kept),
+        observer=Observer(inputs.kept, config),
         engine=engine,
         group=group,
         spans=spans,

@@ -21,6 +21,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.reporting.trackers import check_trackers
 from colm_scale.schedule import total_steps
+from colm_scale.selection.allocation import check_shares
 from colm_scale.selection.quota import check_names, kept_sources
 from colm_scale.selection.recorded import SelectionRecord
 from colm_scale.sources.cluster import check_installed
@@ -73,7 +74,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         ds_config = _check_ranks(config, group)
         config.selection.check_own()
         check_kernels(config.model, config.train, sharding(config, ds_config))
-        if config.sources.refresh_every:
+        if config.reclusters:
             check_installed("sklearn")
         model = check_model(config.model)
         check_adapter(config.lora)
@@ -82,11 +83,13 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         record = None if config.selection.replay is None else SelectionRecord(config.selection.replay)
     if record is not None:
         group.agree(record.digest, "record of selections (--selection.replay)")
+    group.agree(str(config.selection.shares), "shares of the sources (--selection.shares)")
     training = _streamed if config.data.streaming else _held
     sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)
     with group.together():
         check_names("data.protected_sources", config.data.protected_sources or (), names)
-        kept = kept_sources(sizes, names, config.selection.kept_sources, config.selection.quantile)
+        kept = kept_sources(sizes, names, config.selection.kept_sources)
+        check_shares(config.selection, names, kept, refreshed=config.sources.refresh_every > 0)
         held_out = None
         if config.data.eval or not config.data.train:
             held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)

@@ -121,9 +121,10 @@ def run(config: RunConfig, job: Job = train) -> int:
     watch = None
     try:
         quieten()
-        config = resolve(config)
         group = connect()
         watch = Watch(group, config.train.timeout)
+        with group.together():
+            config = resolve(config)
         completed = job(config, group, watch)
     except BaseException as error:
         _end(error, watch)

@@ -312,10 +312,10 @@ class RunConfig:
             )
         if self.train.forward_reuse != "off":
             self._check_reusable()
-        if self.sources.refresh_every and not self.data.sources:
+        if self.sources.refresh_every and not self.reclusters and isinstance(self.selection.kept_sources, list):
             raise UserError(
-                f"--sources.refresh_every {self.sources.refresh_every} is for sources that colm-scale sources has "
-                f"found: name its file with --data.sources, or leave it out"
+                f"--sources.refresh_every {self.sources.refresh_every} without --data.sources chooses the kept sources "
+                f"again, but --selection.kept_sources names them: leave one out"
             )
         if self.engine == "deepspeed" and self.ds_config is None:
             raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config zero2")
@@ -323,6 +323,11 @@ class RunConfig:
             raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
         if self.resume == "auto" and self.output_dir is None:
             raise UserError("--resume auto looks for checkpoints in the run's folder: name it with --output_dir")
+
+    @property
+    def reclusters(self) -> bool:
+        """Whether a refresh of the sources clusters examples again, rather than choosing the kept sources again."""
+        return self.sources.refresh_every > 0 and self.data.sources is not None
 
     def _check_reusable(self) -> None:
         selection, option = self.selection, f"--train.forward_reuse {self.train.forward_reuse}"

@@ -26,8 +26,12 @@ from colm_scale.modeling.embedding import mean_states
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, Candidates, long_tensor
+from colm_scale.selection.allocation import source_shares
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sources.regroup import regroup
+
+DIMENSIONS = 64
+"""Numbers that are kept of an example's mean hidden state, a random projection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,8 @@ class Drift:
 def make_follower(
     config: RunConfig, module: ExampleLoss, names: Sequence[str], sizes: Tensor, kept: Tensor, group: Group
 ) -> Follower | None:
-    """As `Follower`, where ``--sources.refresh_every`` asks for one."""
-    if not config.sources.refresh_every:
+    """As `Follower`, where sources are clustered again."""
+    if not config.reclusters:
         return None
     return Follower(config, module, names, sizes, kept, group)
 
@@ -90,13 +94,17 @@ class Follower:
         self._seen: dict[int, tuple[int, Tensor]] = {}  # on the first rank: source and state of examples, by id
         width = module.causal_model.get_output_embeddings().in_features
         draws = generator(config.train.seed, "sources")
-        self._projection = torch.randn(width, config.sources.dimensions, generator=draws).to(group.device)
+        self._projection = torch.randn(width, DIMENSIONS, generator=draws).to(group.device)
         self._local: Tensor | None = None
+
+    @property
+    def shares(self) -> Tensor | None:
+        """``[Q]`` of the sources by their sizes now, see `source_shares`."""
+        return source_shares(self._config.selection.shares, self._names, self.sizes)
 
     def relabelled(self, candidates: Candidates) -> Candidates:
         """The candidates of a step with their sources of now."""
-        dimensions = self._config.sources.dimensions
-        self._local = torch.zeros(len(candidates), dimensions + 1, device=self._group.device)
+        self._local = torch.zeros(len(candidates), DIMENSIONS + 1, device=self._group.device)
         pairs = zip(candidates.ids.tolist(), candidates.sources.tolist())
         return replace(candidates, sources=long_tensor([self._moved.get(id_, source) for id_, source in pairs]))
 
@@ -135,8 +143,8 @@ class Follower:
             self._moved[id_] = now
             self.sizes[before] -= 1
             self.sizes[now] += 1
-        selection, before = self._config.selection, self.kept
-        self.kept = kept_sources(self.sizes, self._names, selection.kept_sources, selection.quantile)
+        before = self.kept
+        self.kept = kept_sources(self.sizes, self._names, self._config.selection.kept_sources)
         self._seen = {}
         return Drift(
             step=step,
@@ -157,7 +165,7 @@ class Follower:
             "moved": long_tensor([*self._moved.items()]).view(-1, 2),
             "ids": long_tensor([*self._seen]),
             "sources": long_tensor([source for source, _ in self._seen.values()]),
-            "states": torch.stack(states) if states else torch.zeros(0, self._config.sources.dimensions),
+            "states": torch.stack(states) if states else torch.zeros(0, DIMENSIONS),
         }
 
     def load(self, saved: dict[str, Tensor] | None, kept: Tensor) -> None:

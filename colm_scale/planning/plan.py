@@ -209,9 +209,9 @@ def _sketch_bytes(selection: SelectionConfig, plan: PlanConfig, rows: int, d: in
         case "last_layer", "countsketch":
             return 4 * rows * (selection.columns + 2) + 16 * d
         case _:
-            owned, ranked = -(-d // plan.world_size), 1 if selection.joint else plan.sources
-            proposals = 8 * ranked * plan.world_size * min(selection.columns, owned)
-            sums = 4 * ranked * plan.world_size * owned
+            owned = -(-d // plan.world_size)
+            proposals = 8 * plan.sources * plan.world_size * min(selection.columns, owned)
+            sums = 4 * plan.sources * plan.world_size * owned
             return 4 * rows * (selection.columns + 2) + sums + proposals + 16 * d
 
 
