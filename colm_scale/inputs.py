@@ -92,7 +92,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         check_names("data.protected_sources", config.data.protected_sources or (), names)
         kept = kept_sources(sizes, names, config.selection.kept_sources, config.selection.quantile)
         held_out = None
-        if config.data.eval or not config.data.train:
+        if config.data.has_held_out:
             held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
         if record is not None:
             digest = f"{digest}, selected as in {record.digest}"
