@@ -198,14 +198,16 @@ def test_lines_take_the_colours_of_the_page(two):
     assert not re.findall(r"#[0-9a-f]{6}", drawn)
 
 
+FORMULA = "cost $\\x$"
 NASTY = '<img src=x onerror="alert(1)">&amp;{{7*7}}'
 
 
 def test_names_are_text(tmp_path):
-    run = write_run(tmp_path / "a<b>&'\"<!--", sources=("algebra", NASTY, "</svg><script>x</script>"))
+    run = write_run(tmp_path / "a<b>&'\"<!--", sources=(FORMULA, NASTY, "</svg><script>x</script>"))
     page, text = written(tmp_path, run)
     assert not {"script", "img", "b"} & {tag for tag, _ in page.tags}
-    assert NASTY in page.table("First and last evaluation")
+    assert {NASTY, FORMULA} < set(page.table("First and last evaluation"))
+    assert [name for name in page.attributes("aria-label") if f"Held-out loss, {FORMULA}." in name]
     assert page.table("The runs")["a<b>&'\"<!--"]
     assert "49" not in page.table("First and last evaluation")
     assert text.count("<title>colm_scale") == 1
