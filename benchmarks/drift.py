@@ -75,6 +75,7 @@ def run(arm: str, seed: int) -> None:
         options = [*QUIET, *ARMS_HERE[arm], "--data.train", str(train), "--data.eval", str(evaluated)]
         options += ["--data.streaming", "true", "--data.shuffle_rows", "128", "--train.steps", str(STEPS)]
         options += ["--train.seed", str(seed), "--output_dir", str(folder / "run"), "--eval.every", str(STEPS // 3)]
+        options += ["--eval.sample", "10000"]  # all held-out examples, in every evaluation
         subprocess.run(
             [sys.executable, str(rows.ROOT / "launchers" / "train.py"), *options], check=True, stdout=subprocess.DEVNULL
         )

@@ -91,7 +91,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         kept = kept_sources(sizes, names, config.selection.kept_sources)
         check_shares(config.selection, names, kept, refreshed=config.sources.refresh_every > 0)
         held_out = None
-        if config.data.eval or not config.data.train:
+        if config.data.has_held_out:
             held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
         if record is not None:
             digest = f"{digest}, selected as in {record.digest}"

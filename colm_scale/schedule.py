@@ -1,12 +1,15 @@
-"""How many steps a run makes, and the learning rate of each: functions of the options alone."""
+"""How many steps a run makes, when it is evaluated, and the learning rate of each step: functions of the options
+alone."""
 
 from __future__ import annotations
 
 import math
 
-from colm_scale.config import RunConfig, TrainConfig
+from colm_scale.config import EvalConfig, RunConfig, TrainConfig
 
 _DEFAULT_STEPS = 80
+_DEFAULT_EVALUATIONS = 5
+"""Evaluations after the one before the first step."""
 
 
 def total_steps(config: RunConfig, examples: int) -> int:
@@ -14,6 +17,11 @@ def total_steps(config: RunConfig, examples: int) -> int:
     if config.train.epochs is not None:
         return max(1, math.ceil(config.train.epochs * examples / config.selection.candidates))
     return config.train.steps or _DEFAULT_STEPS
+
+
+def evaluation_period(config: EvalConfig, steps: int) -> int:
+    """Steps between evaluations. 0: only before and after."""
+    return math.ceil(steps / _DEFAULT_EVALUATIONS) if config.every is None else config.every
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -89,7 +88,7 @@ class Session:
 
     def load(self, state: dict) -> None:
         """Go on from what `state` returned on the first rank."""
-        self._best = None if state["best"] is None else Evaluation(**state["best"])
+        self._best = None if state["best"] is None else Evaluation.of(state["best"])
         if self._summary is not None:
             self._summary.load(state["summary"])
 
@@ -107,20 +106,30 @@ class Session:
             self._directory.drift(drift)
             self._display.message(drift_line(drift))
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate on all ranks. During training, keep the adapter if none before was better."""
+    def evaluate(self, step: int, *, whole: bool) -> None:
+        """Evaluate on all ranks; after the first step, keep the adapter if none before was better.
+
+        The better of two adapters has the lower mean over sources on the examples that every evaluation scores, also
+        where one of the evaluations is ``whole``. Both losses are then of the same examples, and how hard those happen
+        to be cancels out; the mean of all examples beside that of a few would mostly tell which examples are harder.
+        """
         if self._evaluator is None:
             return
-        evaluation = self._evaluator(self._engine.module, step)
+        evaluation = self._evaluator(self._engine.module, step, whole=whole)
         if self._directory is not None:
             self._directory.evaluation(evaluation)
             self._summary.evaluation(evaluation)
             self._display.evaluation(evaluation)
             self._trackers.evaluation(evaluation)
-        best = math.inf if self._best is None else self._best.loss_by_source
-        if step and evaluation.loss_by_source < best:
+        if step and self._is_best(evaluation):
             self._best = evaluation
             self._save("adapter")
+
+    def _is_best(self, evaluation: Evaluation) -> bool:
+        """Whether it is the best so far; the first on other examples is, as after a resume with another sample."""
+        if self._best is None or self._best.sample.counts != evaluation.sample.counts:
+            return True
+        return evaluation.sample.loss_by_source < self._best.sample.loss_by_source
 
     def saved(self, step: int, seconds: float) -> None:
         """Say that a checkpoint was written."""

@@ -39,7 +39,7 @@ from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.run_facts import resumed_facts, run_facts, written_down
-from colm_scale.schedule import learning_rate, total_steps
+from colm_scale.schedule import evaluation_period, learning_rate, total_steps
 from colm_scale.selection.quota import kept_sources
 from colm_scale.session import Session
 from colm_scale.step import CoresetStep
@@ -196,8 +196,9 @@ def _run_steps(
     group: Group,
 ) -> bool:
     """The steps after ``done``, with what happens every so many of them; whether the run came to its end."""
+    evaluate_every = evaluation_period(config.eval, steps)
     if not done:
-        session.evaluate(0)
+        session.evaluate(0, whole=True)
     for number in range(done + 1, steps + 1):
         watch.begin(number)
         report, work = step(number, learning_rate(config.train, number, steps))
@@ -207,8 +208,8 @@ def _run_steps(
         session.step(report)
         watch.enter("sources")
         session.drifted(step.follow(number))
-        if number == steps or _is_due(config.eval.every, number):
-            session.evaluate(number)
+        if number == steps or _is_due(evaluate_every, number):
+            session.evaluate(number, whole=number == steps)
         stopping = group.any(watch.stop_requested)
         if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")

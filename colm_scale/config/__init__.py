@@ -101,6 +101,11 @@ class DataConfig(RowConfig):
     shuffle_rows: int = 16384
     """With `streaming`: rows that are held and shuffled at a time."""
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is held-out data: the user's, or the built-in with built-in training data."""
+        return bool(self.eval) or not self.train
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.shuffle_rows >= 1, "data.shuffle_rows", self.shuffle_rows, "at least 1")
@@ -247,8 +252,13 @@ class CheckpointConfig:
 class EvalConfig:
     """Held-out loss and exact match, per source."""
 
-    every: int = 0
-    """Steps between evaluations. 0: only before and after."""
+    every: int | None = None
+    """Steps between evaluations. Default: a fifth of the run, which makes six with the one before the first step. 0:
+    only before and after."""
+    sample: int = 128
+    """Examples, as many of each source, whose loss an evaluation between the first and the last computes; it generates
+    nothing. The first and the last compute all examples, and say how these do too: curves and the best adapter compare
+    the same examples throughout."""
     generate: int = 24
     """Examples per source whose answer is generated and compared. 0: loss only."""
     max_new_tokens: int = 64
@@ -257,7 +267,8 @@ class EvalConfig:
     """Most held-out examples per source. What is left out is counted."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "eval.every", self.every, "0 or more")
+        require(self.every is None or self.every >= 0, "eval.every", self.every, "0 or more")
+        require(self.sample >= 1, "eval.sample", self.sample, "at least 1")
         require(self.generate >= 0, "eval.generate", self.generate, "0 or more")
         require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.limit >= 1, "eval.limit", self.limit, "at least 1")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from colm_scale.drawing import verbatim_text
 from colm_scale.errors import UserError
 from colm_scale.explaining.explain import Explanation
 
@@ -43,10 +44,11 @@ def draw(found: Explanation, folder: Path) -> list[Path]:
         ("times_trained", _times_trained, 4),
         ("over_time", _over_time, 4),
     ):
-        figure = Figure(figsize=(8, height), layout="constrained")
-        plot(found, figure.add_subplot())
         files.append(folder / f"{name}.png")
-        figure.savefig(files[-1], dpi=120)
+        with verbatim_text():
+            figure = Figure(figsize=(8, height), layout="constrained")
+            plot(found, figure.add_subplot())
+            figure.savefig(files[-1], dpi=120)
     return files
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich import box
@@ -25,17 +26,34 @@ _NONE = "-"
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Loss of some held-out examples.
+
+    Attributes:
+        losses: Mean loss of each source's examples.
+        counts: Examples of each source.
+        loss: Mean over the natural mixture, sources weighted by their training examples; None if no source has any.
+        loss_by_source: Mean over sources.
+        small_loss: Mean over the small sources; None without one.
+    """
+
+    losses: dict[str, float]
+    counts: dict[str, int]
+    loss: float | None
+    loss_by_source: float
+    small_loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The held-out data at one step (0: before training).
 
     Attributes:
-        losses: Mean loss of each source's examples.
+        losses, counts, loss, loss_by_source, small_loss: Of the scored examples, see `HeldOutLoss`.
         accuracies: Share of each source's generated answers that are right; None where none was generated.
-        counts: Scored examples of each source.
-        loss: Mean over the natural mixture, sources weighted by their training examples; None if no source has any.
-        loss_by_source: Mean over sources.
-        small_loss: Mean over the small sources; None without one.
         accuracy: Mean over the sources that have one.
+        whole: Whether all held-out examples within --eval.limit were scored; else those of `sample`.
+        sample: Of the examples that every evaluation of the run scores (--eval.sample).
     """
 
     step: int
@@ -46,6 +64,19 @@ class Evaluation:
     loss_by_source: float
     small_loss: float | None
     accuracy: float | None
+    whole: bool
+    sample: HeldOutLoss
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Evaluation:
+        """What `dataclasses.asdict` has made of one.
+
+        Raises:
+            KeyError: A field is not there.
+            TypeError: The sample is not one.
+        """
+        own = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**own | {"sample": HeldOutLoss(**own["sample"])})
 
 
 class RunSummary:
@@ -128,7 +159,7 @@ class RunSummary:
         """Go on from what `state` returned."""
         for name in ("candidates", "selected", "kept", "protected"):
             getattr(self, name).copy_(long_tensor(state[name]))
-        self._evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
+        self._evaluations = [Evaluation.of(evaluation) for evaluation in state["evaluations"]]
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
         self._without_update = state["without_update"]
         self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]

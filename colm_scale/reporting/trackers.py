@@ -152,10 +152,15 @@ def step_numbers(report: StepReport) -> Numbers:
 
 
 def evaluation_numbers(evaluation: Evaluation) -> Numbers:
-    """``eval/loss`` (natural mixture), ``eval/loss_by_source``, ..., and each source's, ``eval/losses/SOURCE``."""
-    fields = asdict(evaluation)
-    del fields["step"], fields["counts"]
-    return dict(_flat({"eval": fields}))
+    """``eval/loss`` (natural mixture), ``eval/loss_by_source``, ..., and each source's, ``eval/losses/SOURCE``, of all
+    held-out examples; and of the sample that every evaluation scores, ``eval/sample/loss``, ..."""
+    numbers = asdict(evaluation)
+    if not evaluation.whole:
+        numbers = {"sample": numbers["sample"]}
+    for counted in (numbers, numbers["sample"]):
+        for name in ("step", "counts", "whole"):
+            counted.pop(name, None)
+    return dict(_flat({"eval": numbers}))
 
 
 def _made(name: str, track: TrackConfig, folder: Path, run_id: str, done: int, begun: bool) -> GeneralTracker:

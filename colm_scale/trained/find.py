@@ -129,8 +129,9 @@ def _of_run(run: Path, which: Which) -> tuple[Path, Checkpoint | None]:
     if which == "last":
         if (last / _ADAPTER).is_file():
             return last, None
-        # A run that was evaluated while it trained keeps its best as `adapter`, also if it was interrupted.
-        if newest is not None and parse(["--config", str(run / _CONFIG)]).eval.every:
+        # A run that is evaluated while it trains keeps its best as `adapter`, also if it was interrupted.
+        config = parse(["--config", str(run / _CONFIG)])
+        if newest is not None and config.eval.every != 0 and config.data.has_held_out:
             return newest.path, newest
     if not (best / _ADAPTER).is_file():
         way_out = "and no checkpoint" if newest is None else f"but a checkpoint, {newest.path}: name that instead"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from colm_scale.config import FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import EvalConfig, FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.reporting.facts import rounding_facts
-from colm_scale.schedule import learning_rate, total_steps
+from colm_scale.schedule import evaluation_period, learning_rate, total_steps
 from colm_scale.sketch.zeroth_order import PERTURBATION
 from colm_scale.trainer import resolve
 
@@ -40,6 +40,14 @@ def test_an_epoch_shows_every_example_once_as_a_candidate():
     assert total_steps(RunConfig(selection=selection, train=TrainConfig(epochs=1)), 641) == 11
     assert total_steps(RunConfig(selection=selection, train=TrainConfig(epochs=0.5)), 640) == 5
     assert total_steps(RunConfig(selection=selection, train=TrainConfig(steps=3)), 640) == 3
+
+
+def test_a_run_is_evaluated_six_times_unless_it_is_told_how_often():
+    assert [evaluation_period(EvalConfig(), steps) for steps in (80, 82, 5, 2)] == [16, 17, 1, 1]
+    for steps in (5, 80, 82, 1000):
+        every = evaluation_period(EvalConfig(), steps)
+        assert len({0, steps, *range(every, steps, every)}) == 6
+    assert [evaluation_period(EvalConfig(every=every), 80) for every in (0, 7)] == [0, 7]
 
 
 def test_the_paper_s_preset_wins_over_the_options_it_decides():

@@ -23,6 +23,7 @@ _SIZE_INCHES = (3.0, 1.75)
 _WIDE_INCHES = (6.2, 2.1)
 _LEFT_INCHES, _BOTTOM_INCHES, _TOP_INCHES = 0.4, 0.32, 0.06
 """Room for the numbers: the same in every panel, so that their steps are below each other."""
+_FEWEST_POINTS = 3
 _FAR = 5
 """Ratio of the highest to the lowest value from which an axis of ratios is marked at 1, 2, 5, 10, ..."""
 _INK, _FAINT = "ink-2", "rule"
@@ -76,9 +77,9 @@ class Chart:
     wide: bool = False
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return all(np.isnan(line.y).all() for line in self.lines)
+    def drawn(self) -> bool:
+        """Whether a line has points enough to show a course; what fewer say, tables say better."""
+        return any(np.count_nonzero(~np.isnan(line.y)) >= _FEWEST_POINTS for line in self.lines)
 
     @property
     def alt(self) -> str:

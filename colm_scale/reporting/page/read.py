@@ -9,7 +9,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -238,9 +238,11 @@ def _composition(rows: Iterable[tuple[int, dict]], names: list[str], path: Path)
 def _evaluation(row: tuple[int, dict], path: Path) -> Evaluation:
     number, content = row
     try:
-        found = Evaluation(**{field.name: content[field.name] for field in fields(Evaluation)})
+        found = Evaluation.of(content)
     except KeyError as lacking:
         raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: it lacks {lacking}") from None
+    except TypeError:
+        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: its sample is not one") from None
     if not isinstance(found.losses, dict):
         raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: losses are not by source")
     return found

@@ -226,6 +226,15 @@ def test_numbers_are_finite_and_flat():
     assert "eval/losses/algebra" not in evaluation_numbers(bad)
 
 
+def test_a_series_is_of_the_same_examples_throughout():
+    """The means of all examples and those of a sample have names of their own."""
+    whole, part = (evaluation_numbers(evaluation(3, SOURCES, whole=whole)) for whole in (True, False))
+    assert (whole["eval/loss"], whole["eval/sample/loss"]) == (0.875, 1.75)
+    assert set(part) == {name for name in whole if name.startswith("eval/sample/")}
+    assert part["eval/sample/losses/algebra"] == whole["eval/sample/losses/algebra"] == 1.5
+    assert not [name for name in whole if "count" in name or "whole" in name]
+
+
 def test_off_by_default(tmp_path):
     trackers = following(tmp_path)
     trackers.step(step(1))
