@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from types import UnionType
@@ -179,11 +179,12 @@ def _read(parser: _Parser, arguments: Sequence[str], leave_out: tuple[str, ...] 
         _show_help(parser)
     given = _split(parser, arguments)
     files = [path for name, path in given if name == "config" and name in parser.extras]
-    entries = [entry for path in files for entry in _entries(path, parser.types) if not entry[1].startswith(leave_out)]
+    options = parser.types.keys() - parser.extras
+    entries = [entry for path in files for entry in _entries(path, options) if not entry[1].startswith(leave_out)]
     for place, name, value in [*entries, *(("", name, value) for name, value in given)]:
         if place and is_harmless(name, value):
             continue
-        _check_name(place, name, value, parser.types)
+        _check_name(place, name, value, options if place else parser.types)
         parser.stated[name] = (place, value if isinstance(value, str) else json.dumps(value, default=str))
     words = [f"--{name}={value}" for name, (_, value) in parser.stated.items() if name not in parser.extras]
     made: Namespace = parser.instantiate(parser.parse_args(words))
@@ -200,14 +201,15 @@ def _show_help(parser: _Parser) -> NoReturn:
     raise SystemExit(0)
 
 
-def _check_name(place: str, name: str, value: object, types: Mapping[str, str]) -> None:
+def _check_name(place: str, name: str, value: object, options: Collection[str]) -> None:
     """Refuse an option that was removed, or that there never was."""
     try:
         check_value(name, value)
-        if name not in types:
+        if name not in options:
             check_option(name)
-            near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-            raise UserError(f"unknown option --{name}{f': did you mean --{near[0]}?' if near else ''} ({_HINT})")
+            near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+            written = name if place else f"--{name}"  # as it stands there
+            raise UserError(f"unknown option {written}{f': did you mean --{near[0]}?' if near else ''} ({_HINT})")
     except UserError as error:
         raise UserError(f"{place}{error}") from None
 
@@ -264,25 +266,15 @@ def _readable(kind: str) -> str:
     return re.sub(r"\b(int|float|bool|str)\b(?!')", lambda name: words[name[0]], choices)
 
 
-def _entries(path: str, types: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
+def _entries(path: str, options: Container[str]) -> list[tuple[str, str, Any]]:
     """Place, name and value of each option in a YAML file."""
-
-    def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, str, Any]]:
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"--config {path} is no list of options: it must hold NAME: VALUE, as --print_config shows")
-        loader.flatten_mapping(node)
-        for key, below in node.value:
-            name = f"{prefix}{key.value}"
-            if isinstance(below, yaml.MappingNode) and name not in types:
-                yield from walk(below, f"{name}.")
-            else:
-                value = loader.construct_object(below, deep=True)
-                yield f"--config {path} line {key.start_mark.line + 1}: ", name, value
-
     try:
         with open(path, encoding="utf-8") as file:
             loader = yaml.SafeLoader(file.read())
-        yield from walk(loader.get_single_node(), "")
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode):
+            found = _walk(loader, root, "", options)
+            return [(f"--config {path} line {line}: ", name, value) for line, name, value in found]
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -292,3 +284,18 @@ def _entries(path: str, types: Mapping[str, str]) -> Iterator[tuple[str, str, An
         line = f" line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"--config {path}{line}: not YAML ({problem})") from None
+    kind = "a list" if isinstance(root, yaml.SequenceNode) else "a value" if root else "nothing"
+    raise UserError(f"--config {path} holds {kind}, but must hold options, as --print_config shows them")
+
+
+def _walk(
+    loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str, options: Container[str]
+) -> Iterator[tuple[int, str, Any]]:
+    """Line, name and value of each option below a node."""
+    loader.flatten_mapping(node)
+    for key, below in node.value:
+        name = f"{prefix}{key.value}"
+        if isinstance(below, yaml.MappingNode) and name not in options:
+            yield from _walk(loader, below, f"{name}.", options)
+        else:
+            yield key.start_mark.line + 1, name, loader.construct_object(below, deep=True)

@@ -121,7 +121,7 @@ def test_the_options_of_a_plan_may_stand_in_a_file(tmp_path):
     (tmp_path / "a").write_text("plan: {world_size: 4}\ntrain: {seed: 3}\n", "utf-8")
     run, plan = parse_plan(["--config", str(tmp_path / "a")])
     assert (run.train.seed, plan.world_size) == (3, 4)
-    with pytest.raises(UserError, match=r"line 1: unknown option --plan\.world_size"):
+    with pytest.raises(UserError, match=r"line 1: unknown option plan\.world_size"):
         parse(["--config", str(tmp_path / "a")])
 
 
@@ -134,3 +134,10 @@ def test_the_help_fits_80_columns(monkeypatch, capsys):
     assert max(map(len, shown.splitlines())) <= 80
     assert "--pair" in shown
     assert "default: (0.0, 1.0)" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", ["config", "print_config", "dry-run", "local_rank"])
+def test_a_file_holds_options_of_a_run_only(tmp_path, name):
+    (tmp_path / "a").write_text(f"{name}: 1\n", "utf-8")
+    with pytest.raises(UserError, match=rf"line 1: unknown option {name}"):
+        parse_train(["--config", str(tmp_path / "a")])
