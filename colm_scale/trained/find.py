@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from colm_scale.arguments import parse
+from colm_scale.arguments import read_trained
 from colm_scale.base import BASE_MODEL
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig
@@ -66,7 +66,7 @@ def find(name: str, which: Which, model: str | None, *, trust_remote_code: bool)
     if not path.is_dir():
         raise UserError(f"{name}: there is no such folder; give that of a run, of an adapter, or of a checkpoint")
     run, folder, checkpoint = _place(path, which)
-    config = resolve(parse(["--config", str(run / _CONFIG)])) if run else _config_of(folder)
+    config = resolve(read_trained(run / _CONFIG)) if run else _config_of(folder)
     base = dataclasses.replace(config.model, trust_remote_code=trust_remote_code)
     if model is not None:
         base = dataclasses.replace(base, name=model, revision=None)
@@ -129,8 +129,8 @@ def _of_run(run: Path, which: Which) -> tuple[Path, Checkpoint | None]:
     if which == "last":
         if (last / _ADAPTER).is_file():
             return last, None
-        # A run that is evaluated while it trains keeps its best as `adapter`, also if it was interrupted.
-        config = parse(["--config", str(run / _CONFIG)])
+        # A run that was evaluated while it trained keeps its best as `adapter`, also if it was interrupted.
+        config = read_trained(run / _CONFIG)
         if newest is not None and config.eval.every != 0 and config.data.has_held_out:
             return newest.path, newest
     if not (best / _ADAPTER).is_file():
