@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from colm_scale.config import DataConfig
+from colm_scale.config import DataConfig, RowConfig
 from colm_scale.data.formats import said
 from colm_scale.data.readers import Message, Row
 from colm_scale.errors import UserError
@@ -224,7 +224,7 @@ def _packed(kept: Sequence[Encoded], known: Sequence[str], dropped: dict[str, in
     )
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Iterator[Encoded]:
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
     """Every row as tokens, however long, in order.
 
     Raises:
@@ -269,7 +269,7 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:start]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DataConfig, first_chat: str | None) -> str | None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first_chat: str | None) -> str | None:
     """Check that a tokenizer can write all rows; the Jinja text that writes the chats among them.
 
     Args:
@@ -292,7 +292,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DataConfig, firs
         ) from error
 
 
-def read_chat_template(config: DataConfig) -> str | None:
+def read_chat_template(config: RowConfig) -> str | None:
     """What ``--data.chat_template`` holds, where it is given."""
     if config.chat_template is None:
         return None

@@ -66,11 +66,15 @@ def _coverage(found: Explanation, axes: Axes) -> None:
 
 
 def _times_trained(found: Explanation, axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     times = np.arange(found.histogram.shape[1])
     axes.bar(times - 0.2, found.histogram[0], 0.4, label="this run")
     axes.bar(times + 0.2, found.histogram[1], 0.4, color="lightgrey", label="random picks, the same number per source")
     axes.set(xlabel="times trained on", ylabel="examples that were candidates")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator = axes.xaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)  # matplotlib's default
+    locator.set_params(integer=True)
     axes.legend(frameon=False)
 
 

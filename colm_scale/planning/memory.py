@@ -190,7 +190,7 @@ class _Trace:
         """All micro-batches one after the other, what is kept of each included."""
         tap, selection = self._fake.tap, self._config.selection
         assert tap is not None
-        held: list[torch.Tensor] = []
+        held: list[object] = []
         with self._fake.mode:
             z = torch.empty(selection.num_probes if selection.estimator == "zeroth_order" else 0, tap.size)
 
@@ -254,7 +254,8 @@ def _let_go(weight: nn.Parameter) -> RemovableHandle:
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
 
-    return weight.register_post_accumulate_grad_hook(drop)
+    handle: RemovableHandle = weight.register_post_accumulate_grad_hook(drop)
+    return handle
 
 
 def _at_most_two_alike(micro_batches: MicroBatches) -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from colm_scale.config import ModelConfig
 from colm_scale.config.tools import MergeConfig
 from colm_scale.data.examples import read_chat_template
 from colm_scale.errors import UserError
-from colm_scale.modeling.causal import moved
+from colm_scale.modeling.causal import base_of, moved
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
 from colm_scale.randomness import generator
 from colm_scale.trained.find import Trained, adapted, find
@@ -72,7 +72,7 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
     model, notes = _whole(trained.config.model)
     dtype = _dtype(options, trained)
     adapter = adapted(load_model(model, dtype, device, "model"), trained)
-    tokens = _probe_tokens(adapter.get_base_model(), device)
+    tokens = _probe_tokens(base_of(adapter), device)
     expected = _logits(adapter, tokens)
     merged = adapter.merge_and_unload()
     merged.save_pretrained(new, max_shard_size=options.shard_size)
