@@ -34,7 +34,6 @@ _LEFT_OUT = {
     "data.sources": "the data's digest covers them",
     "data.chat_template": "the data's digest covers what it writes",
     "selection.replay": "the data's digest covers what it holds, wherever it lies",
-    "selection.proxy": "the proxy has a digest of its own, wherever it lies",
     "train.threads": "rounding at most",
     "train.activation_checkpointing": "rounding at most",
     "train.compile": "rounding at most",
@@ -44,8 +43,7 @@ _LEFT_OUT = {
 }
 """Options of the compared sections that may differ, and why."""
 _MAKE_OTHER_WEIGHTS = {"train.dtype", "model.quantize"}
-"""Where one of these differs, the model's digest does too, and nothing more is to be said about it; so below."""
-_MAKE_ANOTHER_PROXY = _MAKE_OTHER_WEIGHTS | {"selection.proxy_blocks"}
+"""Where one of these differs, the model's digest does too, and nothing more is to be said about it."""
 _NONE = "no such option"
 """In place of the value of an option that one version has and the other has not."""
 
@@ -95,8 +93,7 @@ def check_same_run(stored: Json, current: Json, where: Path) -> None:
     """Check that a run may go on from a checkpoint.
 
     Args:
-        stored: Of the checkpoint: ``config`` (see `config_facts`), and the digests ``data``, ``model`` and ``proxy``
-            (None without one).
+        stored: Of the checkpoint: ``config`` (see `config_facts`), and the digests ``data`` and ``model``.
         current: The same of this run.
         where: The checkpoint.
 
@@ -112,8 +109,6 @@ def check_same_run(stored: Json, current: Json, where: Path) -> None:
         found.append("other training data")
     if stored["model"] != current["model"] and not _MAKE_OTHER_WEIGHTS.intersection(names):
         found.append("other base model")
-    if stored.get("proxy") != current.get("proxy") and not _MAKE_ANOTHER_PROXY.intersection(names):
-        found.append("other proxy (--selection.proxy)")
     if found:
         raise UserError(
             f"checkpoint {where} is not one of this run: {'; '.join(found)}. Go on with what it was made with, or "

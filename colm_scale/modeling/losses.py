@@ -190,7 +190,7 @@ class ExampleLoss(nn.Module):
         if not self._fused:
             return (taken.unsqueeze(0), *args[1:])
         chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-        # Without a graph nothing is kept; plain operations also carry a tangent (`sketch.zeroth_order`).
+        # Without a graph nothing is kept.
         cross_entropy = _FrozenHeadCrossEntropy.apply if torch.is_grad_enabled() else _cross_entropy
         current.losses = cross_entropy(taken, head.weight, head.bias, current.wanted, self._post, chunk)
         return (hidden[:1, :1], *args[1:])

@@ -19,11 +19,13 @@ from colm_scale.modeling.attention import PACKED_SDPA
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.sketch.tap import Tap
 
+FLOAT32_BLOCKS = 2
+"""Blocks of the tail that are computed so; without the last, differences are rounding, and a second changes little."""
+
 
 @contextmanager
 def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
-    """sdpa within it, if the model has another attention than that or eager; such kernels take no float32, and have no
-    derivative in forward mode."""
+    """sdpa within it, if the model has another attention than that or eager; such kernels take no float32."""
     config = model.causal_model.config.get_text_config()
     chosen = config._attn_implementation
     if chosen not in ("sdpa", "eager"):
@@ -35,14 +37,11 @@ def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
 
 
 @contextmanager
-def float32_tail(tap: Tap, blocks: int) -> Iterator[None]:
-    """The forward within it runs its last ``blocks`` blocks, final norm, head and loss in float32; with 0 nothing.
+def float32_tail(tap: Tap, blocks: int = FLOAT32_BLOCKS) -> Iterator[None]:
+    """The forward within it runs its last ``blocks`` blocks, final norm, head and loss in float32.
 
     4-bit layers compute as they do, on float32 activations.
     """
-    if not blocks:
-        yield
-        return
     model = tap.model.causal_model
     every = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tap.block in [*m])
     tail = every[-blocks:]
