@@ -238,7 +238,7 @@ class RunSummary:
         return torch.bincount(sources, minlength=len(self._names))
 
 
-def gib(count: int) -> str:
+def gib(count: float) -> str:
     """Bytes in GiB."""
     return f"{count / 2**30:.2f}"
 
