@@ -51,9 +51,14 @@ def build_step(
     """One step's parts, put together."""
     reuse = config.train.forward_reuse
     if config.train.compile:
-        compile_blocks(decoder_blocks(engine.module.causal_model)[1][: _alike(config, tap)])
+        alike = None if tap is None else _alike(config, tap)
+        compile_blocks(decoder_blocks(engine.module.causal_model)[1][:alike])
     estimator: Estimator | None = None
+    block_inputs: BlockInputs | None = None
     if config.selection.method == "colm":
+        assert tap is not None
+        if reuse != "off":
+            block_inputs = BlockInputs(tap.model, _alike(config, tap), reuse)
         estimator = make_estimator(tap, config.selection, config.train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
     return CoresetStep(
@@ -72,15 +77,13 @@ def build_step(
         group=group,
         spans=spans,
         pad_id=inputs.tokenizer.pad_token_id,
-        inputs=BlockInputs(tap.model, _alike(config, tap), reuse) if reuse != "off" else None,
+        inputs=block_inputs,
         follower=make_follower(config, engine.module, inputs.source_names, inputs.sizes, inputs.kept, group),
     )
 
 
-def _alike(config: RunConfig, tap: Tap | None) -> int | None:
-    """How many of the first blocks the sketch runs as training does; None: all, where the model does not sketch."""
-    if tap is None:
-        return None
+def _alike(config: RunConfig, tap: Tap) -> int:
+    """How many of the first blocks the sketch runs as training does."""
     blocks = list(decoder_blocks(tap.model.causal_model)[1])
     alike = blocks.index(tap.block)
     if config.selection.estimator == "zeroth_order":

@@ -98,6 +98,7 @@ def _label_share(prepared: Prepared, preview: Preview) -> float:
 
 def _places(config: RunConfig, prepared: Prepared) -> dict[str, str]:
     """A folder that is not named gets the date and time at which the run starts."""
+    assert prepared.directory is not None  # this is the first rank
     path = prepared.directory.path
     folder = path if config.output_dir else path.with_name("DATE-TIME")
     every, evaluates = config.checkpoint.every, prepared.evaluator is not None

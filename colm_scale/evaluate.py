@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from colm_scale.config import EvalConfig
 from colm_scale.data.answers import is_correct
@@ -40,7 +42,7 @@ class Evaluator:
         examples: Examples,
         train_sizes: Tensor,
         small: Tensor,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         config: EvalConfig,
         group: Group,
         micro_batch_tokens: int,
@@ -100,6 +102,7 @@ class Evaluator:
                 answers = self._generate(module, [prompts[i][0] for i in indices or (int(chosen[0]),)])
                 for index, answer in zip(indices, answers):
                     reference = self._tokenizer.decode(prompts[index][1], skip_special_tokens=True)
+                    assert isinstance(reference, str)
                     correct[index] = is_correct(answer, reference)
         return self._combined(correct, chosen)
 
@@ -112,8 +115,10 @@ class Evaluator:
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = torch.as_tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
+        model = module.model
+        assert isinstance(model, PeftModel | GenerationMixin)
         with uncompiled():  # a token at a time on growing caches is not what blocks are compiled for
-            generated = module.model.generate(
+            generated = model.generate(
                 input_ids=tokens.to(self._group.device),
                 attention_mask=mask.to(self._group.device),
                 max_new_tokens=self._config.max_new_tokens,
@@ -123,7 +128,8 @@ class Evaluator:
                 pad_token_id=pad_id,
                 eos_token_id=sorted(self._ends(module)),
             )
-        return self._tokenizer.batch_decode(generated[:, longest:].cpu(), skip_special_tokens=True)
+        answers: list[str] = self._tokenizer.batch_decode(generated[:, longest:].cpu(), skip_special_tokens=True)
+        return answers
 
     def _ends(self, module: ExampleLoss) -> set[int]:
         """Tokens that end an answer: the tokenizer's, and those of the model (a chat model's end of turn)."""

@@ -19,6 +19,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.stream import StreamedSampler, share_survey
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
+from colm_scale.records import Json
 from colm_scale.reporting.trackers import check_trackers
 from colm_scale.schedule import total_steps
 from colm_scale.selection.allocation import check_shares
@@ -51,7 +52,7 @@ class Inputs:
     protected: Tensor
     digest: str
     eval: Examples | None
-    ds_config: dict | None
+    ds_config: Json | None
     rows_digest: str = ""
     record: SelectionRecord | None = None
 
@@ -123,6 +124,7 @@ def _streamed(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, _: SelectionRecord | None
 ) -> _Training:
     """Training data that the first rank reads as it is needed."""
+    assert config.data.train is not None  # the built-in mixture is no stream
     with group.together():
         surveyed = survey(config.data.train, config.data) if group.is_first else None
     surveyed = share_survey(surveyed, group)
@@ -145,7 +147,7 @@ def check_even_shares(candidates: int, ranks: int) -> None:
         )
 
 
-def _check_ranks(config: RunConfig, group: Group) -> dict | None:
+def _check_ranks(config: RunConfig, group: Group) -> Json | None:
     """What depends on the number of ranks, and the configuration of DeepSpeed."""
     from colm_scale.distributed.ds_config import read_ds_config
 

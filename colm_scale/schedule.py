@@ -26,14 +26,16 @@ def evaluation_period(config: EvalConfig, steps: int) -> int:
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """The rate of a step (from 1): linear warm-up to the peak, then cosine or linear to 0, or constant."""
+    peak = config.learning_rate
+    assert peak is not None  # a run's is resolved
     warmup = math.ceil(config.warmup_ratio * steps)
     if step <= warmup:
-        return config.learning_rate * step / warmup
+        return peak * step / warmup
     done = (step - 1 - warmup) / max(1, steps - warmup)
     match config.schedule:
         case "cosine":
-            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            return peak * 0.5 * (1 + math.cos(math.pi * done))
         case "linear":
-            return config.learning_rate * (1 - done)
+            return peak * (1 - done)
         case "constant":
-            return config.learning_rate
+            return peak

@@ -18,7 +18,7 @@ from colm_scale.errors import TrainingError
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs
 from colm_scale.profiling.memory import MemoryMeter
-from colm_scale.records import StepReport
+from colm_scale.records import Json, StepReport
 from colm_scale.reporting.display import Display
 from colm_scale.reporting.facts import drift_line
 from colm_scale.reporting.run_directory import RunDirectory, writing
@@ -47,7 +47,6 @@ class Session:
         self._config, self._directory, self._engine = config, directory, engine
         self._evaluator, self._group, self._names = evaluator, group, inputs.source_names
         self._best: Evaluation | None = None
-        self._summary: RunSummary | None = None
         if directory is not None:
             self._display = Display(config.profile.display, meter.label, directory.log)
             self._trackers = Trackers(config, directory.path, self._display.message)
@@ -79,17 +78,17 @@ class Session:
             self._trackers.start(done)
             self._display.start(steps, done)
 
-    def state(self) -> dict:
+    def state(self) -> Json:
         """What has been counted and evaluated so far, as plain JSON; the counts on the first rank."""
         return {
             "best": None if self._best is None else asdict(self._best),
-            "summary": None if self._summary is None else self._summary.state(),
+            "summary": None if self._directory is None else self._summary.state(),
         }
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Json) -> None:
         """Go on from what `state` returned on the first rank."""
         self._best = None if state["best"] is None else Evaluation.of(state["best"])
-        if self._summary is not None:
+        if self._directory is not None:
             self._summary.load(state["summary"])
 
     def step(self, report: StepReport) -> None:
@@ -174,7 +173,7 @@ class Session:
     def _replace(self, place: Path, named: dict[str, Tensor]) -> None:
         new, old = place.with_name(f".{place.name}.new"), place.with_name(f".{place.name}.old")
         shutil.rmtree(new, ignore_errors=True)
-        self._engine.module.model.save_pretrained(new, state_dict=named, save_embedding_layers=False)
+        self._engine.module.model.save_pretrained(str(new), state_dict=named, save_embedding_layers=False)
         shutil.rmtree(old, ignore_errors=True)
         if place.exists():
             place.rename(old)

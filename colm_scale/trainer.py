@@ -36,6 +36,7 @@ from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.optimizers import default_learning_rate
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
+from colm_scale.records import Json
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.run_facts import resumed_facts, run_facts, written_down
@@ -128,6 +129,7 @@ def run(config: RunConfig, job: Job = train) -> int:
         completed = job(config, group, watch)
     except BaseException as error:
         _end(error, watch)
+    assert watch is not None
     watch.close()
     group.close()
     return 0 if completed else STOPPED
@@ -162,7 +164,7 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
     directory, found = _open_directory(config, group)
     inputs = read_inputs(config, group)
-    identity = {"config": config_facts(config), "data": inputs.digest}
+    identity: Json = {"config": config_facts(config), "data": inputs.digest}
     _check_resumable(found, identity, group)
     module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
     identity["model"] = model_digest(module)
@@ -263,8 +265,8 @@ def _claim(
     group: Group,
 ) -> None:
     """Write the files that say what runs, once it is known that it can."""
-    held = torch.tensor([held_bytes(engine.module)], device=group.device)
-    held = group.all_gather(held, "control").flatten().tolist()
+    own_bytes = torch.tensor([held_bytes(engine.module)], device=group.device)
+    held = group.all_gather(own_bytes, "control").flatten().tolist()
     with group.together():
         if directory is not None:
             own = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}

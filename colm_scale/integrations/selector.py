@@ -28,6 +28,7 @@ from colm_scale.finite import check_sketches
 from colm_scale.integrations.candidates import Columns, as_examples, rows_of
 from colm_scale.integrations.model import prepare
 from colm_scale.integrations.options import LOOP, as_run
+from colm_scale.modeling.causal import CausalModel
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
@@ -80,7 +81,7 @@ class CoresetSelector:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalModel,
         coreset: SelectionConfig | RunConfig,
         sources: Mapping[str, int],
         group: Group | None = None,
@@ -115,7 +116,7 @@ class CoresetSelector:
 
     def select(
         self,
-        batch: Mapping[str, object] | Sequence[Examples],
+        batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples],
         *,
         step: int | None = None,
         micro_batches: int | None = None,
@@ -167,7 +168,9 @@ class CoresetSelector:
         Args:
             through: What is called in place of the model that it wraps: DDP's wrapper, an engine.
         """
-        losses, positions = self._module(micro_batch.batch, through), micro_batch.batch.positions
+        assert self._open is not None
+        losses: Tensor = self._module(micro_batch.batch, through)
+        positions = micro_batch.batch.positions
         at = positions.to(self.group.device)
         self._open.losses[0, at], self._open.losses[1, at] = losses.detach()[: len(positions)], 1.0
         return (losses * micro_batch.shares).sum()
@@ -204,7 +207,7 @@ class CoresetSelector:
             telemetry=done.worth,
         )
 
-    def _parts(self, batch: Mapping[str, object] | Sequence[Examples]) -> Sequence[Examples]:
+    def _parts(self, batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples]) -> Sequence[Examples]:
         if not isinstance(batch, Mapping):
             return batch
         rows = rows_of(batch)
@@ -278,7 +281,7 @@ class _Open:
     shares: Tensor
     losses: Tensor
     learning_rate: float
-    worth: Mapping[str, float]
+    worth: dict[str, float]
 
 
 def _padding(routed: Route) -> float:

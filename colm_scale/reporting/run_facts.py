@@ -47,6 +47,7 @@ def run_facts(
         "training examples too long, cut": inputs.sampler.cut,
     }
     if evaluator is not None:
+        assert inputs.eval is not None
         left_out |= {
             "held-out examples too long, dropped": inputs.eval.dropped,
             "held-out examples too long, cut": inputs.eval.cut,

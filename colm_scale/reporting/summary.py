@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from colm_scale.records import StepReport, long_tensor
+from colm_scale.records import Json, StepReport, long_tensor
 from colm_scale.reporting.worth import Worth
 
 _FORWARD_BACKWARD = ("sketch", "train")
@@ -138,7 +138,7 @@ class RunSummary:
             for phase, peaks in by_phase.items():
                 so_far[phase] = list(map(max, zip_longest(peaks, so_far.get(phase, ()), fillvalue=0)))
 
-    def state(self) -> dict:
+    def state(self) -> Json:
         """All that was added up, as plain JSON."""
         return {
             "candidates": self.candidates.tolist(),
@@ -155,7 +155,7 @@ class RunSummary:
             "worth": self._worth.state(),
         }
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Json) -> None:
         """Go on from what `state` returned."""
         for name in ("candidates", "selected", "kept", "protected"):
             getattr(self, name).copy_(long_tensor(state[name]))
@@ -203,12 +203,15 @@ class RunSummary:
         for source, name in enumerate(names):
             counts = self._counts(slice(source, source + 1))
             lengths = [f"{counted.get(name, 0):,}" for counted in too_long.values()]
-            loss = self._change(lambda e, name=name: e.losses.get(name), ".3f")
-            accuracy = self._change(lambda e, name=name: e.accuracies.get(name), ".1%")
-            _add_row(table, name, *counts, *lengths, loss, accuracy)
+            _add_row(table, name, *counts, *lengths, *self._held_out(name))
         table.add_section()
         self._add_totals(table, [f"{sum(counted.values()):,}" for counted in too_long.values()])
         return table
+
+    def _held_out(self, name: str) -> tuple[str, str]:
+        """Loss and accuracy of a source."""
+        loss = self._change(lambda e: e.losses.get(name), ".3f")
+        return loss, self._change(lambda e: e.accuracies.get(name), ".1%")
 
     def rank_table(self, kind: str) -> Table:
         """Peak memory of the run of one kind: a row per rank, a column per phase."""
@@ -266,7 +269,7 @@ class RunSummary:
         return torch.bincount(sources, minlength=len(self._names))
 
 
-def gib(count: int) -> str:
+def gib(count: float) -> str:
     """Bytes in GiB."""
     return f"{count / 2**30:.2f}"
 

@@ -13,7 +13,7 @@ from colm_scale.records import Candidates, Quota, SketchPlan
 from colm_scale.selection.route import deal, form_micro_batches
 
 
-def kept_on(plan: SketchPlan, lengths: Tensor, most_tokens: int) -> tuple[Tensor, list[int]]:
+def kept_on(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
     """Whose block inputs each rank keeps: of its first micro-batches, as many as stay within ``most_tokens``.
 
     Args:

@@ -105,9 +105,9 @@ def said(report: Report) -> str:
 
 
 def _agreement_lines(report: Report) -> list[str]:
-    if report.agreement is None:
-        return []
     ours, theirs = report.agreement, report.baseline
+    if ours is None or theirs is None:
+        return []
     names = [*ours.recovered]
     width = max(map(len, [*names, "adjusted Rand index"]))
     lines = ["", "beside the sources that the data names, and beside k-means on TF-IDF with as many clusters:"]

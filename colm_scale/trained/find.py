@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -22,6 +23,8 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, check_adapter
 from colm_scale.reporting.run_directory import FACTS
 from colm_scale.trainer import resolve
+
+_Result = TypeVar("_Result")
 
 _ADAPTER, _CONFIG, _MANIFEST = "adapter_config.json", "config.yaml", "manifest.json"
 
@@ -98,7 +101,7 @@ def adapted(base: PreTrainedModel, trained: Trained) -> PeftModel:
     return model
 
 
-def with_way_out(action):
+def with_way_out(action: Callable[[], _Result]) -> _Result:
     """Do it; what is wrong with an adapter is said without the option of training that names one."""
     try:
         return action()

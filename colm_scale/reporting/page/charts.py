@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -165,7 +166,7 @@ def _said(line: Line, percent: bool) -> str:
 
 def _draw(axes: Axes, line: Line, colour: str, number: int) -> None:
     if line.down_to is not None:
-        artist = axes.fill_between(line.x, line.down_to, line.y, facecolor=colour, linewidth=0)
+        artist: Artist = axes.fill_between(line.x, line.down_to, line.y, facecolor=colour, linewidth=0)
     else:
         marker = "o" if line.points or np.count_nonzero(~np.isnan(line.y)) == 1 else None
         width = 0.8 if line.faint else 1.5 if line.style == "solid" else 1.1
@@ -189,8 +190,10 @@ def _part_of_page(svg: str, colours: dict[str, str], lines: Sequence[Line], perc
             element.set("style", style)
         element.tail = None
         if "d" in element.attrib:
-            element.set("d", " ".join(element.get("d").split()))
-    root.remove(root.find("defs"))  # a style sheet for the whole document
+            element.set("d", " ".join(element.attrib["d"].split()))
+    sheet = root.find("defs")
+    assert sheet is not None
+    root.remove(sheet)  # it is for a whole document
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
     root.set("aria-hidden", "true")  # its figure says in words what it shows

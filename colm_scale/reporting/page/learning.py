@@ -29,6 +29,7 @@ def overview(runs: Sequence[Run]) -> Section:
         "run", "selection", "engine", "steps", "natural mixture", "mean over sources", "small sources", "right answers",
         "s per step", "step / floor", "peak GiB",
     ]
+    rows: list[list[Cell | str]]
     rows = [[Cell(text=run.name, run=number), *_headlines(run)] for number, run in enumerate(runs, 1)]
     return Section(
         id="runs",
@@ -77,6 +78,7 @@ def training(runs: Sequence[Run]) -> Section:
         loss.append(Line(x=smooth[0], y=smooth[1], colour=colour, label=run.name))
         x, y = binned(run.steps, run.column("learning_rate"))
         rate.append(Line(x=x, y=y * 1e3, colour=colour, label=run.name))
+    rows: list[list[Cell | str]]
     rows = [[Cell(text=run.name, run=place), *_training_numbers(run)] for place, run in enumerate(runs, 1)]
     head = ["run", "first step", "last step", "mean of the last tenth", "steps without update", "largest gradient norm"]
     return Section(
