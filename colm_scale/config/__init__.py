@@ -227,9 +227,6 @@ class FsdpConfig:
     the backward (more memory, less communication)."""
     cpu_offload: bool = False
     """Keep each rank's shards, gradients and optimizer in CPU memory, and bring a block to the GPU when it runs."""
-    param_dtype: Literal["stored", "bfloat16", "float16"] = "stored"
-    """Type in which parameters are gathered and computed with (FSDP2's mixed precision policy). stored: frozen weights
-    in --train.dtype and adapters in float32, as under every other engine. Gradients are reduced in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

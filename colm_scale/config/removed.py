@@ -28,6 +28,7 @@ OPTIONS = {
         f"data.{role}_column": Removed(role, f"use --data.columns '{{{role}: COLUMN}}'")
         for role in ("source", "protected", "instruction", "input", "output", "prompt", "completion", "messages")
     },
+    "fsdp.param_dtype": Removed("stored", "parameters are gathered in the type that --train.dtype gives them"),
     "profile.match_every": Removed(0, "run benchmarks/gradient_match.py"),
     "selection.allocation": Removed("proportional", _SHARES),
     "selection.allocation_exponent": Removed(0.5, _SHARES),
@@ -45,6 +46,7 @@ OPTIONS = {
     "selection.proxy_blocks": Removed(None, _NEGATIVE),
     "selection.refresh_every": Removed(0, "use --sources.refresh_every"),
     "sources.dimensions": Removed(64, "it is 64 now"),
+    "track.name": Removed(None, "trackers take the name of --output_dir"),
 }
 """Options that went."""
 

@@ -82,8 +82,6 @@ def _rounding(config: RunConfig) -> str | None:
     selection = config.selection
     if selection.method != "colm" or selection.estimator != "zeroth_order":
         return None
-    if config.engine == "fsdp" and config.fsdp.param_dtype != "stored":
-        return f"--fsdp.param_dtype {config.fsdp.param_dtype}: leave it out"
     if config.train.dtype == "float32":
         return None
     if config.model.quantize != "none":

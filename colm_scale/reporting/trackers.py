@@ -169,7 +169,7 @@ def _made(name: str, track: TrackConfig, folder: Path, run_id: str, done: int, b
     """accelerate's tracker of this kind, not started."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    kind, title = LOGGER_TYPE_TO_CLASS[name], track.name or folder.resolve().name
+    kind, title = LOGGER_TYPE_TO_CLASS[name], folder.resolve().name
     match name:
         case "tensorboard":
             return kind(name, logging_dir=folder, purge_step=done + 1 if done else 0)

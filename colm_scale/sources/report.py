@@ -6,12 +6,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colm_scale.data.readers import Row
 from colm_scale.drawing import verbatim_text
 from colm_scale.sources.agreement import Agreement
+
+if TYPE_CHECKING:  # matplotlib comes with an extra
+    from matplotlib.axes import Axes
 
 _CHARACTERS = 240
 """Most that is shown of an example."""
@@ -134,7 +138,7 @@ def draw_map(points: np.ndarray, labels: np.ndarray, report: Report, path: Path)
         figure.savefig(path, dpi=120)
 
 
-def _draw_cluster(axes, own: np.ndarray, number: int, cluster: Cluster) -> None:
+def _draw_cluster(axes: Axes, own: np.ndarray, number: int, cluster: Cluster) -> None:
     if len(own):
         colour, mark = f"C{number % 10}", "os^vD"[number // 10 % 5]
         label = f"{cluster.name} ({cluster.size:,}{', kept' if cluster.kept else ''})"

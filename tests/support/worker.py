@@ -203,9 +203,7 @@ CASES = {
 
 
 def run_config(case: Case, engine: str = "auto") -> RunConfig:
-    """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, ``fsdp_bfloat16``, ``fsdp_float16``, or the
-    name of a file in ``ds_configs``."""
-    _, _, dtype = engine.partition("fsdp_")
+    """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, or the name of a file in ``ds_configs``."""
     train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5, **case.train}
     return RunConfig(
         selection=case.selection,
@@ -214,7 +212,6 @@ def run_config(case: Case, engine: str = "auto") -> RunConfig:
         fsdp=FsdpConfig(
             cpu_offload=engine == "fsdp_offload",
             reshard_after_forward=engine != "fsdp_unsharded",
-            param_dtype=dtype if dtype.endswith("float16") else "stored",
         ),
         data=DataConfig(train=["given.jsonl"], sources="given.jsonl") if case.refresh_sources else DataConfig(),
         sources=SourcesConfig(refresh_every=case.refresh_sources or case.refresh_kept),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from colm_scale.config import EvalConfig, FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import EvalConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.reporting.facts import rounding_facts
 from colm_scale.schedule import evaluation_period, learning_rate, total_steps
 from colm_scale.sketch.zeroth_order import PERTURBATION
@@ -66,7 +66,7 @@ def test_the_default_learning_rate_is_the_built_in_base_s_only_there():
 
 
 BF16 = {"train": TrainConfig(dtype="bfloat16")}
-SHARDED = {"engine": "fsdp", "fsdp": FsdpConfig(param_dtype="float16")}
+NF4 = {**BF16, "model": ModelConfig(quantize="nf4")}
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,9 @@ SHARDED = {"engine": "fsdp", "fsdp": FsdpConfig(param_dtype="float16")}
     [
         ({}, {}, None),
         ({}, BF16, None),
-        ({"estimator": "last_layer"}, SHARDED, None),
-        ({"method": "stratified"}, SHARDED, None),
-        ({}, {**BF16, "model": ModelConfig(quantize="nf4")}, "nf4 in bfloat16: give --train.dtype float32"),
-        ({}, SHARDED, "--fsdp.param_dtype float16: leave it out"),
+        ({"estimator": "last_layer"}, NF4, None),
+        ({"method": "stratified"}, NF4, None),
+        ({}, NF4, "nf4 in bfloat16: give --train.dtype float32"),
     ],
 )
 def test_finite_differences_that_are_rounding_are_told(selection, options, told):

@@ -48,12 +48,12 @@ def held_out(runs: Sequence[Run]) -> Section:
     by_source = [_held_out_chart(runs, name, _loss_of(name)) for name in sources]
     values = _MEANS | {name: _loss_of(name) for name in sources}
     rows = [[title, *(_change(run, value) for run in runs)] for title, value in values.items()]
-    right = (_change_of(run.evaluations, lambda evaluation: evaluation.accuracy, percent=True) for run in runs)
+    right = (_change_of([evaluation.accuracy for evaluation in run.evaluations], percent=True) for run in runs)
     rows.append(["right answers, mean over sources", *right])
     head = ["source", *_names(runs)]
     tables = [Table(caption="First and last evaluation", head=head, rows=rows)]
     if not all(evaluation.whole for run in runs for evaluation in run.evaluations):
-        rows = [[title, *(_change_of(_samples(run), value) for run in runs)] for title, value in values.items()]
+        rows = [[title, *(_change_of(map(value, _samples(run))) for run in runs)] for title, value in values.items()]
         tables.append(Table(caption="First and last point of the curves", head=head, rows=rows, folded=True))
     return Section(
         id="held-out",
@@ -175,11 +175,11 @@ def _of_a_sample(run: Run) -> list[str]:
 def _change(run: Run, value: Value) -> str:
     """A number of the first and of the last evaluation; of the sample, where the last is of no more."""
     last_is_whole = not run.evaluations or run.evaluations[-1].whole
-    return _change_of(run.evaluations if last_is_whole else _samples(run), value)
+    return _change_of(map(value, run.evaluations if last_is_whole else _samples(run)))
 
 
-def _change_of(evaluations: Sequence[Evaluation | HeldOutLoss], value: Callable, percent: bool = False) -> str:
-    known = [found for evaluation in evaluations if (found := value(evaluation)) is not None]
+def _change_of(values: Iterable[float | None], percent: bool = False) -> str:
+    known = [value for value in values if value is not None]
     shown = [number(found * 100 if percent else found, percent) for found in [*known[:1], *known[1:][-1:]]]
     return " → ".join(shown) or "-"
 

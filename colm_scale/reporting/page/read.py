@@ -174,7 +174,7 @@ class _Table:
 
     def __init__(self, blank: float):
         self._blank, self._rows = blank, 0
-        self._columns: dict[Key, array[float]] = {}
+        self._columns: dict[Key, "array[float]"] = {}
 
     def add(self, row: Iterable[tuple[Key, float]]) -> None:
         for key, value in row:
@@ -186,7 +186,7 @@ class _Table:
         """``[S]`` float64 each."""
         return {key: np.array(self._filled(key)) for key in self._columns}
 
-    def _filled(self, key: Key) -> array[float]:
+    def _filled(self, key: Key) -> "array[float]":
         column = self._columns.setdefault(key, array("d"))
         column.extend([self._blank] * (self._rows - len(column)))
         return column
