@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import worker
 
+CASES = ("shared", "shared_ranked", "refreshed", "refreshed_broken")
 PAIRS = [
     ("auto", "shared"),
     ("fsdp", "shared"),

@@ -34,7 +34,7 @@ def assert_same(found: dict, expected: dict) -> None:
     [
         ("transformers", "last_layer"),
         ("transformers", "zeroth_order_1"),
-        ("transformers", "shared_ranked"),
+        ("transformers", "shared"),
         ("transformers", "cluster"),
         ("transformers", "stratified"),
         ("transformers", "reused_1"),
