@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
-from colm_scale.distributed.engine import LossScale, OptimizerEngine
+from colm_scale.distributed.engine import OptimizerEngine
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks

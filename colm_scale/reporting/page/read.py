@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -174,7 +174,7 @@ class _Table:
 
     def __init__(self, blank: float):
         self._blank, self._rows = blank, 0
-        self._columns: dict[Key, "array[float]"] = {}
+        self._columns: dict[Key, MutableSequence[float]] = {}
 
     def add(self, row: Iterable[tuple[Key, float]]) -> None:
         for key, value in row:
@@ -186,7 +186,7 @@ class _Table:
         """``[S]`` float64 each."""
         return {key: np.array(self._filled(key)) for key in self._columns}
 
-    def _filled(self, key: Key) -> "array[float]":
+    def _filled(self, key: Key) -> MutableSequence[float]:
         column = self._columns.setdefault(key, array("d"))
         column.extend([self._blank] * (self._rows - len(column)))
         return column
