@@ -25,10 +25,11 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
-from colm_scale import arguments, trainer
+from colm_scale.config import command_line as arguments
 from colm_scale.distributed.group import Group, connect
-from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.load import load_model
+from colm_scale.run import train as trainer
+from colm_scale.run.inputs import Inputs, read_inputs
 
 ARMS = {
     "full": ("--selection.method", "full"),

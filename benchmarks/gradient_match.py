@@ -27,21 +27,23 @@ from arms import LOSS
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from colm_scale import arguments, assembly, trainer
+from colm_scale.config import command_line as arguments
 from colm_scale.data.batching import collate
-from colm_scale.distributed.engines import loading_device, make_engine
-from colm_scale.distributed.estimators import make_estimator
 from colm_scale.distributed.group import connect
+from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.errors import UserError
-from colm_scale.inputs import read_inputs
+from colm_scale.estimators.estimators import make_estimator
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, Candidates
-from colm_scale.selection.allocation import source_shares
+from colm_scale.run import assemble as assembly
+from colm_scale.run import train as trainer
+from colm_scale.run.inputs import read_inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import form_micro_batches
 from colm_scale.selection.rule import SelectionRule, loss_shares
+from colm_scale.selection.shares import source_shares
 from colm_scale.sketch.plan import plan_sketch
 from colm_scale.sketch.tap import Tap
 

@@ -25,19 +25,21 @@ import rows
 import torch
 import transformers
 
-from colm_scale import arguments, assembly, trainer
-from colm_scale.distributed.ds_config import read_ds_config
-from colm_scale.distributed.engines import loading_device, make_engine
+from colm_scale.config import command_line as arguments
+from colm_scale.config.plan import PlanConfig
 from colm_scale.distributed.group import connect
-from colm_scale.inputs import read_inputs
+from colm_scale.engines.choose import loading_device, make_engine
+from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.modeling.load import check_model
-from colm_scale.planning.config import PlanConfig
-from colm_scale.planning.fake import FakeModel, fake_model, tried
-from colm_scale.planning.memory import peaks
-from colm_scale.planning.plan import arranged
-from colm_scale.profiling.live import LiveBytes
+from colm_scale.plan.fake import FakeModel, fake_model, tried
+from colm_scale.plan.memory import peaks
+from colm_scale.plan.plan import arranged
+from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
+from colm_scale.run import assemble as assembly
+from colm_scale.run import train as trainer
+from colm_scale.run.inputs import read_inputs
 
 BUDGET, CANDIDATES = 64, 128
 ARMS = {

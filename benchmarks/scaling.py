@@ -23,10 +23,11 @@ import step_time
 import torch
 import transformers
 
-from colm_scale import arguments, trainer
+from colm_scale.config import command_line as arguments
 from colm_scale.distributed.group import connect
-from colm_scale.inputs import read_inputs
 from colm_scale.randomness import generator
+from colm_scale.run import train as trainer
+from colm_scale.run.inputs import read_inputs
 from colm_scale.selection.route import deal, form_micro_batches, route
 
 RANKS = (1, 2, 4)

@@ -31,14 +31,16 @@ import runs
 import torch
 import transformers
 
-from colm_scale import arguments, assembly, trainer
 from colm_scale.config import ModelConfig
-from colm_scale.distributed.engines import loading_device, make_engine
+from colm_scale.config import command_line as arguments
 from colm_scale.distributed.group import Group, connect
-from colm_scale.inputs import read_inputs
+from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.modeling.load import load_tokenizer
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
+from colm_scale.run import assemble as assembly
+from colm_scale.run import train as trainer
+from colm_scale.run.inputs import read_inputs
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
 

@@ -19,14 +19,14 @@ from colm_scale.checkpoint.identity import check_same_run
 from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.data.sampler import Sampler
-from colm_scale.distributed.engine import Engine, LossScale, collect, restore
-from colm_scale.distributed.estimators import Estimator
-from colm_scale.distributed.follow import Follower
 from colm_scale.distributed.group import Group
-from colm_scale.distributed.observer import Observer
+from colm_scale.engines.base import Engine, LossScale, collect, restore
 from colm_scale.errors import UserError
+from colm_scale.estimators.estimators import Estimator
 from colm_scale.records import Json
 from colm_scale.reporting.run_directory import finite
+from colm_scale.step.source_refresh import Follower
+from colm_scale.step.source_state import Observer
 
 
 class Counters(Protocol):

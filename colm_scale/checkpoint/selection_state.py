@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.group import Group
-from colm_scale.distributed.observer import Observer
+from colm_scale.estimators.estimators import Estimator
 from colm_scale.selection.coverage import Coverage
-from colm_scale.selection.recent import RecentSources
+from colm_scale.selection.kept_sources import RecentSources
+from colm_scale.step.source_state import Observer
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by file stem and name."""

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from colm_scale.config import own
+from colm_scale.config import user_functions as own
 from colm_scale.config.checks import require
 from colm_scale.config.shares import Shares, is_file, parse_shares, read_shares
 from colm_scale.errors import UserError

@@ -1,6 +1,6 @@
 """The first half of a step, for a training loop that is not colm_scale's: candidates in, micro-batches to train on out.
 
-The parts, and so ids and losses, are those of `colm_scale.step`; what differs is who trains.
+The parts, and so ids and losses, are those of `colm_scale.step.step`; what differs is who trains.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.data.batching import collate_share, weighted
 from colm_scale.data.examples import Examples
-from colm_scale.distributed.estimators import make_estimator
+from colm_scale.distributed.examples import gather_examples
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, connect
-from colm_scale.distributed.observer import Observer
-from colm_scale.distributed.reuse import reusing
-from colm_scale.distributed.rows import gather_examples
-from colm_scale.finite import check_sketches
+from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.reuse import reusing
 from colm_scale.integrations.candidates import Columns, as_examples, rows_of
 from colm_scale.integrations.model import prepare
 from colm_scale.integrations.options import LOOP, as_run
@@ -34,11 +32,13 @@ from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, MicroBatch, Quota, Route, Selection, StepReport, long_tensor
 from colm_scale.selection import telemetry
-from colm_scale.selection.allocation import check_shares, source_shares
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import route
 from colm_scale.selection.rule import SelectionRule, loss_shares
+from colm_scale.selection.shares import check_shares, source_shares
 from colm_scale.sketch.plan import plan_sketch
+from colm_scale.step.checks import check_sketches
+from colm_scale.step.source_state import Observer
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from colm_scale.step import Preview
+from colm_scale.step.step import Preview
 
 
 def by_source(preview: Preview, names: Sequence[str]) -> Table:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.records import REASONS, Audit, CandidateMatrix, Candidates, Quota, Selection
-from colm_scale.selection.ranking import along_the_mean
-from colm_scale.selection.similarity import nearest
+from colm_scale.selection.ranking.rank import along_the_mean
+from colm_scale.selection.ranking.similarity import nearest
 
 _CODE = {reason: code for code, reason in enumerate(REASONS)}
 

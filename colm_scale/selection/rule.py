@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
+from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
 from colm_scale.selection import baselines
-from colm_scale.selection.allocation import quotas
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import Share, allocate, proportional
-from colm_scale.selection.recorded import SelectionRecord
 from colm_scale.selection.select import select_coreset
+from colm_scale.selection.shares import quotas
 
 
 @dataclass(frozen=True, slots=True)

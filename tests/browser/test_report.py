@@ -13,7 +13,7 @@ from support.commands import SMALL, rows, run, run_many
 pytestmark = pytest.mark.browser
 
 RUNS = ("ranked", "drawn")
-REPORT = "from colm_scale.cli import main; main(['report', *{!r}])"
+REPORT = "from colm_scale.cli.main import main; main(['report', *{!r}])"
 
 
 @pytest.fixture(scope="module")

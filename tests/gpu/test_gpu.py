@@ -18,8 +18,8 @@ from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.records import Batch
-from colm_scale.selection.facility import greedy_with_gains
-from colm_scale.selection.similarity import similarities
+from colm_scale.selection.ranking.facility import greedy_with_gains
+from colm_scale.selection.ranking.similarity import similarities
 from colm_scale.sketch.tap import Tap
 
 ROOT = Path(__file__).resolve().parents[2]

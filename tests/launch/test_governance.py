@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.commands import LAUNCHER, SMALL, python, rows, run, torchrun, write_rows
 
-COMMAND = "import sys; from colm_scale.cli import main; main(sys.argv[1:])"
+COMMAND = "import sys; from colm_scale.cli.main import main; main(sys.argv[1:])"
 DATA = [
     {"instruction": f"What is {i} plus {i % 7}?", "output": str(i + i % 7), "source": "ab"[i % 2] if i % 12 else "rare"}
     for i in range(60)

@@ -24,9 +24,9 @@ from support.commands import (
 from support.families import batch_of_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from colm_scale.arguments import parse
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import DataConfig
+from colm_scale.config.command_line import parse
 from colm_scale.data.examples import tokenise
 from colm_scale.data.readers import read_rows
 from colm_scale.modeling.losses import ExampleLoss

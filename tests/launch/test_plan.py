@@ -8,7 +8,7 @@ import sys
 import pytest
 from support.commands import ROOT, run
 
-PLAN = "from colm_scale.cli import main; main(['plan', *{!r}])"
+PLAN = "from colm_scale.cli.main import main; main(['plan', *{!r}])"
 
 
 def plan(options: list[str], folder):

@@ -11,7 +11,7 @@ from support.commands import SMALL, python, rows, run, torchrun, write_rows
 
 from colm_scale.data.builtin import builtin_rows
 
-SOURCES = "from colm_scale.cli import main; main(['sources', *{!r}])"
+SOURCES = "from colm_scale.cli.main import main; main(['sources', *{!r}])"
 KINDS = ("CoT/shop", "EQ/number", "PoT/area")
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from colm_scale.base import BASE_MODEL
 
-COMMAND = "import sys; from colm_scale.cli import main; main(sys.argv[1:])"
+COMMAND = "import sys; from colm_scale.cli.main import main; main(sys.argv[1:])"
 TRAIN = [*SMALL, "--eval.generate", "1"]
 
 

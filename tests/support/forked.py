@@ -23,7 +23,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line does before i
 import deepspeed  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
-import colm_scale.trainer  # noqa: E402, F401
+import colm_scale.run.train  # noqa: E402, F401
 from support.sabotage import main  # noqa: E402
 
 

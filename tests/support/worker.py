@@ -27,7 +27,6 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from colm_scale.assembly import build_step
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import (
@@ -41,14 +40,13 @@ from colm_scale.config import (
 )
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
-from colm_scale.distributed.ds_config import read_ds_config
-from colm_scale.distributed.engine import collect
-from colm_scale.distributed.engines import make_engine
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
-from colm_scale.distributed.shards import held_bytes
+from colm_scale.engines.base import collect
+from colm_scale.engines.choose import make_engine
+from colm_scale.engines.ds_config import read_ds_config
+from colm_scale.engines.shards import held_bytes
 from colm_scale.errors import TrainingError, UserError
-from colm_scale.inputs import Inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -57,10 +55,12 @@ from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
+from colm_scale.run.assemble import build_step
+from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
-from colm_scale.step import CoresetStep
+from colm_scale.step.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy
 

@@ -122,7 +122,7 @@ def test_the_step_fits_on_one_screen():
 
 
 def test_the_step_names_its_stages_in_the_order_of_the_design():
-    from colm_scale.step import PHASES
+    from colm_scale.step.step import PHASES
 
     tree = ast.parse((ROOT / "step.py").read_text("utf-8"))
     spans = [

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from colm_scale.config import RunConfig
-from colm_scale.distributed import ds_config
+from colm_scale.engines import ds_config
 from colm_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def test_the_wheel_names_its_extras_and_its_command(wheel):
     assert {"torch", "transformers", "peft"} <= {re.match(r"[\w-]+", line)[0] for line in needed}
     assert not [line for line in needed if re.match(r"deepspeed|flash|bitsandbytes|matplotlib", line)]
     (points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "colm-scale = colm_scale.cli:main" in wheel.read(points).decode()
+    assert "colm-scale = colm_scale.cli.main:main" in wheel.read(points).decode()
 
 
 def test_the_python_versions_are_those_that_are_named(wheel):
@@ -89,7 +89,7 @@ def test_the_python_versions_are_those_that_are_named(wheel):
         assert f"Programming Language :: Python :: {version}" in metadata.get_all("Classifier")
 
 
-@pytest.mark.parametrize("imported", ["colm_scale", "colm_scale.cli", "colm_scale.arguments"])
+@pytest.mark.parametrize("imported", ["colm_scale", "colm_scale.cli.main", "colm_scale.config.command_line"])
 def test_importing_it_imports_nothing_heavy(imported):
     """So that a mistyped option is answered at once, and so that it works where an extra is not installed."""
     code = f"import sys, {imported}; print(*(name for name in {HEAVY} if name in sys.modules))"

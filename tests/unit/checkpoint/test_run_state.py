@@ -13,13 +13,13 @@ from support.families import adapted_model, batch_of
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import TrainConfig
-from colm_scale.distributed.engine import LossScale, TorchEngine, collect
 from colm_scale.distributed.group import Group
+from colm_scale.engines.base import LossScale, TorchEngine, collect
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
+from colm_scale.selection.kept_sources import RecentSources
 from colm_scale.selection.moments import AdamMoments
-from colm_scale.selection.recent import RecentSources
 from colm_scale.sketch.store import SketchStore
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
