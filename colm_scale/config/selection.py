@@ -145,6 +145,11 @@ class SelectionConfig:
                 f"--selection.ranking matching does: give at most {MOST_COMPARED}, or --selection.ranking facility"
             )
 
+    @property
+    def sketches(self) -> bool:
+        """Whether the method compares candidates by sketches."""
+        return self.method == "colm"
+
     def check_own(self) -> None:
         """Load the functions of the user's that the method uses.
 

@@ -81,6 +81,20 @@ class Estimator(Protocol):
 
     def learn(self, selection: Selection) -> None:
         """Let the moments learn from the picked (not kept) rows, and forget the sketches."""
+
+    def restart_moments(self) -> None:
+        """Forget what the moments have learned, for sources are others now."""
+        self.moments = self.moments.fresh()
+
+
+class NoEstimator(Estimator):
+    """Knows nothing of any candidate, for a method that does not compare them."""
+
+    def __init__(self) -> None:
+        self.moments = NoMoments()
+
+    def learn(self, selection: Selection) -> None:
+        """There is nothing to learn from."""
         return None
 
 

@@ -1,17 +1,19 @@
-"""The candidates' forward, used again: the coreset's backward starts from block inputs that the sketch has kept.
+"""Forward reuse: the coreset's backward starts from block inputs that the sketch of the candidates has held.
 
-With activation checkpointing a training step runs each block forward, keeps what went in, and runs it again in the
-backward pass. The sketch has run the same blocks on the same weights before, so what went in is known: a *replayed*
-micro-batch skips the first of these two, and costs one recomputation and the backward (DESIGN section 3).
+With activation checkpointing a training step runs each block forward, holds its input, and runs it again in the
+backward pass. The sketch has run the same blocks on the same weights before, so their inputs are known: a micro-batch
+that *reuses* that forward skips the first of these two, and costs one recomputation and the backward (DESIGN 3).
 
-Only the blocks below the first *live* one are replayed. From there on, where the sketch has branched or has computed in
-another precision, and in the head, a replayed micro-batch runs as any other.
+Only the blocks below the first *live* one are reused. From there on, where the sketch has branched or has computed in
+another precision, and in the head, such a micro-batch runs as any other.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,27 +32,66 @@ _Found = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(slots=True)
-class _Kept:
+class _Held:
     """What went into the blocks with one micro-batch: of each block ``[tokens, hidden]``, padding included."""
 
     batch: Batch
     inputs: list[Tensor]
 
 
-class BlockInputs:
-    """Keeps what goes into a model's blocks, and lets micro-batches of the same examples start from it.
+class BlockInputs(Protocol):
+    """Holds what goes into a model's blocks, and lets micro-batches of the same examples start from it.
+
+    Attributes:
+        most_tokens: How many tokens of a rank can be held.
+    """
+
+    most_tokens: int
+
+    def holding(self, most: int) -> AbstractContextManager[None]:
+        """A block whose first ``most`` forwards hold what goes into the model's blocks."""
+
+    def arrange(self, batches: Sequence[Batch]) -> None:
+        """Lay out what is held for ``batches``, whose examples are held, and forget the rest.
+
+        A batch without positions, which only keeps step, starts from zeros.
+        """
+
+    def reusing(self, batch: Batch) -> AbstractContextManager[None]:
+        """A block in which one forward of an arranged batch skips the blocks below the live one; its backward makes up
+        for it."""
+
+
+class NoBlockInputs(BlockInputs):
+    """Holds nothing, so every micro-batch runs its own forward."""
+
+    most_tokens = 0
+
+    def holding(self, most: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def arrange(self, batches: Sequence[Batch]) -> None:
+        """Nothing is held."""
+
+    def reusing(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class HeldBlockInputs(BlockInputs):
+    """Holds block inputs on the device or in CPU memory.
 
     Args:
         model: The loss module around the adapted model, sharded or not. Its blocks' forward is replaced by one that
-            does the same but inside `keeping` and `replaying`.
-        live: The first block that a replayed micro-batch runs.
-        store: ``device`` or ``cpu``, where the inputs are kept.
+            does the same but inside `holding` and `reusing`.
+        live: The first block that a micro-batch runs that reuses the forward.
+        store: ``device`` or ``cpu``, where the inputs are held.
+        most_bytes: Most memory for them.
 
     Raises:
         UserError: The model draws at random while it trains, so that its forward is another each time.
     """
 
-    def __init__(self, model: ExampleLoss, live: int, store: str = "device"):
+    def __init__(self, model: ExampleLoss, live: int, store: str = "device", most_bytes: float = math.inf):
         _check_no_dropout(model)
         self._model, self._store = model, store
         self._blocks = decoder_blocks(model.causal_model)[1][: live + 1]
@@ -58,53 +99,48 @@ class BlockInputs:
         self._most = 0
         self._like = torch.empty(0)
         self._in_tuples = False
-        self._kept: list[_Kept] = []
+        self._held: list[_Held] = []
         self._arranged: dict[int, list[Tensor]] = {}
-        self._replayed: list[Tensor] = []
+        self._reused: list[Tensor] = []
+        self.most_tokens = sys.maxsize if most_bytes == math.inf else int(most_bytes // self.bytes_per_token)
         for number, block in enumerate(self._blocks):
             block.forward = self._standing_in(number, block)
 
     @property
     def bytes_per_token(self) -> int:
-        """What is kept of a token."""
+        """Bytes that are held of a token."""
         model = self._model.causal_model
         hidden: int = model.config.get_text_config().hidden_size
         return len(self._blocks) * hidden * input_weight(model).element_size()
 
     @contextmanager
-    def keeping(self, most: int) -> Iterator[None]:
-        """The first ``most`` forwards within it keep what goes into the blocks."""
-        self._mode, self._most = "keep", most
+    def holding(self, most: int) -> Iterator[None]:
+        self._mode, self._most = "hold", most
         try:
             yield
         finally:
             self._mode = None
 
     def arrange(self, batches: Sequence[Batch]) -> None:
-        """Lay what is kept out for ``batches``, whose examples have been kept, and forget the rest.
-
-        A batch without positions, which only keeps step, starts from zeros.
-        """
         places = [self._places(batch) for batch in batches]
         self._arranged = {id(batch): [] for batch in batches}
         for number in range(len(self._blocks)):
             for batch, of_batch in zip(batches, places):
                 self._arranged[id(batch)].append(self._laid_out(batch, of_batch, number))
-            for kept in self._kept:
-                kept.inputs[number] = torch.empty(0)  # block by block, so that hardly more is held than before
-        self._kept = []
+            for held in self._held:
+                held.inputs[number] = torch.empty(0)  # block by block, so that hardly more is held than before
+        self._held = []
 
     @contextmanager
-    def replaying(self, batch: Batch) -> Iterator[None]:
-        """One forward of an arranged batch, within it, skips the blocks below the live one; its backward makes up."""
-        self._mode, self._replayed = "replay", self._arranged.pop(id(batch))
+    def reusing(self, batch: Batch) -> Iterator[None]:
+        self._mode, self._reused = "reuse", self._arranged.pop(id(batch))
         try:
             with ExitStack() as stack:
                 for block in self._blocks[:-1]:
                     stack.enter_context(_not_checkpointed(block))
                 yield
         finally:
-            self._mode, self._replayed = None, []
+            self._mode, self._reused = None, []
 
     def _standing_in(self, number: int, block: nn.Module) -> Callable[..., _Found]:
         live, forward = number == len(self._blocks) - 1, block.forward
@@ -116,47 +152,47 @@ class BlockInputs:
 
         def stand_in(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
             found: _Found
-            if self._mode == "keep":
-                self._keep(number, hidden_states)
-            if self._mode != "replay":
+            if self._mode == "hold":
+                self._hold(number, hidden_states)
+            if self._mode != "reuse":
                 found = forward(hidden_states, *args, **kwargs)
                 self._in_tuples = isinstance(found, tuple)
                 return found
-            inputs = self._replayed
+            inputs = self._reused
             if live:
-                found = forward(_Known.apply(hidden_states, inputs[number]), *args, **kwargs)
+                found = forward(_HeldInput.apply(hidden_states, inputs[number]), *args, **kwargs)
                 return found
             anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
-            passed: Tensor = _Replayed.apply(
+            passed: Tensor = _ReusedBlock.apply(
                 hidden_states, anchor, inputs, number, lambda known: again(known, *args, **kwargs)
             )
             return (passed,) if self._in_tuples else passed
 
         return stand_in
 
-    def _keep(self, number: int, hidden: Tensor) -> None:
+    def _hold(self, number: int, hidden: Tensor) -> None:
         batch = self._model.current_batch
         if number == 0:
             self._like = hidden.detach()[:0]
-            if len(self._kept) < self._most:
-                self._kept.append(_Kept(batch, []))
-        if self._kept and self._kept[-1].batch is batch:
+            if len(self._held) < self._most:
+                self._held.append(_Held(batch, []))
+        if self._held and self._held[-1].batch is batch:
             # A branched micro-batch begins with the examples as they are; one that is lifted to float32 was not yet.
             hidden = hidden.detach()[: len(batch.input_ids)].flatten(0, 1).to(self._like.dtype)
-            self._kept[-1].inputs.append(hidden.to("cpu", non_blocking=True) if self._store == "cpu" else hidden)
+            self._held[-1].inputs.append(hidden.to("cpu", non_blocking=True) if self._store == "cpu" else hidden)
 
     def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
-        """Of each micro-batch that has been kept: its number, tokens of it, and where in ``batch`` they belong."""
+        """Of each micro-batch that is held: its number, tokens of it, and where in ``batch`` they belong."""
         starts: dict[int, tuple[int, int]] = {}
         found: list[tuple[int, Tensor, Tensor]] = []
-        for number, kept in enumerate(self._kept):
-            for position, start in zip(kept.batch.positions.tolist(), kept.batch.starts):
+        for number, held in enumerate(self._held):
+            for position, start in zip(held.batch.positions.tolist(), held.batch.starts):
                 starts[position] = number, start
-        by_kept: dict[int, list[tuple[int, int, int]]] = {}
+        by_held: dict[int, list[tuple[int, int, int]]] = {}
         for position, start, length in zip(batch.positions.tolist(), batch.starts, batch.lengths):
-            number, kept_start = starts[position]
-            by_kept.setdefault(number, []).append((kept_start, start, length))
-        for number, spans in by_kept.items():
+            number, held_start = starts[position]
+            by_held.setdefault(number, []).append((held_start, start, length))
+        for number, spans in by_held.items():
             tokens, targets = (torch.cat([torch.arange(span[i], span[i] + span[2]) for span in spans]) for i in (0, 1))
             found.append((number, tokens, targets))
         return found
@@ -165,13 +201,13 @@ class BlockInputs:
         """``[tokens of batch, hidden]``; padding is zero."""
         device = "cpu" if self._store == "cpu" else self._like.device
         found = self._like.new_zeros(batch.input_ids.numel(), self._like.shape[-1], device=device)
-        for kept, tokens, targets in places:
-            of_kept = self._kept[kept].inputs[number]
-            found.index_copy_(0, targets.to(found.device), of_kept.index_select(0, tokens.to(of_kept.device)))
+        for held, tokens, targets in places:
+            of_held = self._held[held].inputs[number]
+            found.index_copy_(0, targets.to(found.device), of_held.index_select(0, tokens.to(of_held.device)))
         return found
 
 
-class _Known(torch.autograd.Function):
+class _HeldInput(torch.autograd.Function):
     """What goes into the live block, in place of what came out of the one before."""
 
     @staticmethod
@@ -184,7 +220,7 @@ class _Known(torch.autograd.Function):
 
 
 class _Context(Protocol):
-    """autograd's context, with what `_Replayed` puts there."""
+    """autograd's context, with what `_ReusedBlock` puts there."""
 
     needs_input_grad: tuple[bool, ...]
     inputs: list[Tensor]
@@ -194,8 +230,8 @@ class _Context(Protocol):
     device: torch.device
 
 
-class _Replayed(torch.autograd.Function):
-    """A block that is not run: what goes in comes out. Its backward computes it, from the input that was kept.
+class _ReusedBlock(torch.autograd.Function):
+    """A block that is not run: what goes in comes out. Its backward computes it, from the input that was held.
 
     ``anchor`` requires a gradient where the first block's input does not, so that there is a backward.
     """
@@ -226,7 +262,7 @@ class _Replayed(torch.autograd.Function):
 
 @contextmanager
 def _not_checkpointed(block: nn.Module) -> Iterator[None]:
-    """A replayed block is computed once, in the backward: to checkpoint it would be to compute it once more."""
+    """A reused block is computed once, in the backward: to checkpoint it would be to compute it once more."""
     if not isinstance(block, GradientCheckpointingLayer):
         yield
         return

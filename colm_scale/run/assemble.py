@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from colm_scale.config import RunConfig
+from colm_scale.data.batching import Batching
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.estimators.estimators import Estimator, make_estimator
+from colm_scale.estimators.estimators import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
-from colm_scale.modeling.forward_reuse import BlockInputs
+from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs, NoBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -21,9 +22,13 @@ from colm_scale.selection.rule import SelectionRule
 from colm_scale.selection.shares import source_shares
 from colm_scale.sketch.precision import FLOAT32_BLOCKS
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.source_refresh import make_follower
-from colm_scale.step.source_state import Observer
+from colm_scale.step.measure import Measurement
+from colm_scale.step.select import SelectionStage
+from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
+from colm_scale.step.source_refresh import FixedSources, ReclusteredSources, SourceRefresh
+from colm_scale.step.source_state import SourceState
 from colm_scale.step.step import CoresetStep
+from colm_scale.step.train import TrainingStage
 
 
 def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[ExampleLoss, Tap | None]:
@@ -39,7 +44,7 @@ def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[
         padded_because = use_packing(base, config.train.packing, group.device)
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
-        probe = find_probe(base, config.selection.probe) if config.selection.method == "colm" else None
+        probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         module.padded_because = padded_because
         return module, None if probe is None else Tap(module, probe)
@@ -48,38 +53,41 @@ def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[
 def build_step(
     config: RunConfig, inputs: Inputs, engine: Engine, tap: Tap | None, spans: Spans, group: Group
 ) -> CoresetStep:
-    """One step's parts, put together."""
-    reuse = config.train.forward_reuse
-    if config.train.compile:
+    """Put the parts of a step together."""
+    train, packed = config.train, engine.module.packs
+    if train.compile:
         alike = None if tap is None else _alike(config, tap)
         compile_blocks(decoder_blocks(engine.module.causal_model)[1][:alike])
-    estimator: Estimator | None = None
-    block_inputs: BlockInputs | None = None
-    if config.selection.method == "colm":
-        assert tap is not None
-        if reuse != "off":
-            block_inputs = BlockInputs(tap.model, _alike(config, tap), reuse)
-        estimator = make_estimator(tap, config.selection, config.train, group)
+    batching = batching_of(config, inputs, engine.module, group)
+    held: BlockInputs = NoBlockInputs()
+    if tap is not None and train.forward_reuse != "off":
+        most_bytes = train.forward_reuse_gib * 2**30
+        held = HeldBlockInputs(tap.model, _alike(config, tap), train.forward_reuse, most_bytes)
+    shares = source_shares(config.selection.shares, inputs.source_names, inputs.sizes)
+    rule = SelectionRule(config.selection, inputs.kept, train.seed, shares, inputs.record)
+    refresh: SourceRefresh = FixedSources(inputs.kept, shares)
+    if config.reclusters:
+        table = inputs.source_names, inputs.sizes, inputs.kept
+        refresh = ReclusteredSources(config, engine.module, *table, group)
+    sketch: SketchStage = NoSketchStage(group.world_size)
+    if tap is not None:
+        estimator = make_estimator(tap, config.selection, train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
+        sketch = EstimatorStage(estimator, batching, held, refresh, group, spans)
     return CoresetStep(
-        config=config,
         sampler=inputs.sampler,
-        rule=SelectionRule(
-            config.selection,
-            inputs.kept,
-            config.train.seed,
-            source_shares(config.selection.shares, inputs.source_names, inputs.sizes),
-            inputs.record,
-        ),
-        estimator=estimator,
-        observer=Observer(inputs.kept, config),
-        engine=engine,
-        group=group,
+        refresh=refresh,
+        select=SelectionStage(rule, sketch, SourceState(inputs.kept, shares, config), group, spans),
+        train=TrainingStage(engine, batching, held, refresh, train, group),
+        measure=Measurement(group, spans, train.seed, packed=packed, audits=config.audit),
         spans=spans,
-        pad_id=inputs.tokenizer.pad_token_id,
-        inputs=block_inputs,
-        follower=make_follower(config, engine.module, inputs.source_names, inputs.sizes, inputs.kept, group),
     )
+
+
+def batching_of(config: RunConfig, inputs: Inputs, module: ExampleLoss, group: Group) -> Batching:
+    """How the examples of a run become micro-batches."""
+    pad_id: int = inputs.tokenizer.pad_token_id
+    return Batching(pad_id, config.train.micro_batch_tokens, module.packs, group.device)
 
 
 def _alike(config: RunConfig, tap: Tap) -> int:

@@ -12,11 +12,11 @@ Bytes a step moves, with p numbers a state: 4 n (p + 1).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from colm_scale.randomness import generator
 from colm_scale.records import Batch, Candidates, Json, long_tensor
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.shares import source_shares
+from colm_scale.step.source_state import SourceState
 
 DIMENSIONS = 64
 """Numbers that are kept of an example's mean hidden state, a random projection."""
@@ -68,17 +69,73 @@ class Drift:
     seconds: float
 
 
-def make_follower(
-    config: RunConfig, module: ExampleLoss, names: Sequence[str], sizes: Tensor, kept: Tensor, group: Group
-) -> Follower | None:
-    """As `Follower`, where sources are clustered again."""
-    if not config.reclusters:
+class SourceRefresh(Protocol):
+    """Knows each example's source as it is now. Equal on every rank.
+
+    Attributes:
+        kept: ``[Q]`` bool, the sources that the rule keeps.
+        shares: ``[Q]`` of the sources by their sizes now, see `source_shares`.
+    """
+
+    kept: Tensor
+
+    @property
+    def shares(self) -> Tensor | None: ...
+
+    def relabelled(self, candidates: Candidates) -> Candidates:
+        """The candidates of a step with their sources of now."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """A block whose forwards of the model are looked at."""
+
+    def gather(self, candidates: Candidates) -> None:
+        """Put together what all ranks have seen in a step. All ranks call it together."""
+
+    def __call__(self, step: int) -> Drift | None:
+        """Re-cluster after a step if that is due. All ranks call it together."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What is known, on the first rank; part of a checkpoint."""
+
+    def load(self, saved: Mapping[str, Tensor] | None, state: SourceState) -> None:
+        """Go on from the first rank's `state`; the others pass None. All ranks call it together.
+
+        Args:
+            state: Of the sources, already restored; it gets the shares of now.
+        """
+
+
+class FixedSources(SourceRefresh):
+    """Leaves every example in the source that the data gives it."""
+
+    def __init__(self, kept: Tensor, shares: Tensor | None):
+        self.kept, self._shares = kept, shares
+
+    @property
+    def shares(self) -> Tensor | None:
+        return self._shares
+
+    def relabelled(self, candidates: Candidates) -> Candidates:
+        return candidates
+
+    def watching(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather(self, candidates: Candidates) -> None:
+        """Nothing was looked at."""
+
+    def __call__(self, step: int) -> Drift | None:
         return None
-    return Follower(config, module, names, sizes, kept, group)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, saved: Mapping[str, Tensor] | None, state: SourceState) -> None:
+        """There is nothing to go on from."""
 
 
-class Follower:
-    """Knows each example's source as it is now, equal on every rank.
+class ReclusteredSources(SourceRefresh):
+    """Clusters the examples again every so many steps, by the hidden states that passed by in training.
 
     Args:
         module: The model that is trained, before or after an engine has wrapped it.
@@ -109,26 +166,22 @@ class Follower:
 
     @property
     def shares(self) -> Tensor | None:
-        """``[Q]`` of the sources by their sizes now, see `source_shares`."""
         return source_shares(self._config.selection.shares, self._names, self.sizes)
 
     def relabelled(self, candidates: Candidates) -> Candidates:
-        """The candidates of a step with their sources of now."""
         self._local = torch.zeros(len(candidates), DIMENSIONS + 1, device=self._group.device)
         pairs = zip(candidates.ids.tolist(), candidates.sources.tolist())
         return replace(candidates, sources=long_tensor([self._moved.get(id_, source) for id_, source in pairs]))
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        """A block whose forwards of the model are looked at."""
+    def watching(self) -> Iterator[None]:
         self._module.on_hidden = self._see
         try:
             yield
         finally:
             self._module.on_hidden = None
 
-    def remember(self, candidates: Candidates) -> None:
-        """Put together what all ranks have seen in a step."""
+    def gather(self, candidates: Candidates) -> None:
         seen = self._group.all_reduce(self._local, "sources").cpu()
         self._local = torch.zeros(0)
         if self._group.is_first:
@@ -138,8 +191,7 @@ class Follower:
                 self._seen.pop(int(candidates.ids[position]), None)
                 self._seen[int(candidates.ids[position])] = int(candidates.sources[position]), state
 
-    def refresh(self, step: int) -> Drift | None:
-        """Where it is due, cluster anew and let all ranks know. All ranks call it together."""
+    def __call__(self, step: int) -> Drift | None:
         every = self._config.sources.refresh_every
         if step % every:
             return None
@@ -168,7 +220,6 @@ class Follower:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """What is known, on the first rank; part of a checkpoint."""
         states = [state for _, state in self._seen.values()]
         return {
             "sizes": self.sizes.clone(),
@@ -178,16 +229,11 @@ class Follower:
             "states": torch.stack(states) if states else torch.zeros(0, DIMENSIONS),
         }
 
-    def load(self, saved: dict[str, Tensor] | None, kept: Tensor) -> None:
-        """Go on from the first rank's `state`; the others pass None. All ranks call it together.
-
-        Args:
-            kept: ``[Q]`` bool, the sources that are kept now.
-        """
+    def load(self, saved: Mapping[str, Tensor] | None, state: SourceState) -> None:
         plain: Json | None = None if saved is None else {name: saved[name].tolist() for name in ("sizes", "moved")}
         shared = self._group.share_json(plain)
         self.sizes, self._moved = long_tensor(shared["sizes"]), dict(shared["moved"])
-        self.kept = kept
+        self.kept, state.shares = state.kept, self.shares
         if saved is not None:
             rows = zip(saved["ids"].tolist(), saved["sources"].tolist(), saved["states"])
             self._seen = {id_: (source, state.clone()) for id_, source, state in rows}
