@@ -96,7 +96,8 @@ def test_every_deepspeed_file_on_two_ranks(ds_config, folder):
 
 
 def test_the_documented_line_and_a_file_with_options(folder):
-    options = "train: {steps: 2, threads: 1}\nselection: {candidates: 16, budget: 8}\neval: {generate: 0, limit: 2}\n"
+    options = "train: {steps: 2, threads: 1}\nselection: {candidates: 16, budget: 8}\n"
+    options += "eval: {every: 0, generate: 0, limit: 2}\n"
     directory = folder / "documented"
     (folder / "options.yaml").write_text(f"{options}output_dir: {directory}\n", "utf-8")
     line = "deepspeed launchers/train.py --ds_config ds_configs/zero2.json"
