@@ -28,7 +28,7 @@ from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")
 LENGTHS = (31, 24, 24, 17)
-OPTIONS = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "vocab_size": 200}
+OPTIONS = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 200}
 
 
 def config_of(**options) -> RunConfig:
@@ -128,7 +128,7 @@ def test_forward_reuse_keeps_what_goes_into_each_block():
         peaks(config, None, fake_of(config), 1, [LENGTHS] * 2, [LENGTHS]).phases
         for config in (checkpointed, reusing, offloaded, bounded)
     )
-    each = 6 * 64 * 4 * sum(LENGTHS)
+    each = OPTIONS["num_hidden_layers"] * 64 * 4 * sum(LENGTHS)
     assert kept["sketch"] - plain["sketch"] == 2 * each
     assert kept["train"] - plain["train"] == each
     assert on_cpu == plain
