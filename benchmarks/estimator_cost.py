@@ -17,6 +17,7 @@ from pathlib import Path
 
 import rows
 import torch
+from arms import LOSS, REMOVED
 from runs import quantiles
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +28,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.load import add_adapters, load_model
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import global_draws
 from colm_scale.records import Batch, Candidates, Quota, Selection, long_tensor
 from colm_scale.sketch.plan import plan_sketch
@@ -39,15 +40,15 @@ CANDIDATES = 32
 MICRO_BATCH_TOKENS = 1024
 BLOCKS, WIDTH = 24, 256
 CUT_DOWN = f"{BLOCKS} random blocks"
-ARMS = {
+ARMS: dict[str, dict | None] = {
     "`zeroth_order`, K = 1": {"estimator": "zeroth_order"},
     "`zeroth_order`, K = 16": {"estimator": "zeroth_order", "num_probes": 16},
-    "`zeroth_order`, K = 1, exact": {"estimator": "zeroth_order", "derivative": "exact"},
+    "`zeroth_order`, K = 1, exact": REMOVED,
     "`last_layer`, columns": {},
     "`last_layer`, countsketch": {"compression": "countsketch"},
-    "`last_layer`, kronecker": {"compression": "kronecker"},
-    "`last_layer`, 2 blocks": {"probe_blocks": 2},
-    "`loss`": {"estimator": "loss"},
+    "`last_layer`, kronecker": REMOVED,
+    "`last_layer`, 2 blocks": REMOVED,
+    "`loss`": {"estimator": LOSS},
     "`length`": {"estimator": "length"},
 }
 
@@ -68,11 +69,10 @@ def cut_down(vocabulary: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).requires_grad_(False)
 
 
-def make_taps(base: torch.nn.Module) -> dict[int, Tap]:
-    """By the number of probed blocks."""
-    probes = {blocks: find_probes(base, "v", blocks) for blocks in (1, 2)}
-    module = ExampleLoss(add_adapters(base, LoraConfig(), seed=0))
-    return {blocks: Tap(module, *found) for blocks, found in probes.items()}
+def make_tap(base: torch.nn.Module) -> Tap:
+    """A tap on the V probe of a base that gets its adapters here."""
+    probe = find_probe(base)
+    return Tap(ExampleLoss(add_adapters(base, LoraConfig(), seed=0)), probe)
 
 
 def sketching(tap: Tap, options: dict, candidates: Candidates, inputs: Inputs) -> Callable[[], None]:
@@ -100,11 +100,11 @@ def batches_of(share: tuple[tuple[int, ...], ...], candidates: Candidates, input
 
 def measure(name: str, base: torch.nn.Module, inputs: Inputs, rounds: int) -> list[dict]:
     """A row per estimator."""
-    candidates, taps = inputs.sampler(1), make_taps(base)
-    work = {arm: sketching(taps[of.get("probe_blocks", 1)], of, candidates, inputs) for arm, of in ARMS.items()}
+    candidates, tap = inputs.sampler(1), make_tap(base)
+    work = {arm: sketching(tap, of, candidates, inputs) for arm, of in ARMS.items() if of is not REMOVED}
     plan = plan_sketch(candidates, Quota(long_tensor([]), torch.ones_like(inputs.sizes)), 1, MICRO_BATCH_TOKENS)
     bare = batches_of(plan.shares[0], candidates, inputs)
-    work = {"bare": lambda: [taps[1].bare_losses(batch) for batch in bare], **work}
+    work = {"bare": lambda: [tap.bare_losses(batch) for batch in bare], **work}
     seconds: dict[str, list[tuple[float, float]]] = {arm: [] for arm in work}
     for run in range(rounds + 1):
         for arm, once in work.items():
@@ -125,7 +125,7 @@ def measure(name: str, base: torch.nn.Module, inputs: Inputs, rounds: int) -> li
         "bare_cpu_seconds": float(bare_seconds[:, 1].median()),
     }
     found = []
-    for arm in ARMS:
+    for arm in filter(work.__contains__, ARMS):
         ratios = torch.tensor(seconds[arm], dtype=torch.float64) / bare_seconds
         elapsed, cpu = map(quantiles, ratios.T.tolist())
         found.append(facts | {"estimator": arm, "ratio": elapsed, "cpu_ratio": cpu})

@@ -21,6 +21,8 @@ from typing import Any
 
 import rows
 import torch
+from adapter_tap import AdapterTap
+from arms import LOSS
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -38,7 +40,6 @@ from colm_scale.records import Batch, Candidates
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import form_micro_batches
 from colm_scale.selection.rule import SelectionRule, loss_shares
-from colm_scale.sketch.adapters import AdapterTap
 from colm_scale.sketch.plan import plan_sketch
 from colm_scale.sketch.tap import Tap
 
@@ -53,8 +54,7 @@ ESTIMATORS: Mapping[str, dict[str, Any]] = {
     "zeroth_order, K=16": {"estimator": "zeroth_order", "num_probes": 16},
     "last_layer, columns": {"estimator": "last_layer", "compression": "columns"},
     "last_layer, countsketch": {"estimator": "last_layer", "compression": "countsketch"},
-    "last_layer, kronecker": {"estimator": "last_layer", "compression": "kronecker"},
-    "loss": {"estimator": "loss"},
+    "loss": {"estimator": LOSS},
     "length": {"estimator": "length"},
 }
 RANKINGS = ("facility", "matching", "pursuit", "systematic", "importance", "top")
@@ -105,16 +105,14 @@ class Remembered:
         found = self._recall(len(changes), batch, lambda b: self._tap.branched_losses(b, changes).T)
         return torch.stack(found, dim=1)
 
-    def factors(self, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        losses, parts = zip(*self._recall("factors", batch, self._factors))
-        return torch.stack(losses), [
-            tuple(pad_sequence(factor, batch_first=True) for factor in zip(*of_probe)) for of_probe in zip(*parts)
-        ]
+    def factors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        losses, delta, a = zip(*self._recall("factors", batch, self._factors))
+        return torch.stack(losses), pad_sequence(delta, batch_first=True), pad_sequence(a, batch_first=True)
 
-    def _factors(self, batch: Batch) -> list[tuple[Tensor, list]]:
-        losses, parts = self._tap.factors(batch)
+    def _factors(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        losses, delta, a = self._tap.factors(batch)
         lengths = batch.attention_mask.sum(1).tolist()
-        return [(losses[i], [(delta[i, :n], a[i, :n]) for delta, a in parts]) for i, n in enumerate(lengths)]
+        return [(losses[i], delta[i, :n], a[i, :n]) for i, n in enumerate(lengths)]
 
     def _recall(self, what: object, batch: Batch, compute: Callable) -> list:
         lengths = batch.attention_mask.sum(1).tolist()
@@ -138,7 +136,7 @@ class Bench:
         self._group = group = connect()
         self._inputs = inputs = read_inputs(config, group)
         self._examples = inputs.sampler.examples
-        self._module, self._tap, _ = assembly.build_model(config, loading_device(config, None, group), group)
+        self._module, self._tap = assembly.build_model(config, loading_device(config, None, group), group)
         engine = make_engine(config, None, self._module, group)
         random = replace(config, selection=replace(config.selection, method="random"))
         spans = Spans(group.device, memory_meter(group.device))
@@ -327,6 +325,11 @@ def by_setting(steps: int) -> dict[str, dict]:
     return {setting: last[setting] for setting in SETTINGS}
 
 
+def measured(steps: int) -> list[str]:
+    """The ways that there are rows of, those too that the product no longer has."""
+    return [*dict.fromkeys(way for row in by_setting(steps).values() for way in row["ways"])]
+
+
 def match_table(steps: int) -> str:
     """Relative error and cosine of every way; bold where the error is below that of `stratified`."""
 
@@ -339,7 +342,7 @@ def match_table(steps: int) -> str:
         text = f"**{text}**" if beyond["mean"] + beyond["interval"] < 0 else text
         return f"{text} ({found['cosine']['mean']:.3f})"
 
-    return _table(steps, "estimator; ranking", dict.fromkeys(ways(), cell))
+    return _table(steps, "estimator; ranking", dict.fromkeys(measured(steps), cell))
 
 
 def variance_table(steps: int) -> str:
@@ -356,7 +359,8 @@ def variance_table(steps: int) -> str:
         return f"{squared['mean']:.3f} ± {squared['interval']:.3f}"
 
     sizes = [f"{size} at random, no candidates" for size in (BUDGET, CANDIDATES, 2 * CANDIDATES)]
-    shown = [way for way in ways() if "; " not in way or way.startswith("last_layer, columns") or way in EXAMPLES]
+    of_default = ("last_layer, columns", *EXAMPLES)
+    shown = [way for way in measured(steps) if "; " not in way or way.startswith(of_default)]
     return _table(steps, "trained", dict.fromkeys(sizes, random) | dict.fromkeys(shown, cell))
 
 

@@ -106,10 +106,10 @@ def _prepared(options: list[str]):
     config = trainer.resolve(arguments.parse(options))
     group = connect()
     inputs = read_inputs(config, group)
-    module, tap, proxy = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)
     spans = Spans(group.device, memory_meter(group.device), lambda phase: None)
-    return assembly.build_step(config, inputs, engine, tap, spans, group, proxy)
+    return assembly.build_step(config, inputs, engine, tap, spans, group)
 
 
 def steps_of(arm: str, match: str, setting: Setting, steps: dict[str, int]) -> int:
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further run is begun")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
-    arms = given.arms or [arm for group in given.groups for arm in GROUPS[group]]
+    arms = given.arms or [arm for group in given.groups for arm in GROUPS[group] if arm in ARMS]
     setting = Setting.of(given.data, given.model, options)
     if given.what == "cost":
         cost(setting, list(dict.fromkeys([REFERENCE, *arms])), given.rounds)

@@ -143,12 +143,12 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     held = (getattr(examples, field.name) for field in dataclasses.fields(examples))
     live = LiveBytes(outside=[value for value in held if isinstance(value, torch.Tensor)])
     with live:
-        module, tap, proxy = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
+        module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
         live.count([*module.parameters(), *module.buffers()])
         made = make_engine(config, inputs.ds_config, module, group)
         meter = memory_meter(group.device) if gpu else LiveMeter(live)
         spans = Spans(group.device, meter, lambda _: None)
-        step = assembly.build_step(config, inputs, made, tap, spans, group, proxy)
+        step = assembly.build_step(config, inputs, made, tap, spans, group)
         for number in (1, 2):  # the first makes the optimizer's averages
             gc.collect()
             report, work = step(number, 1e-3)
@@ -161,7 +161,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     sketched = [batch.lengths for batch in work.sketched]
     trained = [micro.batch.lengths for micro in work.trained]
     share = float(examples.labelled.double().mean())
-    del step, made, module, tap, proxy, work
+    del step, made, module, tap, work
     group.close()
     of = check_model(config.model)
     fake = fake_model(config, of, tried(config, of))

@@ -136,7 +136,7 @@ def make_estimator(config: SelectionConfig, group: SimulatedGroup, candidates: C
         return LastLayer(SimpleNamespace(size=PROBE_NUMBERS), group, moments, COLUMNS)
     group.sketches = {2: torch.cat([rows, torch.ones(len(rows), 1)], dim=1)}
     moments = AdamMoments(torch.tensor([0.1]), torch.ones(1), STEP - 1, (0.9, 0.999), 1e-8)
-    return ZerothOrder(None, group, moments, torch.zeros(1, 1), config)
+    return ZerothOrder(None, group, moments, torch.zeros(1, 1), COLUMNS)
 
 
 def measure_step(estimator_name: str, ranks: int) -> dict:

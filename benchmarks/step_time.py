@@ -62,22 +62,22 @@ def prepare(options: list[str], group: Group) -> tuple:
     """A run's step, and what an estimator does to a micro-batch beyond a bare forward, if it does anything."""
     config = trainer.resolve(arguments.parse(options))
     inputs = read_inputs(config, group)
-    module, tap, proxy = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)
     spans = Spans(group.device, memory_meter(group.device), lambda _: None)
-    step = assembly.build_step(config, inputs, engine, tap, spans, group, proxy)
-    return step, branches(config, proxy or tap, group), module, runs.digest(config.data.train)
+    step = assembly.build_step(config, inputs, engine, tap, spans, group)
+    return step, branches(config, tap, group), module, runs.digest(config.data.train)
 
 
 def branches(config, tap: Tap | None, group: Group) -> Callable | None:
     """The estimator's own work on a micro-batch, the bare forward included."""
     selection = config.selection
-    if tap is None or selection.estimator in ("loss", "length"):
+    if tap is None or selection.estimator == "length":
         return None
     if selection.estimator == "last_layer":
         return tap.factors
-    z = zeroth_order.probes(config.train.seed, selection.num_probes, tap.shape, group.device)
-    return lambda batch: zeroth_order.directional_derivatives(tap, batch, z, selection.perturbation)
+    z = zeroth_order.probes(config.train.seed, selection.num_probes, tap.size, group.device)
+    return lambda batch: zeroth_order.directional_derivatives(tap, batch, z, zeroth_order.PERTURBATION)
 
 
 def measure(options: list[str], group: Group, rounds: int) -> dict[str, object]:

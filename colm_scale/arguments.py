@@ -192,7 +192,13 @@ def _closest(name: str, types: Mapping[str, str]) -> str:
 
 def _readable(type_name: str) -> str:
     choices = re.search(r"Literal\[(.*)\]", type_name)
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    words = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "dict[str, str]": "{NAME: TEXT, ...}",
+    }
     plain = type_name.replace(" | None", "")
     return f"one of {choices[1]}" if choices else words.get(plain, plain)
 

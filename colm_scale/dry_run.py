@@ -133,7 +133,7 @@ def _show(sight: Sight, console: Console) -> None:
 
 def _planned(sight: Sight) -> str:
     """The plan of the step with the longest micro-batch, or why this run cannot be planned."""
-    found = [_batches(sight.config, preview) for preview in sight.previews]
+    found = [_batches(preview) for preview in sight.previews]
     widest = max(found, key=lambda batches: max(map(sum, chain(batches.sketched, batches.trained))))
     candidates, plan = sight.previews[0].candidates, sight.previews[0].plan
     options = PlanConfig(
@@ -148,11 +148,10 @@ def _planned(sight: Sight) -> str:
         return f"memory is not planned: {error}\n"
 
 
-def _batches(config: RunConfig, preview: Preview) -> Batches:
-    """Of the busiest rank; a proxy's are no part of a plan."""
-    lengths, selection = preview.candidates.lengths, config.selection
-    by_proxy = selection.proxy is not None or selection.proxy_blocks is not None
-    shares = () if preview.plan is None or by_proxy else preview.plan.shares
+def _batches(preview: Preview) -> Batches:
+    """Of the busiest rank."""
+    lengths = preview.candidates.lengths
+    shares = () if preview.plan is None else preview.plan.shares
     return Batches(_busiest(shares, lengths), _busiest(preview.routed.micro_batches, lengths))
 
 

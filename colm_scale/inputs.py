@@ -19,7 +19,6 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.stream import StreamedSampler, share_survey
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
-from colm_scale.modeling.proxy import check_proxy
 from colm_scale.reporting.trackers import check_trackers
 from colm_scale.schedule import total_steps
 from colm_scale.selection.quota import check_names, kept_sources
@@ -72,17 +71,14 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         if group.is_first:
             check_trackers(config.track)
         ds_config = _check_ranks(config, group)
-        sharded = sharding(config, ds_config)
         config.selection.check_own()
-        check_kernels(config.model, config.train, sharded)
-        _check_derivative(config, sharded)
+        check_kernels(config.model, config.train, sharding(config, ds_config))
         if config.sources.refresh_every:
             check_installed("sklearn")
         model = check_model(config.model)
         check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context_length(model)
-        check_proxy(config, model, tokenizer, longest)
         record = None if config.selection.replay is None else SelectionRecord(config.selection.replay)
     if record is not None:
         group.agree(record.digest, "record of selections (--selection.replay)")
@@ -159,17 +155,6 @@ def _check_ranks(config: RunConfig, group: Group) -> dict | None:
     ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
     check_optimizer(config, ds_config)
     return ds_config
-
-
-def _check_derivative(config: RunConfig, sharded: str | None) -> None:
-    selection = config.selection
-    exact = selection.method == "colm" and selection.estimator == "zeroth_order" and selection.derivative == "exact"
-    if exact and sharded == "zero3" and selection.proxy is None and selection.proxy_blocks is None:
-        raise UserError(
-            f"--selection.derivative exact differentiates in forward mode, for which ZeRO-3 (--ds_config "
-            f"{config.ds_config}) has no rules: use --selection.derivative finite, --selection.estimator last_layer, "
-            f"or --engine fsdp"
-        )
 
 
 def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None:

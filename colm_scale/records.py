@@ -17,9 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Json = dict[str, Any]
+"""A JSON object: nested, and checked by whoever reads it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,8 @@ from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.follow import Drift, Follower
 from colm_scale.distributed.group import Group
-from colm_scale.distributed.match import gradient_products
 from colm_scale.distributed.observer import Observer
 from colm_scale.finite import check_losses, check_sketches, check_update
-from colm_scale.modeling.compiling import uncompiled
-from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.spans import Spans, over_ranks
@@ -47,9 +44,8 @@ from colm_scale.records import (
 from colm_scale.selection import baselines, telemetry
 from colm_scale.selection.audit import audit
 from colm_scale.selection.recent import RecentSources
-from colm_scale.selection.route import deal, form_micro_batches, padding_share, route
+from colm_scale.selection.route import padding_share, route
 from colm_scale.selection.rule import SelectionRule, loss_shares
-from colm_scale.sketch.adapters import AdapterTap
 from colm_scale.sketch.plan import kept_on, plan_sketch
 
 PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "report")
@@ -94,16 +90,13 @@ class CoresetStep:
         group: Group,
         spans: Spans,
         pad_id: int,
-        sketching: ExampleLoss,
-        adapters: AdapterTap | None = None,
         inputs: BlockInputs | None = None,
         follower: Follower | None = None,
     ):
         self.estimator, self.observer, self.follower = estimator, observer, follower
         self._config, self._sampler, self._rule = config, sampler, rule
         self._engine, self._group, self._spans = engine, group, spans
-        self._pad_id, self._sketching, self._adapters = pad_id, sketching, adapters
-        self._inputs = inputs
+        self._pad_id, self._inputs = pad_id, inputs
 
     def __call__(self, step: int, learning_rate: float) -> tuple[StepReport, Work]:
         """Train one step.
@@ -123,7 +116,7 @@ class CoresetStep:
             quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
             if estimator is not None:
                 plan = self._plan(candidates, quota)
-                sketched = self._batches(candidates, plan.shares[group.rank], self._sketching.packs)
+                sketched = self._batches(candidates, plan.shares[group.rank], self._engine.module.packs)
         if estimator is not None:
             with spans("sketch"):
                 kept = self._sketch(candidates, plan, sketched)
@@ -137,7 +130,6 @@ class CoresetStep:
             check_sketches(plan, selection, step)
             with spans("learn"):
                 estimator.learn(selection)
-        draw, worth = self._compared(candidates, selection, matrix)
         with spans("route"):
             packed, shares = self._engine.module.packs, self._shares(candidates, selection)
             routed = route(
@@ -157,7 +149,7 @@ class CoresetStep:
         check_update(update, step)
 
         with spans("report"):
-            worth |= self._worth(candidates, quota, selection, matrix, draw) | self._facts(selection, kept)
+            worth = self._worth(candidates, quota, selection, matrix) | self._facts(selection, kept)
             audited = self._audit(candidates, quota, selection, matrix, rule)
         seconds, phase_peak_bytes = over_ranks(*spans.finish(), group)
         report = StepReport(
@@ -195,7 +187,7 @@ class CoresetStep:
         return Preview(candidates, quota, plan, drawn, routed)
 
     def _plan(self, candidates: Candidates, quota: Quota) -> SketchPlan:
-        known, packed = self.estimator.known(candidates), self._sketching.packs
+        known, packed = self.estimator.known(candidates), self._engine.module.packs
         ranks, budget_tokens = self._group.world_size, self._config.train.micro_batch_tokens
         return plan_sketch(candidates, quota, ranks, budget_tokens, known, self._config.selection.joint, packed)
 
@@ -214,20 +206,19 @@ class CoresetStep:
         candidates = self._sampler(step)
         return candidates if self.follower is None else self.follower.relabelled(candidates)
 
-    def _looking(self, sketching: bool = False) -> AbstractContextManager[None]:
+    def _looking(self) -> AbstractContextManager[None]:
         """A block whose forwards tell what the sources are found by."""
-        looks = self.follower is not None and (self.follower.sketches or not sketching)
-        return self.follower.looking() if looks else nullcontext()
+        return nullcontext() if self.follower is None else self.follower.looking()
 
     def _sketch(self, candidates: Candidates, plan: SketchPlan, batches: list[Batch]) -> Tensor | None:
         """Sketch this rank's share; ``[n]`` the rank that has kept a candidate's block inputs, if that is done."""
         if self._inputs is None:
-            with self._looking(sketching=True):
+            with self._looking():
                 self.estimator.sketch(plan, batches)
             return None
         most = self._config.train.forward_reuse_gib * 2**30 // self._inputs.bytes_per_token
         kept, counts = kept_on(plan, candidates.lengths, most)
-        with self._inputs.keeping(counts[self._group.rank]), self._looking(sketching=True):
+        with self._inputs.keeping(counts[self._group.rank]), self._looking():
             self.estimator.sketch(plan, batches)
         return kept
 
@@ -235,7 +226,7 @@ class CoresetStep:
         """Share of the computed tokens that is padding, by phase."""
         found = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}
         if plan is not None:
-            found["sketch"] = 0.0 if self._sketching.packs else padding_share(candidates.lengths, plan.shares)
+            found["sketch"] = 0.0 if self._engine.module.packs else padding_share(candidates.lengths, plan.shares)
         return found
 
     def bare_floor_seconds(self, work: Work, sketch: Callable[[Batch], object] | None = None) -> float:
@@ -250,9 +241,10 @@ class CoresetStep:
         restore = self._engine.snapshot()
         self._group.barrier()
         started = self._now()
-        with nullcontext() if sketch else torch.no_grad(), without_dropout(self._sketching):
+        module = self._engine.module
+        with nullcontext() if sketch else torch.no_grad(), without_dropout(module):
             for batch in work.sketched:
-                (sketch or self._sketching)(batch)
+                (sketch or module)(batch)
         with global_draws(self._group.device, self._config.train.seed, "floor"):
             for number, micro_batch in enumerate(work.trained, 1):
                 losses = self._engine.forward(micro_batch.batch)
@@ -298,55 +290,16 @@ class CoresetStep:
             self.follower.remember(candidates)
         return self._group.all_reduce(losses, "report").cpu()
 
-    def _compared(
-        self, candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None
-    ) -> tuple[Selection | None, dict[str, float]]:
-        """A random draw with the selection's quotas, and, where that is due, how near the gradients of both are to the
-        candidates'. It is what the weights make them before the step, and no part of the step."""
-        seed, every = self._config.train.seed, self._config.profile.match_every
-        due = every > 0 and candidates.step % every == 0
-        if not (due or self._group.is_first):
-            return None, {}
-        eligible = telemetry.could_be_picked(candidates, selection, matrix)
-        draws = generator(seed, "telemetry", candidates.step)
-        draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
-        if not due:
-            return draw, {}
-        with self._spans.aside("match"):
-            found = telemetry.nearness("match", self._match(candidates, selection, draw))
-        return draw, found if self._group.is_first else {}
-
     def _worth(
-        self,
-        candidates: Candidates,
-        quota: Quota,
-        selection: Selection,
-        matrix: CandidateMatrix | None,
-        draw: Selection | None,
+        self, candidates: Candidates, quota: Quota, selection: Selection, matrix: CandidateMatrix | None
     ) -> dict[str, float]:
         """What the selection was worth beside a random draw with its quotas; on other ranks than the first, nothing."""
         if not self._group.is_first:
             return {}
+        eligible = telemetry.could_be_picked(candidates, selection, matrix)
+        draws = generator(self._config.train.seed, "telemetry", candidates.step)
+        draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
         return telemetry.worth(candidates, quota, selection, matrix, draw, joint=self._config.selection.joint)
-
-    def _match(self, candidates: Candidates, selection: Selection, draw: Selection) -> Tensor:
-        """``[4, 4]`` inner products of what would be trained by all candidates, the coreset, the draw, and a uniform
-        draw of the same size: the gradients of all adapters, with dropout as in training."""
-        group, seed, n = self._group, self._config.train.seed, len(candidates)
-        uniform = baselines.random(n, len(selection), generator(seed, "telemetry uniform", candidates.step))
-        compared = (baselines.full(n), selection, draw, uniform)
-        weights = torch.stack([self._shares(candidates, chosen) for chosen in compared])
-        lengths, packed = candidates.lengths, self._engine.module.packs
-        micro_batches = form_micro_batches(
-            lengths, torch.arange(n), self._config.train.micro_batch_tokens, packed=packed
-        )
-        own = deal(micro_batches, lengths, group.world_size, packed=packed)[group.rank]
-        scale = self._engine.scale.scale / n
-        # Gradients inside the blocks are read, where compiled code shows none.
-        with uncompiled(), global_draws(group.device, seed, "match", candidates.step, group.rank):
-            products = gradient_products(self._adapters, self._batches(candidates, own, packed), weights, group, scale)
-        del group.traffic["match"]  # it is no exchange of the step's
-        return products
 
     def _shares(self, candidates: Candidates, selection: Selection) -> Tensor:
         """``[n]`` what each candidate's loss counts for; zero where it is not selected."""

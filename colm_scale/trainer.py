@@ -34,7 +34,6 @@ from colm_scale.errors import TrainingError, UserError
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.optimizers import default_learning_rate
-from colm_scale.modeling.proxy import describe_proxy
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.reporting.environment import environment
@@ -56,7 +55,6 @@ class Prepared:
         identity: What makes this run this run, see `checkpoint.identity`.
         small: ``[Q]`` bool, the sources that are reported as small.
         steps: Of the whole run.
-        sketched_by: What is told about a proxy.
     """
 
     directory: RunDirectory | None
@@ -69,7 +67,6 @@ class Prepared:
     step: CoresetStep
     evaluator: Evaluator | None
     steps: int
-    sketched_by: list[str]
 
     def session(self, config: RunConfig, group: Group, *, writes: bool = True) -> Session:
         """Its reports; without ``writes`` they go nowhere."""
@@ -95,7 +92,7 @@ class Prepared:
     def facts(self, config: RunConfig, done: int, group: Group) -> list[str]:
         """What is told before the first step after ``done``."""
         facts = run_facts(config, self.inputs, self.engine, self.evaluator, group)
-        return [*facts, *self.sketched_by, *resumed_facts(self.found, done)]
+        return [*facts, *resumed_facts(self.found, done)]
 
 
 def train(config: RunConfig, group: Group, watch: Watch) -> bool:
@@ -166,10 +163,9 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     inputs = read_inputs(config, group)
     identity = {"config": config_facts(config), "data": inputs.digest}
     _check_resumable(found, identity, group)
-    module, tap, proxy = build_model(config, loading_device(config, inputs.ds_config, group), group)
-    identity |= {"model": model_digest(module), "proxy": None if proxy is None else model_digest(proxy.model)}
+    module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
+    identity["model"] = model_digest(module)
     group.agree(identity["model"], "weights of the base model")
-    group.agree(str(identity["proxy"]), "weights of the proxy")
     engine = make_engine(config, inputs.ds_config, module, group)
     meter = memory_meter(group.device)
     small = kept_sources(inputs.sizes, inputs.source_names, None)
@@ -182,10 +178,9 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
         small=small,
         engine=engine,
         meter=meter,
-        step=build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group, proxy),
+        step=build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group),
         evaluator=evaluator,
         steps=total_steps(config, int(inputs.sizes.sum())),
-        sketched_by=[] if proxy is None else [describe_proxy(config, proxy.model, module)],
     )
 
 

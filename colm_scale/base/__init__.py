@@ -1,6 +1,7 @@
 """A small pretrained base model and its tokenizer, shipped with the package so that nothing has to be downloaded.
 
-``weights/README.md`` says how they were made; ``python -m colm_scale.base.make`` makes them again.
+``weights/README.md`` says how they were made; ``python benchmarks/base_model/make.py`` of the source tree makes them
+again.
 """
 
 from __future__ import annotations

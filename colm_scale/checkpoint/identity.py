@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
+from colm_scale.records import Json
 
 _SAMPLE = 1024
 """Elements of each parameter that the model's digest reads."""
@@ -33,7 +34,6 @@ _LEFT_OUT = {
     "data.sources": "the data's digest covers them",
     "data.chat_template": "the data's digest covers what it writes",
     "selection.replay": "the data's digest covers what it holds, wherever it lies",
-    "selection.proxy": "the proxy has a digest of its own, wherever it lies",
     "train.threads": "rounding at most",
     "train.activation_checkpointing": "rounding at most",
     "train.compile": "rounding at most",
@@ -43,8 +43,7 @@ _LEFT_OUT = {
 }
 """Options of the compared sections that may differ, and why."""
 _MAKE_OTHER_WEIGHTS = {"train.dtype", "model.quantize"}
-"""Where one of these differs, the model's digest does too, and nothing more is to be said about it; so below."""
-_MAKE_ANOTHER_PROXY = _MAKE_OTHER_WEIGHTS | {"selection.proxy_blocks"}
+"""Where one of these differs, the model's digest does too, and nothing more is to be said about it."""
 _NONE = "no such option"
 """In place of the value of an option that one version has and the other has not."""
 
@@ -73,7 +72,7 @@ def model_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def config_facts(config: RunConfig) -> dict[str, object]:
+def config_facts(config: RunConfig) -> Json:
     """The options that decide what is computed, by dotted name, as JSON gives them back.
 
     ``lora.adapter`` is among them although the checkpoint holds what has become of its weights: its own alpha, dropout
@@ -82,19 +81,19 @@ def config_facts(config: RunConfig) -> dict[str, object]:
     Args:
         config: Resolved, so that a default and the same value written out are equal.
     """
-    facts = {"model.quantize": config.model.quantize}
+    facts: Json = {"model.quantize": config.model.quantize}
     for section in ("data", "selection", "sources", "lora", "train"):
         options = dataclasses.asdict(getattr(config, section))
         facts |= {f"{section}.{name}": value for name, value in options.items()}
-    return json.loads(json.dumps({name: value for name, value in facts.items() if name not in _LEFT_OUT}))
+    plain: Json = json.loads(json.dumps({name: value for name, value in facts.items() if name not in _LEFT_OUT}))
+    return plain
 
 
-def check_same_run(stored: dict, current: dict, where: Path) -> None:
+def check_same_run(stored: Json, current: Json, where: Path) -> None:
     """Check that a run may go on from a checkpoint.
 
     Args:
-        stored: Of the checkpoint: ``config`` (see `config_facts`), and the digests ``data``, ``model`` and ``proxy``
-            (None without one).
+        stored: Of the checkpoint: ``config`` (see `config_facts`), and the digests ``data`` and ``model``.
         current: The same of this run.
         where: The checkpoint.
 
@@ -110,8 +109,6 @@ def check_same_run(stored: dict, current: dict, where: Path) -> None:
         found.append("other training data")
     if stored["model"] != current["model"] and not _MAKE_OTHER_WEIGHTS.intersection(names):
         found.append("other base model")
-    if stored.get("proxy") != current.get("proxy") and not _MAKE_ANOTHER_PROXY.intersection(names):
-        found.append("other proxy (--selection.proxy)")
     if found:
         raise UserError(
             f"checkpoint {where} is not one of this run: {'; '.join(found)}. Go on with what it was made with, or "

@@ -25,15 +25,16 @@ from colm_scale.distributed.follow import Follower
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.observer import Observer
 from colm_scale.errors import UserError
+from colm_scale.records import Json
 from colm_scale.reporting.run_directory import finite
 
 
 class Counters(Protocol):
     """What a run has counted and found so far."""
 
-    def state(self) -> dict: ...
+    def state(self) -> Json: ...
 
-    def load(self, state: dict) -> None: ...
+    def load(self, state: Json) -> None: ...
 
 
 class RunState:
@@ -76,7 +77,9 @@ class RunState:
             tensors["followed"] = self._follower.state()
         with self._group.together():
             if self._folder is not None:
-                self._folder.write(step, finite(self._state(step)), tensors)
+                state = finite(self._state(step))
+                assert isinstance(state, dict)
+                self._folder.write(step, state, tensors)
 
     def load(self, found: Checkpoint | None) -> int:
         """Put back what ``found``, on the first rank, holds. All ranks call it together.
@@ -90,7 +93,7 @@ class RunState:
         with self._group.together():
             if found is not None:
                 check_same_run(found.state["run"], dict(self._identity), found.path)
-        state = self._group.share_json(None if found is None else found.state | {"path": str(found.path)})
+        state: Json | None = self._group.share_json(None if found is None else found.state | {"path": str(found.path)})
         if state is None:
             return 0
         try:
@@ -101,9 +104,9 @@ class RunState:
                 f"checkpoint {state['path']} was written by colm_scale {version}, which kept other things ({error}): "
                 f"go on with that version"
             ) from None
-        return state["step"]
+        return int(state["step"])
 
-    def _put_back(self, state: Mapping, found: Checkpoint | None) -> None:
+    def _put_back(self, state: Json, found: Checkpoint | None) -> None:
         restore(self._engine, {} if found is None else found.tensors, self._group)
         self._engine.updates = state["updates"]
         self._engine.scale = LossScale(**state["loss_scale"])
@@ -113,7 +116,7 @@ class RunState:
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
 
-    def _state(self, step: int) -> dict:
+    def _state(self, step: int) -> Json:
         return {
             "step": step,
             "run": dict(self._identity),

@@ -52,6 +52,7 @@ class SelectionState:
             KeyError: Something is not in it.
         """
         if self._estimator is not None:
+            assert moment_steps is not None
             moments = self._estimator.moments
             of_moments = self._shared(moments.tensors(), None if saved is None else saved["moments"])
             self._estimator.moments = moments.with_tensors(of_moments, moment_steps)
@@ -65,13 +66,13 @@ class SelectionState:
 
     def _sources(self) -> dict[str, Tensor]:
         observer = self._observer
-        parts = map(dataclasses.asdict, (observer.statistics, observer.recent, observer.coverage))
+        parts = [dataclasses.asdict(part) for part in (observer.statistics, observer.recent, observer.coverage)]
         return {name: value for part in parts for name, value in part.items()}
 
     def _sketches(self, saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The first rank's on every rank; the others pass None."""
         count, columns = self._group.share_json(None if saved is None else [*saved["rows"].shape])
-        shapes = {"ids": (count,), "steps": (count,), "rows": (count, columns)}
+        shapes: dict[str, tuple[int, ...]] = {"ids": (count,), "steps": (count,), "rows": (count, columns)}
         shared = {}
         for name, shape in shapes.items():
             value = torch.zeros(shape, dtype=torch.float32 if name == "rows" else torch.int64)

@@ -27,7 +27,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 import safetensors.torch
 import torch
@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from colm_scale.errors import TrainingError, UserError
+from colm_scale.records import Json
 
 _FORMAT = 1
 _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", ".safetensors"
@@ -55,7 +56,7 @@ class Checkpoint:
     """
 
     path: Path
-    state: dict
+    state: Json
     tensors: dict[str, dict[str, Tensor]]
     passed_over: tuple[str, ...] = ()
 
@@ -71,7 +72,7 @@ class CheckpointFolder:
     def __init__(self, path: Path, keep: int):
         self._path, self._keep = path, keep
 
-    def write(self, step: int, state: dict, tensors: dict[str, dict[str, Tensor]]) -> Path:
+    def write(self, step: int, state: Json, tensors: dict[str, dict[str, Tensor]]) -> Path:
         """Write the checkpoint of a step, and remove those beyond ``keep``.
 
         Whatever the moment at which this is killed, `newest` finds a whole checkpoint: the one before or this one. One
@@ -218,7 +219,9 @@ def _whole_ones(path: Path) -> list[tuple[int, Path]]:
 
 def _aside(folder: Path, kind: str) -> Path:
     """The dot-name of that kind of a checkpoint, whatever name it has now."""
-    return folder.with_name(f".{_FINAL.search(folder.name)[0]}.{kind}")
+    final = _FINAL.search(folder.name)
+    assert final is not None
+    return folder.with_name(f".{final[0]}.{kind}")
 
 
 def _discard(folder: Path) -> None:
@@ -271,7 +274,7 @@ def _tensor_bytes(named: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save(copies)
 
 
-def _json_bytes(value: dict) -> bytes:
+def _json_bytes(value: Json) -> bytes:
     return json.dumps(value, allow_nan=False, indent=1).encode()
 
 
@@ -321,7 +324,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, object]]:
     return files
 
 
-def _are_entries(files: object) -> bool:
+def _are_entries(files: object) -> TypeGuard[dict[str, dict[str, object]]]:
     return isinstance(files, dict) and all(
         isinstance(entry, dict) and {key: type(value) for key, value in entry.items()} == {"size": int, "sha256": str}
         for entry in files.values()
@@ -348,7 +351,7 @@ def _content(folder: Path, name: str) -> bytes:
         _refuse(folder, name, f"cannot be read ({error.strerror})")
 
 
-def _parse_json(folder: Path, name: str, content: bytes) -> dict:
+def _parse_json(folder: Path, name: str, content: bytes) -> Json:
     try:
         value = json.loads(content.decode(), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ Each class checks its own fields when it is made; `RunConfig` checks what fields
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +21,8 @@ from colm_scale.config.sources import SourcesConfig as SourcesConfig
 from colm_scale.config.track import TrackConfig
 from colm_scale.errors import UserError
 
+COLUMN_ROLES = ("source", "protected", "instruction", "input", "output", "prompt", "completion", "messages")
+"""What a column can be; without `RowConfig.columns` it has the name of its role."""
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
 
 
@@ -45,25 +48,14 @@ class ModelConfig:
 class RowConfig:
     """How a row of the user's data becomes an example."""
 
-    source_column: str = "source"
-    """Column with an example's source. A file without it: the file's name is the source."""
-    protected_column: str = "protected"
-    """Column with true for an example that colm and stratified train on whenever it is a candidate. It need not be
-    there."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns that the files call something else, by role: '{instruction: question, output: answer}'. A row needs
+    instruction and output (an input, where there is one, follows the instruction on a new line), or prompt and
+    completion, or messages (a list of {role, content}; loss on the assistant's turns only). It may have a source (else
+    the file's name is one) and protected, which is true for an example that colm and stratified train on whenever it is
+    a candidate."""
     protected_sources: list[str] | None = None
     """Sources whose every example is protected, as if its row said so; whatever sources the selection keeps besides."""
-    instruction_column: str = "instruction"
-    """Column with the prompt (with `output_column`)."""
-    input_column: str = "input"
-    """Column with more of the prompt, where there is one (Alpaca's); it follows `instruction_column` on a new line."""
-    output_column: str = "output"
-    """Column with the text to learn (with `instruction_column`)."""
-    prompt_column: str = "prompt"
-    """Column with the prompt (with `completion_column`)."""
-    completion_column: str = "completion"
-    """Column with the text to learn (with `prompt_column`)."""
-    messages_column: str = "messages"
-    """Column with a chat: a list of {role, content}. Loss on the assistant's turns only."""
     chat_template: str | None = None
     """File with a Jinja chat template for `messages`. Default: the tokenizer's own."""
     template: str = "{instruction}\n"
@@ -72,8 +64,22 @@ class RowConfig:
     """Longest example in tokens. Default: the model's context, at most 2,048."""
 
     def __post_init__(self) -> None:
+        for role in self.columns:
+            _check_role(role)
         require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
         require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+
+    def column(self, role: str) -> str:
+        """The column that has the role in the user's files."""
+        return self.columns.get(role, role)
+
+
+def _check_role(role: str) -> None:
+    """Refuse a role that no column has."""
+    if role not in COLUMN_ROLES:
+        near = difflib.get_close_matches(role, COLUMN_ROLES, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ":"
+        raise UserError(f"--data.columns names a column for {role!r}{hint} The roles are {', '.join(COLUMN_ROLES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ class DataConfig(RowConfig):
     eval: list[str] | None = None
     """Held-out data, the same kinds. Default: the built-in held-out split with built-in training data, else none."""
     sources: str | None = None
-    """File with the source of each row of `train`, as `colm-scale sources` writes it; whatever `source_column` says."""
+    """File with the source of each row of `train`, as `colm-scale sources` writes it; whatever the rows say."""
     overlong: Literal["drop", "cut"] = "drop"
     """What happens to an example above `max_length`: dropped, or cut at the end. Both are counted per source."""
     streaming: bool = False
@@ -263,15 +269,11 @@ class ProfileConfig:
 
     floor_every: int = 20
     """Steps between re-runs of the bare floor (costs one step each). 0: never."""
-    match_every: int = 0
-    """Steps between exact comparisons of the coreset's gradient with that of all candidates, over all adapters (costs
-    a forward and backward of every candidate). 0: never."""
     display: Literal["auto", "live", "plain", "off"] = "auto"
     """live: a display that updates in place. plain: a line per step. auto: live on a terminal, else plain."""
 
     def __post_init__(self) -> None:
         require(self.floor_every >= 0, "profile.floor_every", self.floor_every, "0 or more")
-        require(self.match_every >= 0, "profile.match_every", self.match_every, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +329,6 @@ class RunConfig:
         if selection.method != "colm" or selection.estimator == "length":
             what = "estimator length" if selection.method == "colm" else f"method {selection.method}"
             raise UserError(f"{option} uses the candidates' forward, and {what} has none: leave it out")
-        if selection.proxy is not None or selection.proxy_blocks is not None:
-            raise UserError(f"{option} uses the candidates' forward by the model itself, not by a proxy: leave one out")
         if is_own(selection.estimator):
             raise UserError(
                 f"{option} uses the candidates' forward, and whether --selection.estimator {selection.estimator} runs "

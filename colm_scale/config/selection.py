@@ -11,7 +11,7 @@ from colm_scale.config.checks import require
 from colm_scale.errors import UserError
 
 Method = Literal["colm", "stratified", "random", "full", "replay"]
-EstimatorName = Literal["last_layer", "zeroth_order", "loss", "length"]
+EstimatorName = Literal["last_layer", "zeroth_order", "length"]
 Ranking = Literal["facility", "matching", "pursuit", "systematic", "importance", "top"]
 Allocation = Literal["proportional", "equal", "temperature", "excess_loss", "none"]
 Metric = Literal["l1", "l2", "cosine"]
@@ -40,8 +40,8 @@ class SelectionConfig:
     """Coreset per optimizer step, over all ranks (b)."""
     estimator: EstimatorName | str = "last_layer"
     """What is known of a candidate. last_layer: exact gradient of the probe tensor. zeroth_order: its derivatives along
-    `num_probes` random directions. loss: its loss. length: its tokens, for which nothing is forwarded. Or a function of
-    your own, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
+    `num_probes` random directions. length: its tokens, for which nothing is forwarded. Or a function of your own,
+    FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     ranking: Ranking | str = "facility"
     """How a source's quota is picked. facility: medoids that stand for all (the paper's). matching: the subset whose
     mean gradient is nearest the candidates', by swaps. pursuit: the same, by orthogonal matching pursuit. systematic:
@@ -63,19 +63,11 @@ class SelectionConfig:
     so in every pass over the data; what one step lacks the next ones make up. At most budget / candidates. 0: none."""
     num_probes: int = 1
     """Random directions of the zeroth-order estimator (K)."""
-    derivative: Literal["finite", "exact"] = "finite"
-    """zeroth_order: by finite differences (the paper's), or exactly, by forward-mode differentiation of the tail."""
-    perturbation: float = 1e-3
-    """Step of the zeroth-order finite difference (eps)."""
-    float32_blocks: int = 2
-    """zeroth_order by finite differences, with a base in half precision: so many of the last blocks, head and loss run
-    in float32, for the differences are rounding otherwise. 0: none."""
     columns: int = 512
     """Numbers per candidate that are compared (h)."""
-    compression: Literal["columns", "countsketch", "kronecker"] = "columns"
+    compression: Literal["columns", "countsketch"] = "columns"
     """last_layer: how the gradient becomes `columns` numbers. columns: its most telling ones, per source (the paper's).
-    countsketch: a random projection of the update, one sign and place per number. kronecker: two random projections,
-    one of each factor; of the gradient itself, not of what the optimizer would make of it."""
+    countsketch: a random projection of the update, one sign and place per number."""
     metric: Metric = "l1"
     """Distance between sketches."""
     largest_group: int = 8192
@@ -105,15 +97,9 @@ class SelectionConfig:
     probe: str = "v"
     """Linear layer whose LoRA B matrix is the probe: v, q, k, o (of the attention) or mlp (its last layer), found by
     what they do, or a layer's name."""
-    probe_blocks: int = 1
-    """So many of the last blocks are probed together, each at the layer of the same name."""
     reuse: int = 0
     """Most steps for which the sketch of an example counts when it is a candidate again; with as many as the run has,
     later epochs forward nothing. 0: every sketch is new. last_layer: not with compression columns."""
-    proxy: str | None = None
-    """Hub id or folder of a smaller model with the same tokenizer that sketches in place of the model."""
-    proxy_blocks: int | None = None
-    """The same base with only so many of its first blocks sketches in place of the model."""
 
     def __post_init__(self) -> None:
         _require_part("estimator", self.estimator, EstimatorName)
@@ -129,10 +115,8 @@ class SelectionConfig:
             f"at most --selection.candidates ({self.candidates})",
         )
         require(self.num_probes >= 1, "selection.num_probes", self.num_probes, "at least 1")
-        require(self.perturbation > 0, "selection.perturbation", self.perturbation, "positive")
         require(self.columns >= 1, "selection.columns", self.columns, "at least 1")
         require(self.largest_group >= 1, "selection.largest_group", self.largest_group, "at least 1")
-        require(self.float32_blocks >= 0, "selection.float32_blocks", self.float32_blocks, "0 or more")
         require(
             self.allocation_exponent >= 0, "selection.allocation_exponent", self.allocation_exponent, "0 or more"
         )
@@ -147,22 +131,7 @@ class SelectionConfig:
                 f"--selection.refresh_every {self.refresh_every} chooses the kept sources anew, but "
                 f"--selection.kept_sources names them: leave one out"
             )
-        require(self.probe_blocks >= 1, "selection.probe_blocks", self.probe_blocks, "at least 1")
         require(self.reuse >= 0, "selection.reuse", self.reuse, "0 or more")
-        require(
-            self.proxy_blocks is None or self.proxy_blocks >= 1, "selection.proxy_blocks", self.proxy_blocks,
-            "at least 1",
-        )
-        if self.proxy is not None and self.proxy_blocks is not None:
-            raise UserError(
-                f"--selection.proxy {self.proxy} and --selection.proxy_blocks {self.proxy_blocks} exclude each other: "
-                f"give one"
-            )
-        if self.preset == "none" and self.estimator == "length" and (self.proxy or self.proxy_blocks):
-            raise UserError(
-                "--selection.estimator length looks at no model: leave out --selection.proxy and "
-                "--selection.proxy_blocks"
-            )
         if self.reuse and self.preset == "none" and (self.estimator, self.compression) == ("last_layer", "columns"):
             raise UserError(
                 f"--selection.reuse {self.reuse} compares sketches of several steps, and the columns that "
@@ -200,7 +169,7 @@ class SelectionConfig:
         if self.ranking == "top" and self.estimator == "length":
             raise UserError(
                 "--selection.ranking top picks the highest losses, which --selection.estimator length does not know: "
-                "give --selection.estimator loss"
+                "give --selection.estimator last_layer"
             )
         if self.allocation == "none" and not self.joint:
             raise UserError("--selection.allocation none leaves it to the ranking: add --selection.joint true")
@@ -254,17 +223,12 @@ class SelectionConfig:
             joint=False,
             allocation="proportional",
             num_probes=1,
-            derivative="finite",
-            perturbation=1e-3,
             columns=2560,
             compression="columns",
             metric="l1",
             weights="uniform",
             probe="v",
-            probe_blocks=1,
             reuse=0,
-            proxy=None,
-            proxy_blocks=None,
         )
 
 

@@ -7,11 +7,11 @@ skipped but empty lines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colm_scale.config import DataConfig
+from colm_scale.config import COLUMN_ROLES, DataConfig
 from colm_scale.data.builtin import Split, builtin_rows
 from colm_scale.data.formats import Record, records_of, shortened, shown
 from colm_scale.errors import UserError
@@ -105,7 +105,7 @@ def _rows(specs: Sequence[str], config: DataConfig, *, streaming: bool) -> Itera
     opened = [records_of(spec, streaming=streaming) for spec in specs]
     number = 0
     for spec, (default_source, records) in zip(specs, opened):
-        sources = _FileSources(default_source, config.source_column)
+        sources = _FileSources(default_source, config.column("source"))
         for record in records:
             yield _row(number, sources.of(record), record, config)
             number += 1
@@ -138,32 +138,37 @@ class _FileSources:
         if 0 < self.lacking < self.rows:
             raise UserError(
                 f"{self.first_lacking} has no source in the column {self.column!r}, like {self.lacking} of the "
-                f"{self.rows} rows of its file: give every row a source, or none (--data.source_column names the "
-                "column)"
+                f"{self.rows} rows of its file: give every row a source, or none (--data.columns.source names "
+                "the column)"
             )
 
 
 def _row(number: int, source: str, record: Record, config: DataConfig) -> Row:
     """A record as a row, by the first of the three kinds whose columns it has."""
     cells, where = record.cells, record.where
+    column = {role: config.column(role) for role in COLUMN_ROLES}
+    there = {role for role, name in column.items() if name in cells}
     messages, prompt, completion = None, "", ""
-    if config.messages_column in cells:
-        messages = _messages(cells[config.messages_column], config.messages_column, where)
-    elif config.prompt_column in cells and config.completion_column in cells:
-        prompt = _string(cells[config.prompt_column], config.prompt_column, where)
-        completion = _filled(cells[config.completion_column], config.completion_column, where)
-    elif config.instruction_column in cells and config.output_column in cells:
-        instruction = _string(cells[config.instruction_column], config.instruction_column, where)
-        more = cells.get(config.input_column)
-        if more:
-            instruction += "\n" + _string(more, config.input_column, where)
-        prompt = _templated(instruction, config)
-        completion = _filled(cells[config.output_column], config.output_column, where)
+    if "messages" in there:
+        messages = _messages(cells[column["messages"]], column["messages"], where)
+    elif {"prompt", "completion"} <= there:
+        prompt = _string(cells[column["prompt"]], column["prompt"], where)
+        completion = _filled(cells[column["completion"]], column["completion"], where)
+    elif {"instruction", "output"} <= there:
+        prompt = _templated(_instruction(cells, column, where), config)
+        completion = _filled(cells[column["output"]], column["output"], where)
     else:
-        raise UserError(_missing_columns(record, config))
-    protected = _flag(cells.get(config.protected_column), config.protected_column, where)
+        raise UserError(_missing_columns(record, column))
+    protected = _flag(cells.get(column["protected"]), column["protected"], where)
     protected = protected or source in (config.protected_sources or ())
     return Row(number, source, messages, prompt, completion, where, protected)
+
+
+def _instruction(cells: Mapping[str, Any], column: Mapping[str, str], where: str) -> str:
+    """The instruction and, on a new line, the input that a row may have."""
+    instruction = _string(cells[column["instruction"]], column["instruction"], where)
+    more = cells.get(column["input"])
+    return f"{instruction}\n{_string(more, column['input'], where)}" if more else instruction
 
 
 def _templated(instruction: str, config: DataConfig) -> str:
@@ -171,14 +176,13 @@ def _templated(instruction: str, config: DataConfig) -> str:
     return config.template.replace("{instruction}", instruction)
 
 
-def _missing_columns(record: Record, config: DataConfig) -> str:
-    columns = shortened(", ".join(map(repr, record.cells))) or "(none)"
+def _missing_columns(record: Record, column: Mapping[str, str]) -> str:
+    there = shortened(", ".join(map(repr, record.cells))) or "(none)"
     return (
-        f"{record.where} has the columns {columns}, but needs "
-        f"{config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}, or "
-        f"{config.instruction_column!r} and {config.output_column!r}. Columns of other names can be given with "
-        "--data.messages_column, --data.prompt_column and --data.completion_column, or --data.instruction_column and "
-        "--data.output_column"
+        f"{record.where} has the columns {there}, but needs "
+        f"{column['messages']!r}, or {column['prompt']!r} and {column['completion']!r}, or "
+        f"{column['instruction']!r} and {column['output']!r}. Columns of other names can be given with --data.columns, "
+        "for instance --data.columns '{instruction: question, output: answer}'"
     )
 
 
@@ -208,7 +212,7 @@ def _flag(value: Any, column: str, where: str) -> bool:
     if flag is None:
         raise UserError(
             f"{where}: {column!r} is {shown(value)}, but must be true or false (or 1 or 0): it marks examples that are "
-            "always trained on (--data.protected_column names the column)"
+            "always trained on (--data.columns.protected names the column)"
         )
     return flag
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from colm_scale.config import RunConfig, TrainConfig
 from colm_scale.errors import UserError
+from colm_scale.records import Json
 
 _SHIPPED = Path(__file__).parents[1] / "ds_configs"
 _STAGES = (0, 1, 2, 3)
@@ -55,7 +56,7 @@ _REFUSED_IN_ZERO = {
 }
 
 
-def read_ds_config(config: RunConfig, world_size: int) -> dict:
+def read_ds_config(config: RunConfig, world_size: int) -> Json:
     """The DeepSpeed configuration of a run: the file's topology with the run's decisions written in.
 
     Raises:
@@ -67,6 +68,7 @@ def read_ds_config(config: RunConfig, world_size: int) -> dict:
             f"--ds_config {config.ds_config} needs DeepSpeed, which is not installed: pip install "
             f"'colm_scale[deepspeed]', or leave --ds_config out (--engine fsdp shards without it)"
         )
+    assert config.ds_config is not None
     path = _found(config.ds_config)
     given = _without_auto(_json_object(path))
     zero = given.get("zero_optimization", {})
@@ -97,7 +99,7 @@ def _found(named: str) -> Path:
     return Path(named)
 
 
-def _json_object(path: Path) -> dict:
+def _json_object(path: Path) -> Json:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -113,7 +115,7 @@ def _json_object(path: Path) -> dict:
     return given
 
 
-def _without_auto(given: dict) -> dict:
+def _without_auto(given: Json) -> Json:
     """Without the keys that are left to whoever runs DeepSpeed, at any depth."""
     return {
         key: _without_auto(value) if isinstance(value, dict) and key == "zero_optimization" else value
@@ -122,7 +124,7 @@ def _without_auto(given: dict) -> dict:
     }
 
 
-def _check_keys(given: dict, path: Path) -> None:
+def _check_keys(given: Json, path: Path) -> None:
     known = [*_ALLOWED, *_ARITHMETIC, *_DECIDED_HERE]
     for key in given:
         if key not in known:
@@ -156,7 +158,7 @@ def _check_zero(zero: object, path: Path) -> None:
         raise UserError(f"{where}.{name} is {first['input']!r}: {first['msg']}") from None
 
 
-def _check_decisions(given: dict, config: RunConfig, path: Path) -> None:
+def _check_decisions(given: Json, config: RunConfig, path: Path) -> None:
     ours = {
         "train_batch_size": (config.selection.budget, "--selection.budget"),
         "train_micro_batch_size_per_gpu": ("decided per step", "--train.micro_batch_tokens"),

@@ -124,6 +124,13 @@ def set_updates_of(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
             state["step"].fill_(count)
 
 
+def unscale(parameters: Iterable[nn.Parameter], scale: float) -> None:
+    """Divide every gradient by a loss scale: a power of two, so this is exact."""
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.div_(scale)
+
+
 def remember(tensors: Iterable[Tensor]) -> Callable[[], None]:
     """Copies of ``tensors``, and a function that writes them back in place."""
     saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
@@ -158,10 +165,9 @@ class OptimizerEngine:
     def step(self, learning_rate: float) -> Update:
         used = self.scale.scale
         if used != 1.0:
-            for parameter in self._parameters.values():
-                parameter.grad.div_(used)  # a power of two: exact
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            unscale(self._parameters.values(), used)
+        total = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm)
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         finite = math.isfinite(norm)
@@ -201,18 +207,19 @@ class TorchEngine(OptimizerEngine):
         super().__init__(module, config)
         self._ranks = group.world_size
         self.name = "ddp" if group.world_size > 1 else "single"
-        self._wrapped: nn.Module = module
+        self._wrapped: ExampleLoss | DistributedDataParallel = module
         if group.world_size > 1:
             self._wrapped = DistributedDataParallel(
                 module, device_ids=[group.device.index] if group.device.type == "cuda" else None
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._wrapped(batch)
+        losses: Tensor = self._wrapped(batch)
+        return losses
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        accumulate = self._ranks > 1 and not last
-        with self._wrapped.no_sync() if accumulate else nullcontext():
+        wrapped = self._wrapped
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
             (loss * (self._ranks * self.scale.scale)).backward()
 
 

@@ -10,9 +10,10 @@ from colm_scale.distributed.group import Group
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import NEED_WHOLE_MATRICES
+from colm_scale.records import Json
 
 
-def make_engine(config: RunConfig, ds_config: dict | None, module: ExampleLoss, group: Group) -> Engine:
+def make_engine(config: RunConfig, ds_config: Json | None, module: ExampleLoss, group: Group) -> Engine:
     """The engine that ``--engine`` and ``--ds_config`` ask for; the module is where `loading_device` says."""
     if ds_config is not None:
         from colm_scale.distributed.zero import ZeroEngine
@@ -25,7 +26,7 @@ def make_engine(config: RunConfig, ds_config: dict | None, module: ExampleLoss, 
     return TorchEngine(module, config.train, group)
 
 
-def check_optimizer(config: RunConfig, ds_config: dict | None) -> None:
+def check_optimizer(config: RunConfig, ds_config: Json | None) -> None:
     """Whether the engine leaves adapters whole for an optimizer that needs them so.
 
     Raises:
@@ -41,13 +42,13 @@ def check_optimizer(config: RunConfig, ds_config: dict | None) -> None:
         )
 
 
-def sharding(config: RunConfig, ds_config: dict | None) -> str | None:
+def sharding(config: RunConfig, ds_config: Json | None) -> str | None:
     """What cuts the frozen weights into shards: "fsdp", "zero3", or nothing."""
     if config.engine == "fsdp":
         return "fsdp"
     return "zero3" if (ds_config or {}).get("zero_optimization", {}).get("stage") == 3 else None
 
 
-def loading_device(config: RunConfig, ds_config: dict | None, group: Group) -> torch.device:
+def loading_device(config: RunConfig, ds_config: Json | None, group: Group) -> torch.device:
     """Where a model is loaded: on the CPU if it is to be cut into shards, for whole it need not fit into a GPU."""
     return torch.device("cpu") if sharding(config, ds_config) else group.device

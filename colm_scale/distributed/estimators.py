@@ -13,7 +13,7 @@ S = W * (largest number of candidates that any rank sketches) rows, s of which a
 | `LastLayer` | 4 S (h + 2) | 4 G W e + 8 G W min(h, e) | 16 d |
 | `CountSketched` | 4 S (h + 2) | - | 16 d |
 
-`Measured` exchanges the columns of its function, c in all: of `loss` 1, of a Kronecker projection h, and the loss.
+`Measured` exchanges the c columns of its function.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, Sk
 from colm_scale.selection.mask import merge_proposals, top_columns
 from colm_scale.selection.moments import Moments, NoMoments, Shapes, make_moments
 from colm_scale.sketch import last_layer, zeroth_order
-from colm_scale.sketch.compress import CountSketch, KroneckerSketch
+from colm_scale.sketch.compress import CountSketch
 from colm_scale.sketch.precision import float32_tail
 from colm_scale.sketch.store import SketchStore
 from colm_scale.sketch.tap import Tap
@@ -86,7 +86,6 @@ class Estimator(Protocol):
 
 def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, group: Group) -> Estimator:
     """The estimator that the configuration names, with fresh moments."""
-    shapes = tuple(probe.shape for probe in tap.probes)
 
     def fresh(shapes: Shapes) -> Moments:
         return make_moments(train, shapes, group.device)
@@ -94,25 +93,16 @@ def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, gro
     if is_own(selection.estimator):
         own = load_own("selection.estimator", selection.estimator, parameters=2)
         return Measured(tap, group, partial(_own_numbers, selection.estimator, own))
-    if selection.estimator == "loss":
-        return Measured(tap, group, _losses)
     if selection.estimator == "length":
         return Length(group)
     if selection.estimator == "zeroth_order":
-        if selection.derivative == "exact":
-            zeroth_order.check_exact_derivatives(tap)
-        directions = zeroth_order.probes(train.seed, selection.num_probes, tap.shape, group.device)
-        moments = fresh(((1, 1),) if selection.num_probes == 1 else shapes)
-        return ZerothOrder(tap, group, moments, directions, selection)
-    match selection.compression:
-        case "columns":
-            return LastLayer(tap, group, fresh(shapes), selection.columns)
-        case "countsketch":
-            projection = CountSketch(train.seed, tap.size, selection.columns, group.device)
-            return CountSketched(tap, group, fresh(shapes), projection)
-        case "kronecker":
-            projection = KroneckerSketch(train.seed, shapes, selection.columns, group.device)
-            return Measured(tap, group, partial(_projected_factors, projection), projection.columns + 1)
+        directions = zeroth_order.probes(train.seed, selection.num_probes, tap.size, group.device)
+        moments = fresh(((1, 1) if selection.num_probes == 1 else tap.shape,))
+        return ZerothOrder(tap, group, moments, directions, selection.columns)
+    if selection.compression == "countsketch":
+        projection = CountSketch(train.seed, tap.size, selection.columns, group.device)
+        return CountSketched(tap, group, fresh((tap.shape,)), projection)
+    return LastLayer(tap, group, fresh((tap.shape,)), selection.columns)
 
 
 class ZerothOrder(Estimator):
@@ -120,17 +110,20 @@ class ZerothOrder(Estimator):
 
     fixed_coordinates = True
 
-    def __init__(self, tap: Tap, group: Group, moments: Moments, directions: Tensor, selection: SelectionConfig):
+    def __init__(self, tap: Tap, group: Group, moments: Moments, directions: Tensor, columns: int):
         self.moments = moments
         self._tap, self._group = tap, group
-        self._directions, self._config = directions, selection
+        self._directions, self._columns = directions, columns
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._plan = plan
         width = len(self._directions) + 1
         found = [torch.zeros(0, width, device=self._group.device)]
         for batch in batches:
-            losses, coefficients = self._derivatives(batch)
+            with float32_tail(self._tap):
+                losses, coefficients = zeroth_order.directional_derivatives(
+                    self._tap, batch, self._directions, zeroth_order.PERTURBATION
+                )
             found.append(torch.cat([coefficients, losses.unsqueeze(1)], dim=1)[: len(batch.positions)])
         self._local = torch.cat(found)
 
@@ -138,7 +131,7 @@ class ZerothOrder(Estimator):
         valid, numbers = _finite(numbers)
         self._coefficients = numbers[:, :-1]
         rows = zeroth_order.rows_from_coefficients(
-            self._coefficients, valid, self._directions, self.moments, self._plan, self._config.columns
+            self._coefficients, valid, self._directions, self.moments, self._plan, self._columns
         )
         return CandidateMatrix(self._plan.positions, rows, valid, numbers[:, -1])
 
@@ -150,12 +143,6 @@ class ZerothOrder(Estimator):
             else self.moments.skip()
         )
         self._coefficients = self._local = None
-
-    def _derivatives(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self._config.derivative == "exact":
-            return zeroth_order.exact_derivatives(self._tap, batch, self._directions)
-        with float32_tail(self._tap, self._config.float32_blocks):
-            return zeroth_order.directional_derivatives(self._tap, batch, self._directions, self._config.perturbation)
 
 
 class LastLayer(Estimator):
@@ -258,34 +245,23 @@ class Measured(Estimator):
 
     Args:
         measure: ``measure(tap, batch)`` returns ``[B, c]``: the losses, then what is compared; else the losses are.
-        width: c, also where a rank has nothing to sketch.
     """
 
     fixed_coordinates = True
 
-    def __init__(self, tap: Tap, group: Group, measure: Measure, width: int = 1):
+    def __init__(self, tap: Tap, group: Group, measure: Measure):
         self.moments = NoMoments()
-        self._tap, self._group, self._measure, self._width = tap, group, measure, width
+        self._tap, self._group, self._measure = tap, group, measure
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._plan = plan
         found = [self._measure(self._tap, batch)[: len(batch.positions)] for batch in batches]
-        self._local = torch.cat(found or [torch.zeros(0, self._width, device=self._group.device)])
+        self._local = torch.cat(found or [torch.zeros(0, 1, device=self._group.device)])
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         valid, numbers = _finite(numbers)
         compared = numbers[:, 1:] if numbers.shape[1] > 1 else numbers
         return CandidateMatrix(self._plan.positions, compared, valid, numbers[:, 0])
-
-
-def _losses(tap: Tap, batch: Batch) -> Tensor:
-    return tap.bare_losses(batch).unsqueeze(1)
-
-
-def _projected_factors(projection: KroneckerSketch, tap: Tap, batch: Batch) -> Tensor:
-    """A random projection of the exact gradient, made of its factors."""
-    losses, factors = tap.factors(batch)
-    return torch.cat([losses.unsqueeze(1), projection.rows(factors)], dim=1)
 
 
 def _own_numbers(name: str, measure: Measure, tap: Tap, batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 The mean last hidden state of every candidate that the trained model forwards, in the sketch or in the training of the
 coreset, is projected to a few numbers by a matrix that is fixed for the run. So kept sources, which are not sketched,
-are known from training; with a proxy or without a sketch, the coreset is all that is known. After
+are known from training; without a sketch, the coreset is all that is known. After
 ``--sources.refresh_every`` steps the first rank clusters what was seen since the last time, when the states were nearly
 those of the model now, and tells the others who has moved. An example that was not seen stays where it is.
 
@@ -32,7 +32,7 @@ from colm_scale.sources.regroup import regroup
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """What a refresh has found: a row of a run's sources.jsonl.
+    """What a refresh has found: a row of a run's drift.jsonl.
 
     Attributes:
         step: After which it was made.
@@ -60,10 +60,7 @@ def make_follower(
     """As `Follower`, where ``--sources.refresh_every`` asks for one."""
     if not config.sources.refresh_every:
         return None
-    selection = config.selection
-    exact = selection.estimator == "zeroth_order" and selection.derivative == "exact"  # whose tensors are traced
-    sketches = selection.proxy is None and selection.proxy_blocks is None and not exact
-    return Follower(config, module, names, sizes, kept, group, sketches=sketches)
+    return Follower(config, module, names, sizes, kept, group)
 
 
 class Follower:
@@ -72,7 +69,6 @@ class Follower:
     Args:
         module: The model that is trained, before or after an engine has wrapped it.
         names, sizes, kept: ``[Q]`` of the sources as they are at first.
-        sketches: Whether the sketch's forwards are that model's, and can be looked at.
 
     Attributes:
         sizes: ``[Q]`` int64 training examples of each source.
@@ -87,10 +83,8 @@ class Follower:
         sizes: Tensor,
         kept: Tensor,
         group: Group,
-        *,
-        sketches: bool,
     ):
-        self.sizes, self.kept, self.sketches = sizes.clone(), kept, sketches
+        self.sizes, self.kept = sizes.clone(), kept
         self._config, self._module, self._names, self._group = config, module, tuple(names), group
         self._moved: dict[int, int] = {}
         self._seen: dict[int, tuple[int, Tensor]] = {}  # on the first rank: source and state of examples, by id

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
 from colm_scale.distributed.engine import LossScale, OptimizerEngine
@@ -76,25 +76,30 @@ class FsdpEngine(OptimizerEngine):
         mesh: DeviceMesh | None = None,
     ):
         group.ensure_process_group()
-        self._device, self._ranks, self._root = group.device, group.world_size, module.causal_model
-        options = {
-            "mesh": mesh or mesh_of(group),
-            "reshard_after_forward": fsdp.reshard_after_forward,
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=None if fsdp.param_dtype == "stored" else getattr(torch, fsdp.param_dtype),
-                reduce_dtype=torch.float32,
-            ),
-            "offload_policy": CPUOffloadPolicy(pin_memory=group.device.type == "cuda")
-            if fsdp.cpu_offload
-            else OffloadPolicy(),
-        }
-        for unit in units(self._root):
-            fully_shard(unit, **options)
+        self._device, self._ranks = group.device, group.world_size
+        mesh = mesh or mesh_of(group)
+        precision = MixedPrecisionPolicy(
+            param_dtype=None if fsdp.param_dtype == "stored" else getattr(torch, fsdp.param_dtype),
+            reduce_dtype=torch.float32,
+        )
+        offload = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
+        root = module.causal_model
+        for unit in units(root):
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=fsdp.reshard_after_forward,
+                mp_policy=precision,
+                offload_policy=offload,
+            )
+        assert isinstance(root, FSDPModule)
+        self._root: FSDPModule = root
         super().__init__(module, train)  # its optimizer is over the shards
         self.scale = LossScale.of(train.dtype if fsdp.param_dtype == "stored" else fsdp.param_dtype)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.module(batch)
+        losses: Tensor = self.module(batch)
+        return losses
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._root.set_is_last_backward(last)
@@ -102,12 +107,17 @@ class FsdpEngine(OptimizerEngine):
         (loss * (self._ranks * self.scale.scale)).backward()
 
     def read(self, name: str, key: str) -> Tensor:
-        tensor = self._tensor(name, key).detach()
-        return tensor.to(self._device).full_tensor()  # offloaded shards are on the CPU, where NCCL cannot gather
+        # Offloaded shards are on the CPU, where NCCL cannot gather.
+        return _as_sharded(self._tensor(name, key).detach().to(self._device)).full_tensor()
 
     @torch.no_grad()
     def write(self, name: str, key: str, value: Tensor) -> None:
-        tensor = self._tensor(name, key)
+        tensor = _as_sharded(self._tensor(name, key))
         value = value.to(self._device, tensor.dtype)
         whole = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.to_local().copy_(whole.to_local())
+
+
+def _as_sharded(tensor: Tensor) -> DTensor:
+    assert isinstance(tensor, DTensor)
+    return tensor

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import psutil
 import torch
@@ -27,6 +28,9 @@ from colm_scale.errors import TrainingError, UserError
 _TIMEOUT = timedelta(days=1)
 """`Watch` ends a run that hangs, and says which rank does; rank 0 may have a whole stream to read first."""
 _POLL_SECONDS = 0.1
+_COUNT = "_get_sequence_number_for_group"
+"""How many collectives a backend has begun; not in torch's types."""
+_Plain = TypeVar("_Plain")
 # torch 2.13 renamed these two and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -55,7 +59,7 @@ class Group:
     local_world_size: int
     device: torch.device
     attempt: str = ""
-    traffic: Counter = field(default_factory=Counter)
+    traffic: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_first(self) -> bool:
@@ -101,14 +105,15 @@ class Group:
         """Whether any rank says so."""
         return bool(self.all_reduce(torch.tensor([flag], dtype=torch.int32, device=self.device), "control").any())
 
-    def share_json(self, value: object) -> object:
-        """The first rank's plain data on every rank; the others pass anything."""
+    def share_json(self, value: _Plain | None) -> _Plain:
+        """The first rank's plain data on every rank; the others pass None."""
         text = json.dumps(value).encode() if self.is_first else b""
         size = int(self.broadcast(torch.tensor([len(text)], device=self.device), "control"))
         encoded = torch.zeros(size, dtype=torch.uint8, device=self.device)
         if self.is_first:
             encoded.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        return json.loads(bytes(self.broadcast(encoded, "control").cpu().numpy()))
+        shared: _Plain = json.loads(bytes(self.broadcast(encoded, "control").cpu().numpy()))
+        return shared
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -151,7 +156,7 @@ class Group:
         for group in list(dist.distributed_c10d._world.pg_map):
             # A backend that does not count them, or a torch without these private names: phases then tell ranks apart.
             with suppress(RuntimeError, AttributeError):
-                begun += group._get_backend(self.device)._get_sequence_number_for_group()
+                begun += getattr(group._get_backend(self.device), _COUNT)()
         return begun
 
     def ensure_process_group(self) -> None:
@@ -234,7 +239,7 @@ def meet(store: dist.Store, rank: int, world_size: int) -> str:
     if rank == 0:
         store.set("colm_scale/attempt", own)
         for peer in range(1, world_size):
-            store.set(f"colm_scale/{own}/answer/{peer}", store.get(f"colm_scale/{own}/hello/{peer}"))
+            store.set(f"colm_scale/{own}/answer/{peer}", store.get(f"colm_scale/{own}/hello/{peer}").decode())
         return own
     while True:
         attempt = store.get("colm_scale/attempt").decode()  # it may be that of ranks which are gone

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,14 @@ _HELLO = b"colm"
 _CONNECT_SECONDS = 5.0
 _SAME = ("torch", "transformers", "peft", "deepspeed")
 """Packages that all ranks should have in the same version."""
+
+
+class _Place(TypedDict):
+    """Where a rank listens, and what it runs."""
+
+    address: str
+    port: int
+    versions: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +96,21 @@ class _Meeting:
         own = _own_address(os.environ["MASTER_ADDR"])
         self._listener = socket.create_server((own, 0), family=socket.AF_INET6 if ":" in own else socket.AF_INET)
         threading.Thread(target=self._answer, daemon=True).start()
-        place = {"address": own, "port": self._listener.getsockname()[1], "versions": _versions()}
+        place: _Place = {"address": own, "port": self._listener.getsockname()[1], "versions": _versions()}
         store.set(f"place/{rank}", json.dumps(place))
 
     def hold(self) -> Reach:
         """All three stages."""
-        places = self._collected("place", range(self._ranks), self._seconds)
+        said = self._collected("place", range(self._ranks), self._seconds)
+        places: dict[int, _Place] = {peer: json.loads(place) for peer, place in said.items()}
         cut = [(peer, self._connection(place)) for peer, place in places.items() if peer != self._rank]
         self._store.set(f"cut/{self._rank}", json.dumps([(peer, why) for peer, why in cut if why]))
         if self._rank:
             if self._awaited("go", 5 * self._seconds + self._ranks * _CONNECT_SECONDS) == b"yes":
                 self._backends()
             return Reach(self._ranks)
-        rows = self._collected("cut", places, 2 * self._seconds + len(places) * _CONNECT_SECONDS)
+        said = self._collected("cut", places, 2 * self._seconds + len(places) * _CONNECT_SECONDS)
+        rows: dict[int, list[tuple[int, str]]] = {peer: json.loads(row) for peer, row in said.items()}
         absent = [peer for peer in range(self._ranks) if peer not in rows]
         pairs = [(rank, peer, why) for rank, row in sorted(rows.items()) for peer, why in row]
         self._store.set("go", "no" if absent or pairs else "yes")
@@ -107,13 +118,14 @@ class _Meeting:
         versions = {peer: place["versions"] for peer, place in sorted(places.items())}
         return Reach(self._ranks, absent, pairs, failed, versions if len(set(versions.values())) > 1 else {})
 
-    def _collected(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, object]:
+    def _collected(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, bytes]:
         """What these ranks have said, of those that do so in time."""
-        deadline, found = time.monotonic() + seconds, {}
+        deadline = time.monotonic() + seconds
+        found: dict[int, bytes] = {}
         for peer in ranks:
             said = self._awaited(f"{what}/{peer}", max(0.1, deadline - time.monotonic()))
             if said is not None:
-                found[peer] = json.loads(said)
+                found[peer] = said
         return found
 
     def _awaited(self, key: str, seconds: float) -> bytes | None:
@@ -122,7 +134,7 @@ class _Meeting:
             return self._store.get(key)
         return None
 
-    def _connection(self, place: dict) -> str:
+    def _connection(self, place: _Place) -> str:
         """What is wrong with the way to a rank."""
         where = f"{place['address']}:{place['port']}"
         try:
@@ -175,7 +187,8 @@ def _own_address(master: str) -> str:
     family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
-        return probe.getsockname()[0]
+        own: str = probe.getsockname()[0]
+    return own
 
 
 def _versions() -> str:

@@ -33,6 +33,8 @@ class Reusing(Estimator):
         inner: In fixed coordinates; numbers of different steps could not be compared otherwise.
     """
 
+    store: SketchStore
+
     def __init__(self, inner: Estimator, store: SketchStore):
         assert inner.fixed_coordinates
         self.inner, self.store = inner, store

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 def local_tensors(parameter: nn.Parameter) -> list[Tensor]:
     """The tensors behind a parameter on this rank: all of it, an FSDP2 shard, or a ZeRO-3 shard (and, while it is
     gathered, the whole)."""
-    if hasattr(parameter, "ds_tensor"):
+    if hasattr(parameter, "ds_tensor") and hasattr(parameter, "ds_numel"):
         gathered = [parameter.data] if parameter.data.numel() == parameter.ds_numel else []
         return [parameter.ds_tensor, *gathered]
     return [parameter.to_local() if hasattr(parameter, "to_local") else parameter.data]

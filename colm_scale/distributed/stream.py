@@ -13,12 +13,12 @@ from colm_scale.data.stream import BlockStream, Position, Survey
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.rows import decoded, encoded
 from colm_scale.errors import UserError
-from colm_scale.records import Candidates, long_tensor
+from colm_scale.records import Candidates, Json, long_tensor
 
 
 def share_survey(surveyed: Survey | None, group: Group) -> Survey:
     """The first rank's survey on every rank; the others pass None."""
-    plain = None
+    plain: Json | None = None
     if surveyed is not None:
         counts = {name: getattr(surveyed, name).tolist() for name in ("sizes", "protected_sizes")}
         plain = dataclasses.asdict(surveyed) | counts
@@ -57,6 +57,7 @@ class StreamedSampler:
         self.dropped: dict[str, int] = {}
         self.cut: dict[str, int] = {}
         if group.is_first:
+            assert config.data.train is not None  # the built-in mixture is no stream
             self._stream = BlockStream(
                 config.data.train, config.data, surveyed, tokenizer, max_length, config.train.seed
             )
@@ -80,13 +81,13 @@ class StreamedSampler:
         protected = self.examples.protected if self._protects else None
         return Candidates(step, indices, self.examples.ids, self.examples.sources, self.examples.lengths, protected)
 
-    def state(self) -> dict:
+    def state(self) -> Json:
         """Where the next step begins and what was left out so far, on the first rank; elsewhere nothing."""
         if self._stream is None:
             return {}
         return dataclasses.asdict(self._stream.position) | {"dropped": dict(self.dropped), "cut": dict(self.cut)}
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Json) -> None:
         """Go on where the first rank's `state` was taken. All ranks call it together.
 
         Raises:

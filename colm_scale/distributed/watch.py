@@ -79,11 +79,12 @@ class Watch:
 
     def failed(self) -> bool:
         """Tell the peers that this rank has failed. False if a peer was first, so that only one message is shown."""
-        if self._store is None or self._counted:
+        store = self._store
+        if store is None or self._counted:
             return not self._counted
         self._counted = True
         try:
-            return self._ask(lambda: self._store.add(f"{self._prefix}/failure", 1), _ANSWER_SECONDS) == 1
+            return self._ask(lambda: store.add(f"{self._prefix}/failure", 1), _ANSWER_SECONDS) == 1
         except (RuntimeError, TimeoutError):  # the store is gone with the rank that held it: say what is known
             return True
 
@@ -91,13 +92,14 @@ class Watch:
         """End this process at once. The rank that holds the store first waits for its peers to have heard of a failure,
         for a store that is gone would be all they know of it."""
         self._stop.set()
-        holds = self._store is not None and self._holder == f"rank {self._group.rank}"
+        store = self._store
+        holds = store is not None and self._holder == f"rank {self._group.rank}"
         deadline = time.monotonic() + (_LEAVE_SECONDS if holds else 0.0)
         heard = 0
         with suppress(RuntimeError, TimeoutError):
-            while heard < self._group.world_size and time.monotonic() < deadline:
+            while store is not None and heard < self._group.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
-                heard = self._ask(lambda: self._store.add(f"{self._prefix}/failure", 0), _ANSWER_SECONDS)
+                heard = self._ask(lambda: store.add(f"{self._prefix}/failure", 0), _ANSWER_SECONDS)
         os._exit(code)
 
     def place(self) -> str:
@@ -136,24 +138,25 @@ class Watch:
         self.stop_requested = self.stop_requested or bool(gone)
         if gone and not self._step:
             return f"its launcher (process {gone[0]}) is gone"
-        if self._store is None:
+        store = self._store
+        if store is None:
             return None
         try:
-            if not self._ask(self._exchange, self._limit()):
+            if not self._ask(lambda: self._exchange(store), self._limit()):
                 return None
             self.failed()  # counted as one that has heard of it
             return "another rank failed"
         except RuntimeError:  # torchrun's store is gone with it, and nobody needs it to finish the step
             return None if gone else f"{self._holder}, which holds the rendezvous store, is gone"
 
-    def _exchange(self) -> bool:
+    def _exchange(self, store: TCPStore) -> bool:
         """Say where this rank is; whether another has failed."""
         count, phase, _ = self._place
         place = f"{count} {self._group.collectives()} {self._step} {phase}"
         if place != self._published:
-            self._store.set(self._key(self._group.rank), place)
+            store.set(self._key(self._group.rank), place)
             self._published = place
-        return self._store.check([f"{self._prefix}/failure"])
+        return store.check([f"{self._prefix}/failure"])
 
     def _ask(self, question: Callable[[], _Answer], seconds: float) -> _Answer:
         """Ask the store: in a thread, which is given up if the process that holds it is frozen and never answers.
@@ -180,11 +183,12 @@ class Watch:
     def _diagnosis(self) -> str:
         """Who is stuck: the ranks that have come least far, by phases and then by collectives."""
         alone = f"error: {self.place()}, hangs; {self._way_out()}"
-        if self._store is None:
+        store = self._store
+        if store is None:
             return alone
         ranks = range(self._group.world_size)
         try:
-            places = self._ask(lambda: [self._place_of(rank) for rank in ranks], _ANSWER_SECONDS)
+            places = self._ask(lambda: [self._place_of(rank, store) for rank in ranks], _ANSWER_SECONDS)
         except (RuntimeError, TimeoutError):
             return alone
         least = min(place[:2] for place in places)
@@ -199,13 +203,13 @@ class Watch:
     def _way_out(self) -> str:
         return f"raise --train.timeout (now {self._timeout:g} seconds) if that is not long enough"
 
-    def _place_of(self, rank: int) -> tuple[int, int, int, str]:
+    def _place_of(self, rank: int, store: TCPStore) -> tuple[int, int, int, str]:
         """Phases entered and collectives begun so far, step, and phase, as a rank last said; one that has said nothing
         has not begun."""
         key = self._key(rank)
-        if not self._store.check([key]):
+        if not store.check([key]):
             return 0, 0, 0, "start"
-        count, collectives, step, phase = self._store.get(key).decode().split(" ", 3)
+        count, collectives, step, phase = store.get(key).decode().split(" ", 3)
         return int(count), int(collectives), int(step), phase
 
     def _key(self, rank: int) -> str:
@@ -223,7 +227,7 @@ def _say(message: str) -> None:
 
 def _start_time(pid: int) -> str | None:
     """When a process started, in clock ticks since boot; None if it is gone (or where there is no /proc)."""
-    state, *fields = _stat(pid) or "Z"
+    state, *fields = _stat(pid) or ["Z"]
     return None if state in "ZX" else fields[18]
 
 

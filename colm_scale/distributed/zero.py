@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from colm_scale.distributed.engine import (
     remember,
     set_updates_of,
     trainable,
+    unscale,
     updates_of,
 )
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.shards import local_tensors
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import begun_state, make_optimizer, state_keys
-from colm_scale.records import Batch
+from colm_scale.records import Batch, Json
 
 
 class ZeroEngine:
@@ -36,7 +38,7 @@ class ZeroEngine:
 
     name = "deepspeed"
 
-    def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: dict):
+    def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: Json):
         deepspeed = _import_deepspeed(group)
         group.ensure_process_group()
         self.module = module
@@ -52,7 +54,8 @@ class ZeroEngine:
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        return self._engine(batch)
+        losses: Tensor = self._engine(batch)
+        return losses
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)  # sticky, so said every time
@@ -76,8 +79,7 @@ class ZeroEngine:
 
     def _plain_step(self) -> float:
         """Stage 0, where DeepSpeed neither scales losses nor minds a gradient that is not finite."""
-        for parameter in self._parameters.values():
-            parameter.grad.div_(self.scale.scale)
+        unscale(self._parameters.values(), self.scale.scale)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm))
         if math.isfinite(norm):
             self._engine.step()
@@ -96,10 +98,13 @@ class ZeroEngine:
         parameter = self._parameters[name]
         if not self._stage:
             return self._whole(parameter, key).detach()
+        whole: Tensor
         if key == WEIGHT:
-            return safe_get_full_fp32_param(parameter)
-        self._begin_state()
-        return safe_get_full_optimizer_state(parameter, key)
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            self._begin_state()
+            whole = safe_get_full_optimizer_state(parameter, key)
+        return whole
 
     @torch.no_grad()
     def write(self, name: str, key: str, value: Tensor) -> None:
@@ -139,6 +144,7 @@ class ZeroEngine:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
+        assert hasattr(parameter, "ds_tensor")
         size = parameter.ds_tensor.numel()
         padded = value.new_zeros(size * self._ranks)
         padded[: value.numel()] = value.flatten()
@@ -152,13 +158,15 @@ class ZeroEngine:
 
     def _partitions(self) -> list[Tensor]:
         """What the optimizer trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
+        found: list[Tensor]
         match self._stage:
             case 0:
-                return list(self._parameters.values())
+                found = [*self._parameters.values()]
             case 3:
-                return self._engine.optimizer.fp32_partitioned_groups_flat
+                found = self._engine.optimizer.fp32_partitioned_groups_flat
             case _:
-                return self._engine.optimizer.single_partition_of_fp32_groups
+                found = self._engine.optimizer.single_partition_of_fp32_groups
+        return found
 
     def _begin_state(self) -> None:
         """Make the optimizer's averages, which it may make in its first step, and let DeepSpeed find them."""
@@ -168,7 +176,7 @@ class ZeroEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _import_deepspeed(group: Group):
+def _import_deepspeed(group: Group) -> ModuleType:
     os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
     if group.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and warns
@@ -177,4 +185,5 @@ def _import_deepspeed(group: Group):
     # Gloo does what its shared-memory kernel for CPUs does. That one would be compiled at the first run, and a run
     # killed while it compiles leaves a lock behind that every later run waits for, for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+    loaded: ModuleType = deepspeed
+    return loaded

@@ -14,6 +14,8 @@ from packaging.version import Version
 from colm_scale.doctor.finding import Finding, Status
 
 _ITSELF = "colm_scale"
+_DEVELOPERS = "dev"
+"""The extra with the tools of those who work on the package itself: of no use to a run."""
 _DISPENSABLE = {"deepspeed": "only --ds_config needs it; DDP and FSDP2 do not"}
 """Required packages without which much works, and what."""
 
@@ -125,11 +127,17 @@ def _python() -> Finding:
 
 
 def _requirements() -> list[Requirement]:
-    """Of this package; none where it runs from a checkout that was never installed."""
+    """What runs of this package use; none where it runs from a checkout that was never installed."""
     try:
-        return [Requirement(line) for line in metadata.requires(_ITSELF) or ()]
+        found = [Requirement(line) for line in metadata.requires(_ITSELF) or ()]
     except metadata.PackageNotFoundError:
         return []
+    return [wanted for wanted in found if not _is_of_extra(wanted, _DEVELOPERS)]
+
+
+def _is_of_extra(wanted: Requirement, extra: str) -> bool:
+    marker = wanted.marker
+    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
 
 
 def _against_range(wanted: Requirement, version: str) -> Finding:

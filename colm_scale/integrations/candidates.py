@@ -162,5 +162,5 @@ def count_sources(data: object, column: str) -> dict[str, int]:
 def _no_column(column: str, there: Sequence[str]) -> UserError:
     return UserError(
         f"train_dataset has no column {column!r} with the source of each example (it has {', '.join(there)}): add one, "
-        f"or name it with coreset=RunConfig(data=DataConfig(source_column=...), selection=...)"
+        f"or name it with coreset=RunConfig(data=DataConfig(columns={{'source': ...}}), selection=...)"
     )

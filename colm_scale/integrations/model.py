@@ -12,8 +12,8 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import find_probes, without_dropout
-from colm_scale.modeling.sample import in_last_blocks, sample_of_model
+from colm_scale.modeling.probe import find_probe, without_dropout
+from colm_scale.modeling.sample import in_last_block, sample_of_model
 from colm_scale.sketch.tap import Tap
 
 
@@ -48,8 +48,8 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> tuple[
             "method colm compares gradients of a LoRA adapter, and this model has none: add adapters with peft, or "
             "give SelectionConfig(method='stratified'), which compares nothing"
         )
-    (probe,) = find_probes(sample, config.selection.probe)
-    return module, Tap(module, *in_last_blocks(base, probe, config.selection.probe_blocks))
+    probe = find_probe(sample, config.selection.probe)
+    return module, Tap(module, in_last_block(base, probe))
 
 
 def _look_at_logits(module: ExampleLoss, device: torch.device) -> None:

@@ -10,10 +10,9 @@ from colm_scale.errors import UserError
 LOOP = ("train.seed", "train.optimizer", "train.betas", "train.adam_epsilon")
 """What the training loop decides and the selection must know."""
 _READ = (
-    *("data.source_column", "data.protected_column"),
+    *("data.columns.source", "data.columns.protected"),
     *("train.micro_batch_tokens", "train.loss", "train.packing"),
 )
-_NOT_HERE = ("selection.proxy", "selection.proxy_blocks")
 
 
 def as_run(coreset: SelectionConfig | RunConfig, also_read: tuple[str, ...] = ()) -> RunConfig:
@@ -28,8 +27,8 @@ def as_run(coreset: SelectionConfig | RunConfig, also_read: tuple[str, ...] = ()
     """
     run = RunConfig(selection=coreset) if isinstance(coreset, SelectionConfig) else coreset
     for name, value, default in _options(run):
-        counts = name.startswith("selection.") and name not in _NOT_HERE
-        if value != default and not counts and name not in (*_READ, *also_read):
+        counts = name.startswith("selection.") or name in (*_READ, *also_read)
+        if value != default and not counts:
             raise UserError(
                 f"{name}={value!r} has no effect here, for the training loop is not colm_scale's own: leave it out"
             )
@@ -37,13 +36,14 @@ def as_run(coreset: SelectionConfig | RunConfig, also_read: tuple[str, ...] = ()
 
 
 def _options(run: RunConfig) -> list[tuple[str, object, object]]:
-    """Name, value and default of every option."""
+    """Name, value and default of every option; each column that is named counts as one."""
     found, defaults = [], RunConfig()
     for section in dataclasses.fields(run):
         value, default = getattr(run, section.name), getattr(defaults, section.name)
         if not dataclasses.is_dataclass(value):
             found.append((section.name, value, default))
             continue
-        names = [field.name for field in dataclasses.fields(value)]
+        names = [field.name for field in dataclasses.fields(value) if field.name != "columns"]
         found += [(f"{section.name}.{name}", getattr(value, name), getattr(default, name)) for name in names]
+    found += [(f"data.columns.{role}", column, role) for role, column in run.data.columns.items()]
     return found

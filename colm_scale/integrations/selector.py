@@ -87,7 +87,7 @@ class CoresetSelector:
         self.config = config = as_run(coreset, LOOP)
         self.group = group or dataclasses.replace(connect(), device=next(model.parameters()).device)
         self.names = tuple(sorted(sources))
-        self.columns = Columns(config.data.source_column, config.data.protected_column, self.names)
+        self.columns = Columns(config.data.column("source"), config.data.column("protected"), self.names)
         self.sizes = long_tensor([sources[name] for name in self.names])
         selection = config.selection
         kept = kept_sources(self.sizes, self.names, selection.kept_sources, selection.quantile)

@@ -45,9 +45,9 @@ class CoresetTrainerMixin:
     gives as many times more as ``coreset.candidates`` are more than ``coreset.budget``.
 
     Args:
-        coreset: The options of the selection; or a run's, of which ``selection``, ``data.source_column``,
-            ``data.protected_column``, ``train.micro_batch_tokens``, ``train.loss``, ``train.packing`` and
-            ``output_dir`` (of reports) count.
+        coreset: The options of the selection; or a run's, of which ``selection``, ``data.columns`` (source and
+            protected), ``train.micro_batch_tokens``, ``train.loss``, ``train.packing`` and ``output_dir`` (of reports)
+            count.
         sources: Training examples of each source, by name; counted where that is possible.
 
     Raises:
@@ -71,7 +71,7 @@ class CoresetTrainerMixin:
         run = as_run(coreset, ("output_dir",))
         super().__init__(*given.args, **given.kwargs)
         check_arguments(self)
-        sources = sources or count_sources(self.train_dataset, run.data.source_column)
+        sources = sources or count_sources(self.train_dataset, run.data.column("source"))
         self._coresets = _Coresets(run, self.args, dict(sources))  # the only name that is added to the trainer's own
         self.add_callback(_Steps(self, self._coresets))
 
@@ -127,7 +127,7 @@ class _Coresets:
         self.loader_batch = loader_batch(run.selection, args, self._group.world_size)
         train = dataclasses.asdict(run.train) | optimizer_of(args) | {"seed": args.seed}
         self.run = dataclasses.replace(run, train=TrainConfig(**train))
-        self.columns = Columns(run.data.source_column, run.data.protected_column, tuple(sorted(sources)))
+        self.columns = Columns(run.data.column("source"), run.data.column("protected"), tuple(sorted(sources)))
         self.resumed: Path | None = None
 
     def begin(self, model: nn.Module, engine: str, done: int) -> None:

@@ -10,6 +10,7 @@ none, means a padded batch, which the attention treats as sdpa does.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,6 +28,7 @@ PACKED_SDPA = "packed_sdpa"
 """sdpa on the examples side by side, padded for as long as attention takes."""
 _WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
 """Whether the flash kernel of this torch can look back a limited number of tokens."""
+_sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
 
 def mask_of(packing: Packing) -> Tensor:
@@ -42,13 +44,13 @@ def _packed(
     attention_mask: Tensor | None,
     *,
     may_flash: bool = True,
-    **kwargs,
-):
+    **kwargs: object,
+) -> tuple[Tensor, None]:
     """An attention function of transformers: ``[R, heads, T, head_dim]`` to ``[R, T, heads, head_dim]``."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
     offsets, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
-    run = _flash if may_flash and _takes_flash(query, value, kwargs) else _side_by_side
+    run: Callable[..., Tensor] = _flash if may_flash and _takes_flash(query, value, kwargs) else _side_by_side
     return run(module, query, key, value, offsets, longest, **kwargs), None
 
 
@@ -57,7 +59,7 @@ for _name, _function in ((PACKED, _packed), (PACKED_SDPA, partial(_packed, may_f
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def _takes_flash(query: Tensor, value: Tensor, kwargs: dict) -> bool:
+def _takes_flash(query: Tensor, value: Tensor, kwargs: dict[str, object]) -> bool:
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -86,7 +88,10 @@ def _flash(
     every = torch.cat([offsets[:1], (offsets[1:] + shifts).flatten()])
     window = -1 if sliding_window is None else sliding_window - 1
     causal = {"window_size": (window, 0)} if _WINDOWS else {"is_causal": True}
-    return varlen_attn(q, k, v, every, every, longest, longest, scale=scaling, **causal).unflatten(0, (rows, tokens))
+    found = varlen_attn(q, k, v, every, every, longest, longest, scale=scaling, **causal)
+    assert isinstance(found, Tensor)
+    apart: Tensor = found.unflatten(0, (rows, tokens))
+    return apart
 
 
 def _side_by_side(
@@ -119,6 +124,6 @@ def _side_by_side(
         return x.reshape(rows * examples, longest, *x.shape[2:]).transpose(1, 2)
 
     # Padding stands behind the tokens of its example, which never look that way.
-    found, _ = sdpa_attention_forward(module, apart(query), apart(key), apart(value), mask, **kwargs)
+    found, _ = _sdpa(module, apart(query), apart(key), apart(value), mask, **kwargs)
     found = found.reshape(rows, examples * longest, *found.shape[2:])
     return found if places is None else found.index_select(1, places)

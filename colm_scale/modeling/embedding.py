@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colm_scale.data.batching import make_batch
+from colm_scale.modeling.causal import CausalModel, base_of
 from colm_scale.records import Batch, long_tensor
 from colm_scale.selection.route import form_micro_batches
 
@@ -27,7 +28,7 @@ def mean_states(batch: Batch, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: nn.Module, rows: Sequence[Tensor], token_budget: int) -> Tensor:
+def embed(model: CausalModel, rows: Sequence[Tensor], token_budget: int) -> Tensor:
     """``[n, c]`` float32 on the CPU, the mean last hidden state of each of ``n`` examples.
 
     Args:
@@ -35,7 +36,7 @@ def embed(model: nn.Module, rows: Sequence[Tensor], token_budget: int) -> Tensor
         rows: Tokens of each example, ``[length]`` int64, at least one each.
         token_budget: Most tokens (padding included) of one forward; a longer example is one of its own.
     """
-    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+    decoder = base_of(model).base_model
     device = next(decoder.parameters()).device
     lengths = long_tensor([len(row) for row in rows])
     found: Tensor | None = None
@@ -47,4 +48,5 @@ def embed(model: nn.Module, rows: Sequence[Tensor], token_budget: int) -> Tensor
         states = mean_states(batch, output.last_hidden_state).cpu()
         found = states.new_zeros(len(rows), states.shape[1]) if found is None else found
         found[positions] = states
+    assert found is not None  # there is an example
     return found

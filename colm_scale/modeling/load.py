@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,13 +23,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available, is_kernels_available
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import (
+    is_bitsandbytes_available,
+    is_flash_attn_2_available,
+    is_kernels_available,
+)
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import moved
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
 from colm_scale.randomness import global_draws
+from colm_scale.records import Json
 
 _LONGEST_DEFAULT = 2048
 _OPTION = "model.name"
@@ -45,7 +52,7 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
         UserError: There is no such model, it brings code that was not asked for, or it is no causal language model.
     """
     with _one_line(config, option):
-        found = AutoConfig.from_pretrained(_name(config), **_hub_arguments(config))
+        found: PretrainedConfig = AutoConfig.from_pretrained(_name(config), **_hub_arguments(config))
     causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(found, "auto_map", {})
     architectures = getattr(found, "architectures", None) or []
     # An encoder such as BERT can be loaded as a decoder, but was not trained as one: its own architecture decides.
@@ -58,6 +65,7 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
 def context_length(config: PretrainedConfig, most: int = _LONGEST_DEFAULT) -> int:
     """Tokens the model was made for, at most ``most``, whose default makes it that of ``--data.max_length``."""
     text = config.get_text_config()
+    known: Iterator[int | None]
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     return min([most, *(length for length in known if length)])
 
@@ -86,13 +94,15 @@ def check_adapter(config: LoraConfig) -> None:
 def _weights_folder(name: str) -> str:
     """The folder with an adapter's safetensors; without them peft would go on to unpickle what else is there."""
     try:
-        return str(Path(cached_file(name, SAFETENSORS_WEIGHTS_NAME)).parent)
+        found = cached_file(name, SAFETENSORS_WEIGHTS_NAME)
     except OSError as error:
         why = "" if Path(name).is_dir() else f" ({_flat(error)})"
         raise UserError(
             f"--lora.adapter {name} has no {SAFETENSORS_WEIGHTS_NAME}, and weights in other formats, which can hold "
             f"code, are not read{why}"
         ) from None
+    assert found is not None  # it raises
+    return str(Path(found).parent)
 
 
 def check_kernels(config: ModelConfig, train: TrainConfig, sharding: str | None) -> None:
@@ -126,7 +136,7 @@ def check_kernels(config: ModelConfig, train: TrainConfig, sharding: str | None)
 
 
 def _has_flash_attention() -> bool:
-    return is_flash_attn_2_available() or is_kernels_available()
+    return bool(is_flash_attn_2_available() or is_kernels_available())
 
 
 def load_tokenizer(config: ModelConfig, option: str = _OPTION) -> PreTrainedTokenizerBase:
@@ -170,13 +180,14 @@ def load_model(
             f"--{option} {_name(config)}: {len(drawn)} weights that its config.json asks for are not in its files or "
             f"have another shape there, the first is {drawn[0]}: the folder is incomplete or mixes two models"
         )
-    return model.requires_grad_(False).to(device)
+    return moved(model.requires_grad_(False), device)
 
 
 def _load(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, option: str, **options: object
-) -> tuple[PreTrainedModel, dict]:
+) -> tuple[PreTrainedModel, Json]:
     """The model, and what transformers says about its weights."""
+    read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # does not say that it can return a pair
     if config.quantize == "nf4":
         options |= {
             "device_map": {"": device},
@@ -188,7 +199,7 @@ def _load(
             ),
         }
     with _one_line(config, option):
-        return AutoModelForCausalLM.from_pretrained(
+        found = read(
             _name(config),
             dtype=dtype,
             use_safetensors=True,
@@ -197,6 +208,9 @@ def _load(
             **options,
             **_hub_arguments(config),
         )
+    assert isinstance(found, tuple)
+    model, said = found
+    return model, said
 
 
 def keep_block_inputs_only(model: PreTrainedModel) -> None:
@@ -219,9 +233,9 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
         UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
     """
     check_adapter(config)
-    make = _new_adapters if config.adapter is None else _load_adapter
     with global_draws(model.device, seed, "adapters"):
-        return make(model, config).train()
+        adapted = _new_adapters(model, config) if config.adapter is None else _load_adapter(model, config.adapter)
+        return adapted.train()
 
 
 def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -233,7 +247,8 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             f"--lora.targets {targets}: no linear layer is called {unknown or targets}; "
             f"the linear layers of the blocks are: {', '.join(_block_layers(model))}"
         )
-    peft_config = PeftLoraConfig(
+    configure: Callable[..., PeftLoraConfig] = PeftLoraConfig  # says that alpha is an int
+    peft_config = configure(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
@@ -243,8 +258,8 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     return get_peft_model(model, peft_config)
 
 
-def _load_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    name, folder = config.adapter, _weights_folder(config.adapter)
+def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+    folder = _weights_folder(name)
     try:
         read = load_peft_weights(folder, device="cpu").keys()
     except (OSError, ValueError, SafetensorError) as error:

@@ -10,16 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA, mask_of
+from colm_scale.modeling.causal import CausalModel, base_of
 from colm_scale.records import Batch, Targets
 
 CHUNK_BYTES = 64 * 2**20
 """Most bytes of float32 logits alive at a time."""
+_Post = Callable[[Tensor], Tensor]
+
+
+class _Context(Protocol):
+    """autograd's context, as far as `_FrozenHeadCrossEntropy` uses it."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
@@ -31,7 +45,9 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post, chunk: int) -> Tensor:
+    def forward(
+        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
+    ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
@@ -47,13 +63,15 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx, output_gradient: Tensor):
+    def backward(ctx: _Context, output_gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         scaled = gradient.float() * output_gradient.unsqueeze(1)
         return scaled.to(gradient.dtype), None, None, None, None, None
 
 
-def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post, chunk: int) -> Tensor:
+def _cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
+) -> Tensor:
     """What `_FrozenHeadCrossEntropy` computes."""
     losses = [
         F.cross_entropy(post(F.linear(rows, weight, bias).float()), wanted, reduction="none")
@@ -62,10 +80,10 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
     return torch.cat(losses)
 
 
-def _post_processing(config) -> Callable[[Tensor], Tensor]:
+def _post_processing(config: PretrainedConfig) -> _Post:
     """What the model does to its logits after the head (Gemma-2 caps them, Cohere and Granite scale them)."""
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+    scale: float = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
 
     def post(logits: Tensor) -> Tensor:
@@ -89,7 +107,7 @@ class ExampleLoss(nn.Module):
             what is outside the blocks when the whole is called.
     """
 
-    def __init__(self, model: nn.Module, *, whole: bool = False):
+    def __init__(self, model: CausalModel, *, whole: bool = False):
         super().__init__()
         self.model = model
         self._whole = whole
@@ -110,9 +128,9 @@ class ExampleLoss(nn.Module):
         self._post_checked = True
 
     @property
-    def causal_model(self) -> nn.Module:
+    def causal_model(self) -> PreTrainedModel:
         """The causal language model itself, in whose layers the adapters are."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_of(self.model)
 
     @property
     def packs(self) -> bool:
@@ -122,6 +140,7 @@ class ExampleLoss(nn.Module):
     @property
     def current_batch(self) -> Batch:
         """What is in the forward that is under way."""
+        assert self._pass is not None
         return self._pass.batch
 
     def forward(self, batch: Batch, through: nn.Module | None = None) -> Tensor:
@@ -131,15 +150,16 @@ class ExampleLoss(nn.Module):
             through = self.model if self._whole else self.causal_model
         current = self._pass = _Pass(batch)
         try:
-            with self._hooked(self.causal_model.get_output_embeddings()):
-                logits = through(input_ids=batch.input_ids, **_what_is_seen(batch), use_cache=False).logits
+            with self._hooked(self.causal_model.get_output_embeddings(), current):
+                logits: Tensor = through(input_ids=batch.input_ids, **_what_is_seen(batch), use_cache=False).logits
         finally:
             self._pass = None
         if self._fused and not self._post_checked:
             self._post_checked = True
             self._fused = _close(self._post(current.raw_logits.float()), logits.float())
             if not self._fused:
-                return self(batch, through)
+                again: Tensor = self(batch, through)
+                return again
         if current.losses is None:
             current.losses = F.cross_entropy(logits[0].float(), current.wanted, reduction="none")
         found = _mean_per_example(current.losses.view(current.branches, len(batch.targets.tokens)), batch.targets)
@@ -147,21 +167,22 @@ class ExampleLoss(nn.Module):
         return found + logits.flatten()[:0].sum() if self._whole and logits.requires_grad else found
 
     @contextmanager
-    def _hooked(self, head: nn.Module) -> Iterator[None]:
+    def _hooked(self, head: nn.Linear, current: _Pass) -> Iterator[None]:
         """Hooks for one forward: as the last to be registered they run when ZeRO-3's have gathered the head."""
-        handles = head.register_forward_pre_hook(self._before_head), head.register_forward_hook(self._after_head)
+        handles = (
+            head.register_forward_pre_hook(partial(self._before_head, current)),
+            head.register_forward_hook(current.keep_logits),
+        )
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _before_head(self, head: nn.Linear, args: tuple):
-        current = self._pass
+    def _before_head(self, current: _Pass, head: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
         targets, tokens = current.batch.targets, current.batch.input_ids.numel()
         current.branches = hidden.shape[:-1].numel() // tokens
-        current.wanted = targets.tokens.repeat(current.branches)
         if self.on_hidden is not None:
             states = hidden.detach().reshape(current.branches, tokens, -1).mean(0)
             self.on_hidden(current.batch, states.view(*current.batch.input_ids.shape, -1))
@@ -169,13 +190,10 @@ class ExampleLoss(nn.Module):
         if not self._fused:
             return (taken.unsqueeze(0), *args[1:])
         chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-        # Without a graph nothing is kept; plain operations also carry a tangent (`sketch.zeroth_order`).
+        # Without a graph nothing is kept.
         cross_entropy = _FrozenHeadCrossEntropy.apply if torch.is_grad_enabled() else _cross_entropy
         current.losses = cross_entropy(taken, head.weight, head.bias, current.wanted, self._post, chunk)
         return (hidden[:1, :1], *args[1:])
-
-    def _after_head(self, _head: nn.Module, _args: tuple, logits: Tensor) -> None:
-        self._pass.raw_logits = logits.detach()
 
 
 class _Pass:
@@ -184,9 +202,15 @@ class _Pass:
 
     def __init__(self, batch: Batch):
         self.batch, self.branches = batch, 1
-        self.wanted: Tensor | None = None
         self.losses: Tensor | None = None
-        self.raw_logits: Tensor | None = None
+        self.raw_logits: Tensor
+
+    @property
+    def wanted(self) -> Tensor:
+        return self.batch.targets.tokens.repeat(self.branches)
+
+    def keep_logits(self, _head: nn.Module, _args: object, logits: Tensor) -> None:
+        self.raw_logits = logits.detach()
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
@@ -194,7 +218,7 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
 
 
-def _what_is_seen(batch: Batch) -> dict[str, Tensor]:
+def _what_is_seen(batch: Batch) -> dict[str, Tensor | None]:
     """The model's arguments that keep padding, or the other examples of a packed row, out of sight."""
     if batch.packing is None:
         return {"attention_mask": batch.attention_mask}

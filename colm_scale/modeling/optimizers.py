@@ -39,18 +39,19 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> O
     square of 1 and of 0.2, whatever the size of a parameter. (Adafactor's own step is in proportion to the parameter,
     and LoRA's B begins at zero.)
     """
-    parameters, decay = list(parameters), {"weight_decay": config.weight_decay}
+    parameters, decay = list(parameters), config.weight_decay
     match config.optimizer:
         case "adamw":
-            return AdamW(parameters, lr=0.0, betas=config.betas, eps=config.adam_epsilon, **decay)
+            return AdamW(parameters, lr=0.0, betas=config.betas, eps=config.adam_epsilon, weight_decay=decay)
         case "sgd":
-            return Sgd(parameters, config.betas[0], **decay)
+            return Sgd(parameters, config.betas[0], decay)
         case "lion":
-            return Lion(parameters, config.betas, **decay)
+            return Lion(parameters, config.betas, decay)
         case "adafactor":
-            return Adafactor(parameters, lr=0.0, eps=(config.adam_epsilon, 1.0), **decay)
+            return Adafactor(parameters, lr=0.0, eps=(config.adam_epsilon, 1.0), weight_decay=decay)
         case "muon":
-            return Muon(parameters, lr=0.0, momentum=config.betas[0], adjust_lr_fn="match_rms_adamw", **decay)
+            momentum = config.betas[0]
+            return Muon(parameters, lr=0.0, weight_decay=decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
 
 
 class Sgd(SGD):
@@ -109,7 +110,7 @@ def begun_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
     That is the averages, and where the update depends on it, ``step``: how many updates there have been.
     """
-    state = optimizer.state[parameter]
+    state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
         for key in state_keys(optimizer):
             state[key] = torch.zeros_like(_part(parameter, key), requires_grad=False)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA
+from colm_scale.modeling.causal import moved
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import first_blocks, without_dropout
 from colm_scale.records import Batch
@@ -46,7 +47,7 @@ def _try(model: PreTrainedModel, device: torch.device) -> str | None:
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
         return f"{name} attends within chunks, which packed rows do not keep apart"
     reason = None
-    few = ExampleLoss(first_blocks(model, 2).to(device))
+    few = ExampleLoss(moved(first_blocks(model, 2), device))
     config = few.causal_model.config
     rows = [torch.arange(2, 2 + length) for length in (7, 3, 5)]
     others = [torch.arange(20, 27), *rows[1:]]

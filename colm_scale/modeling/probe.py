@@ -1,4 +1,4 @@
-"""Where the sketch looks: a linear layer of the last decoder block, or the like ones of the last few blocks."""
+"""Where the sketch looks: a linear layer of the last decoder block."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from colm_scale.errors import UserError
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
@@ -16,7 +17,7 @@ from colm_scale.modeling.roles import ROLES, find_role, listing, width
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One place where the sketch looks.
+    """The place where the sketch looks.
 
     Attributes:
         block: Qualified name of the decoder block.
@@ -53,7 +54,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def first_blocks(base: nn.Module, count: int) -> nn.Module:
+def first_blocks(base: PreTrainedModel, count: int) -> PreTrainedModel:
     """A model of the first ``count`` blocks of another, with its embeddings, final norm and head, on the same weights.
 
     What an engine does with the base's parameters (cut them into shards, move them) leaves these as they are, and no
@@ -61,56 +62,38 @@ def first_blocks(base: nn.Module, count: int) -> nn.Module:
     """
     name, blocks = decoder_blocks(base)
     # Parameters of its own around the same numbers; 4-bit ones, which no engine cuts, are the same.
-    memo = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
+    memo: dict[int, object] = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
     memo |= {id(block): nn.Identity() for block in blocks[count:]}
     model = copy.deepcopy(base, memo)
-    del model.get_submodule(name)[count:]
+    copied = model.get_submodule(name)
+    assert isinstance(copied, nn.ModuleList)
+    del copied[count:]
     return model
 
 
-def find_probes(model: nn.Module, which: str = "v", blocks: int = 1) -> tuple[Probe, ...]:
-    """Find the probes in the last blocks of a causal language model that has no adapters yet.
-
-    Only the last block is looked at; in the others the probe is the layer of the same name.
+def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
+    """Find the probe in the last block of a causal language model that has no adapters yet.
 
     Args:
         model: The base model, on any device, in any floating-point type.
         which: The user's choice (``--selection.probe``): v, q, k, o or mlp, or a linear layer of the last block by its
             full name, or its end if that is unique.
-        blocks: How many of the last blocks are probed (``--selection.probe_blocks``).
-
-    Returns:
-        A probe for each of these blocks, in their order.
 
     Raises:
-        UserError: No layer (or more than one) has this role or name; lists the layers that can be named. Or there are
-            fewer blocks, or one without such a layer.
+        UserError: No layer (or more than one) has this role or name; lists the layers that can be named.
     """
     prefix, modules = decoder_blocks(model)
-    if blocks > len(modules):
-        raise UserError(f"--selection.probe_blocks is {blocks}, but {type(model).__name__} has {len(modules)} blocks")
-    names = [f"{prefix}.{number}" for number in range(len(modules) - blocks, len(modules))]
-    linears = linear_layers(modules[-1], names[-1])
+    block = f"{prefix}.{len(modules) - 1}"
+    linears = linear_layers(modules[-1], block)
     if which in ROLES:
         with without_dropout(model):
-            found, rows = find_role(model, linears, which)
-    else:
-        named = [name for name in linears if name == which or name.endswith("." + which)]
-        if len(named) != 1:
-            raise UserError(
-                f"--selection.probe {which!r} does not name one linear layer of the last block; {listing(linears)}"
-            )
-        found = named[0]
-        rows = torch.arange(width(linears[found]))
-    below_block = found.removeprefix(names[-1])
-    for name, module in zip(names, modules[-blocks:]):
-        like = linear_layers(module, name).get(name + below_block)
-        if like is None or width(like) != width(linears[found]):
-            raise UserError(
-                f"--selection.probe_blocks is {blocks}, but {name} has no layer like {found}: probe fewer blocks, or "
-                f"name another layer with --selection.probe"
-            )
-    return tuple(Probe(name, name + below_block, rows) for name in names)
+            return Probe(block, *find_role(model, linears, which))
+    named = [name for name in linears if name == which or name.endswith("." + which)]
+    if len(named) != 1:
+        raise UserError(
+            f"--selection.probe {which!r} does not name one linear layer of the last block; {listing(linears)}"
+        )
+    return Probe(block, named[0], torch.arange(width(linears[named[0]])))
 
 
 def linear_layers(block: nn.Module, prefix: str) -> dict[str, nn.Module]:

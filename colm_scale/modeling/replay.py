@@ -10,17 +10,23 @@ another precision, and in the head, a replayed micro-batch runs as any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.records import Batch
+
+_Found = Tensor | tuple[Tensor, ...]
+"""What a block returns."""
 
 
 @dataclass(slots=True)
@@ -61,9 +67,9 @@ class BlockInputs:
     @property
     def bytes_per_token(self) -> int:
         """What is kept of a token."""
-        embedding = self._model.causal_model.get_input_embeddings().weight
-        config = self._model.causal_model.config.get_text_config()
-        return len(self._blocks) * config.hidden_size * embedding.element_size()
+        model = self._model.causal_model
+        hidden: int = model.config.get_text_config().hidden_size
+        return len(self._blocks) * hidden * input_weight(model).element_size()
 
     @contextmanager
     def keeping(self, most: int) -> Iterator[None]:
@@ -85,7 +91,7 @@ class BlockInputs:
             for batch, of_batch in zip(batches, places):
                 self._arranged[id(batch)].append(self._laid_out(batch, of_batch, number))
             for kept in self._kept:
-                kept.inputs[number] = None  # block by block, so that hardly more is held than before
+                kept.inputs[number] = torch.empty(0)  # block by block, so that hardly more is held than before
         self._kept = []
 
     @contextmanager
@@ -100,14 +106,16 @@ class BlockInputs:
         finally:
             self._mode, self._replayed = None, []
 
-    def _standing_in(self, number: int, block: nn.Module):
+    def _standing_in(self, number: int, block: nn.Module) -> Callable[..., _Found]:
         live, forward = number == len(self._blocks) - 1, block.forward
 
-        def again(known: Tensor, *args, **kwargs):
+        def again(known: Tensor, *args: object, **kwargs: object) -> _Found:
             with _not_checkpointed(block):
-                return forward(known, *args, **kwargs)
+                found: _Found = forward(known, *args, **kwargs)
+            return found
 
-        def stand_in(hidden_states: Tensor, *args, **kwargs):
+        def stand_in(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
+            found: _Found
             if self._mode == "keep":
                 self._keep(number, hidden_states)
             if self._mode != "replay":
@@ -116,9 +124,10 @@ class BlockInputs:
                 return found
             inputs = self._replayed
             if live:
-                return forward(_Known.apply(hidden_states, inputs[number]), *args, **kwargs)
+                found = forward(_Known.apply(hidden_states, inputs[number]), *args, **kwargs)
+                return found
             anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
-            passed = _Replayed.apply(
+            passed: Tensor = _Replayed.apply(
                 hidden_states, anchor, inputs, number, lambda known: again(known, *args, **kwargs)
             )
             return (passed,) if self._in_tuples else passed
@@ -138,7 +147,8 @@ class BlockInputs:
 
     def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
         """Of each micro-batch that has been kept: its number, tokens of it, and where in ``batch`` they belong."""
-        starts, found = {}, []
+        starts: dict[int, tuple[int, int]] = {}
+        found: list[tuple[int, Tensor, Tensor]] = []
         for number, kept in enumerate(self._kept):
             for position, start in zip(kept.batch.positions.tolist(), kept.batch.starts):
                 starts[position] = number, start
@@ -165,12 +175,23 @@ class _Known(torch.autograd.Function):
     """What goes into the live block, in place of what came out of the one before."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, known: Tensor) -> Tensor:
+    def forward(_ctx: object, hidden: Tensor, known: Tensor) -> Tensor:
         return known.to(hidden.device).view_as(hidden).clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(_ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _Context(Protocol):
+    """autograd's context, with what `_Replayed` puts there."""
+
+    needs_input_grad: tuple[bool, ...]
+    inputs: list[Tensor]
+    number: int
+    block: Callable[[Tensor], _Found]
+    shape: torch.Size
+    device: torch.device
 
 
 class _Replayed(torch.autograd.Function):
@@ -180,15 +201,22 @@ class _Replayed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, anchor: Tensor, inputs: list[Tensor], number: int, block) -> Tensor:
+    def forward(
+        ctx: _Context,
+        hidden: Tensor,
+        anchor: Tensor,
+        inputs: list[Tensor],
+        number: int,
+        block: Callable[[Tensor], _Found],
+    ) -> Tensor:
         ctx.inputs, ctx.number, ctx.block, ctx.shape = inputs, number, block, hidden.shape
         ctx.device = hidden.device
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         known = ctx.inputs[ctx.number].to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
-        ctx.inputs[ctx.number] = None
+        ctx.inputs[ctx.number] = torch.empty(0)
         with torch.enable_grad():
             found = ctx.block(known)
         found = found[0] if isinstance(found, tuple) else found
@@ -199,7 +227,10 @@ class _Replayed(torch.autograd.Function):
 @contextmanager
 def _not_checkpointed(block: nn.Module) -> Iterator[None]:
     """A replayed block is computed once, in the backward: to checkpoint it would be to compute it once more."""
-    before = getattr(block, "gradient_checkpointing", False)
+    if not isinstance(block, GradientCheckpointingLayer):
+        yield
+        return
+    before = block.gradient_checkpointing
     block.gradient_checkpointing = False
     try:
         yield

@@ -9,8 +9,11 @@ projection is the first layer that feels V; the MLP ends with the last layer tha
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
@@ -37,7 +40,7 @@ _LINEAR_TOLERANCE = 0.05
 everything else is above 6; what has saturated is at 15."""
 
 
-def find_role(model: nn.Module, linears: dict[str, nn.Module], role: str) -> tuple[str, Tensor]:
+def find_role(model: PreTrainedModel, linears: dict[str, nn.Module], role: str) -> tuple[str, Tensor]:
     """The linear layer of the last block that has a role, and which of its output rows have it.
 
     Args:
@@ -65,10 +68,12 @@ def find_role(model: nn.Module, linears: dict[str, nn.Module], role: str) -> tup
 
 def width(module: nn.Module) -> int:
     """Output features of a linear layer."""
-    return getattr(module, "out_features", None) or module.nf
+    found = getattr(module, "out_features", None) or module.nf
+    assert isinstance(found, int)
+    return found
 
 
-def listing(linears: dict[str, nn.Module]) -> str:
+def listing(linears: Iterable[str]) -> str:
     """The end of an error that asks for one of these layers."""
     return "its linear layers are: " + ", ".join(linears)
 
@@ -112,7 +117,7 @@ class _Trials:
     A batch holds the same tokens once per *chunk*, as many output rows of the layer as a head has, with those changed.
     """
 
-    def __init__(self, model: nn.Module, linears: dict[str, nn.Module]):
+    def __init__(self, model: PreTrainedModel, linears: dict[str, nn.Module]):
         self._model, self.linears = model, linears
         self._large = min(_LARGE, torch.finfo(model.dtype).max / 6)
         self._unchanged: dict[int, dict[str, Tensor]] = {}
@@ -156,7 +161,7 @@ class _Trials:
         order = torch.randperm(chunk, generator=generator(0, "probe finding"))
         changes = torch.block_diag(*[torch.linspace(-1, 1, chunk)[order]] * copies)
 
-        def shift(_module, _args, output: Tensor) -> Tensor:
+        def shift(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
             shifted = output.clone()  # OPT's MLP flattens tokens into rows: the view undoes that
             shifted.view(copies, -1, width(layer))[:, tokens] += (changes * size).unsqueeze(1).to(output)
             return shifted
@@ -182,8 +187,8 @@ class _Trials:
         """
         inputs: dict[str, Tensor] = {}
 
-        def watch(name: str):
-            def hook(_module, args):
+        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 x = args[0]
                 if x.numel() == copies * _TOKENS * x.shape[-1]:
                     inputs[name] = x.reshape(copies, _TOKENS, -1)[:, -1].float()
@@ -200,8 +205,8 @@ class _Trials:
         return inputs
 
 
-def _head_dim(model: nn.Module, width: int) -> int:
+def _head_dim(model: PreTrainedModel, width: int) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     return head_dim if width % head_dim == 0 else width

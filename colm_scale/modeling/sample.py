@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from colm_scale.errors import UserError
 from colm_scale.modeling.probe import Probe, decoder_blocks
 from colm_scale.randomness import global_draws
 
@@ -26,7 +25,7 @@ def sample_of(config: PretrainedConfig) -> PreTrainedModel:
         config: Of the whole model.
     """
     with global_draws(torch.device("cpu"), 0, "sample"):
-        model = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
     return model.requires_grad_(False)
 
 
@@ -36,21 +35,15 @@ def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     config._attn_implementation = attention
     with global_draws(torch.device("cpu"), 0, "sample"):
         sample = type(model)(config)  # ``from_config`` cuts weights into shards while a trainer runs under ZeRO-3
-    return sample.float().requires_grad_(False)
+    in_float32: PreTrainedModel = sample.float()
+    return in_float32.requires_grad_(False)
 
 
-def in_last_blocks(model: nn.Module, found: Probe, count: int) -> tuple[Probe, ...]:
-    """The probe of a sample's only block, in the last ``count`` blocks of the whole model.
-
-    Raises:
-        UserError: There are fewer.
-    """
+def in_last_block(model: nn.Module, found: Probe) -> Probe:
+    """The probe of a sample's only block, in the last block of the whole model."""
     prefix, blocks = decoder_blocks(model)
-    if count > len(blocks):
-        raise UserError(f"--selection.probe_blocks is {count}, but {type(model).__name__} has {len(blocks)} blocks")
-    below = found.layer.removeprefix(found.block)
-    names = [f"{prefix}.{number}" for number in range(len(blocks) - count, len(blocks))]
-    return tuple(Probe(name, name + below, found.rows) for name in names)
+    name = f"{prefix}.{len(blocks) - 1}"
+    return Probe(name, name + found.layer.removeprefix(found.block), found.rows)
 
 
 def _shortened(of: PretrainedConfig) -> PretrainedConfig:

@@ -14,8 +14,8 @@ from colm_scale.config import RunConfig
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import Probe, decoder_blocks, find_probes
-from colm_scale.modeling.sample import in_last_blocks, sample_of
+from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe
+from colm_scale.modeling.sample import in_last_block, sample_of
 from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ class FakeModel:
 
     Attributes:
         mode: In which its tensors live; what is done with them is done within it.
-        tap: The tap on its probes, if it sketches.
+        tap: The tap on its probe, if it sketches.
         padded_because: Why its micro-batches are padded, if they are.
         traced: What has been traced on it already, by phase and micro-batches.
     """
@@ -51,7 +51,7 @@ class Tried:
     Attributes:
         attention: What its attention is called, once it is packed where that is wanted and possible.
         padded_because: As in `FakeModel`.
-        probe: In the sample's block; None if nothing is sketched by this model.
+        probe: In the sample's block; None if nothing is sketched.
         like: A tap on it.
     """
 
@@ -70,10 +70,9 @@ def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
     one = sample_of(of)
     padded_because = use_packing(one, config.train.packing, CPU)
     attention = one.config._attn_implementation
-    selection = config.selection
-    if selection.method != "colm" or selection.proxy is not None or selection.proxy_blocks is not None:
+    if config.selection.method != "colm":
         return Tried(attention, padded_because, None, None)
-    (probe,) = find_probes(one, selection.probe)
+    probe = find_probe(one, config.selection.probe)
     like = Tap(ExampleLoss(add_adapters(one, config.lora, config.train.seed)), probe)
     return Tried(attention, padded_because, probe, like)
 
@@ -89,13 +88,13 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
         base.config._attn_implementation = known.attention
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
-        probes = in_last_blocks(base, known.probe, config.selection.probe_blocks) if known.probe else ()
+        probe = in_last_block(base, known.probe) if known.probe else None
         module = ExampleLoss(add_adapters(base.requires_grad_(False), config.lora, config.train.seed))
     module.knows_logits()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _to_fake_tensors(module)
-        tap = Tap(module, *probes, like=known.like) if probes else None
+        tap = Tap(module, probe, like=known.like) if probe else None
     return FakeModel(mode, module, tap, known.padded_because)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -196,10 +196,8 @@ class _Trace:
                 case "last_layer":
                     held.append(last_layer.sketch(tap, batch, torch.arange(len(batch.lengths)))[-1])
                 case "zeroth_order":
-                    with float32_tail(tap, selection.float32_blocks if self._half else 0):
-                        zeroth_order.directional_derivatives(tap, batch, z, selection.perturbation)
-                case _:
-                    tap.bare_losses(batch)
+                    with float32_tail(tap) if self._half else nullcontext():
+                        zeroth_order.directional_derivatives(tap, batch, z, zeroth_order.PERTURBATION)
 
         return self._growth(run, batches)
 

@@ -46,7 +46,7 @@ class Sizes:
 
     Attributes:
         frozen, adapters: Parameters.
-        probe: Numbers of the probe tensors, d; 0 where nothing is sketched.
+        probe: Numbers of the probe tensor, d; 0 where nothing is sketched.
         frozen_bytes: Of the frozen weights, stored once.
     """
 
@@ -144,16 +144,12 @@ def arranged(config: RunConfig, plan: PlanConfig, *, packed: bool) -> Batches:
     n = selection.candidates
     lengths, every = torch.full((n,), plan.tokens), torch.arange(n)
     sketched: tuple[tuple[int, ...], ...] = ()
-    if selection.method == "colm" and selection.estimator != "length" and not _has_proxy(config):
+    if selection.method == "colm" and selection.estimator != "length":
         micro_batches = form_micro_batches(lengths, every, budget, packed=packed, even=True)
         sketched = deal(micro_batches, lengths, ranks, packed=packed)[0]
     chosen = every if selection.method == "full" else every[: selection.budget]
     trained = route(lengths, chosen, ranks, budget, packed=packed).micro_batches[0]
     return Batches(*(tuple((plan.tokens,) * len(members) for members in of if members) for of in (sketched, trained)))
-
-
-def _has_proxy(config: RunConfig) -> bool:
-    return config.selection.proxy is not None or config.selection.proxy_blocks is not None
 
 
 def _peaks(config: RunConfig, ds_config: dict | None, fake: FakeModel, plan: PlanConfig, batches: Batches) -> Peaks:
@@ -210,17 +206,13 @@ def _sketch_bytes(selection: SelectionConfig, plan: PlanConfig, rows: int, d: in
     match selection.estimator, selection.compression:
         case "zeroth_order", _:
             return 4 * rows * (selection.num_probes + 1)
-        case "last_layer", "kronecker":
-            return 4 * rows * (selection.columns + 1)
         case "last_layer", "countsketch":
             return 4 * rows * (selection.columns + 2) + 16 * d
-        case "last_layer", _:
+        case _:
             owned, ranked = -(-d // plan.world_size), 1 if selection.joint else plan.sources
             proposals = 8 * ranked * plan.world_size * min(selection.columns, owned)
             sums = 4 * ranked * plan.world_size * owned
             return 4 * rows * (selection.columns + 2) + sums + proposals + 16 * d
-        case _:
-            return 4 * rows
 
 
 def _largest(

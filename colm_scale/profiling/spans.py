@@ -52,22 +52,11 @@ class Spans:
                 of_kind[phase] = max(of_kind.get(phase, 0), peak)
             self._open = None
 
-    @contextmanager
-    def aside(self, phase: str) -> Iterator[None]:
-        """A block between two phases that is no part of the step: neither its seconds nor its memory are reported."""
-        assert self._open is None, f"{phase!r} inside of {self._open!r}"
-        self._entered(phase)
-        self._clock.wait()
-        started = time.perf_counter()
-        yield
-        self._clock.wait()
-        self._aside += time.perf_counter() - started
-
     def finish(self) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
         """End the step: seconds by phase, and peak bytes by kind (the meter's primary first) and phase, as they ran.
 
         A phase that ran twice has the sum of its seconds and the larger of its peaks. ``step`` is the wall clock from
-        the first phase to now, when the device has finished, without what was done aside, and the largest peak.
+        the first phase to now, when the device has finished, and the largest peak.
         """
         assert self._began is not None, "a step without a phase"
         assert self._open is None, f"the step ends inside of {self._open!r}"
@@ -75,7 +64,7 @@ class Spans:
         seconds: dict[str, float] = {}
         for phase, start, end in self._marks:
             seconds[phase] = seconds.get(phase, 0.0) + self._clock.seconds(start, end)
-        seconds[STEP] = time.perf_counter() - self._began - self._aside
+        seconds[STEP] = time.perf_counter() - self._began
         kinds = sorted(self._peaks, key=lambda kind: kind != self._meter.primary)
         peaks = {kind: {**self._peaks[kind], STEP: max(self._peaks[kind].values())} for kind in kinds}
         self._reset()
@@ -83,7 +72,6 @@ class Spans:
 
     def _reset(self) -> None:
         self._open = self._began = None
-        self._aside = 0.0
         self._marks: list[tuple[str, Any, Any]] = []
         self._peaks: dict[str, dict[str, int]] = {}
 

@@ -143,12 +143,9 @@ def phase_shares(seconds: dict[str, float]) -> str:
 
 def nearness(telemetry: dict[str, float]) -> list[str]:
     """How far the coreset's mean is from the candidates', beside that of a random draw with the same quotas."""
-    names = {"sketch": "sketch error", "match": "gradient error"}
-    return [
-        f"{name} {telemetry[f'{measure}_error']:.2f} (random {telemetry[f'{measure}_error_stratified']:.2f})"
-        for measure, name in names.items()
-        if f"{measure}_error" in telemetry
-    ]
+    if "sketch_error" not in telemetry:
+        return []
+    return [f"sketch error {telemetry['sketch_error']:.2f} (random {telemetry['sketch_error_stratified']:.2f})"]
 
 
 def rank_memory(peak_bytes: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.distributed.follow import Drift
 from colm_scale.selection.quota import expected_share
 from colm_scale.selection.recorded import SelectionRecord
+from colm_scale.sketch.zeroth_order import PERTURBATION
 
 
 def method_fact(selection: SelectionConfig, record: SelectionRecord | None) -> str:
@@ -71,15 +72,15 @@ def rounding_facts(config: RunConfig) -> list[str]:
     if rounding is None:
         return []
     return [
-        f"warning: finite differences of step {config.selection.perturbation:g} are mostly rounding with {rounding}, "
-        f"or use --selection.derivative exact or --selection.estimator last_layer"
+        f"warning: finite differences of step {PERTURBATION:g} are mostly rounding with {rounding}, or use "
+        f"--selection.estimator last_layer"
     ]
 
 
 def _rounding(config: RunConfig) -> str | None:
     """What makes finite differences of the loss mostly rounding, and what would not, if anything does."""
     selection = config.selection
-    if selection.method != "colm" or selection.estimator != "zeroth_order" or selection.derivative != "finite":
+    if selection.method != "colm" or selection.estimator != "zeroth_order":
         return None
     if config.engine == "fsdp" and config.fsdp.param_dtype != "stored":
         return f"--fsdp.param_dtype {config.fsdp.param_dtype}: leave it out"
@@ -87,9 +88,6 @@ def _rounding(config: RunConfig) -> str | None:
         return None
     if config.model.quantize != "none":
         return f"--model.quantize {config.model.quantize} in {config.train.dtype}: give --train.dtype float32"
-    if selection.float32_blocks < selection.probe_blocks:
-        needed = selection.probe_blocks
-        return f"--selection.float32_blocks {selection.float32_blocks} in {config.train.dtype}: give {needed} or more"
     return None
 
 

@@ -42,7 +42,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self._selection = self.path / "selection.jsonl"
         self._evaluations = self.path / "evaluations.jsonl"
-        self._drift = self.path / "sources.jsonl"
+        self._drift = self.path / "drift.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self._audit_folder = self.path / "audit"
         self._examples = self.path / "examples.parquet"
@@ -104,7 +104,7 @@ class RunDirectory:
             write_examples(self._examples, examples)
 
     def drift(self, drift: Drift) -> None:
-        """Append to ``sources.jsonl``: the fields of `Drift`."""
+        """Append to ``drift.jsonl``: the fields of `Drift`."""
         _append(self._drift, dataclasses.asdict(drift))
 
     def evaluation(self, evaluation: Evaluation) -> None:

@@ -9,7 +9,6 @@ _TOLD_APART = 1.96
 """Standard deviations beyond which a sign test is significant, two-sided at 5 %."""
 _ENOUGH = 6
 """Steps that the sign test needs to reach that even if all agree."""
-_MEASURES = {"sketch": "sketches", "match": "the gradient of all adapters"}
 
 
 class Worth:
@@ -17,7 +16,7 @@ class Worth:
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
-        self._signs = {measure: [0, 0] for measure in _MEASURES}
+        self._signs = [0, 0]
 
     def add(self, telemetry: Mapping[str, float]) -> None:
         """Add one step."""
@@ -26,10 +25,9 @@ class Worth:
                 total = self._sums.setdefault(name, [0, 0.0])
                 total[0] += 1
                 total[1] += value
-        for measure, signs in self._signs.items():
-            own, drawn = (telemetry.get(f"{measure}_error{end}", 0.0) for end in ("", "_stratified"))
-            signs[0] += own < drawn
-            signs[1] += own > drawn
+        own, drawn = (telemetry.get(f"sketch_error{end}", 0.0) for end in ("", "_stratified"))
+        self._signs[0] += own < drawn
+        self._signs[1] += own > drawn
 
     def state(self) -> dict:
         """All that was added up, as plain JSON."""
@@ -55,13 +53,10 @@ class Worth:
         if "overlap" in means:
             shared, chance = means.pop("overlap"), means.pop("overlap_by_chance")
             found["picks in common with a random draw"] = f"{shared:.1%} (any selection: {chance:.1%} on average)"
-        for measure, name in _MEASURES.items():
-            for what in ("error", "cosine"):
-                key, row = f"{measure}_{what}", f"{what} to the candidates' mean, by {name}"
-                if key in means:
-                    drawn = {"same quotas": f"{key}_stratified", "uniform": f"{key}_random"}
-                    random = [f"{how} {means.pop(end):.3f}" for how, end in drawn.items() if end in means]
-                    found[row] = f"{means.pop(key):.3f} (random: {', '.join(random)})"
+        for what in ("error", "cosine"):
+            if (key := f"sketch_{what}") in means:
+                own, drawn = means.pop(key), means.pop(f"{key}_stratified")
+                found[f"{what} to the candidates' mean, by sketches"] = f"{own:.3f} (random: same quotas {drawn:.3f})"
         return found | {name.replace("_", " "): f"{value:.3g}" for name, value in means.items()}
 
     def sentences(self) -> list[str]:
@@ -71,20 +66,17 @@ class Worth:
         such a draw itself. (The share of picks in common cannot tell: a random draw has as many in common with any
         selection.)
         """
-        means = self.means()
-        found = []
-        for measure, (nearer, farther) in self._signs.items():
-            steps = nearer + farther
-            if steps < _ENOUGH:
-                continue
-            own, drawn = means[f"{measure}_error"], means[f"{measure}_error_stratified"]
-            if (abs(nearer - farther) - 1) / math.sqrt(steps) <= _TOLD_APART:
-                verdict = "cannot be told from a random draw with the same quotas"
-            else:
-                than = "nearer to" if nearer > farther else "farther from"
-                verdict = f"is {than} the candidates' mean than a random draw with the same quotas"
-            found.append(
-                f"By {_MEASURES[measure]} the selection {verdict}: relative error {own:.3f} against {drawn:.3f}, "
-                f"nearer in {nearer} of {steps} steps."
-            )
-        return found
+        means, (nearer, farther) = self.means(), self._signs
+        steps = nearer + farther
+        if steps < _ENOUGH:
+            return []
+        own, drawn = means["sketch_error"], means["sketch_error_stratified"]
+        if (abs(nearer - farther) - 1) / math.sqrt(steps) <= _TOLD_APART:
+            verdict = "cannot be told from a random draw with the same quotas"
+        else:
+            than = "nearer to" if nearer > farther else "farther from"
+            verdict = f"is {than} the candidates' mean than a random draw with the same quotas"
+        return [
+            f"By sketches the selection {verdict}: relative error {own:.3f} against {drawn:.3f}, nearer in {nearer} of "
+            f"{steps} steps."
+        ]

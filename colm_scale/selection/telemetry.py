@@ -16,9 +16,8 @@ from colm_scale.selection import baselines
 
 _RANKED_ROWS = 256
 """Most rows of a source whose effective rank is taken: they come in random order, and the cost is cubic."""
-COMPARED = ("", "_stratified", "_random")
-"""What is compared with the candidates, as the ends of names: the selection, its draw with the same quotas, and a
-uniform draw of the same size."""
+COMPARED = ("", "_stratified")
+"""What is compared with the candidates, as the ends of names: the selection, and its draw with the same quotas."""
 
 
 def could_be_picked(candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None) -> Tensor:
@@ -133,15 +132,14 @@ def ranking(
         sizes.append(len(valid))
     if sizes:
         found["rank"] = sum(rank * size for rank, size in zip(ranks, sizes)) / sum(sizes)
-    return found | nearness("sketch", products)
+    return found | nearness(products)
 
 
-def nearness(name: str, products: Tensor) -> dict[str, float]:
-    """How near vectors are to the first of them: relative error ``|v - v0| / |v0|`` and cosine.
+def nearness(products: Tensor) -> dict[str, float]:
+    """How near sketches are to the first of them: relative error ``|v - v0| / |v0|`` and cosine.
 
     Args:
-        name: How the results' names begin; they end as `COMPARED` says.
-        products: ``[m, m]`` float64 inner products of the vectors.
+        products: ``[3, 3]`` float64 inner products of the candidates' mean with those of what `COMPARED` names.
 
     Returns:
         Nothing if a product is not finite or a vector is zero.
@@ -153,7 +151,7 @@ def nearness(name: str, products: Tensor) -> dict[str, float]:
     cosines = products[0] / (lengths[0] * lengths)
     both = zip(COMPARED, errors[1:].tolist(), cosines[1:].tolist())
     return {
-        f"{name}_{what}{end}": value
+        f"sketch_{what}{end}": value
         for end, error, cosine in both
         for what, value in (("error", error), ("cosine", cosine))
     }

@@ -1,4 +1,4 @@
-"""Random projections of the gradients, fixed for the run: h numbers of each example, whatever the others are.
+"""A random projection of the gradients, fixed for the run: h numbers of each example, whatever the others are.
 
 Inner products, and with them squared distances, keep their size in expectation, off by about ``sqrt(2 / h)`` of the
 product of the lengths. What is drawn is keyed by the seed, so every rank projects alike, and a row depends on its
@@ -7,14 +7,11 @@ example alone: it is equal whichever rank makes it, and rows of different steps 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from colm_scale.randomness import generator
-from colm_scale.selection.moments import Moments, Shapes
+from colm_scale.selection.moments import Moments
 from colm_scale.sketch.last_layer import Gradients
 
 
@@ -48,47 +45,3 @@ class CountSketch:
             places = self._places[columns].expand(u.shape)
             found[examples].scatter_add_(1, places, (u * self._signs[columns]).double())
         return found.float()
-
-
-class KroneckerSketch:
-    """Of each probe the gradient between two small matrices of random signs, ``P delta^T a R``: h1 by h2 numbers.
-
-    It is made of the factors, ``(delta P^T)^T (a R)``, so no d numbers of an example are ever there; as in data
-    attribution (LoGra, Choe et al. 2024). A side that would not become shorter is left as it is.
-
-    Args:
-        seed: Of the run; the draws are rank-equal.
-        shapes: ``(d_out, r)`` of each probe tensor; each gets an equal share of the columns.
-        columns: h, at most, but one for each probe.
-    """
-
-    def __init__(self, seed: int, shapes: Shapes, columns: int, device: torch.device):
-        self._projections: list[tuple[Tensor, Tensor]] = []
-        self.columns = 0
-        for number, (d_out, r) in enumerate(shapes):
-            share = max(1, columns // len(shapes))
-            right = min(r, math.isqrt(share))
-            left = min(d_out, share // right)
-            draw = generator(seed, "kronecker sketch", number)
-            self._projections.append((_signs(d_out, left, draw).to(device), _signs(r, right, draw).to(device)))
-            self.columns += left * right
-
-    def rows(self, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """``[B, h]`` float32.
-
-        Args:
-            factors: Of each probe, delta ``[B, T, d_out]`` and a ``[B, T, r]``.
-        """
-        found = [
-            ((delta @ left).transpose(1, 2) @ (a @ right)).flatten(1)
-            for (delta, a), (left, right) in zip(factors, self._projections, strict=True)
-        ]
-        return torch.cat(found, dim=1)
-
-
-def _signs(size: int, columns: int, draw: torch.Generator) -> Tensor:
-    """``[size, columns]`` that keeps inner products in expectation."""
-    if columns == size:
-        return torch.eye(size)
-    signs = torch.randint(2, (size, columns), generator=draw).float() * 2 - 1
-    return signs.div(columns**0.5)

@@ -1,6 +1,6 @@
-"""The exact per-example gradient of the probe tensors, of which only a few columns ever leave the rank (DESIGN 2.2).
+"""The exact per-example gradient of the probe tensor, of which only a few columns ever leave the rank (DESIGN 2.2).
 
-The gradient of example i in a probe is ``G_i = delta_i.T @ a_i``. A rank keeps its own examples' gradients as these
+The gradient of example i is ``G_i = delta_i.T @ a_i``. A rank keeps its own examples' gradients as these
 factors (or multiplied out, where that is smaller) and answers three questions about them: the sum of the normalised
 rows per source, the rows at given columns, and the sums that the moments learn from. The sums are taken in fixed point:
 integer addition does not depend on order, so the answers do not depend on which rank holds which example.
@@ -8,7 +8,6 @@ integer addition does not depend on order, so the answers do not depend on which
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,25 +24,28 @@ BLOCK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The gradients of one probe tensor of one micro-batch, as factors or multiplied out, whichever is smaller.
+class Gradients:
+    """The gradients of one micro-batch, as factors or multiplied out, whichever is smaller.
 
     Attributes:
+        rows: ``[B]`` row of each example in the candidate matrix.
         delta: ``[B, T, d_out]`` and
         a: ``[B, T, r]`` the factors, or None.
         product: ``[B, d_out, r]`` the gradients, or None.
     """
 
+    rows: Tensor
     delta: Tensor | None
     a: Tensor | None
     product: Tensor | None
 
     @classmethod
-    def of(cls, delta: Tensor, a: Tensor) -> Part:
+    def of(cls, rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
+        """Keep the factors or their product."""
         tokens, d_out = delta.shape[1:]
         if tokens * (d_out + a.shape[2]) < d_out * a.shape[2]:
-            return cls(delta, a, None)
-        return cls(None, None, delta.transpose(1, 2) @ a)
+            return cls(rows, delta, a, None)
+        return cls(rows, None, None, delta.transpose(1, 2) @ a)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,57 +61,13 @@ class Part:
         held = self._factors if self.product is None else (self.product,)
         return sum(tensor.numel() for tensor in held)
 
-    def rows(self, out: slice, examples: slice = slice(None)) -> Tensor:
-        """The gradients of some output rows of the probe, ``[B, rows * r]``."""
-        if self.product is not None:
-            return self.product[examples, out].flatten(1)
-        delta, a = self._factors
-        return (delta[examples, :, out].transpose(1, 2) @ a[examples]).flatten(1)
-
-    def at(self, columns: Tensor) -> Tensor:
-        """Entries ``[B, h]`` of the gradients; ``columns`` ``[B, h]`` are each example's own."""
-        if self.product is not None:
-            return self.product.flatten(1).gather(1, columns)
-        delta, a = self._factors
-        tokens, r = a.shape[1:]
-        delta = delta.gather(2, (columns // r).unsqueeze(1).expand(-1, tokens, -1))
-        a = a.gather(2, (columns % r).unsqueeze(1).expand(-1, tokens, -1))
-        return (delta * a).sum(1)
-
-    @property
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        assert self.delta is not None, "the gradients are held, not their factors"
-        assert self.a is not None
-        return self.delta, self.a
-
-
-@dataclass(frozen=True, slots=True)
-class Gradients:
-    """The gradients of one micro-batch: the d numbers of a row are those of its first probe, then of the next.
-
-    Attributes:
-        rows: ``[B]`` row of each example in the candidate matrix.
-        parts: One for each probe.
-    """
-
-    rows: Tensor
-    parts: tuple[Part, ...]
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers are held."""
-        return sum(part.numbers for part in self.parts)
-
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield ``(columns, [B, columns])`` over all d columns, a few output rows of a probe at a time."""
-        before = 0
-        for part in self.parts:
-            d_out, r = part.shape
-            step = max(1, BLOCK_NUMBERS // (len(self.rows) * r))
-            for start in range(0, d_out, step):
-                out = slice(start, min(start + step, d_out))
-                yield slice(before + out.start * r, before + out.stop * r), part.rows(out)
-            before += d_out * r
+        """Yield ``(columns, [B, columns])`` over all d columns, a few output rows of the probe at a time."""
+        d_out, r = self.shape
+        step = max(1, BLOCK_NUMBERS // (len(self.rows) * r))
+        for start in range(0, d_out, step):
+            out = slice(start, min(start + step, d_out))
+            yield slice(out.start * r, out.stop * r), self._rows(out)
 
     def updates(self, moments: Moments) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield ``(examples, columns, [examples, columns])`` of the normalised rows: a few columns of all examples at a
@@ -121,8 +79,7 @@ class Gradients:
         step = max(1, BLOCK_NUMBERS // moments.size)
         for start in range(0, len(self.rows), step):
             examples = slice(start, start + step)
-            rows = torch.cat([part.rows(slice(None), examples) for part in self.parts], dim=1)
-            yield examples, slice(None), moments.normalise(rows)
+            yield examples, slice(None), moments.normalise(self._rows(slice(None), examples))
 
     def updates_at(self, columns: Tensor, moments: Moments) -> Tensor:
         """Entries ``[B, h]`` of the normalised rows; ``columns`` ``[B, h]`` are each example's own."""
@@ -132,25 +89,37 @@ class Gradients:
 
     def at(self, columns: Tensor) -> Tensor:
         """Entries ``[B, h]`` of the gradients; ``columns`` ``[B, h]`` are each example's own."""
-        entries = torch.zeros(columns.shape, device=columns.device)
-        before = 0
-        for part in self.parts:
-            size = math.prod(part.shape)
-            inside = (columns >= before) & (columns < before + size)
-            entries = torch.where(inside, part.at((columns - before).clamp(0, size - 1)), entries)
-            before += size
-        return entries
+        if self.product is not None:
+            return self.product.flatten(1).gather(1, columns)
+        delta, a = self._factors
+        tokens, r = a.shape[1:]
+        delta = delta.gather(2, (columns // r).unsqueeze(1).expand(-1, tokens, -1))
+        a = a.gather(2, (columns % r).unsqueeze(1).expand(-1, tokens, -1))
+        return (delta * a).sum(1)
+
+    def _rows(self, out: slice, examples: slice = slice(None)) -> Tensor:
+        """The gradients of some output rows of the probe, ``[B, rows * r]``."""
+        if self.product is not None:
+            return self.product[examples, out].flatten(1)
+        delta, a = self._factors
+        return (delta[examples, :, out].transpose(1, 2) @ a[examples]).flatten(1)
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        assert self.delta is not None, "the gradients are held, not their factors"
+        assert self.a is not None
+        return self.delta, self.a
 
 
 def sketch(tap: Tap, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Gradients]:
-    """One forward, and one backward of the probed blocks.
+    """One forward, and one backward of the last block.
 
     Returns:
         losses ``[B]``; the largest entry of each gradient ``[B]``, NaN or infinite where the gradient is not finite;
         the gradients.
     """
-    losses, factors = tap.factors(batch)
-    gradients = Gradients(rows, tuple(Part.of(delta, a) for delta, a in factors))
+    losses, delta, a = tap.factors(batch)
+    gradients = Gradients.of(rows, delta, a)
     largest = torch.stack([block.abs().amax(1) for _, block in gradients.blocks()]).amax(0)
     return losses, largest, gradients
 
@@ -201,7 +170,7 @@ def moment_sums(held: list[Gradients], picked: Tensor, d: int, exponent: int) ->
 
     Args:
         picked: ``[s]`` bool.
-        d: Numbers in the probe tensors.
+        d: Numbers in the probe tensor.
         exponent: Every entry of a picked gradient is below ``2**exponent`` in size.
 
     Returns:

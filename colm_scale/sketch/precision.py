@@ -19,11 +19,13 @@ from colm_scale.modeling.attention import PACKED_SDPA
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.sketch.tap import Tap
 
+FLOAT32_BLOCKS = 2
+"""Blocks of the tail that are computed so; without the last, differences are rounding, and a second changes little."""
+
 
 @contextmanager
 def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
-    """sdpa within it, if the model has another attention than that or eager; such kernels take no float32, and have no
-    derivative in forward mode."""
+    """sdpa within it, if the model has another attention than that or eager; such kernels take no float32."""
     config = model.causal_model.config.get_text_config()
     chosen = config._attn_implementation
     if chosen not in ("sdpa", "eager"):
@@ -35,38 +37,42 @@ def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
 
 
 @contextmanager
-def float32_tail(tap: Tap, blocks: int) -> Iterator[None]:
-    """The forward within it runs its last ``blocks`` blocks, final norm, head and loss in float32; with 0 nothing.
+def float32_tail(tap: Tap, blocks: int = FLOAT32_BLOCKS) -> Iterator[None]:
+    """The forward within it runs its last ``blocks`` blocks, final norm, head and loss in float32.
 
     4-bit layers compute as they do, on float32 activations.
     """
-    if not blocks:
-        yield
-        return
     model = tap.model.causal_model
     every = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tap.block in [*m])
     tail = every[-blocks:]
     before = {module for block in every[:-blocks] for module in block.modules()}
-    lent: dict[nn.Module, dict[str, Tensor | None]] = {}
+    lent: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
     reached = False
 
-    def enter(_block, args, kwargs):
+    def enter(_block: nn.Module, args: object, kwargs: object) -> tuple[tuple[object, ...], dict[str, object]]:
         nonlocal reached
         reached = True
-        return pytree.tree_map_only(Tensor, _in_float32, (args, kwargs))
+        lifted: tuple[tuple[object, ...], dict[str, object]]
+        lifted = pytree.tree_map_only(Tensor, _in_float32, (args, kwargs))
+        return lifted
 
-    def lend(layer: nn.Module, _args) -> None:
+    def lend(layer: nn.Module, _args: object) -> None:
         if reached and any(weight is not None and _is_half(weight) for weight in layer._parameters.values()):
             lent[layer] = layer._parameters
-            layer._parameters = {k: None if v is None else _in_float32(v) for k, v in layer._parameters.items()}
+            copies = {k: None if v is None else _in_float32(v) for k, v in layer._parameters.items()}
+            vars(layer)["_parameters"] = copies  # tensors, where torch has parameters
 
-    def take_back(layer: nn.Module, *_) -> None:
+    def take_back(layer: nn.Module, *_: object) -> None:
         if layer in lent:
             layer._parameters = lent.pop(layer)
 
+    def take_all_back() -> None:
+        for layer in [*lent]:
+            take_back(layer)
+
     with ExitStack() as stack:
         stack.enter_context(without_flash_attention(tap.model))
-        stack.callback(lambda: [take_back(layer) for layer in [*lent]])
+        stack.callback(take_all_back)
         for block in tail:
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for layer in model.modules():

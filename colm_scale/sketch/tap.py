@@ -1,20 +1,21 @@
-"""The hooks on the probed blocks: branch them, read them, never write a weight (DESIGN 2.1).
+"""The hooks on the last block: branch it, read it, never write a weight (DESIGN 2.1).
 
-Everything below the first probed block runs once per candidate. From that block on, the tap either repeats the
-micro-batch once per branch and adds a different change to the probes' outputs in each (`zeroth_order`), or switches
-autograd on so that the probes' outputs have a gradient (`last_layer`). The hooks act on activations, so a sharded,
-offloaded or quantised weight looks like any other.
+Everything below the last block runs once per candidate. From that block on, the tap either repeats the micro-batch once
+per branch and adds a different change to the probe's output in each (`zeroth_order`), or switches autograd on so that
+the probe's output has a gradient (`last_layer`). The hooks act on activations, so a sharded, offloaded or quantised
+weight looks like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
@@ -22,28 +23,100 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, without_dropout
 from colm_scale.records import Batch
 
+_Arguments = tuple[tuple[object, ...], dict[str, object]]
+"""Of a block: by position, and by name."""
 
-@dataclass(frozen=True, slots=True)
-class ProbeTap:
-    """One probe of a `Tap`.
+
+class Tap:
+    """The last block of a model, and the probe in it.
+
+    Args:
+        model: The loss module around the adapted model.
+        probe: Where the probe is, named as in the base model.
+        like: A tap on the probe of a model of like blocks, to do without a forward of this one.
 
     Attributes:
         lora_b: The module whose weight, at ``rows``, is the probe tensor.
         rows: ``[d_out]`` output rows of ``lora_b`` that belong to the probe.
         shape: ``(d_out, r)`` of the probe tensor.
-        slice: Where its numbers, row by row, are among the d of all probes.
+        size: Numbers in the probe tensor, d, row by row.
+        block: The block, at which branches and graph begin.
+
+    Raises:
+        UserError: The probe's layer has no LoRA adapter, or an adapter that does not go through a ``lora_B`` module.
     """
 
-    lora_b: nn.Module
-    rows: Tensor
-    shape: tuple[int, int]
-    slice: slice
+    def __init__(self, model: ExampleLoss, probe: Probe, like: Tap | None = None):
+        self.model = model
+        base = model.causal_model
+        self.block = base.get_submodule(probe.block)
+        self.lora_b, self.rows = _lora_b(base.get_submodule(probe.layer), probe.layer), probe.rows
+        self.shape = (len(probe.rows), self.lora_b.in_features)
+        self.size = self.shape[0] * self.shape[1]
+        self._batched = like._batched if like else self._find_batched_arguments()
 
-    def of_output(self, output: Tensor) -> Tensor:
+    def branched_losses(self, batch: Batch, changes: Tensor) -> Tensor:
+        """Losses with the probe tensor changed, without changing it.
+
+        Args:
+            batch: ``B`` examples.
+            changes: ``[branches, d]`` what is added to the probe tensor in each branch, in float32.
+
+        Returns:
+            ``[branches, B]`` float32.
+        """
+        branches, (d_out, r) = len(changes), self.shape
+        weights = changes.view(branches, d_out, r).transpose(1, 2)
+
+        def branch(_block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
+            return _repeat(args, kwargs, self._batched, len(batch.input_ids), branches)
+
+        def change(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            added = torch.bmm(args[0].reshape(branches, -1, r), weights.to(args[0]))
+            return self._add_to(output, added.reshape(*output.shape[:-1], d_out))
+
+        with _hooks(
+            self.block.register_forward_pre_hook(branch, with_kwargs=True),
+            self.lora_b.register_forward_hook(change),
+        ):
+            return self.bare_losses(batch).view(branches, -1)
+
+    def factors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The exact per-example gradients of the probe tensor, as factors: ``G_i = delta_i.T @ a_i``.
+
+        One forward, and one backward from the losses to the output of ``lora_B`` only.
+
+        Returns:
+            losses ``[B]``, delta ``[B, T, d_out]`` and a ``[B, T, r]``; padding has delta 0.
+        """
+        seen: list[Tensor] = []
+
+        def start_graph(_block: nn.Module, _args: object, _kwargs: object) -> None:
+            torch.set_grad_enabled(True)  # until the no_grad block of bare_losses ends
+
+        def read(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[:] = args[0].detach(), output
+
+        with _hooks(
+            self.block.register_forward_pre_hook(start_graph, with_kwargs=True),
+            self.lora_b.register_forward_hook(read),
+        ):
+            losses = self.bare_losses(batch)
+        a, output = seen
+        (delta,) = torch.autograd.grad(losses.sum(), output)
+        return losses.detach(), batch.by_example(self._of_output(delta)).float(), batch.by_example(a).float()
+
+    def bare_losses(self, batch: Batch) -> Tensor:
+        """``[B]`` losses by one forward without dropout; the tap's hooks take part only inside its other methods."""
+        with torch.no_grad(), without_dropout(self.model):
+            losses: Tensor = self.model(batch)
+        return losses
+
+    def _of_output(self, output: Tensor) -> Tensor:
         """``[..., d_out]`` of ``lora_b``'s output (or of its gradient)."""
         return output[..., self.rows.to(output.device)] if self._is_part else output
 
-    def add_to(self, output: Tensor, added: Tensor) -> Tensor:
+    def _add_to(self, output: Tensor, added: Tensor) -> Tensor:
         """``lora_b``'s output with ``added`` ``[..., d_out]``; a new tensor."""
         return output.index_add(-1, self.rows.to(output.device), added) if self._is_part else output + added
 
@@ -51,157 +124,53 @@ class ProbeTap:
     def _is_part(self) -> bool:
         return len(self.rows) < self.lora_b.out_features
 
-
-class Tap:
-    """The probed blocks, which are a model's last ones, and the probes in them.
-
-    Args:
-        model: The loss module around the adapted model.
-        probes: Where the probes are, named as in the base model; one or more, a block each, in the blocks' order.
-        like: A tap on one probe of a model of like blocks, to do without a forward of this one.
-
-    Attributes:
-        probes: A `ProbeTap` for each.
-        size: Numbers in the probe tensors together, d: those of the first, row by row, then those of the next.
-        blocks: The probed blocks.
-        block: The first of them, at which branches and graph begin.
-
-    Raises:
-        UserError: A probe's layer has no LoRA adapter, or an adapter that does not go through a ``lora_B`` module.
-    """
-
-    def __init__(self, model: ExampleLoss, *probes: Probe, like: Tap | None = None):
-        self.model = model
-        base = model.causal_model
-        self.blocks = tuple(base.get_submodule(probe.block) for probe in probes)
-        self.block = self.blocks[0]
-        self.size, taps = 0, []
-        for probe in probes:
-            lora_b = _lora_b(base.get_submodule(probe.layer), probe.layer)
-            shape = (len(probe.rows), lora_b.in_features)
-            taps.append(ProbeTap(lora_b, probe.rows, shape, slice(self.size, self.size + shape[0] * shape[1])))
-            self.size = taps[-1].slice.stop
-        self.probes = tuple(taps)
-        self._batched = like._batched * len(probes) if like else self._find_batched_arguments()
-
-    @property
-    def shape(self) -> tuple[int]:
-        """Of one change of all probe tensors, ``(d,)``."""
-        return (self.size,)
-
-    def branched_losses(self, batch: Batch, changes: Tensor) -> Tensor:
-        """Losses with the probe tensors changed, without changing them.
-
-        Args:
-            batch: ``B`` examples.
-            changes: ``[branches, d]`` what is added to the probe tensors in each branch, in float32.
-
-        Returns:
-            ``[branches, B]`` float32.
-        """
-        branches, changes = len(changes), changes.flatten(1)
-
-        def branch(sizes: dict[str, int]):
-            return lambda _block, args, kwargs: _repeat(args, kwargs, sizes, len(batch.input_ids), branches)
-
-        def change(probe: ProbeTap):
-            d_out, r = probe.shape
-            weights = changes[:, probe.slice].view(branches, d_out, r).transpose(1, 2)
-
-            def hook(_module, args, output: Tensor) -> Tensor:
-                added = torch.bmm(args[0].reshape(branches, -1, r), weights.to(args[0]))
-                return probe.add_to(output, added.reshape(*output.shape[:-1], d_out))
-
-            return hook
-
-        with _hooks(
-            *[b.register_forward_pre_hook(branch(n), with_kwargs=True) for b, n in zip(self.blocks, self._batched)],
-            *[probe.lora_b.register_forward_hook(change(probe)) for probe in self.probes],
-        ):
-            return self.bare_losses(batch).view(branches, -1)
-
-    def factors(self, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The exact per-example gradients of the probe tensors, as factors: ``G_i = delta_i.T @ a_i``.
-
-        One forward, and one backward from the losses to the outputs of ``lora_B`` only.
-
-        Returns:
-            losses ``[B]``, and for each probe delta ``[B, T, d_out]`` and a ``[B, T, r]``; padding has delta 0.
-        """
-        seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-        def start_graph(_block, _args, _kwargs):
-            torch.set_grad_enabled(True)  # until the no_grad block of bare_losses ends
-
-        def read(module, args, output: Tensor) -> None:
-            seen[module] = args[0].detach(), output
-
-        with _hooks(
-            self.block.register_forward_pre_hook(start_graph, with_kwargs=True),
-            *[probe.lora_b.register_forward_hook(read) for probe in self.probes],
-        ):
-            losses = self.bare_losses(batch)
-        inputs, outputs = zip(*[seen[probe.lora_b] for probe in self.probes])
-        gradients = torch.autograd.grad(losses.sum(), outputs)
-        return losses.detach(), [
-            (batch.by_example(probe.of_output(delta)).float(), batch.by_example(a).float())
-            for probe, delta, a in zip(self.probes, gradients, inputs)
-        ]
-
-    def bare_losses(self, batch: Batch) -> Tensor:
-        """``[B]`` losses by one forward without dropout; the tap's hooks take part only inside its other methods."""
-        with torch.no_grad(), without_dropout(self.model):
-            return self.model(batch)
-
-    def _find_batched_arguments(self) -> list[dict[str, int]]:
-        """For each block the tensor arguments that carry the micro-batch in their first dimension, by path.
+    def _find_batched_arguments(self) -> dict[str, int]:
+        """The block's tensor arguments that carry the micro-batch in their first dimension, by path.
 
         A first dimension can equal the micro-batch by coincidence (as many examples as tokens), so the question is put
         to two micro-batches of different size: an argument carries it only if its first dimension follows. The values
         are how many times as large it is (BLOOM's alibi: as many as there are heads).
         """
-        sizes: list[list[dict[str, int]]] = [[] for _ in self.blocks]
+        sizes: list[dict[str, int]] = []
 
-        def record(of_block: list[dict[str, int]]):
-            def hook(_block, args, kwargs):
-                leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
-                tensors = ((pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor))
-                of_block.append({path: leaf.shape[0] for path, leaf in tensors if leaf.ndim})
-
-            return hook
+        def record(_block: nn.Module, args: object, kwargs: object) -> None:
+            leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
+            tensors = ((pytree.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor))
+            sizes.append({path: leaf.shape[0] for path, leaf in tensors if leaf.ndim})
 
         device = next(self.model.parameters()).device
-        with _hooks(
-            *[b.register_forward_pre_hook(record(found), with_kwargs=True) for b, found in zip(self.blocks, sizes)]
-        ):
+        with _hooks(self.block.register_forward_pre_hook(record, with_kwargs=True)):
             for count in (2, 3):
                 rows = [torch.arange(1, 8)] * (count - 1)
                 rows.append(torch.arange(1, 5))  # padding, so that models which drop an empty mask keep it
                 marks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
                 self.bare_losses(make_batch(rows, marks, torch.arange(count), 0, device))
-        return [
-            {path: size // 2 for path, size in two.items() if 3 * size == 2 * three.get(path, 0)}
-            for two, *_, three in sizes
-        ]
+        two, *_, three = sizes
+        return {path: size // 2 for path, size in two.items() if 3 * size == 2 * three.get(path, 0)}
 
 
-def _repeat(args: tuple, kwargs: dict, sizes: dict[str, int], count: int, branches: int):
-    """A block's arguments with a micro-batch of ``count`` repeated once per branch, wherever it has not been yet.
+def _repeat(
+    args: tuple[object, ...], kwargs: dict[str, object], sizes: dict[str, int], count: int, branches: int
+) -> _Arguments:
+    """A block's arguments with a micro-batch of ``count`` repeated once per branch.
 
-    What an earlier block returned has been; and a micro-batch without padding has no mask, or one that all share.
+    A micro-batch without padding has no mask, or one that all share.
     """
 
-    def repeat(path, leaf):
-        size = sizes.get(pytree.keystr(path)) if isinstance(leaf, Tensor) else None
+    def repeat(path: pytree.KeyPath, leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        size = sizes.get(pytree.keystr(path))
         if size is None or len(leaf) != size * count:
             return leaf
         return leaf.repeat(branches, *[1] * (leaf.ndim - 1))
 
-    return pytree.tree_map_with_path(repeat, (args, kwargs))
+    repeated: _Arguments = pytree.tree_map_with_path(repeat, (args, kwargs))
+    return repeated
 
 
 @contextmanager
-def _hooks(*handles) -> Iterator[None]:
+def _hooks(*handles: RemovableHandle) -> Iterator[None]:
     try:
         yield
     finally:
@@ -209,9 +178,8 @@ def _hooks(*handles) -> Iterator[None]:
             handle.remove()
 
 
-def _lora_b(layer: nn.Module, name: str) -> nn.Module:
-    adapters = getattr(layer, "lora_B", None)
-    if not adapters:
+def _lora_b(layer: nn.Module, name: str) -> nn.Linear:
+    if not isinstance(layer, LoraLayer) or not layer.lora_B:
         raise UserError(
             f"the probe {name} has no LoRA adapter: add it to --lora.targets, or name an adapted layer of the last "
             f"block with --selection.probe"
@@ -224,4 +192,6 @@ def _lora_b(layer: nn.Module, name: str) -> nn.Module:
             f"the adapter of {name} is not plain LoRA but {kind}, whose output does not pass through lora_B alone: "
             f"use plain LoRA, or --selection.method stratified, which needs no sketch"
         )
-    return adapters[active]
+    found = layer.lora_B[active]
+    assert isinstance(found, nn.Linear)
+    return found

@@ -1,38 +1,32 @@
 """The paper's sketch: how the loss changes along random directions of the probe tensor (DESIGN 2.1, 2.2).
 
-By finite differences, as in the paper, or exactly, by forward-mode differentiation of all that follows the probe.
-Every example sees the same directions, so its sketch is K numbers and all that ranks need to exchange. What the
-directions look like is known from the seed, so whatever has d columns is rebuilt from the K numbers, block by block.
+By finite differences, as in the paper. Every example sees the same directions, so its sketch is K numbers and all that
+ranks need to exchange. What the directions look like is known from the seed, so whatever has d columns is rebuilt from
+the K numbers, block by block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from colm_scale.data.batching import make_batch
-from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, SketchPlan
 from colm_scale.selection.mask import source_sums, top_columns
 from colm_scale.selection.moments import Moments
-from colm_scale.sketch.precision import without_flash_attention
 from colm_scale.sketch.tap import Tap
 
+PERTURBATION = 1e-3
+"""Step of the finite difference, the paper's eps."""
 BLOCK_COLUMNS = 16_384
 """Columns that are rebuilt at a time."""
-_ROUNDING = 0.1
-"""Largest relative deviation of an exact derivative from another way to it; in bfloat16 about 0.01."""
 
 
-def probes(seed: int, num_probes: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The directions ``z`` ``[K, *shape]``: standard normal, each keyed by the seed and its number, rank-equal."""
-    drawn = [torch.randn(shape, generator=generator(seed, "probe", k)) for k in range(num_probes)]
+def probes(seed: int, num_probes: int, size: int, device: torch.device) -> Tensor:
+    """The directions ``z`` ``[K, size]``: standard normal, each keyed by the seed and its number, rank-equal."""
+    drawn = [torch.randn(size, generator=generator(seed, "probe", k)) for k in range(num_probes)]
     return torch.stack(drawn).to(device)
 
 
@@ -42,7 +36,7 @@ def directional_derivatives(tap: Tap, batch: Batch, directions: Tensor, perturba
     Args:
         batch: ``B`` examples.
         directions: ``[K, d]``.
-        perturbation: The paper's eps.
+        perturbation: Step of the difference, eps.
 
     Returns:
         losses ``[B]`` (mean over the branches) and coefficients ``[B, K]``,
@@ -52,61 +46,6 @@ def directional_derivatives(tap: Tap, batch: Batch, directions: Tensor, perturba
     losses = tap.branched_losses(batch, signed)
     plus, minus = losses[0::2], losses[1::2]
     return losses.mean(0), ((plus - minus) / (2 * perturbation)).T
-
-
-def exact_derivatives(tap: Tap, batch: Batch, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives ``<G_i, z_k>`` that `directional_derivatives` estimates, by forward-mode differentiation.
-
-    A branch changes the probe tensor by zero, with ``z_k`` for its tangent; everything behind it carries the tangent
-    along, with attention in plain operations, which have the rules for it.
-
-    Args:
-        batch: ``B`` examples.
-        directions: ``[K, d]``.
-
-    Returns:
-        losses ``[B]`` and derivatives ``[B, K]``, both float32.
-
-    Raises:
-        NotImplementedError: A function of the model or its engine has no such rule.
-    """
-
-    def plain_attention(*_: object) -> None:
-        tail.enter_context(sdpa_kernel(SDPBackend.MATH))
-
-    with without_flash_attention(tap.model), dual_level(), ExitStack() as tail:
-        tail.callback(tap.block.register_forward_pre_hook(plain_attention).remove)
-        losses = tap.branched_losses(batch, make_dual(torch.zeros_like(directions), directions))
-        losses, derivatives = unpack_dual(losses)
-    return losses[0], derivatives.T
-
-
-def check_exact_derivatives(tap: Tap) -> None:
-    """Whether `exact_derivatives` are what they should be, on one short example.
-
-    Raises:
-        UserError: A function of the model or its engine has no rule for forward-mode differentiation, or loses the
-            tangent on its way.
-    """
-    device, tokens = next(tap.model.parameters()).device, torch.arange(1, 8)
-    marks = torch.ones_like(tokens, dtype=torch.bool)
-    batch = make_batch([tokens], [marks], torch.arange(1), 0, device, packed=tap.model.packs)
-    z = probes(0, 4, tap.shape, device)
-    try:
-        _, found = exact_derivatives(tap, batch, z)
-    except NotImplementedError as error:
-        reason = str(error).splitlines()[0]
-    else:
-        _, factors = tap.factors(batch)
-        gradient = torch.cat([(delta.transpose(1, 2) @ a).flatten(1) for delta, a in factors], dim=1)
-        expected = gradient @ z.T
-        if (found - expected).norm() <= _ROUNDING * expected.norm():
-            return
-        reason = f"the derivative of a short example is {found[0, 0]:g} instead of {expected[0, 0]:g}"
-    raise UserError(
-        f"--selection.derivative exact: the model or its engine cannot be differentiated in forward mode ({reason}); "
-        f"use --selection.derivative finite, or --selection.estimator last_layer, which is exact too"
-    )
 
 
 def rows_from_coefficients(
@@ -130,7 +69,7 @@ def rows_from_coefficients(
     """
     if coefficients.shape[1] == 1:
         return moments.normalise(coefficients) * valid.unsqueeze(1)
-    z = directions.flatten(1) / len(directions)
+    z = directions / len(directions)
     groups = torch.where(valid, plan.groups.to(valid.device), -1)
     ranked = groups >= 0
     c, of = coefficients[ranked], groups[ranked]
@@ -168,7 +107,7 @@ def learn_from_coefficients(moments: Moments, coefficients: Tensor, directions: 
     """The moments after a step whose picked (not kept) rows have these ``coefficients`` ``[p, K]``."""
     if coefficients.shape[1] == 1:
         return moments.learn(coefficients.mean(0), coefficients.square().mean(0))
-    z = directions.flatten(1) / len(directions)
+    z = directions / len(directions)
     mean, mean_square = torch.empty_like(z[0]), torch.empty_like(z[0])
     for start in range(0, z.shape[1], BLOCK_COLUMNS):
         block = slice(start, start + BLOCK_COLUMNS)

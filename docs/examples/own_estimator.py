@@ -2,7 +2,7 @@
 
     colm-scale train --selection.estimator docs/examples/own_estimator.py:mean_hidden_state --selection.metric cosine
 
-One forward of the candidates and nothing else: as cheap as `--selection.estimator loss`.
+One forward of the candidates and nothing else: as cheap as comparing losses (loss_estimator.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from colm_scale.sketch.tap import Tap
 def mean_hidden_state(tap: Tap, batch: Batch) -> Tensor:
     """``[B, 1 + width]``: the loss of each example, and the mean over its tokens of what leaves the last block.
 
-    ``tap.factors(batch)`` gives exact gradients of the probe tensors, ``tap.branched_losses(batch, changes)`` losses
+    ``tap.factors(batch)`` gives exact gradients of the probe tensor, ``tap.branched_losses(batch, changes)`` losses
     with them changed. Every rank calls this equally often, so a sharded model can be forwarded here.
     """
     seen: list[Tensor] = []
@@ -25,7 +25,7 @@ def mean_hidden_state(tap: Tap, batch: Batch) -> Tensor:
     def read(_block: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         seen.append(output if isinstance(output, Tensor) else output[0])
 
-    handle = tap.blocks[-1].register_forward_hook(read)
+    handle = tap.block.register_forward_hook(read)
     try:
         losses = tap.bare_losses(batch)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-KINDS = ("", "_branched", "_loss", "_padded")
+KINDS = ("", "_branched", "_padded")
 WAYS = ("replayed", "not_replayed")
 PAIRS = [
     *[(engine, f"{way}{kind}") for engine in ("auto", "zero2") for kind in KINDS for way in WAYS],

@@ -72,12 +72,16 @@ OPTIONS = {
     "wrong number": Case("--lora.alpha much", ("--lora.alpha is 'much'", "a number")),
     "wrong truth": Case("--model.trust_remote_code perhaps", ("model.trust_remote_code", "'perhaps'", "true or false")),
     "wrong choice": Case("--selection.method clom", ("--selection.method is 'clom'", "'colm', 'stratified', 'random'")),
+    "wrong mapping": Case("--data.columns question", ("--data.columns is 'question'", "{NAME: TEXT, ...}")),
+    "unknown role of a column": Case(
+        "--data.columns.instrution question", ("for 'instrution'", "did you mean 'instruction'", "source, protected")
+    ),
     "one beta": Case("--train.betas 0.9", ("train.betas", "0.9")),
     "budget too large": Case("--selection.budget 17", ("--selection.budget is 17", "--selection.candidates (16)")),
     "budget zero": Case("--selection.budget 0", ("--selection.budget is 0", "at least 1")),
     "no candidates": Case("--selection.candidates 0", ("--selection.candidates is 0", "at least 1")),
     "highest lengths": Case(
-        "--selection.estimator length --selection.ranking top", ("ranking top", "--selection.estimator loss"),
+        "--selection.estimator length --selection.ranking top", ("ranking top", "--selection.estimator last_layer"),
     ),
     "joint draws": Case(
         "--selection.joint true --selection.ranking systematic", ("--selection.joint true", "systematic", "matching")
@@ -132,9 +136,9 @@ FILES = {
     "not an object": data(lines((2, "17")), "line 2", "17", "must be an object"),
     "missing column": data(
         lines((4, {"question": "a", "answer": "b", "source": "a"})),
-        *("line 4", "'question', 'answer', 'source'", "'instruction' and 'output'", "--data.instruction_column"),
+        *("line 4", "'question', 'answer', 'source'", "'instruction' and 'output'", "--data.columns"),
     ),
-    "column of another name": data(lines(), "line 1", "'answer'", options="--data.output_column answer"),
+    "column of another name": data(lines(), "line 1", "'answer'", options="--data.columns.output answer"),
     "empty output": data(
         lines((7, {"instruction": "a", "output": " ", "source": "a"})), "line 7", "'output' is empty"
     ),
@@ -142,7 +146,7 @@ FILES = {
     "a source missing": data(lines((5, {"instruction": "a", "output": "b"})), "line 5", "no source", "'source'"),
     "an odd mark of protection": data(
         lines((6, {"instruction": "a", "output": "b", "source": "a", "protected": "yes"})),
-        *("line 6", "'protected' is \"yes\"", "--data.protected_column"),
+        *("line 6", "'protected' is \"yes\"", "--data.columns.protected"),
     ),
     "short CSV line": data("instruction,output\na,b\nc\n", "train.csv line 3", "1 cells", name="train.csv"),
     "a twisted chat": data(
@@ -186,15 +190,6 @@ FILES = {
         options="--train.optimizer adafactor",
     ),
     "tiny epsilon": good("--train.optimizer adafactor --train.adam_epsilon 1e-30", "--train.adam_epsilon", "1e-15"),
-    "exact derivatives under ZeRO-3": ds(
-        '{"zero_optimization": {"stage": 3}}', "--selection.derivative exact", "ZeRO-3", "--engine fsdp",
-        options="--selection.estimator zeroth_order --selection.derivative exact",
-    ),
-    "no such proxy": good("--selection.proxy {here}/no_proxy", "--selection.proxy", "no_proxy", "cannot load a model"),
-    "a proxy that is no causal model": good(
-        "--selection.proxy {here}/../encoder", "--selection.proxy", "not a causal language model"
-    ),
-    "all blocks as a proxy": good("--selection.proxy_blocks 8", "--selection.proxy_blocks is 8", "below the 8 blocks"),
     "reused columns": good("--selection.reuse 3", "--selection.reuse 3", "--selection.compression countsketch"),
     "no such model": good("", "no_model", "cannot load a model", model="no_model"),
     "not causal": good("", "not a causal language model", "BertForMaskedLM", model="encoder"),
@@ -206,9 +201,6 @@ FILES = {
     "no folder to write to": good("--output_dir {here}/train.jsonl/a", "--output_dir", "be written"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),
     "no such target": good("--lora.targets w_proj", "--lora.targets", "w_proj", "self_attn.v_proj", model="base"),
-    "too many blocks": good(
-        "--selection.probe_blocks 99", "--selection.probe_blocks is 99", "has 8 blocks", model="base"
-    ),
     "probe without adapter": good("--lora.targets q_proj", "v_proj", "--lora.targets", model="base"),
     "no such adapter": good("--lora.adapter {here}/no", "--lora.adapter", "/no", "no adapter", model="base"),
 }  # fmt: skip
@@ -355,6 +347,7 @@ CHOSEN = [
     *("--train.steps", "7", "--train.betas", "0.8", "0.95", "--selection.kept_sources", "a source", "12", "null"),
     *("--data.train", "a.jsonl", "b c.jsonl", "--data.template", "Q: {instruction}\nA: ", "--model.name", "ünïcode"),
     *("--train.learning_rate", "1e-5", "--selection.budget", "3", "--data.max_length", "77", "--lora.dropout", "0.25"),
+    *("--data.columns", "{instruction: question}", "--data.columns.source", "topic"),
 ]
 
 
@@ -373,6 +366,14 @@ def test_list_options_take_several_words():
     assert parse(["--data.train=a.jsonl", "--train.seed", "1"]).data.train == ["a.jsonl"]
     assert parse(["--selection.kept_sources", "[]"]).selection.kept_sources == []
     assert parse(["--selection.kept_sources", '["a, b"]']).selection.kept_sources == ["a, b"]
+
+
+def test_columns_are_named_together_one_by_one_and_in_a_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("data:\n  columns: {output: answer, source: kind}\n", "utf-8")
+    columns = parse(["--config", str(tmp_path / "c.yaml"), "--data.columns.source", "topic"]).data.columns
+    assert columns == {"output": "answer", "source": "topic"}
+    assert parse(CHOSEN).data.columns == {"instruction": "question", "source": "topic"}
+    assert parse([]).data.column("source") == "source"
 
 
 def test_a_saved_configuration_is_the_same_again(tmp_path):

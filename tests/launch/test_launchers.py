@@ -135,14 +135,14 @@ def own(folder) -> Path:
     return path
 
 
-COLUMNS = {"prompt_column": "question", "completion_column": "answer", "source_column": "kind"}
+COLUMNS = {"prompt": "question", "completion": "answer", "source": "kind"}
 
 
 @pytest.fixture(scope="module")
 def outcomes(forked, own) -> dict[str, Outcome]:
     pairs, other, chats = (str(own / f"{name}.jsonl") for name in ("pairs", "other", "chat"))
-    columns = [word for name, column in COLUMNS.items() for word in (f"--data.{name}", column)]
-    data = ("--data.train", pairs, *columns, "--train.learning_rate", "0.01", "--eval.limit", "100")
+    data = ("--data.train", pairs, "--data.columns", json.dumps(COLUMNS))
+    data += ("--train.learning_rate", "0.01", "--eval.limit", "100")
     options = {
         "pairs": (*data, "--data.eval", pairs),
         "again": (*data, "--data.eval", pairs, "--lora.adapter", str(own / "pairs/adapter")),
@@ -160,7 +160,7 @@ def held_out_losses(own: Path, data: str, adapter: str) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(own / "model")
     base = AutoModelForCausalLM.from_pretrained(own / "model")
     module = ExampleLoss(PeftModel.from_pretrained(base, own / adapter)).eval()
-    config = DataConfig(**COLUMNS)
+    config = DataConfig(columns=COLUMNS)
     examples = tokenise(read_rows([str(own / data)], config), tokenizer, config, 64)
     found: dict[str, list[float]] = {name: [] for name in examples.source_names}
     for source, start, end in zip(examples.sources.tolist(), examples.offsets, examples.offsets[1:]):

@@ -15,6 +15,9 @@ PARTS = {
         *("--selection.estimator", f"{EXAMPLES / 'own_estimator.py'}:mean_hidden_state"),
         *("--selection.metric", "cosine"),
     ),
+    "losses": (
+        *("--selection.estimator", f"{EXAMPLES / 'loss_estimator.py'}:loss", "--selection.ranking", "systematic"),
+    ),
     "neither": (),
 }
 
@@ -32,7 +35,7 @@ def by_default(forked, tmp_path_factory) -> list[list[int]]:
     return selected(forked, tmp_path_factory.mktemp("default"), "neither", 1)
 
 
-@pytest.mark.parametrize("name", ["ranking", "estimator"])
+@pytest.mark.parametrize("name", ["ranking", "estimator", "losses"])
 def test_an_example_selects_the_same_on_one_rank_and_on_two(forked, by_default, tmp_path, name):
     alone = selected(forked, tmp_path, name, 1)
     assert len(alone) == 2

@@ -39,7 +39,7 @@ def test_a_run_goes_by_them_and_finds_them_anew(forked, folder):
     sizes = Counter(row["source"] for row in rows(folder / "out/sources.jsonl"))
     steps = rows(folder / "run/selection.jsonl")
     assert {name for step in steps for name in step["sources"]} <= sizes.keys()
-    drift = rows(folder / "run/sources.jsonl")
+    drift = rows(folder / "run/drift.jsonl")
     assert [row["step"] for row in drift] == [2, 4]
     assert all(16 < row["examples"] <= 32 and row["seconds"] > 0 for row in drift)
     assert all(sum(row["sizes"].values()) == 300 for row in drift)

@@ -142,13 +142,12 @@ def bad_rows(first_step: int) -> Callable[[Batch], Tensor]:
 def spoil_sketches(value: float, is_bad: Callable[[Batch], Tensor]) -> None:
     factors = Tap.factors
 
-    def spoilt(self, batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        losses, of_probes = factors(self, batch)
+    def spoilt(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        losses, delta, a = factors(self, batch)
         bad = is_bad(batch)
         losses[: len(bad)][bad] = value
-        for delta, _ in of_probes:
-            delta[: len(bad)][bad] = value
-        return losses, of_probes
+        delta[: len(bad)][bad] = value
+        return losses, delta, a
 
     Tap.factors = spoilt
 

@@ -85,7 +85,7 @@ def make(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1,
     given = arguments(case, folder, steps, ranks, **options)
     train = TrainConfig(micro_batch_tokens=config.train.micro_batch_tokens, packing=config.train.packing)
     common = {
-        "model": worker.models(config)[0].model,
+        "model": worker.model(config)[0].model,
         "train_dataset": data(case, steps),
         "coreset": RunConfig(selection=case.selection, train=train),
     }
@@ -104,7 +104,8 @@ def make(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1,
 def train(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1, resume=None, **options) -> dict:
     """What a trainer has done, as our own loop says it."""
     trainer = make(kind, case, folder, steps, ranks, **options)
-    trainer.train(resume_from_checkpoint=resume)
+    with worker.perturbed(case):
+        trainer.train(resume_from_checkpoint=resume)
     return {
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "logs": trainer.state.log_history,
@@ -115,7 +116,7 @@ def train(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1
 def ours(case: worker.Case, steps: int) -> dict:
     """Our own loop, in one process."""
     group = Group(0, 1, 0, 1, torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, worker.perturbed(case):
         parts = worker.make_parts(case, "auto", group, Path(folder))
         reports = [parts.step(step, worker.RATE)[0] for step in range(1, steps + 1)]
     return {

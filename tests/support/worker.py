@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -34,7 +34,6 @@ from colm_scale.config import (
     DataConfig,
     FsdpConfig,
     LoraConfig,
-    ProfileConfig,
     RunConfig,
     SelectionConfig,
     SourcesConfig,
@@ -53,19 +52,21 @@ from colm_scale.inputs import Inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import decoder_blocks, find_probes
-from colm_scale.modeling.proxy import add_probes, load_proxy
+from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
 from colm_scale.selection.quota import kept_sources
+from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
 from colm_scale.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+ROOT = Path(__file__).resolve().parents[2]
+DS_CONFIGS = ROOT / "ds_configs"
+LOSS = f"{ROOT / 'docs' / 'examples' / 'loss_estimator.py'}:loss"
 SIZES = (44, 30, 14, 5, 3)
 PAD, VOCABULARY, BLOCKS = 0, 128, 4
 RANK, D_OUT = 64, 32
@@ -91,7 +92,7 @@ class Case:
     floor: bool = False
     break_after: int | None = None
     """Save after this step, and go on from the checkpoint with everything made anew."""
-    match_every: int = 0
+    perturbation: float = EPSILON
     refresh_sources: int = 0
 
 
@@ -102,8 +103,8 @@ def _selection(**options) -> SelectionConfig:
 CASES = {
     "last_layer": Case(_selection()),
     "last_layer_with_floor": Case(_selection(), floor=True),
-    "zeroth_order_1": Case(_selection(estimator="zeroth_order", perturbation=EPSILON)),
-    "zeroth_order_3": Case(_selection(estimator="zeroth_order", perturbation=EPSILON, num_probes=3)),
+    "zeroth_order_1": Case(_selection(estimator="zeroth_order")),
+    "zeroth_order_3": Case(_selection(estimator="zeroth_order", num_probes=3)),
     "stratified": Case(_selection(method="stratified")),
     "random": Case(_selection(method="random")),
     "full": Case(_selection(method="full")),
@@ -113,8 +114,8 @@ CASES = {
     "not_clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.0}),
     "checkpointed": Case(_selection(), steps=2, train={"activation_checkpointing": True}),
     "padded": Case(_selection(), train={"packing": "off"}),
-    "plain": Case(_selection(), 3, {"activation_checkpointing": True}, match_every=3),
-    "compiled": Case(_selection(), 3, {"activation_checkpointing": True, "compile": True}, match_every=3),
+    "plain": Case(_selection(), 3, {"activation_checkpointing": True}),
+    "compiled": Case(_selection(), 3, {"activation_checkpointing": True, "compile": True}),
     "compiled_padded": Case(_selection(), 3, {"packing": "off", "compile": True}),
     "compiled_replayed": Case(
         _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "device", "compile": True}
@@ -128,8 +129,7 @@ CASES = {
         for what, where in (("replayed", "device"), ("not_replayed", "off"))
         for name, options, train in (
             ("", {}, {}),
-            ("_branched", {"estimator": "zeroth_order", "num_probes": 2, "perturbation": EPSILON}, {}),
-            ("_loss", {"estimator": "loss"}, {}),
+            ("_branched", {"estimator": "zeroth_order", "num_probes": 2}, {}),
             ("_padded", {}, {"packing": "off"}),
         )
     },
@@ -145,15 +145,11 @@ CASES = {
     "followed": Case(_selection(), refresh_sources=2),
     "followed_broken": Case(_selection(), refresh_sources=2, break_after=3),
     "followed_broken_after": Case(_selection(), refresh_sources=2, break_after=4),
-    "followed_branched": Case(
-        _selection(estimator="zeroth_order", num_probes=2, perturbation=EPSILON), 4, refresh_sources=2
-    ),
+    "followed_branched": Case(_selection(estimator="zeroth_order", num_probes=2), 4, refresh_sources=2),
     "followed_stratified": Case(_selection(method="stratified"), 4, refresh_sources=2),
-    "followed_proxy": Case(_selection(proxy_blocks=2), 4, refresh_sources=2),
     "followed_replayed": Case(
         _selection(), 4, {"activation_checkpointing": True, "forward_reuse": "device"}, refresh_sources=2
     ),
-    "matched": Case(_selection(), steps=3, match_every=1),
     **{name: Case(_selection(), 3, {"optimizer": name}) for name in ("sgd", "lion", "adafactor", "muon")},
     **{
         f"{name}_broken": Case(_selection(), 3, {"optimizer": name}, break_after=1)
@@ -164,14 +160,14 @@ CASES = {
     "excess_loss_broken": Case(_selection(allocation="excess_loss", kept_sources=[]), break_after=3),
     "covered": Case(_selection(coverage_floor=0.45, kept_sources=[])),
     "covered_broken": Case(_selection(coverage_floor=0.45, kept_sources=[]), break_after=3),
-    "loss": Case(_selection(estimator="loss"), 3),
-    "loss_broken": Case(_selection(estimator="loss"), 3, break_after=1),
+    "loss": Case(_selection(estimator=LOSS), 3),
+    "loss_broken": Case(_selection(estimator=LOSS), 3, break_after=1),
     "length": Case(_selection(estimator="length"), 3),
     "length_broken": Case(_selection(estimator="length"), 3, break_after=1),
-    "reused_1": Case(_selection(estimator="zeroth_order", perturbation=EPSILON, reuse=3), REUSE_STEPS),
+    "reused_1": Case(_selection(estimator="zeroth_order", reuse=3), REUSE_STEPS),
     **{
         f"reused_3{broken}": Case(
-            _selection(estimator="zeroth_order", perturbation=EPSILON, num_probes=3, reuse=99),
+            _selection(estimator="zeroth_order", num_probes=3, reuse=99),
             REUSE_STEPS,
             break_after=6 if broken else None,
         )
@@ -185,17 +181,9 @@ CASES = {
     },
     "countsketch": Case(_selection(compression="countsketch", weights="cluster"), 3),
     "countsketch_broken": Case(_selection(compression="countsketch", weights="cluster"), 3, break_after=1),
-    "kronecker": Case(_selection(compression="kronecker", weights="cluster"), 3),
-    "kronecker_broken": Case(_selection(compression="kronecker", weights="cluster"), 3, break_after=1),
-    "probes": Case(_selection(probe="k", probe_blocks=2, weights="cluster"), 3),
-    "probes_branched": Case(
-        _selection(estimator="zeroth_order", num_probes=2, perturbation=EPSILON, probe="mlp", probe_blocks=3), 3
-    ),
-    "proxy": Case(_selection(proxy_blocks=2), 3, floor=True),
-    "proxy_reused": Case(_selection(estimator="zeroth_order", num_probes=2, proxy_blocks=1, reuse=99), REUSE_STEPS),
-    "exact": Case(_selection(estimator="zeroth_order", num_probes=2, derivative="exact"), 2),
-    "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}),
-    "no_tail": Case(_selection(estimator="zeroth_order", num_probes=2, float32_blocks=0), 1, {"dtype": "bfloat16"}),
+    "probe_k": Case(_selection(probe="k", weights="cluster"), 3),
+    "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
+    "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
     "ranked_facility": Case(_selection(joint=True, weights="cluster"), 2),
     "ranked_matching": Case(_selection(ranking="matching", joint=True, allocation="none", kept_sources=[]), 2),
     "ranked_pursuit": Case(_selection(ranking="pursuit", joint=True, weights="unbiased"), 2),
@@ -225,7 +213,6 @@ def run_config(case: Case, engine: str = "auto") -> RunConfig:
             reshard_after_forward=engine != "fsdp_unsharded",
             param_dtype=dtype if dtype.endswith("float16") else "stored",
         ),
-        profile=ProfileConfig(match_every=case.match_every),
         data=DataConfig(train=["given.jsonl"], sources="given.jsonl") if case.refresh_sources else DataConfig(),
         sources=SourcesConfig(refresh_every=case.refresh_sources),
         engine="fsdp" if engine.startswith("fsdp") else "auto",
@@ -266,29 +253,18 @@ def examples() -> Examples:
     )
 
 
-def model() -> tuple[ExampleLoss, Tap]:
-    """What every case trains, before anything is trained, and the tap on its probe."""
-    return models()[:2]
-
-
-def models(config: RunConfig | None = None) -> tuple[ExampleLoss, Tap, Tap | None]:
-    """Equal in every process; its adapters are those that a run starts with. With the tap on its probes, and that of
-    the proxy if ``config`` has one."""
+def model(config: RunConfig | None = None) -> tuple[ExampleLoss, Tap]:
+    """What every case trains, before anything is trained, and the tap on its probe. Equal in every process."""
     options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS}
     base = base_model("llama", **options).requires_grad_(False)
-    selection = SelectionConfig() if config is None else config.selection
-    probes, proxy = find_probes(base, selection.probe, selection.probe_blocks), None
+    probe = find_probe(base, "v" if config is None else config.selection.probe)
     if config is not None:
         base.to(getattr(torch, config.train.dtype))
         use_packing(base, config.train.packing, torch.device("cpu"))
-        proxy = load_proxy(config, base, torch.device("cpu"))
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
     module = ExampleLoss(add_adapters(base, LoraConfig(rank=RANK, alpha=RANK), seed=0))
-    if proxy is not None:
-        sketching, of_proxy = add_probes(proxy, config)
-        proxy = Tap(sketching, *of_proxy)
-    return module, Tap(module, *probes), proxy
+    return module, Tap(module, probe)
 
 
 def kept(config: SelectionConfig, data: Examples) -> Tensor:
@@ -304,7 +280,6 @@ class Parts:
     """A run, made anew."""
 
     module: ExampleLoss
-    sketching: ExampleLoss
     engine: EngineSpy
     step: CoresetStep
     spy: EstimatorSpy | None
@@ -316,7 +291,7 @@ class Parts:
 def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Parts:
     config = run_config(case, engine_name)
     data = examples()
-    module, tap, proxy = models(config)
+    module, tap = model(config)
     ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
     inputs = Inputs(
         tokenizer=SimpleNamespace(pad_token_id=PAD),
@@ -336,7 +311,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
     spans = Spans(group.device, memory_meter(group.device))
-    step = build_step(config, inputs, engine, tap, spans, group, proxy)
+    step = build_step(config, inputs, engine, tap, spans, group)
     spy = None
     if sketches and not config.train.compile:  # it looks at every operation, and nothing is compiled under such a look
         spy = step.estimator = EstimatorSpy(step.estimator, group)
@@ -353,11 +328,21 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         group=group,
         follower=step.follower,
     )
-    return Parts(module, module if proxy is None else proxy.model, engine, step, spy, state, held)
+    return Parts(module, engine, step, spy, state, held)
 
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
     """Train a case on this rank. ``A > B`` begins under one engine and, from its checkpoint, goes on under another."""
+    with perturbed(case):
+        return _run_case(case, engine_name, group)
+
+
+def perturbed(case: Case) -> AbstractContextManager:
+    """Finite differences of the case's step."""
+    return mock.patch.object(zeroth_order, "PERTURBATION", case.perturbation)
+
+
+def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     first, _, second = engine_name.partition(" > ")
     folder = Path(tempfile.mkdtemp())
     try:
@@ -367,10 +352,8 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
     torch._dynamo.reset()  # so that no case finds what another has compiled
     graphs = counters["stats"]["unique_graphs"]
     held_at_start = held_bytes(parts.module)
-    forwards, by_proxy = [], []
+    forwards = []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
-    if parts.sketching is not parts.module:
-        parts.sketching.register_forward_hook(lambda *_: by_proxy.append(1))
     steps, floor = [], {}
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
@@ -381,8 +364,7 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
         module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
-        steps[-1] |= {"by_proxy": len(by_proxy), "sketched_batches": len(work.sketched)}
-        by_proxy.clear()
+        steps[-1]["sketched_batches"] = len(work.sketched)
         steps[-1]["statistics"] = step.observer.statistics.recent
         steps[-1]["owed"] = step.observer.coverage.owed
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
@@ -398,9 +380,7 @@ def run_case(case: Case, engine_name: str, group: Group) -> dict:
             before = engine.state()
             seconds = step.bare_floor_seconds(work)
             floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
-            floor["by_proxy"] = len(by_proxy)
             forwards.clear()
-            by_proxy.clear()
     gradients = engine.gradients[0]
     return {
         "graphs": counters["stats"]["unique_graphs"] - graphs,

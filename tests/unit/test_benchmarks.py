@@ -13,9 +13,10 @@ import pytest
 import torch
 from support.families import base_model, batch_of, with_adapters
 
+from colm_scale.arguments import parse
 from colm_scale.config.selection import EstimatorName, Ranking, SelectionConfig
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.selection.line import medoids_on_line
 from colm_scale.sketch.tap import Tap
@@ -59,6 +60,17 @@ def test_rows_are_whole_and_name_no_path(path):
         assert not re.search(r'"/\w', json.dumps(row))
 
 
+# arms.py
+
+
+def test_every_arm_that_can_be_run_has_options_that_exist(modules):
+    arms = modules["arms"]
+    for options in arms.ARMS.values():
+        parse(list(options)).selection.check_own()
+    shown = {arm for group in arms.GROUPS.values() for arm in group}
+    assert {"proxy 2 blocks", "eps 0.01"} <= shown - arms.ARMS.keys()
+
+
 # gradient_match.py
 
 
@@ -88,7 +100,7 @@ def test_bias_is_what_no_number_of_draws_averages_out(modules):
 def test_every_estimator_is_tried_with_every_ranking_and_every_way_is_an_option(modules):
     bench = modules["gradient_match"]
     ways = {name: SelectionConfig(**options) for name, options in bench.ways().items()}
-    assert {way.estimator for way in ways.values()} == set(get_args(EstimatorName))
+    assert {way.estimator for way in ways.values()} == {*get_args(EstimatorName), modules["arms"].LOSS}
     for estimator in bench.ESTIMATORS:
         tried = {way.ranking for name, way in ways.items() if name.startswith(f"{estimator};")}
         assert tried == set(get_args(Ranking)) - ({"top"} if estimator == "length" else set())
@@ -102,17 +114,17 @@ def test_parameters_are_taken_in_groups_that_fit(modules, monkeypatch):
 
 def test_what_is_remembered_is_what_the_tap_says(modules):
     base = base_model("llama")
-    probes = find_probes(base, "v", 1)
+    probe = find_probe(base)
     model = ExampleLoss(with_adapters(base))
-    tap = Tap(model, *probes)
+    tap = Tap(model, probe)
     remembered = modules["gradient_match"].Remembered(tap)
     changes = torch.randn(2, tap.size, generator=generator(0, "test"))
     batches = [batch_of([9, 5, 7]), batch_of([9, 5]), batch_of([9, 5, 7])]  # the last two are known
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     for batch in batches:
-        losses, ((delta, a),) = remembered.factors(batch)
-        expected, ((true_delta, true_a),) = tap.factors(batch)
+        losses, delta, a = remembered.factors(batch)
+        expected, true_delta, true_a = tap.factors(batch)
         torch.testing.assert_close(losses, expected)
         torch.testing.assert_close(delta.transpose(1, 2) @ a, true_delta.transpose(1, 2) @ true_a)
         torch.testing.assert_close(remembered.branched_losses(batch, changes), tap.branched_losses(batch, changes))

@@ -52,13 +52,43 @@ def test_files_and_options_that_a_page_names_exist(page):
     text = PAGES[page]
     for path in re.findall(r"(?:launchers|benchmarks|docs|tests|colm_scale)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"\]\(([\w./]+)\)", text):
-        assert (DOCS / path).exists(), path
     options = set(re.findall(r"--([a-z]+\.[a-z0-9_]+)", text))
     assert options <= {*option_types(), *option_types(PlanConfig, "plan.")}
 
 
-@pytest.mark.parametrize("name", ["own_ranking.py", "own_estimator.py"])
+LINKED = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), ROOT / "benchmarks/README.md", ROOT / "ds_configs/README.md"]
+
+
+def anchors_of(text: str) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.MULTILINE):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+        if found[slug]:
+            found[f"{slug}-{found[slug]}"] = 0
+    return set(found)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_relative_links_lead_to_files_and_headings_that_exist(page):
+    links = re.findall(r"\]\((?!\w+:)([^)\s]+)\)", page.read_text("utf-8"))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target.read_text("utf-8")), link
+
+
+def test_anchors_are_made_as_github_makes_them():
+    text = "# Before: `--dry-run`\n## 1. Does it run, here?\n## Same\n```\n# no heading\n```\n### [Same](a.md)\n"
+    assert anchors_of(text) == {"before---dry-run", "1-does-it-run-here", "same", "same-1"}
+    links = [link for page in LINKED for link in re.findall(r"\]\([\w./]*#[\w-]+\)", page.read_text("utf-8"))]
+    assert links  # the search does find some
+
+
+@pytest.mark.parametrize("name", ["own_ranking.py", "own_estimator.py", "loss_estimator.py"])
 def test_an_example_is_short_and_is_the_one_of_the_page(name):
     assert len((DOCS / "examples" / name).read_text("utf-8").splitlines()) < 80
     assert f"docs/examples/{name}:" in PAGES["CONTRIBUTING.md"]

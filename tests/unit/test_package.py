@@ -67,6 +67,7 @@ def test_the_wheel_has_every_file_of_the_package_and_none_beside_it(wheel):
     assert "colm_scale/base/weights/model.safetensors" in data
     assert len(configs) == 5
     assert modules | data | configs | {"colm_scale/py.typed"} <= there
+    assert {name for name in there if name.endswith(".py")} == modules
     assert {name.split("/")[0] for name in there} == {"colm_scale"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 

@@ -7,6 +7,7 @@ import pytest
 from colm_scale.config import FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.reporting.facts import rounding_facts
 from colm_scale.schedule import learning_rate, total_steps
+from colm_scale.sketch.zeroth_order import PERTURBATION
 from colm_scale.trainer import resolve
 
 
@@ -45,7 +46,7 @@ def test_the_paper_s_preset_wins_over_the_options_it_decides():
     selection = SelectionConfig(preset="paper", estimator="last_layer", num_probes=7, metric="l2", weights="cluster")
     resolved = resolve(RunConfig(selection=selection)).selection
     assert (resolved.estimator, resolved.num_probes, resolved.metric) == ("zeroth_order", 1, "l1")
-    assert (resolved.columns, resolved.weights, resolved.perturbation) == (2560, "uniform", 1e-3)
+    assert (resolved.columns, resolved.weights, PERTURBATION) == (2560, "uniform", 1e-3)
 
 
 def test_the_default_learning_rate_is_the_built_in_base_s_only_there():
@@ -64,13 +65,9 @@ SHARDED = {"engine": "fsdp", "fsdp": FsdpConfig(param_dtype="float16")}
     ("selection", "options", "told"),
     [
         ({}, {}, None),
-        ({"float32_blocks": 0}, {}, None),
         ({}, BF16, None),
-        ({"float32_blocks": 0}, BF16, "--selection.float32_blocks 0 in bfloat16: give 1 or more"),
-        ({"probe_blocks": 3}, BF16, "--selection.float32_blocks 2 in bfloat16: give 3 or more"),
-        ({"probe_blocks": 3, "derivative": "exact"}, BF16, None),
-        ({"estimator": "last_layer", "float32_blocks": 0}, BF16, None),
-        ({"method": "stratified", "float32_blocks": 0}, BF16, None),
+        ({"estimator": "last_layer"}, SHARDED, None),
+        ({"method": "stratified"}, SHARDED, None),
         ({}, {**BF16, "model": ModelConfig(quantize="nf4")}, "nf4 in bfloat16: give --train.dtype float32"),
         ({}, SHARDED, "--fsdp.param_dtype float16: leave it out"),
     ],

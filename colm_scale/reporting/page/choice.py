@@ -15,7 +15,7 @@ from colm_scale.reporting.worth import Worth
 
 _SHARES = 12
 """Points of a share over time: single steps hold too few examples to tell."""
-_COMPARED = {"stratified": "dashed", "random": "dotted", "candidates": "dashed", "by_chance": "dashed"}
+_COMPARED = {"stratified": "dashed", "candidates": "dashed", "by_chance": "dashed"}
 """Endings of numbers that another one is compared with, and how they are drawn."""
 _TITLES = {
     "effective_sources": "effective number of sources",
@@ -23,8 +23,6 @@ _TITLES = {
     "overlap": "picks in common with a random draw",
     "sketch_error": "error to the candidates' mean, by sketches",
     "sketch_cosine": "cosine to the candidates' mean, by sketches",
-    "match_error": "error to the candidates' mean, by gradients",
-    "match_cosine": "cosine to the candidates' mean, by gradients",
 }
 
 

@@ -180,7 +180,6 @@ SAME = {
 FREE = {
     "train": TrainConfig(threads=3, timeout=5.0, activation_checkpointing=True),
     "data": DataConfig(train=["a.jsonl"], eval=["b.jsonl"], chat_template="t.jinja", sources="c.jsonl"),
-    "selection": SelectionConfig(proxy="elsewhere"),
 }
 
 
@@ -196,7 +195,7 @@ def test_which_options_are_compared():
     expected = {"model.quantize"}
     for section, left_out in {
         "data": {"train", "eval", "chat_template", "sources"},
-        "selection": {"proxy", "replay"},
+        "selection": {"replay"},
         "sources": set(),
         "lora": set(),
         "train": {
@@ -261,25 +260,6 @@ def test_the_same_weights_in_another_type_are_not_called_another_model(change):
     with pytest.raises(UserError, match=r"dtype|quantize") as error:
         check_same_run(stored(RunConfig()), identity(RunConfig(**change), model="M"), WHERE)
     assert "other base model" not in str(error.value)
-
-
-def test_another_proxy_is_another_run():
-    before = stored(RunConfig()) | {"proxy": "p"}
-    check_same_run(before, identity(RunConfig()) | {"proxy": "p"}, WHERE)
-    for other in ({"proxy": "P"}, {"proxy": None}, {}):
-        with pytest.raises(UserError, match=r"not one of this run: other proxy \(--selection\.proxy\)\. Go on with"):
-            check_same_run(before, identity(RunConfig()) | other, WHERE)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"train": TrainConfig(dtype="bfloat16")}, {"selection": SelectionConfig(proxy_blocks=3)}],
-    ids=["dtype", "blocks"],
-)
-def test_a_proxy_made_by_another_option_is_told_by_the_option(change):
-    with pytest.raises(UserError, match=r"dtype|proxy_blocks") as error:
-        check_same_run(stored(RunConfig()) | {"proxy": "p"}, identity(RunConfig(**change)) | {"proxy": "P"}, WHERE)
-    assert "other proxy" not in str(error.value)
 
 
 def test_an_option_that_only_one_version_knows_is_a_difference():

@@ -72,7 +72,7 @@ def test_other_files_and_no_file(rows):
 
 def test_the_digest_is_of_what_is_written_and_of_nothing_else(rows):
     assert len({row_digest(row) for row in rows}) == 3
-    (moved,) = read_rows(["data.jsonl"], DataConfig(source_column="prompt"))[:1]
+    (moved,) = read_rows(["data.jsonl"], DataConfig(columns={"source": "prompt"}))[:1]
     assert moved.source != rows[0].source
     assert row_digest(moved) == row_digest(rows[0])
 

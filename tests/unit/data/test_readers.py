@@ -165,7 +165,7 @@ def test_trailing_columns_without_name_and_content_are_none(in_tmp):
 def test_a_column_marks_protected_rows(in_tmp, suffix, marks):
     WRITERS[suffix](Path(f"p{suffix}"), [{"prompt": "a", "completion": "b", "protected": mark} for mark in marks])
     assert [row.protected for row in read_rows([f"p{suffix}"], CONFIG)] == [True, False]
-    other = DataConfig(protected_column="must")
+    other = DataConfig(columns={"protected": "must"})
     assert [row.protected for row in read_rows([f"p{suffix}"], other)] == [False, False]
 
 
@@ -173,7 +173,7 @@ def test_rows_without_a_mark_are_not_protected(in_tmp):
     pair = {"prompt": "a", "completion": "b"}
     write_jsonl(Path("a.jsonl"), [pair, pair | {"protected": None}, pair | {"must": True}])
     assert not any(row.protected for row in read_rows(["a.jsonl"], CONFIG))
-    other = DataConfig(protected_column="must")
+    other = DataConfig(columns={"protected": "must"})
     assert [row.protected for row in read_rows(["a.jsonl"], other)] == [False, False, True]
 
 
@@ -183,7 +183,7 @@ def test_any_other_mark_is_refused(in_tmp, mark):
     write_jsonl(Path("a.jsonl"), [pair, pair | {"protected": mark}])
     message = error_of(["a.jsonl"])
     assert f"a.jsonl line 2: 'protected' is {json.dumps(mark)}, but must be true or false" in message
-    assert "--data.protected_column" in message
+    assert "--data.columns.protected" in message
 
 
 # Kinds of rows
@@ -216,16 +216,10 @@ def test_half_of_a_pair_is_no_pair(in_tmp):
 
 
 def test_every_column_can_have_another_name(in_tmp):
-    config = DataConfig(
-        source_column="S",
-        instruction_column="I",
-        output_column="O",
-        prompt_column="P",
-        completion_column="C",
-        messages_column="M",
-    )
+    roles = ("source", "instruction", "input", "output", "prompt", "completion", "messages")
+    config = DataConfig(columns={role: role[0].upper() + role[1] for role in roles})
     chat = [{"role": "assistant", "content": "ho"}]
-    records = [{"S": "1", "I": "i", "O": "o"}, {"S": "2", "P": "p", "C": "c"}, {"S": "3", "M": chat}]
+    records = [{"So": "1", "In": "i", "Ou": "o"}, {"So": "2", "Pr": "p", "Co": "c"}, {"So": "3", "Me": chat}]
     write_jsonl(Path("a.jsonl"), records)
     rows = read_rows(["a.jsonl"], config)
     assert [(row.source, row.completion) for row in rows] == [("1", "o"), ("2", "c"), ("3", "")]
@@ -257,7 +251,7 @@ def test_a_file_with_sources_has_one_in_every_row(in_tmp, lacking):
     message = error_of(["a.jsonl"])
     assert "a.jsonl line 2 has no source in the column 'source'" in message
     assert "2 of the 3 rows" in message
-    assert "--data.source_column" in message
+    assert "--data.columns.source" in message
 
 
 # The hub
@@ -393,8 +387,10 @@ def test_missing_columns_are_listed_with_the_options_that_rename_them(in_tmp):
     write_jsonl(Path("a.jsonl"), [{"prompt": "a", "completion": "b"}, {"question": "a", "output": "b"}])
     message = error_of(["a.jsonl"])
     assert message.startswith("a.jsonl line 2 has the columns 'question', 'output', but needs 'messages', or 'prompt'")
-    for option in ("messages", "prompt", "completion", "instruction", "output"):
-        assert f"--data.{option}_column" in message
+    assert "--data.columns '{instruction: question, output: answer}'" in message
+    config = DataConfig(columns={"instruction": "question", "output": "answer"})
+    with pytest.raises(UserError, match="or 'question' and 'answer'"):
+        read_rows(["a.jsonl"], DataConfig(columns=config.columns | {"prompt": "ask"}))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".xlsx", ".parquet"])

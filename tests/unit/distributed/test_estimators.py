@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.families import BLOCKS, PROBES, ROWS, adapted_model, batch_of, part_of, some_of
@@ -17,6 +19,7 @@ from colm_scale.sketch.tap import Tap
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 LENGTHS = [9, 5, 7, 12, 6]
+LOSS = f"{Path(__file__).resolve().parents[3] / 'docs' / 'examples' / 'loss_estimator.py'}:loss"
 QUOTA = Quota(kept=long_tensor([3]), per_source=long_tensor([1, 0]))
 """Of five candidates the last is of a source without a quota, and the fourth is kept."""
 
@@ -54,7 +57,7 @@ class BrokenTap:
 
 
 def test_losses_of_whom_something_is_decided(tap):
-    estimator, plan, batches = sketched(tap, "loss")
+    estimator, plan, batches = sketched(tap, LOSS)
     assert sorted(p for batch in batches for p in batch.positions.tolist()) == [0, 1, 2]
     matrix = estimator.gather()
     assert matrix.positions.tolist() == plan.positions.tolist() == [0, 1, 2]
@@ -65,7 +68,7 @@ def test_losses_of_whom_something_is_decided(tap):
 
 
 def test_a_loss_that_is_not_finite_is_no_number_to_compare(tap):
-    matrix = sketched(tap, "loss", broken=1)[0].gather()
+    matrix = sketched(tap, LOSS, broken=1)[0].gather()
     assert matrix.valid.tolist() == [True, False, True]
     assert matrix.rows[1] == matrix.losses[1] == 0
     assert matrix.rows.isfinite().all()
@@ -81,7 +84,7 @@ def test_lengths_are_known_without_a_forward(tap):
     assert matrix.losses.isnan().all(), "nobody has measured them"
 
 
-@pytest.mark.parametrize("name", ["loss", "length"])
+@pytest.mark.parametrize("name", [LOSS, "length"], ids=["loss", "length"])
 def test_there_is_nothing_to_learn(tap, name):
     estimator, _plan, _batches = sketched(tap, name)
     estimator.gather()

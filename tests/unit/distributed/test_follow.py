@@ -8,13 +8,13 @@ import pytest
 import torch
 from support.families import base_model, batch_of, with_adapters
 
-from colm_scale.config import DataConfig, RunConfig, SelectionConfig, SourcesConfig
+from colm_scale.config import DataConfig, RunConfig, SourcesConfig
 from colm_scale.distributed.follow import Follower, make_follower
 from colm_scale.distributed.group import connect
 from colm_scale.errors import UserError
 from colm_scale.modeling.embedding import mean_states
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, long_tensor
 from colm_scale.reporting.facts import drift_line
@@ -29,12 +29,12 @@ LENGTHS = [9, 5, 7]
 @pytest.fixture
 def parts() -> SimpleNamespace:
     base = base_model("llama")
-    probes = find_probes(base)
+    probe = find_probe(base)
     module = ExampleLoss(with_adapters(base))
     sizes = long_tensor([30, 20, 10])
     kept = torch.tensor([False, False, True])
-    follower = Follower(CONFIG, module, ("a", "b", "c"), sizes, kept, connect(), sketches=True)
-    return SimpleNamespace(module=module, tap=Tap(module, *probes), follower=follower)
+    follower = Follower(CONFIG, module, ("a", "b", "c"), sizes, kept, connect())
+    return SimpleNamespace(module=module, tap=Tap(module, probe), follower=follower)
 
 
 def candidates(*sources: int, step: int = 1) -> Candidates:
@@ -103,20 +103,10 @@ def test_nothing_is_known_where_nothing_was_seen(parts):
     assert (drift.examples, drift.moved, drift.kept, drift.no_longer_kept) == (0, 0, [], [])
 
 
-@pytest.mark.parametrize(
-    ("options", "sketches"),
-    [
-        ({}, True),
-        ({"estimator": "zeroth_order"}, True),
-        ({"estimator": "zeroth_order", "derivative": "exact"}, False),
-        ({"proxy_blocks": 1}, False),
-    ],
-)
-def test_the_sketch_is_looked_at_where_the_model_itself_sketches(parts, options, sketches):
-    config = RunConfig(data=CONFIG.data, sources=CONFIG.sources, selection=SelectionConfig(**options))
-    found = make_follower(config, parts.module, ("a",), long_tensor([1]), torch.tensor([False]), connect())
-    assert found.sketches == sketches
-    assert make_follower(RunConfig(), parts.module, ("a",), long_tensor([1]), torch.tensor([False]), connect()) is None
+def test_sources_are_followed_only_where_that_is_asked_for(parts):
+    given = parts.module, ("a",), long_tensor([1]), torch.tensor([False]), connect()
+    assert make_follower(CONFIG, *given) is not None
+    assert make_follower(RunConfig(), *given) is None
 
 
 def test_only_sources_that_were_found_are_found_anew():

@@ -58,7 +58,7 @@ def step_of(estimator: Estimator, step: int, ids: list[int], kept: tuple[int, ..
 
 
 def reused(*failing: int, reuse: int = 2) -> Reusing:
-    return reusing(Telling(*failing), SelectionConfig(reuse=reuse, estimator="loss"), examples=100)
+    return reusing(Telling(*failing), SelectionConfig(reuse=reuse, estimator="length"), examples=100)
 
 
 def test_only_those_without_a_fresh_sketch_are_forwarded():
@@ -116,9 +116,9 @@ def test_an_example_that_is_twice_a_candidate_is_known_twice():
 
 
 def test_no_more_is_held_than_there_are_examples_or_steps_can_use():
-    store = reusing(Telling(), SelectionConfig(reuse=1000, estimator="loss"), examples=3).store
+    store = reusing(Telling(), SelectionConfig(reuse=1000, estimator="length"), examples=3).store
     assert len(store._ids) == 3
-    store = reusing(Telling(), SelectionConfig(reuse=2, estimator="loss", candidates=40), examples=1000).store
+    store = reusing(Telling(), SelectionConfig(reuse=2, estimator="length", candidates=40), examples=1000).store
     assert len(store._ids) == 80
 
 

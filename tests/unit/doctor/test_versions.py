@@ -9,7 +9,7 @@ from colm_scale.doctor import versions
 from colm_scale.doctor.versions import KNOWN_BAD, against_ranges, check_versions, known_bad
 
 GOOD = {"deepspeed": "0.19.8", "accelerate": "1.15.0", "peft": "0.21.2", "transformers": "5.23.0"}
-REQUIRED = [Requirement(line) for line in ("peft<0.22,>=0.19", "deepspeed>=0.19.8", 'pytest>=9; extra == "dev"')]
+REQUIRED = [Requirement(line) for line in ("peft<0.22,>=0.19", "deepspeed>=0.19.8", 'jinja2>=3.1; extra == "report"')]
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_a_package_is_held_against_its_range(version, status, words):
 
 
 def test_without_deepspeed_much_works_and_without_peft_nothing():
-    found = against_ranges(REQUIRED, {"pytest": "9.1"})
+    found = against_ranges(REQUIRED, {"jinja2": "3.1.6"})
     assert [(finding.about, finding.status) for finding in found] == [
         ("peft", "problem"),
         ("deepspeed", "warning"),
-        ("pytest", "ok"),
+        ("jinja2", "ok"),
     ]
     assert "DDP and FSDP2 do not" in found[1].what
 
@@ -66,3 +66,10 @@ def test_what_is_installed_here_is_within_its_ranges(monkeypatch):
     assert {finding.status for finding in check_versions()} == {"ok"}
     monkeypatch.setattr(versions, "installed_versions", lambda: {"torch": "2.9.0"})
     assert [finding.status for finding in check_versions() if finding.about == "torch"] == ["problem"]
+
+
+def test_the_tools_of_developers_are_none_of_a_user_s_business(monkeypatch):
+    lines = ["peft>=0.19", 'ruff>=0.17; extra == "dev"', 'scipy>=1.14; extra == "sources"']
+    monkeypatch.setattr(versions.metadata, "requires", lambda _: lines)
+    monkeypatch.setattr(versions, "installed_versions", lambda: {"peft": "0.21", "ruff": "0.17", "scipy": "1.14"})
+    assert [finding.about for finding in check_versions()][1:] == ["peft", "scipy"]

@@ -33,7 +33,7 @@ def batch(indices: torch.Tensor) -> dict[str, object]:
 
 def selector(run: RunConfig | SelectionConfig = RUN) -> CoresetSelector:
     data = worker.examples()
-    return CoresetSelector(worker.models()[0].model, run, dict(zip(data.source_names, data.sizes.tolist())))
+    return CoresetSelector(worker.model()[0].model, run, dict(zip(data.source_names, data.sizes.tolist())))
 
 
 def test_the_loss_is_the_mean_over_the_coreset_s_examples_of_their_means():
@@ -41,7 +41,7 @@ def test_the_loss_is_the_mean_over_the_coreset_s_examples_of_their_means():
     one, given = selector(), batch(torch.arange(24))
     coreset = one.select(given)
     loss = sum(float(one.loss(micro_batch)) for micro_batch in coreset.micro_batches)
-    expected, model = [], worker.models()[0].model.eval()
+    expected, model = [], worker.model()[0].model.eval()
     for position in coreset.selection.positions.tolist():
         length = int(given["attention_mask"][position].sum())
         row = {name: given[name][position : position + 1, :length] for name in ("input_ids", "labels")}
@@ -89,8 +89,6 @@ def test_micro_batches_keep_to_the_budget_of_tokens():
 def test_wrong_input_is_named():
     with pytest.raises(UserError, match=r"model\.name='a/b' has no effect here"):
         selector(RunConfig(model=ModelConfig(name="a/b")))
-    with pytest.raises(UserError, match=r"selection\.proxy_blocks=2 has no effect here"):
-        selector(SelectionConfig(proxy_blocks=2))
     with pytest.raises(UserError, match="this model has none: add adapters"):
         CoresetSelector(base_model("llama"), SELECTION, {"a": 1})
     given = batch(torch.arange(24))

@@ -164,7 +164,7 @@ def test_other_data_sets_are_numbered(make, tmp_path):
     case = worker.CASES["stratified"]
     data = trainers.data(case, 2)
     trainer = trainers.CoresetTrainer(
-        model=worker.models(worker.run_config(case))[0].model,
+        model=worker.model(worker.run_config(case))[0].model,
         args=TrainingArguments(**trainers.arguments(case, tmp_path, 2, 1)),
         data_collator=trainers.collate,
         train_dataset=make(data),
@@ -197,14 +197,15 @@ SMALL = SelectionConfig(candidates=24, budget=12)
         (SMALL, {"optim": "rmsprop"}, "optim 'rmsprop' is not known"),
         (RunConfig(model=ModelConfig(name="a/b")), {}, "model.name='a/b' has no effect here"),
         (RunConfig(selection=SMALL, train=TrainConfig(seed=3)), {}, "train.seed=3 has no effect"),
-        (RunConfig(selection=SMALL, data=DataConfig(source_column="task")), {}, "no column 'task'"),
+        (RunConfig(selection=SMALL, data=DataConfig(columns={"source": "task"})), {}, "no column 'task'"),
+        (RunConfig(data=DataConfig(columns={"output": "text"})), {}, "data.columns.output='text' has no effect"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(coreset, options, said, tmp_path):
     case = worker.CASES["last_layer"]
     with pytest.raises(UserError, match=said):
         trainers.CoresetTrainer(
-            model=worker.models(worker.run_config(case))[0].model,
+            model=worker.model(worker.run_config(case))[0].model,
             args=TrainingArguments(**trainers.arguments(case, tmp_path, 2, 1, **options)),
             data_collator=trainers.collate,
             train_dataset=trainers.data(case, 1),
@@ -235,7 +236,7 @@ def test_the_mixin_takes_positional_arguments(tmp_path):
 
     case = worker.CASES["stratified"]
     args = TrainingArguments(**trainers.arguments(case, tmp_path, 1, 1))
-    model = worker.models(worker.run_config(case))[0].model
+    model = worker.model(worker.run_config(case))[0].model
     trainer = Positional(model, args, trainers.collate, trainers.data(case, 1), coreset=case.selection)
     trainer.train()
     assert len(trainers.selected(tmp_path)) == 1

@@ -24,7 +24,7 @@ from colm_scale.modeling.load import (
     load_tokenizer,
 )
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probes
+from colm_scale.modeling.probe import find_probe
 from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")
@@ -353,10 +353,10 @@ def test_an_adapter_that_is_not_there_or_cannot_be_read(tmp_path):
 def test_what_is_loaded_can_be_sketched(folder):
     """The probe is found before the adapters are there, under the name that it has afterwards."""
     base = loaded(folder)
-    probes = find_probes(base)
+    probe = find_probe(base)
     module = ExampleLoss(add_adapters(base, LoraConfig(rank=3), seed=0))
-    tap, batch = Tap(module, *probes), batch_of([6, 4])
-    losses, [(delta, a)] = tap.factors(batch)
+    tap, batch = Tap(module, probe), batch_of([6, 4])
+    losses, delta, a = tap.factors(batch)
     # B is zero at the start, so the adapters change nothing yet, but their gradient is there.
     reference = base_model("llama").eval()
     expected = ExampleLoss(reference)(batch)

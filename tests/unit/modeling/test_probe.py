@@ -8,14 +8,14 @@ from torch import nn
 from colm_scale.config import ModelConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import load_model
-from colm_scale.modeling.probe import decoder_blocks, find_probes
+from colm_scale.modeling.probe import decoder_blocks, find_probe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_values_of_the_last_block_are_found(family, dtype):
     model = base_model(family, dtype)
-    (probe,) = find_probes(model)
+    probe = find_probe(model)
     assert probe.layer == PROBES[family]
     assert probe.rows.tolist() == list(ROWS[family])
     assert probe.layer.startswith(probe.block + ".")
@@ -50,12 +50,11 @@ for number, role in enumerate("qk"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("role", LAYERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_role_is_found_in_the_last_blocks(family, role, dtype):
-    probes = find_probes(base_model(family, dtype), role, blocks=2)
-    assert [probe.block for probe in probes] == [BLOCKS[family].replace("1", "0"), BLOCKS[family]]
-    for probe in probes:
-        assert probe.layer == f"{probe.block}.{LAYERS[role][family]}"
-        assert probe.rows.tolist() == list(PARTS[role][family])
+def test_every_role_is_found_in_the_last_block(family, role, dtype):
+    probe = find_probe(base_model(family, dtype), role)
+    assert probe.block == BLOCKS[family]
+    assert probe.layer == f"{probe.block}.{LAYERS[role][family]}"
+    assert probe.rows.tolist() == list(PARTS[role][family])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -63,32 +62,17 @@ def test_every_role_is_found_in_the_last_blocks(family, role, dtype):
 def test_every_row_of_a_trained_model_is_found(role, dtype):
     """Some of its heads hardly look at other tokens, and half precision rounds away what they pass on."""
     model = load_model(ModelConfig(), dtype, torch.device("cpu"))
-    (probe,) = find_probes(model, role)
+    probe = find_probe(model, role)
     name = "mlp.down_proj" if role == "mlp" else f"self_attn.{role}_proj"
     assert probe.layer == f"{probe.block}.{name}"
     assert len(probe.rows) == model.get_submodule(probe.layer).out_features
 
 
-def test_more_blocks_than_there_are_are_refused():
-    assert len(find_probes(base_model("llama"), blocks=2)) == 2
-    with pytest.raises(UserError, match=r"--selection\.probe_blocks is 3, but LlamaForCausalLM has 2 blocks"):
-        find_probes(base_model("llama"), blocks=3)
-
-
-@pytest.mark.parametrize("like", [nn.Identity(), nn.Linear(48, 31)], ids=["none", "narrower"])
-def test_a_block_without_such_a_layer_is_refused(like):
-    model = base_model("llama")
-    model.model.layers[0].mlp.down_proj = like
-    assert len(find_probes(model, "down_proj")) == 1
-    with pytest.raises(UserError, match=r"probe_blocks is 2, but model\.layers\.0 has no layer like .*down_proj"):
-        find_probes(model, "down_proj", blocks=2)
-
-
 def test_an_mlp_without_a_linear_layer_is_refused():
     model = base_model("mixtral")  # its experts are one parameter each
-    assert find_probes(model, "o")[0].layer == "model.layers.1.self_attn.o_proj"
+    assert find_probe(model, "o").layer == "model.layers.1.self_attn.o_proj"
     with pytest.raises(UserError, match="cannot tell the last layer of the MLP of MixtralForCausalLM: no layer"):
-        find_probes(model, "mlp")
+        find_probe(model, "mlp")
 
 
 def test_a_second_layer_of_queries_is_refused():
@@ -96,8 +80,8 @@ def test_a_second_layer_of_queries_is_refused():
     attention = model.model.layers[1].self_attn
     attention.q_proj = nn.Sequential(attention.q_proj, nn.Linear(32, 32))
     with pytest.raises(UserError, match=r"cannot tell the Q projection of .*: 2 layers behave like one.*q_proj\.1"):
-        find_probes(model, "q")
-    assert find_probes(model, "q_proj.1")[0].layer == "model.layers.1.self_attn.q_proj.1"
+        find_probe(model, "q")
+    assert find_probe(model, "q_proj.1").layer == "model.layers.1.self_attn.q_proj.1"
 
 
 def test_finding_leaves_the_model_as_it_was():
@@ -106,7 +90,7 @@ def test_finding_leaves_the_model_as_it_was():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert find_probes(model)[0].layer == PROBES["opt"]  # with dropout it would not be found
+    assert find_probe(model).layer == PROBES["opt"]  # with dropout it would not be found
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -116,7 +100,7 @@ def test_finding_leaves_the_model_as_it_was():
 def test_a_probe_can_be_named_in_full_or_by_its_end():
     model = base_model("llama")
     for name in ("model.layers.1.mlp.down_proj", "mlp.down_proj", "down_proj"):
-        (probe,) = find_probes(model, name)
+        probe = find_probe(model, name)
         assert probe.layer == "model.layers.1.mlp.down_proj"
         assert probe.rows.tolist() == list(range(32))
 
@@ -125,7 +109,7 @@ def test_a_probe_can_be_named_in_full_or_by_its_end():
 def test_a_name_that_is_no_layer_of_the_last_block_is_refused(name):
     listed = r"does not name one.*model\.layers\.1\.self_attn\.v_proj.*mlp\.down_proj"
     with pytest.raises(UserError, match=listed) as error:
-        find_probes(base_model("llama"), name)
+        find_probe(base_model("llama"), name)
     assert repr(name) in str(error.value)
 
 
@@ -133,8 +117,8 @@ def test_a_name_of_two_layers_is_refused():
     model = base_model("llama")
     model.model.layers[1].mlp.v_proj = nn.Linear(32, 32)
     with pytest.raises(UserError, match=r"'v_proj' does not name one linear layer"):
-        find_probes(model, "v_proj")
-    assert find_probes(model, "self_attn.v_proj")[0].layer == "model.layers.1.self_attn.v_proj"
+        find_probe(model, "v_proj")
+    assert find_probe(model, "self_attn.v_proj").layer == "model.layers.1.self_attn.v_proj"
 
 
 class NoAttention(nn.Module):
@@ -153,7 +137,7 @@ def test_a_model_without_values_is_refused_with_the_candidates():
     for block in model.model.layers:
         block.self_attn = NoAttention()
     with pytest.raises(UserError, match=r"no layer behaves like one.*--selection\.probe.*self_attn\.mix.*mlp\.up_proj"):
-        find_probes(model)
+        find_probe(model)
 
 
 def test_a_model_without_blocks_is_refused():

@@ -11,8 +11,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling import load
 from colm_scale.modeling.load import add_adapters, check_kernels, load_model
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probes
-from colm_scale.modeling.proxy import first_blocks
+from colm_scale.modeling.probe import find_probe, first_blocks
 from colm_scale.sketch.precision import float32_tail
 from colm_scale.sketch.tap import Tap
 
@@ -44,11 +43,11 @@ def test_weights_of_the_blocks_are_packed_two_to_a_byte(quantized):
 
 
 def test_its_first_blocks_share_its_packed_weights(quantized):
-    proxy, batch = first_blocks(quantized, 1).eval(), batch_of([9, 6])
-    packed, of_base = (model.get_submodule("model.layers.0.mlp.gate_proj").weight for model in (proxy, quantized))
+    first, batch = first_blocks(quantized, 1).eval(), batch_of([9, 6])
+    packed, of_base = (model.get_submodule("model.layers.0.mlp.gate_proj").weight for model in (first, quantized))
     assert packed.dtype == torch.uint8
     assert packed.data_ptr() == of_base.data_ptr()
-    logits = proxy(batch.input_ids).logits
+    logits = first(batch.input_ids).logits
     blocks = [block.register_forward_hook(lambda _, args, __: args[0]) for block in quantized.model.layers[1:]]
     assert torch.equal(quantized.eval()(batch.input_ids).logits, logits)
     for block in blocks:
@@ -56,16 +55,16 @@ def test_its_first_blocks_share_its_packed_weights(quantized):
 
 
 def test_the_exact_sketch_is_the_gradient_of_the_quantised_model(quantized):
-    (probe,) = find_probes(quantized)
+    probe = find_probe(quantized)
     assert probe.layer == "model.layers.1.self_attn.v_proj"
     module = ExampleLoss(add_adapters(quantized, LoraConfig(rank=4), seed=0))
     tap = Tap(module, probe)
     batch = batch_of([9, 6])
-    losses, [(delta, a)] = tap.factors(batch)
+    losses, delta, a = tap.factors(batch)
     found = torch.einsum("bto,btr->bor", delta, a)
     for row in range(2):
         (expected,) = torch.autograd.grad(
-            module(batch)[row], tap.probes[0].lora_b.weight
+            module(batch)[row], tap.lora_b.weight
         )
         # float32 sums over a few tokens, once forwards and once backwards
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
@@ -87,8 +86,8 @@ def test_without_its_package_it_is_refused(monkeypatch):
 
 def test_a_float32_tail_gives_4_bit_layers_float32_activations_and_leaves_them_as_they_are(folder):
     base = load_model(ModelConfig(name=str(folder), quantize="nf4"), torch.bfloat16, CPU)
-    probes = find_probes(base)
-    tap, batch = Tap(ExampleLoss(add_adapters(base, LoraConfig(rank=4), seed=0)), *probes), batch_of([9, 6])
+    probe = find_probe(base)
+    tap, batch = Tap(ExampleLoss(add_adapters(base, LoraConfig(rank=4), seed=0)), probe), batch_of([9, 6])
     tap.bare_losses(batch)  # bitsandbytes packs its weights anew in its first forward on some CPUs
     projection, types = base.model.layers[1].mlp.down_proj, []
     before = projection.weight.clone()

@@ -54,20 +54,6 @@ def test_seconds_and_peaks_by_phase(clock):
     assert list(seconds) == ["sketch", "train", "step"]
 
 
-def test_what_is_done_aside_is_no_part_of_the_step(clock):
-    entered = []
-    spans = Spans(CPU, ListedMeter(8), entered.append)
-    with spans("train"):
-        clock.append(3)
-    with spans.aside("match"):
-        clock.append(50)
-    clock.append(0.5)
-    seconds, peaks = spans.finish()
-    assert seconds == {"train": 3, "step": 3.5}
-    assert peaks["second"] == {"train": 8, "step": 8}
-    assert entered == ["train", "match"], "a rank that hangs in it is told by its name"
-
-
 def test_the_next_step_starts_anew(clock):
     spans = Spans(CPU, ListedMeter(7, 5))
     with spans("sketch"):

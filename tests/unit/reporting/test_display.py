@@ -59,14 +59,13 @@ def test_plain_prints_the_numbers_of_a_step(tmp_path):
 
 def test_what_a_selection_was_worth_stands_beside_random():
     telemetry = {"rank": 3.0, "sketch_error": 0.456, "sketch_error_stratified": 0.789}
-    step = dataclasses.replace(report(1), telemetry=telemetry | {"match_error": 0.5, "match_error_stratified": 0.25})
+    step = dataclasses.replace(report(1), telemetry=telemetry)
     for mode, terminal in (("plain", False), ("live", True)):
         shown = console(terminal)
         with Display(mode, console=shown) as display:
             display.start(10)
             display.step(step)
-        told = "sketch error 0.46 (random 0.79)  gradient error 0.50 (random 0.25)"
-        assert told in shown.file.getvalue()
+        assert "sketch error 0.46 (random 0.79)" in shown.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from colm_scale.randomness import generator
 from colm_scale.reporting.worth import Worth
 
 
-def after(errors: list[tuple[float, float]], measure: str = "sketch") -> Worth:
+def after(errors: list[tuple[float, float]]) -> Worth:
     """A run whose selection had these relative errors, and its random draw those."""
     worth = Worth()
     for own, drawn in errors:
-        worth.add({f"{measure}_error": own, f"{measure}_error_stratified": drawn})
+        worth.add({"sketch_error": own, "sketch_error_stratified": drawn})
     return worth
 
 
@@ -29,10 +29,10 @@ def test_a_selection_that_is_nearer():
 
 
 def test_a_selection_that_is_farther():
-    (sentence,) = after([(0.5, 1.0)] + [(1.25, 1.0)] * 9, "match").sentences()
+    (sentence,) = after([(0.5, 1.0)] + [(1.25, 1.0)] * 9).sentences()
     assert sentence == (
-        "By the gradient of all adapters the selection is farther from the candidates' mean than a random draw with "
-        "the same quotas: relative error 1.175 against 1.000, nearer in 1 of 10 steps."
+        "By sketches the selection is farther from the candidates' mean than a random draw with the same quotas: "
+        "relative error 1.175 against 1.000, nearer in 1 of 10 steps."
     )
 
 
@@ -62,13 +62,6 @@ def test_equal_errors_count_for_neither():
     assert sentence.endswith("nearer in 6 of 6 steps.")
 
 
-def test_both_measures_are_told():
-    worth = after([(0.5, 1.0)] * 6)
-    for _ in range(6):
-        worth.add({"match_error": 1.0, "match_error_stratified": 0.5})
-    assert ["is nearer" in sentence for sentence in worth.sentences()] == [True, False]
-
-
 def test_means_are_over_the_steps_that_have_a_number():
     worth = Worth()
     worth.add({"rank": 2.0, "reused_share": 0.5})
@@ -81,14 +74,14 @@ def test_rows_name_everything_once():
     worth = Worth()
     for steps in ({"rank": 3.0}, {"effective_sources": 4.0, "effective_sources_candidates": 5.0}):
         worth.add(steps | {"overlap": 0.5, "overlap_by_chance": 0.25, "reused_share": 0.5})
-    worth.add({f"match_{what}{end}": 0.5 for what in ("error", "cosine") for end in ("", "_stratified", "_random")})
-    nearness = "0.500 (random: same quotas 0.500, uniform 0.500)"
+    worth.add({f"sketch_{what}{end}": 0.5 for what in ("error", "cosine") for end in ("", "_stratified")})
+    nearness = "0.500 (random: same quotas 0.500)"
     assert worth.rows() == {
         "effective number of sources": "4.0 (5.0 of the candidates)",
         "effective rank of the sketches": "3.0",
         "picks in common with a random draw": "50.0% (any selection: 25.0% on average)",
-        "error to the candidates' mean, by the gradient of all adapters": nearness,
-        "cosine to the candidates' mean, by the gradient of all adapters": nearness,
+        "error to the candidates' mean, by sketches": nearness,
+        "cosine to the candidates' mean, by sketches": nearness,
         "reused share": "0.5",
     }
 

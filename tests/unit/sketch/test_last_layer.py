@@ -14,7 +14,7 @@ from colm_scale.randomness import generator
 from colm_scale.selection.mask import to_fixed
 from colm_scale.selection.moments import AdamMoments, Moments, make_moments
 from colm_scale.sketch import last_layer
-from colm_scale.sketch.last_layer import Gradients, Part
+from colm_scale.sketch.last_layer import Gradients
 from colm_scale.sketch.tap import Tap
 
 D_OUT, RANK, TOKENS = 6, 3, 2
@@ -47,17 +47,11 @@ def moments() -> AdamMoments:
 
 
 def as_factors(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-    return Gradients(rows, (Part(delta, a, None),))
+    return Gradients(rows, delta, a, None)
 
 
 def as_product(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-    return Gradients(rows, (Part(None, None, delta.transpose(1, 2) @ a),))
-
-
-def as_two_probes(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-    """The output rows shared out to two probe tensors, held in either form: the numbers follow in the same order."""
-    first, second = delta.split([2, D_OUT - 2], dim=2)
-    return Gradients(rows, (*as_factors(rows, first, a).parts, *as_product(rows, second, a).parts))
+    return Gradients(rows, None, None, delta.transpose(1, 2) @ a)
 
 
 def held(split: list[list[int]], make=as_factors) -> list[Gradients]:
@@ -68,7 +62,7 @@ def held(split: list[list[int]], make=as_factors) -> list[Gradients]:
 
 SPLITS = [[[0, 1, 2, 3, 4, 5, 6]], [[6, 2], [0], [5, 1, 3], [4]]]
 each_split = pytest.mark.parametrize("split", SPLITS, ids=["together", "apart"])
-each_form = pytest.mark.parametrize("make", [as_factors, as_product, as_two_probes])
+each_form = pytest.mark.parametrize("make", [as_factors, as_product])
 
 
 @pytest.fixture(params=[10**6, 25, 1], ids=["one block", "few rows", "row by row"])
@@ -77,8 +71,8 @@ def _block_size(request, monkeypatch):
 
 
 def test_the_smaller_form_is_kept():
-    short = Part.of(normal("delta", 2, 1, D_OUT), normal("a", 2, 1, RANK))
-    long = Part.of(normal("delta", 2, 5, D_OUT), normal("a", 2, 5, RANK))
+    short = Gradients.of(torch.arange(2), normal("delta", 2, 1, D_OUT), normal("a", 2, 1, RANK))
+    long = Gradients.of(torch.arange(2), normal("delta", 2, 5, D_OUT), normal("a", 2, 5, RANK))
     assert short.product is None
     assert short.numbers == 2 * (D_OUT + RANK)
     assert long.delta is long.a is None
@@ -153,7 +147,7 @@ def test_rows_at_their_sources_columns(split, make):
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
 def test_moment_sums_are_means_of_g_and_its_square(split, make, scale):
     picked = torch.tensor([True, True, False, True, False, False, True])
-    gradients = [make(of.rows, scale * of.parts[0].delta, of.parts[0].a) for of in held(split)]
+    gradients = [make(of.rows, scale * of.delta, of.a) for of in held(split)]
     g = scale * dense()[picked].double()
     exponent = math.frexp(float(g.abs().max()) * (1 + 1e-6))[1]
     sums = last_layer.moment_sums(gradients, picked, D, exponent)
@@ -166,7 +160,7 @@ def test_moment_sums_are_means_of_g_and_its_square(split, make, scale):
 def test_moment_sums_of_the_largest_entries_fit():
     count = 1000
     largest = torch.full((count, 1, 1), 4.0 - 2**-22)  # just below 2 ** exponent
-    gradients = [Gradients(torch.arange(count), (Part(None, None, largest),))]
+    gradients = [Gradients(torch.arange(count), None, None, largest)]
     sums = last_layer.moment_sums(gradients, torch.ones(count, dtype=torch.bool), 1, 2)
     mean, mean_square = last_layer.from_moment_sums(sums, count, count, 2)
     torch.testing.assert_close(mean, largest[0, 0])
@@ -196,12 +190,11 @@ def test_the_sketch_of_a_model(lengths):
     probe = Probe("model.layers.1", PROBES[family], torch.tensor(ROWS[family]))
     tap, batch = Tap(ExampleLoss(adapted_model(family)), probe), batch_of(lengths, prompt=1)
     losses, largest, gradients = last_layer.sketch(tap, batch, torch.tensor([5, 2]))
-    exact_losses, [(delta, a)] = tap.factors(batch)
+    exact_losses, delta, a = tap.factors(batch)
     exact = delta.transpose(1, 2) @ a
-    (part,) = gradients.parts
-    assert (part.product is None) == (lengths[0] == 3)
+    assert (gradients.product is None) == (lengths[0] == 3)
     assert gradients.rows.tolist() == [5, 2]
-    assert part.shape == tap.probes[0].shape
+    assert gradients.shape == tap.shape
     torch.testing.assert_close(losses, exact_losses)
     torch.testing.assert_close(largest, exact.abs().amax((1, 2)))
     torch.testing.assert_close(torch.cat([b for _, b in gradients.blocks()], dim=1), exact.flatten(1), **ROUNDING)
@@ -211,7 +204,7 @@ def test_a_gradient_that_is_not_finite_shows_in_its_largest_entry():
     class Broken:
         def factors(self, _batch):
             delta, a = factors()
-            return torch.zeros(ROWS_TOTAL), [(delta, a)]
+            return torch.zeros(ROWS_TOTAL), delta, a
 
     _, largest, _ = last_layer.sketch(Broken(), None, torch.arange(ROWS_TOTAL))
     assert torch.equal(largest.isfinite(), VALID)

@@ -25,7 +25,7 @@ def tap_of(family: str, dtype: torch.dtype, **options) -> Tap:
 
 def products(tap: Tap, batch, z: Tensor) -> Tensor:
     """``<G_i, z_k>`` ``[B, K]`` from the factors of the gradients."""
-    _, [(delta, a)] = tap.factors(batch)
+    _, delta, a = tap.factors(batch)
     return (delta.transpose(1, 2) @ a).flatten(1) @ z.T
 
 
@@ -40,10 +40,10 @@ def test_finite_differences_in_half_precision_become_derivatives(family, dtype, 
     tap, batch = tap_of(family, dtype), batch_of(LENGTHS)
     whole = tap_of(family, dtype)
     whole.model.float()
-    z = probes(0, 8, tap.shape, torch.device("cpu"))
+    z = probes(0, 8, tap.size, torch.device("cpu"))
     exact = products(whole, batch, z)
-    errors = []
-    for blocks in (0, 1, 2):
+    errors = [relative_error(directional_derivatives(tap, batch, z, EPS)[1], exact)]
+    for blocks in (1, 2):
         with float32_tail(tap, blocks):
             errors.append(relative_error(directional_derivatives(tap, batch, z, EPS)[1], exact))
     record_property("relative errors", errors)
@@ -59,7 +59,7 @@ def test_finite_differences_in_half_precision_become_derivatives(family, dtype, 
 def test_a_float32_base_has_the_same_losses_bit_for_bit(family):
     tap, batch = tap_of(family, torch.float32), batch_of(LENGTHS)
     expected = tap.bare_losses(batch)
-    for blocks in (0, 1, 2, 5):
+    for blocks in (1, 2, 5):
         with float32_tail(tap, blocks):
             assert torch.equal(tap.bare_losses(batch), expected)
 
@@ -165,6 +165,4 @@ def test_flash_attention_is_sdpa_within_and_itself_behind(chosen, within):
     for context in (lambda: without_flash_attention(tap.model), lambda: float32_tail(tap, 2)):
         with context():
             assert tap.block.self_attn.config._attn_implementation == within
-        assert config._attn_implementation == chosen
-    with float32_tail(tap, 0):
         assert config._attn_implementation == chosen

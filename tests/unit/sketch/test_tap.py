@@ -22,7 +22,7 @@ from support.families import (
 
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import Probe, find_probes
+from colm_scale.modeling.probe import Probe, find_probe
 from colm_scale.randomness import generator
 from colm_scale.sketch.tap import Tap
 
@@ -40,30 +40,23 @@ def tap_of(family: str, **options) -> Tap:
 
 
 def changes_of(tap: Tap, branches: int) -> torch.Tensor:
-    return 0.3 * torch.randn(branches, *tap.shape, generator=generator(0, "changes"))
+    return 0.3 * torch.randn(branches, tap.size, generator=generator(0, "changes"))
 
 
 def example_gradients(tap: Tap, batch) -> torch.Tensor:
-    """``[B, d_out, r]`` of the only probe by one backward pass per example to the weight itself."""
-    (gradients,) = all_example_gradients(tap, batch)
-    return gradients
-
-
-def all_example_gradients(tap: Tap, batch) -> list[torch.Tensor]:
-    """The same of each probe."""
+    """``[B, d_out, r]`` by one backward pass per example to the weight itself."""
     with torch.enable_grad():
         tap.model.eval()
         rows = []
         for row in range(len(batch.positions)):
-            one = part_of(batch, row)
-            loss = tap.model(one).sum()
-            rows.append(torch.autograd.grad(loss, [probe.lora_b.weight for probe in tap.probes]))
-    return [torch.stack(of_probe)[:, probe.rows] for probe, of_probe in zip(tap.probes, zip(*rows), strict=True)]
+            loss = tap.model(part_of(batch, row)).sum()
+            rows.append(torch.autograd.grad(loss, tap.lora_b.weight)[0])
+    return torch.stack(rows)[:, tap.rows]
 
 
 @functools.cache
-def probes_of(family: str, role: str, blocks: int = 2) -> tuple[Probe, ...]:
-    return find_probes(base_model(family), role, blocks)
+def found_probe(family: str, role: str) -> Probe:
+    return find_probe(base_model(family), role)
 
 
 ROLES = ("v", "q", "k", "o", "mlp")
@@ -71,45 +64,41 @@ ROLES = ("v", "q", "k", "o", "mlp")
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_factors_of_two_blocks_multiply_to_each_examples_gradients(family, role):
-    tap, batch = Tap(ExampleLoss(adapted_model(family)), *probes_of(family, role)), batch_of(LENGTHS, width=11)
-    losses, factors = tap.factors(batch)
+def test_the_factors_of_every_role_multiply_to_each_examples_gradient(family, role):
+    tap, batch = Tap(ExampleLoss(adapted_model(family)), found_probe(family, role)), batch_of(LENGTHS, width=11)
+    losses, delta, a = tap.factors(batch)
     torch.testing.assert_close(losses, tap.bare_losses(batch), **ROUNDING)
-    for (delta, a), expected in zip(factors, all_example_gradients(tap, batch), strict=True):
-        assert expected.abs().max() > 1e-3
-        torch.testing.assert_close(delta.transpose(1, 2) @ a, expected, **ROUNDING)
-        assert not delta[1, 5:].any()
-        assert not delta[2, 7:].any()
+    expected = example_gradients(tap, batch)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(delta.transpose(1, 2) @ a, expected, **ROUNDING)
+    assert not delta[1, 5:].any()
+    assert not delta[2, 7:].any()
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_branches_equal_changed_weights_in_two_blocks(family, role):
-    tap, batch = Tap(ExampleLoss(adapted_model(family)), *probes_of(family, role)), batch_of(LENGTHS)
-    changes = changes_of(tap, 4)
-    changes[1, tap.probes[0].slice] = 0
-    changes[2, tap.probes[1].slice] = 0
-    changes[3] = 0
+def test_branches_equal_a_changed_weight_in_every_role(family, role):
+    tap, batch = Tap(ExampleLoss(adapted_model(family)), found_probe(family, role)), batch_of(LENGTHS)
+    changes = changes_of(tap, 3)
+    changes[2] = 0
     losses = tap.branched_losses(batch, changes)
     before = copy.deepcopy(tap.model.state_dict())
     for change, of_branch in zip(changes, losses):
-        for probe in tap.probes:
-            probe.lora_b.weight.data[probe.rows] += change[probe.slice].view(probe.shape)
+        tap.lora_b.weight.data[tap.rows] += change.view(tap.shape)
         torch.testing.assert_close(of_branch, tap.bare_losses(batch), **ROUNDING)
         tap.model.load_state_dict(before)
-    for one, other in itertools.combinations(range(4), 2):
+    for one, other in itertools.combinations(range(3), 2):
         assert (losses[one] - losses[other]).abs().max() > 1e-3  # each change is felt
 
 
-def test_numbers_of_the_probes_follow_each_other():
-    tap = Tap(ExampleLoss(adapted_model("phi3")), *probes_of("phi3", "q"))
-    assert [probe.shape for probe in tap.probes] == [(32, 4), (32, 4)]
-    assert [probe.slice for probe in tap.probes] == [slice(0, 128), slice(128, 256)]
-    assert tap.size == 256
-    assert tap.block is tap.blocks[0] is tap.model.causal_model.model.layers[0]
+def test_a_probe_that_is_a_part_of_a_fused_layer():
+    tap = Tap(ExampleLoss(adapted_model("phi3")), found_probe("phi3", "q"))
+    assert (tap.shape, tap.size) == ((32, 4), 128)
+    assert tap.lora_b.out_features > 32
+    assert tap.block is tap.model.causal_model.model.layers[1]
 
 
-def test_blocks_below_the_probed_ones_run_once_per_example():
+def test_blocks_below_the_last_run_once_per_example():
     tap = tap_of("llama")
     seen: list[tuple[int, int]] = []
     for number, block in enumerate(tap.model.causal_model.model.layers):
@@ -124,23 +113,22 @@ def test_branches_equal_a_changed_weight(family):
     changes = changes_of(tap, 4)
     changes[3] = 0
     losses = tap.branched_losses(batch, changes)
-    (probe,) = tap.probes
-    weight = copy.deepcopy(probe.lora_b.weight.data)
+    weight = copy.deepcopy(tap.lora_b.weight.data)
     for change, of_branch in zip(changes, losses):
-        probe.lora_b.weight.data[probe.rows] += change.view(probe.shape)
+        tap.lora_b.weight.data[tap.rows] += change.view(tap.shape)
         torch.testing.assert_close(of_branch, tap.bare_losses(batch), **ROUNDING)
-        probe.lora_b.weight.data.copy_(weight)
+        tap.lora_b.weight.data.copy_(weight)
     assert (losses[0] - losses[3]).abs().min() > 1e-3  # the change is felt: the comparison is not of constants
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_factors_multiply_to_each_examples_gradient(family):
     tap, batch = tap_of(family), batch_of(LENGTHS)
-    losses, [(delta, a)] = tap.factors(batch)
+    losses, delta, a = tap.factors(batch)
     torch.testing.assert_close(losses, tap.bare_losses(batch), **ROUNDING)
     torch.testing.assert_close(delta.transpose(1, 2) @ a, example_gradients(tap, batch), **ROUNDING)
-    assert delta.shape == (3, 9, tap.probes[0].shape[0])
-    assert a.shape == (3, 9, tap.probes[0].shape[1])
+    assert delta.shape == (3, 9, tap.shape[0])
+    assert a.shape == (3, 9, tap.shape[1])
     assert not delta[1, 5:].any()
     assert not delta[2, 7:].any()
 
@@ -150,7 +138,7 @@ def test_finite_differences_of_branches_approach_the_exact_derivative(family):
     tap, batch = tap_of(family), batch_of(LENGTHS)
     z, eps = changes_of(tap, 1)[0], 1e-2
     plus, minus = tap.branched_losses(batch, torch.stack([eps * z, -eps * z]))
-    _, [(delta, a)] = tap.factors(batch)
+    _, delta, a = tap.factors(batch)
     exact = (delta.transpose(1, 2) @ a).flatten(1) @ z
     # Losses of about 5 are rounded to 5e-7, divided by 2 eps: 3e-5. The third derivative leaves eps^2 = 1e-4 relative.
     torch.testing.assert_close((plus - minus) / (2 * eps), exact, rtol=1e-3, atol=1e-4)
@@ -159,8 +147,8 @@ def test_finite_differences_of_branches_approach_the_exact_derivative(family):
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_bfloat16_blocks_with_float32_adapters(family):
     tap, batch = tap_of(family, dtype=torch.bfloat16), batch_of(LENGTHS)
-    _, [(delta, a)] = tap.factors(batch)
-    assert tap.probes[0].lora_b.weight.dtype == delta.dtype == a.dtype == torch.float32
+    _, delta, a = tap.factors(batch)
+    assert tap.lora_b.weight.dtype == delta.dtype == a.dtype == torch.float32
     product, exact = delta.transpose(1, 2) @ a, example_gradients(tap, batch)
     # The activations of an example alone and of one in a padded batch are rounded to 8 bits along other paths, about
     # twenty roundings deep: sqrt(20) * 2^-8 = 2 % of the gradient's norm.
@@ -169,17 +157,15 @@ def test_bfloat16_blocks_with_float32_adapters(family):
 
 def test_without_padding_bfloat16_factors_differ_by_rounding_of_the_last_product_only():
     tap, batch = tap_of("llama", dtype=torch.bfloat16), part_of(batch_of([8]), 0)
-    _, [(delta, a)] = tap.factors(batch)
+    _, delta, a = tap.factors(batch)
     # The same kernels on the same shapes: delta and a are equal to the last bit, the product is float32.
     torch.testing.assert_close(delta.transpose(1, 2) @ a, example_gradients(tap, batch), **ROUNDING)
 
 
 @pytest.mark.parametrize("lengths", [[6] * 6, [6, 4, 6, 6, 5, 6], [3, 3, 3], [1, 1], [7] * 7], ids=str)
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "opt", "bloom"])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_a_micro_batch_as_large_as_it_is_long(family, lengths, blocks):
-    probes = probes_of(family, "v", blocks)
-    tap, batch = Tap(ExampleLoss(adapted_model(family)), *probes), batch_of(lengths, prompt=1)
+def test_a_micro_batch_as_large_as_it_is_long(family, lengths):
+    tap, batch = tap_of(family), batch_of(lengths, prompt=1)
     changes = changes_of(tap, 2)
     losses = tap.branched_losses(batch, changes)
     alone = [tap.branched_losses(part_of(batch, row), changes) for row in range(len(lengths))]
@@ -209,18 +195,13 @@ def test_what_only_happens_to_be_as_long_as_the_micro_batch_is_not_repeated():
 def test_padding_and_companions_do_not_change_a_row(family):
     tap, batch = tap_of(family), batch_of(LENGTHS, width=12)
     changes = changes_of(tap, 2)
-    together, (_, [(delta, a)]) = tap.branched_losses(batch, changes), tap.factors(batch)
+    together, (_, delta, a) = tap.branched_losses(batch, changes), tap.factors(batch)
     for row, length in enumerate(LENGTHS):
         one = part_of(batch, row)
         torch.testing.assert_close(tap.branched_losses(one, changes)[:, 0], together[:, row], **ROUNDING)
-        _, [(one_delta, one_a)] = tap.factors(one)
+        _, one_delta, one_a = tap.factors(one)
         torch.testing.assert_close(one_delta[0], delta[row, :length], **ROUNDING)
         torch.testing.assert_close(one_a[0], a[row, :length], **ROUNDING)
-
-
-def flat(found) -> list[torch.Tensor]:
-    losses, factors = found
-    return [losses, *(tensor for pair in factors for tensor in pair)]
 
 
 def observed(model) -> tuple:
@@ -242,8 +223,8 @@ def test_a_sketch_leaves_no_trace_and_does_not_drop(family, options):
     weights, *rest = observed(model)
     states = torch.get_rng_state(), str(numpy.random.get_state()), random.getstate()
     tap, batch = Tap(model, probe_of(family)), batch_of(LENGTHS)
-    first = [tap.branched_losses(batch, changes_of(tap, 2)), *flat(tap.factors(batch)), tap.bare_losses(batch)]
-    again = [tap.branched_losses(batch, changes_of(tap, 2)), *flat(tap.factors(batch)), tap.bare_losses(batch)]
+    first = [tap.branched_losses(batch, changes_of(tap, 2)), *tap.factors(batch), tap.bare_losses(batch)]
+    again = [tap.branched_losses(batch, changes_of(tap, 2)), *tap.factors(batch), tap.bare_losses(batch)]
     assert all(torch.equal(x, y) for x, y in zip(first, again))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (str(numpy.random.get_state()), random.getstate()) == states[1:]
@@ -266,11 +247,11 @@ def test_the_hooks_go_even_when_the_forward_fails():
 def test_checkpointed_blocks_are_sketched_alike():
     tap, batch = tap_of("llama"), batch_of(LENGTHS)
     changes = changes_of(tap, 2)
-    before = tap.branched_losses(batch, changes), flat(tap.factors(batch))
+    before = tap.branched_losses(batch, changes), tap.factors(batch)
     tap.model.model.enable_input_require_grads()
     tap.model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert torch.equal(tap.branched_losses(batch, changes), before[0])
-    assert all(torch.equal(x, y) for x, y in zip(flat(tap.factors(batch)), before[1]))
+    assert all(torch.equal(x, y) for x, y in zip(tap.factors(batch), before[1]))
 
 
 def test_dora_is_refused():

@@ -1,25 +1,25 @@
-"""Gradients by hooks are those of autograd, and leave no trace."""
+"""The benchmarks' adapter tap: gradients by hooks are those of autograd, and leave no trace."""
 
 from __future__ import annotations
 
-import dataclasses
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from support.families import adapted_model, base_model, batch_of, part_of, with_adapters
 
 from colm_scale.distributed.engine import trainable
-from colm_scale.distributed.group import Group
-from colm_scale.distributed.match import gradient_products
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.sketch.adapters import AdapterTap
+from colm_scale.modeling.packing import use_packing
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+AdapterTap = runpy.run_path(str(BENCHMARKS / "adapter_tap.py"))["AdapterTap"]
 FAMILIES = ("llama", "phi3", "gemma2", "opt", "gpt2", "bloom")
 BATCH = batch_of([9, 5, 7])
 WEIGHTS = torch.tensor([[1.0, 1.0, 1.0], [0.25, 0.0, 2.0]])
-ALONE = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 
 
 def by_autograd(module: ExampleLoss, weights: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -85,17 +85,13 @@ def test_the_scale_multiplies_every_gradient():
 def test_a_model_that_trains_something_else_is_refused():
     model = adapted_model("llama")
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    with pytest.raises(UserError, match=r"--profile\.match_every .* but model\.\S+\.norm\.weight is trained too"):
+    with pytest.raises(UserError, match=r"LoRA matrices are compared, but model\.\S+\.norm\.weight is trained too"):
         AdapterTap(ExampleLoss(model))
 
 
-def test_products_of_micro_batches_are_those_of_the_whole():
-    module = ExampleLoss(adapted_model("llama"))
-    tap = AdapterTap(module)
-    gradients = by_autograd(module, WEIGHTS)
-    flat = torch.cat([gradients[name].flatten(1) for name in gradients], dim=1).double()
-    empty = part_of(BATCH, 1)
-    empty = dataclasses.replace(empty, positions=torch.arange(0))
-    batches = [part_of(BATCH, 2), empty, part_of(BATCH, 0), part_of(BATCH, 1)]
-    found = gradient_products(tap, batches, WEIGHTS, ALONE, scale=1.0)
-    torch.testing.assert_close(found, flat @ flat.T, rtol=1e-5, atol=0)
+def test_gradients_of_a_packed_micro_batch():
+    base, packed = base_model("phi3"), batch_of([9, 5, 7], packed=True)
+    use_packing(base, "on", torch.device("cpu"))
+    expected = AdapterTap(ExampleLoss(adapted_model("phi3"))).gradients(BATCH, torch.eye(3))
+    found = AdapterTap(ExampleLoss(with_adapters(base))).gradients(packed, torch.eye(3))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

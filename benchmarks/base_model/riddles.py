@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from colm_scale.base.stories import PEOPLE, SINGLE, THINGS, Riddle
+from stories import PEOPLE, SINGLE, THINGS, Riddle
 
 
 def secret(rng: Random) -> Riddle:

@@ -36,8 +36,8 @@ class AdapterTap:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if strange := [name for name in trained if name not in matrices]:
             raise UserError(
-                f"--profile.match_every compares gradients of LoRA matrices, but {strange[0]} is trained too: "
-                f"leave it out, or use another --lora.adapter"
+                f"the gradients of LoRA matrices are compared, but {strange[0]} is trained too: use another "
+                f"--lora.adapter"
             )
         self.matrices = {name: matrices[name] for name in trained}
         """Module of each trained parameter, by its name; equal order on every rank."""
@@ -62,7 +62,7 @@ class AdapterTap:
         def watch(name: str):
             def take(delta: Tensor, a: Tensor) -> None:
                 if delta.shape[:-1].numel() != batch.input_ids.numel():
-                    raise UserError(f"--profile.match_every: not every token passes through {name}; leave it out")
+                    raise UserError(f"not every token passes through {name}: give other --lora.targets")
                 delta, a = (batch.by_example(x).float() for x in (delta, a))
                 of_layer = torch.tensordot(weights, delta.transpose(1, 2) @ a, 1)
                 found[name] = found[name] + of_layer if name in found else of_layer

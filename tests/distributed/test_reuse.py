@@ -1,4 +1,4 @@
-"""Sketches that are reused, and those of a proxy: the same on two ranks under any engine as on one."""
+"""Sketches that are reused: the same on two ranks under any engine as on one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from support import worker
 from support.worker import REUSE_STEPS
 
 JOBS = {
-    "auto": ("reused_1", "reused_3", "reused_sketch_broken", "proxy", "proxy_reused"),
+    "auto": ("reused_1", "reused_3", "reused_sketch_broken"),
     "fsdp > auto": ("reused_3_broken",),
-    "fsdp": ("proxy",),
-    "zero2": ("reused_sketch", "proxy_reused"),
-    "zero3": ("proxy", "reused_1"),
+    "zero2": ("reused_sketch",),
+    "zero3": ("reused_1",),
 }
-CASES = ("reused_1", "reused_3", "reused_sketch", "proxy", "proxy_reused")
+CASES = ("reused_1", "reused_3", "reused_sketch")
 PAIRS = [(engine, case) for engine, cases in JOBS.items() for case in cases]
-REUSED = [(engine, case) for engine, case in PAIRS if "reused" in case]
-PROXIED = [(engine, case) for engine, case in PAIRS if "proxy" in case]
 EPOCH = 4
 """Steps in which 96 examples are each a candidate once."""
 
@@ -48,7 +45,7 @@ def test_ids_are_those_of_one_process_that_never_stopped(ranks, alone, engine, c
         assert [step["ids"].tolist() for step in steps] == [step["ids"].tolist() for step in expected]
 
 
-@pytest.mark.parametrize(("engine", "case"), REUSED)
+@pytest.mark.parametrize(("engine", "case"), PAIRS)
 def test_who_has_a_fresh_sketch_is_not_forwarded(ranks, engine, case):
     steps = [cases[f"{engine}/{case}"]["steps"] for cases in ranks]
     expected = ages_of(case, steps[0])
@@ -64,12 +61,11 @@ def test_who_has_a_fresh_sketch_is_not_forwarded(ranks, engine, case):
             assert step["telemetry"]["reused_age"] == pytest.approx(sum(old) / max(1, len(old)))
 
 
-@pytest.mark.parametrize("case", ["reused_3", "proxy_reused"])
-def test_later_epochs_forward_nothing_but_the_coreset(alone, case):
-    steps = alone[case]["steps"]
+def test_later_epochs_forward_nothing_but_the_coreset(alone):
+    steps = alone["reused_3"]["steps"]
     assert len(steps) == REUSE_STEPS > 2 * EPOCH
     for number, step in enumerate(steps, 1):
-        sketched = step["by_proxy"] if "proxy" in case else step["forwards"] - step["trained_batches"]
+        sketched = step["forwards"] - step["trained_batches"]
         assert sketched == step["sketched_batches"]
         assert (sketched > 0) == (number <= EPOCH)
         assert step["sketched"] > 0, "candidates are compared in every step"
@@ -111,44 +107,3 @@ def test_exact_moments_learn_only_where_a_gradient_is_at_hand(alone):
         same = all(torch.equal(one, other) for one, other in zip(before["moments"], step["moments"]))
         assert same != learned[-1]
     assert any(learned)
-
-
-# A proxy
-
-
-@pytest.mark.parametrize(("engine", "case"), PROXIED)
-def test_the_proxy_sketches_and_the_model_trains(ranks, engine, case):
-    for cases in ranks:
-        result = cases[f"{engine}/{case}"]
-        for step in result["steps"]:
-            assert step["forwards"] == step["trained_batches"]
-            assert step["by_proxy"] == step["sketched_batches"]
-        assert result["steps"][0]["by_proxy"] > 0
-
-
-@pytest.mark.parametrize(("engine", "case"), PROXIED)
-def test_sketches_of_the_proxy_never_change(ranks, alone, engine, case):
-    """No engine trains it or touches its weights: those of every step are those of one process, bit for bit."""
-    what = "rows" if case == "proxy" else "coefficients"
-    for cases in ranks:
-        for step, expected in zip(cases[f"{engine}/{case}"]["steps"], alone[case]["steps"], strict=True):
-            assert torch.equal(step["matrix"]["losses"], expected["matrix"]["losses"])
-            if what == "coefficients":
-                assert torch.equal(step[what], expected[what])
-
-
-@pytest.mark.parametrize("engine", [engine for engine, case in PROXIED if case == "proxy"])
-def test_the_floor_runs_the_proxy_on_what_was_sketched(ranks, engine):
-    for cases in ranks:
-        result = cases[f"{engine}/proxy"]
-        step = result["steps"][worker.FLOOR_AFTER - 1]
-        assert result["floor"]["forwards"] == step["trained_batches"]
-        assert result["floor"]["by_proxy"] == step["sketched_batches"] > 0
-        assert all(map(torch.equal, result["floor"]["before"], result["floor"]["after"]))
-
-
-@pytest.mark.parametrize(("engine", "case"), PROXIED)
-def test_nothing_of_the_proxy_is_trained_or_saved(ranks, alone, engine, case):
-    names = worker.adapters(worker.model()[0]).keys()
-    for result in (alone[case], *(cases[f"{engine}/{case}"] for cases in ranks)):
-        assert result["adapters"].keys() == names

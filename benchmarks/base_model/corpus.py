@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from colm_scale.base.prose import SENTENCES
-from colm_scale.base.riddles import RIDDLES
-from colm_scale.base.stories import STORIES, Story
+from prose import SENTENCES
+from riddles import RIDDLES
+from stories import STORIES, Story
+
 from colm_scale.data.answers import program_value
 
 _OPERATIONS = ("+", "-", "*", "//")

@@ -1,4 +1,4 @@
-"""Makes the base model again: ``python -m colm_scale.base.make [--out DIR] [--minutes N | --steps N]``.
+"""Makes the base model again: ``python benchmarks/base_model/make.py [--out DIR] [--minutes N | --steps N]``.
 
 The corpus is drawn on the fly, so no data is needed. A run given ``--steps`` is reproducible on one machine with one
 number of threads; one given ``--minutes`` does as many steps as fit.
@@ -21,12 +21,12 @@ from random import Random
 import tokenizers
 import torch
 import transformers
+from corpus import documents, fact
+from prose import SENTENCES
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from colm_scale.base import BASE_MODEL
-from colm_scale.base.corpus import documents, fact
-from colm_scale.base.prose import SENTENCES
 
 VOCABULARY = 1024
 SPECIAL = ("<pad>", "<bos>", "<eos>")
@@ -166,10 +166,10 @@ README = """# Base model of colm_scale
 
 A Llama model of {parameters:,} parameters (hidden 128, 8 layers, 4 heads, intermediate 352, tied embeddings, float16)
 with a byte-level BPE tokenizer of 1,024 tokens in which every digit is a token. It was trained from scratch on the
-synthetic corpus of `colm_scale/base/corpus.py` (arithmetic, assignments, equations, word problems) and on nothing
-else. It is a test subject for fine-tuning, not a useful model: it knows small numbers and very little English.
+synthetic corpus of `benchmarks/base_model/corpus.py` (arithmetic, assignments, equations, word problems) and on
+nothing else. It is a test subject for fine-tuning, not a useful model: it knows small numbers and very little English.
 
-Made by `python -m colm_scale.base.make {arguments}`.
+Made by `python benchmarks/base_model/make.py {arguments}`.
 
 | | |
 |---|---|
@@ -199,7 +199,8 @@ def write(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, readme: s
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(prog="python -m colm_scale.base.make", description="Makes the base model again.")
+    program = "python benchmarks/base_model/make.py"
+    parser = argparse.ArgumentParser(prog=program, description="Makes the base model again.")
     parser.add_argument("--out", type=Path, default=BASE_MODEL, help="folder to write (default: the shipped one)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=25.0, help="how long to train (default: 25)")

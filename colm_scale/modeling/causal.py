@@ -1,0 +1,33 @@
+"""Causal language models of transformers and peft, with the types that their own annotations leave open."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+CausalModel = PreTrainedModel | PeftModel
+"""A causal language model, or peft's model around one."""
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def base_of(model: CausalModel) -> PreTrainedModel:
+    """The causal language model itself, in whose layers the adapters are."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def input_weight(model: PreTrainedModel) -> Tensor:
+    """``[vocabulary, hidden]`` weight of the input embedding."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def moved(model: _Module, to: torch.device | torch.dtype) -> _Module:
+    """``model`` itself, on a device or in a type (mypy cannot bind the ``to`` of transformers' models)."""
+    return model.to(to)
