@@ -1,4 +1,4 @@
-"""For all tests: no network, in what they start neither; one process that runs are forked from; and what workers share."""
+"""For all tests: no network, nor in what they start; one process that runs are forked from; what workers share."""
 
 import os
 from collections.abc import Iterator
