@@ -37,6 +37,11 @@ def _by_loss(ranking: str) -> _Options:
     return _options(estimator=LOSS, ranking=ranking)
 
 
+def own(ranking: str) -> str:
+    """A ranking of `rankings.py`, as the product takes one of the user's."""
+    return f"{Path(__file__).resolve().with_name('rankings.py')}:{ranking}"
+
+
 _NOTHING_KEPT = {"kept_sources": "[]"}
 
 GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
@@ -56,18 +61,16 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
         "rankings": {
             "last_layer matching": _options(ranking="matching"),
             "last_layer matching unbiased": _options(ranking="matching", weights="unbiased"),
-            "last_layer pursuit": _options(ranking="pursuit"),
+            "last_layer pursuit": _options(ranking=own("pursuit")),
             "last_layer systematic": _options(ranking="systematic"),
-            "last_layer importance": _options(ranking="importance", weights="unbiased"),
-            "last_layer top": _options(ranking="top"),
-            "last_layer joint": _options(joint="true"),
-            "last_layer joint matching": _options(joint="true", ranking="matching"),
-            "last_layer free matching, nothing kept": _options(
-                joint="true", allocation="none", ranking="matching", **_NOTHING_KEPT
-            ),
+            "last_layer importance": _options(ranking=own("importance"), weights="unbiased"),
+            "last_layer top": _options(ranking=own("top")),
+            "last_layer joint": REMOVED,
+            "last_layer joint matching": REMOVED,
+            "last_layer free matching, nothing kept": REMOVED,
             "last_layer countsketch": _options(compression="countsketch", columns=256),
             "loss systematic": _by_loss("systematic"),
-            "loss top": _by_loss("top"),
+            "loss top": _by_loss(own("top")),
             "length systematic": _options(estimator="length", ranking="systematic"),
         },
         "amortised": {
@@ -77,12 +80,12 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
         },
         "allocations": {
             "stratified, nothing kept": _stratified(**_NOTHING_KEPT),
-            "equal": _stratified(allocation="equal", **_NOTHING_KEPT),
-            "equal unbiased": _stratified(allocation="equal", weights="unbiased", **_NOTHING_KEPT),
-            "temperature": _stratified(allocation="temperature", **_NOTHING_KEPT),
-            "excess_loss": _stratified(allocation="excess_loss", **_NOTHING_KEPT),
-            "equal systematic by loss": (*_by_loss("systematic"), *_options(allocation="equal", **_NOTHING_KEPT)),
-            "equal last_layer": _options(allocation="equal", **_NOTHING_KEPT),
+            "equal": _stratified(shares="equal", **_NOTHING_KEPT),
+            "equal unbiased": _stratified(shares="equal", weights="unbiased", **_NOTHING_KEPT),
+            "temperature": _stratified(shares=0.5, **_NOTHING_KEPT),
+            "excess_loss": REMOVED,
+            "equal systematic by loss": (*_by_loss("systematic"), *_options(shares="equal", **_NOTHING_KEPT)),
+            "equal last_layer": _options(shares="equal", **_NOTHING_KEPT),
         },
         "h": {f"h {h}": _options(columns=h) for h in (32, 128, 2048)},
         "eps": {f"eps {eps:g}": REMOVED for eps in (1e-4, 1e-3, 1e-2, 1e-1)},
@@ -91,10 +94,10 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             f"b {b} of n {n}": _options(candidates=n, budget=b) for n, b in ((64, 16), (128, 32), (256, 32), (64, 48))
         },
         "boundary": {
-            f"keep {share:.0%} of the sources": _stratified(kept_rule="quantile", kept_quantile=share)
+            f"keep {share:.0%} of the sources": _stratified(kept_sources=share)
             for share in (0.25, 0.5, 0.75)
         },
-        "cap": {f"cap {cap:.0%}": _stratified(kept_cap=cap, overflow="shares") for cap in (0.1, 0.2)},
+        "cap": {f"cap {cap:.0%}": REMOVED for cap in (0.1, 0.2)},
         "staleness": {
             f"staleness {reuse}": _options(compression="countsketch", columns=256, reuse=reuse)
             for reuse in (0, 20, 40, 400)

@@ -4,7 +4,7 @@ python benchmarks/drift.py --seeds 0 1 2
 
 The built-in problems, streamed in the order of three phases of equally many rows (`PHASES`), so that what is rare
 changes: a source that is small in one phase is large in another, or in the whole data. Each arm is the product with
---data.streaming; `refreshed` adds --selection.refresh_every. Rows are appended to benchmarks/results/drift.jsonl.
+--data.streaming; `refreshed` adds --sources.refresh_every. Rows are appended to benchmarks/results/drift.jsonl.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PHASES = (
 )
 CHANGED = {"PoT/savings": "PoT/clock"}
 """In the last phase these sources hold the problems of another."""
-REFRESHED = ("--selection.refresh_every", str(REFRESH))
+REFRESHED = ("--sources.refresh_every", str(REFRESH))
 ARMS_HERE = {
     "stratified": ARMS["stratified"],
     "stratified, refreshed": (*ARMS["stratified"], *REFRESHED),
@@ -75,6 +75,7 @@ def run(arm: str, seed: int) -> None:
         options = [*QUIET, *ARMS_HERE[arm], "--data.train", str(train), "--data.eval", str(evaluated)]
         options += ["--data.streaming", "true", "--data.shuffle_rows", "128", "--train.steps", str(STEPS)]
         options += ["--train.seed", str(seed), "--output_dir", str(folder / "run"), "--eval.every", str(STEPS // 3)]
+        options += ["--eval.sample", "10000"]  # all held-out examples, in every evaluation
         subprocess.run(
             [sys.executable, str(rows.ROOT / "launchers" / "train.py"), *options], check=True, stdout=subprocess.DEVNULL
         )

@@ -28,7 +28,8 @@ TRAIN = str(ROOT / "launchers" / "train.py")
 STEPS, BREAK = 20, 7
 RUN = (
     *("--train.steps", str(STEPS), "--train.threads", "1", "--selection.candidates", "32", "--selection.budget", "16"),
-    *("--eval.generate", "0", "--eval.limit", "1", "--profile.floor_every", "0", "--profile.display", "off"),
+    *("--eval.every", "0", "--eval.generate", "0", "--eval.limit", "1"),
+    *("--profile.floor_every", "0", "--profile.display", "off"),
     *("--checkpoint.every", str(BREAK), "--checkpoint.keep", "9"),
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "{ranks}", TRAIN)

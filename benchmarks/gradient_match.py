@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import arms
 import rows
 import torch
 from adapter_tap import AdapterTap
@@ -37,6 +38,7 @@ from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, Candidates
+from colm_scale.selection.allocation import source_shares
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import form_micro_batches
 from colm_scale.selection.rule import SelectionRule, loss_shares
@@ -57,10 +59,11 @@ ESTIMATORS: Mapping[str, dict[str, Any]] = {
     "loss": {"estimator": LOSS},
     "length": {"estimator": "length"},
 }
-RANKINGS = ("facility", "matching", "pursuit", "systematic", "importance", "top")
-TOGETHER = ("facility", "matching")
-"""Rankings that are also tried with `joint`, and without quotas."""
-ONE_NUMBER = ("zeroth_order, K=1", "loss", "length")
+RANKINGS = {
+    **{ranking: ranking for ranking in ("facility", "matching", "systematic")},
+    **{ranking: arms.own(ranking) for ranking in ("pursuit", "importance", "top")},
+}
+"""Of the package, and of `rankings.py`."""
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "kept": {},
     "kept, unbiased": {"weights": "unbiased"},
@@ -78,14 +81,10 @@ def ways() -> dict[str, dict[str, Any]]:
     """Options of every way to select, by name; the first two rank nothing."""
     found: dict[str, dict[str, Any]] = {method: {"method": method} for method in (REFERENCE, "random")}
     for estimator, options in ESTIMATORS.items():
-        for ranking in RANKINGS:
+        for ranking, option in RANKINGS.items():
             if (estimator, ranking) == ("length", "top"):
                 continue  # it knows no loss
-            found[f"{estimator}; {ranking}"] = options | {"ranking": ranking}
-            if ranking in TOGETHER and estimator not in ONE_NUMBER:
-                together = options | {"ranking": ranking, "joint": True}
-                found[f"{estimator}; {ranking}, joint"] = together
-                found[f"{estimator}; {ranking}, no quotas"] = together | {"allocation": "none"}
+            found[f"{estimator}; {ranking}"] = options | {"ranking": option}
     return found
 
 
@@ -166,7 +165,8 @@ class Bench:
         """``[draws, N]`` what each example of the pool counts for in the coreset of each draw."""
         selection = replace(self._config.selection, candidates=CANDIDATES, budget=BUDGET, **options)
         kept = kept_sources(self._inputs.sizes, self._inputs.source_names, selection.kept_sources)
-        rule = SelectionRule(selection, kept, self._config.train.seed, self._inputs.sizes)
+        shares = source_shares(selection.shares, self._inputs.source_names, self._inputs.sizes)
+        rule = SelectionRule(selection, kept, self._config.train.seed, shares)
         estimator = None
         if selection.method == "colm":
             estimator = make_estimator(tap, selection, self._config.train, self._group)
@@ -198,8 +198,8 @@ class Bench:
         quota = rule.quota(candidates)
         if estimator is None:
             return rule.select(candidates, quota, None)
-        budget, joint = self._config.train.micro_batch_tokens, rule.config.joint
-        plan = plan_sketch(candidates, quota, 1, budget, estimator.known(candidates), joint)
+        budget = self._config.train.micro_batch_tokens
+        plan = plan_sketch(candidates, quota, 1, budget, estimator.known(candidates))
         share = [torch.tensor(positions) for positions in plan.shares[0]]
         estimator.sketch(plan, [self._collate(candidates.indices[at], at) for at in share])
         selection = rule.select(candidates, quota, estimator.gather())

@@ -37,7 +37,7 @@ from colm_scale.data.builtin import builtin_rows
 
 QUIET = (
     *("--engine", "single", "--train.threads", "1", "--checkpoint.every", "0", "--profile.floor_every", "0"),
-    *("--profile.display", "off", "--eval.limit", "60", "--eval.generate", "12"),
+    *("--profile.display", "off", "--eval.every", "0", "--eval.limit", "60", "--eval.generate", "12"),
 )
 
 

@@ -29,6 +29,8 @@ from learning import QUIET, _prepared
 
 STEPS = {"stratified": 120, "last_layer": 80, "paper": 80, "full n": 90, "full 2n": 50}
 TARGETS = (0.8, 0.5, 0.3)
+_ALL = 10_000
+"""As many held-out examples as there are, in every evaluation: the curve is that of the whole."""
 
 
 def cost(rounds: int) -> None:
@@ -52,6 +54,7 @@ def run(arm: str, seed: int, every: int) -> dict[str, object]:
         out = Path(folder) / "run"
         options = [*QUIET, *ARMS[arm], "--train.steps", str(STEPS[arm]), "--train.seed", str(seed)]
         options += ["--eval.every", str(every), "--eval.generate", "0", "--output_dir", str(out)]
+        options += ["--eval.sample", str(_ALL)]
         options += ["--train.schedule", "constant", "--train.learning_rate", "3e-3"]
         command = [sys.executable, str(rows.ROOT / "launchers" / "train.py"), *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -19,6 +19,7 @@ from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.modeling.replay import BlockInputs
 from colm_scale.profiling.spans import Spans
+from colm_scale.selection.allocation import source_shares
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.sketch.precision import FLOAT32_BLOCKS
 from colm_scale.sketch.tap import Tap
@@ -50,30 +51,39 @@ def build_step(
     """One step's parts, put together."""
     reuse = config.train.forward_reuse
     if config.train.compile:
-        compile_blocks(decoder_blocks(engine.module.causal_model)[1][: _alike(config, tap)])
+        alike = None if tap is None else _alike(config, tap)
+        compile_blocks(decoder_blocks(engine.module.causal_model)[1][:alike])
     estimator: Estimator | None = None
+    block_inputs: BlockInputs | None = None
     if config.selection.method == "colm":
+        assert tap is not None
+        if reuse != "off":
+            block_inputs = BlockInputs(tap.model, _alike(config, tap), reuse)
         estimator = make_estimator(tap, config.selection, config.train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
     return CoresetStep(
         config=config,
         sampler=inputs.sampler,
-        rule=SelectionRule(config.selection, inputs.kept, config.train.seed, inputs.sizes, inputs.record),
+        rule=SelectionRule(
+            config.selection,
+            inputs.kept,
+            config.train.seed,
+            source_shares(config.selection.shares, inputs.source_names, inputs.sizes),
+            inputs.record,
+        ),
         estimator=estimator,
-        observer=Observer(inputs.kept),
+        observer=Observer(inputs.kept, config),
         engine=engine,
         group=group,
         spans=spans,
         pad_id=inputs.tokenizer.pad_token_id,
-        inputs=BlockInputs(tap.model, _alike(config, tap), reuse) if reuse != "off" else None,
+        inputs=block_inputs,
         follower=make_follower(config, engine.module, inputs.source_names, inputs.sizes, inputs.kept, group),
     )
 
 
-def _alike(config: RunConfig, tap: Tap | None) -> int | None:
-    """How many of the first blocks the sketch runs as training does; None: all, where the model does not sketch."""
-    if tap is None:
-        return None
+def _alike(config: RunConfig, tap: Tap) -> int:
+    """How many of the first blocks the sketch runs as training does."""
     blocks = list(decoder_blocks(tap.model.causal_model)[1])
     alike = blocks.index(tap.block)
     if config.selection.estimator == "zeroth_order":

@@ -98,11 +98,12 @@ def _label_share(prepared: Prepared, preview: Preview) -> float:
 
 def _places(config: RunConfig, prepared: Prepared) -> dict[str, str]:
     """A folder that is not named gets the date and time at which the run starts."""
+    assert prepared.directory is not None  # this is the first rank
     path = prepared.directory.path
     folder = path if config.output_dir else path.with_name("DATE-TIME")
     every, evaluates = config.checkpoint.every, prepared.evaluator is not None
     saved = f"{folder}/checkpoints: every {every} steps and at the end, the last {config.checkpoint.keep} are kept"
-    best = ": the best by held-out loss, and the last in adapter_last" if config.eval.every and evaluates else ""
+    best = ": the best by held-out loss, and the last in adapter_last" if config.eval.every != 0 and evaluates else ""
     examples = ", examples.parquet" if config.audit and not config.data.streaming else ""
     return {
         "the run": f"{folder}/config.yaml, environment.json, run.json, log.txt{examples}",

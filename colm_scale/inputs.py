@@ -19,8 +19,10 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.stream import StreamedSampler, share_survey
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
+from colm_scale.records import Json
 from colm_scale.reporting.trackers import check_trackers
 from colm_scale.schedule import total_steps
+from colm_scale.selection.allocation import check_shares
 from colm_scale.selection.quota import check_names, kept_sources
 from colm_scale.selection.recorded import SelectionRecord
 from colm_scale.sources.cluster import check_installed
@@ -50,7 +52,7 @@ class Inputs:
     protected: Tensor
     digest: str
     eval: Examples | None
-    ds_config: dict | None
+    ds_config: Json | None
     rows_digest: str = ""
     record: SelectionRecord | None = None
 
@@ -73,7 +75,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         ds_config = _check_ranks(config, group)
         config.selection.check_own()
         check_kernels(config.model, config.train, sharding(config, ds_config))
-        if config.sources.refresh_every:
+        if config.reclusters:
             check_installed("sklearn")
         model = check_model(config.model)
         check_adapter(config.lora)
@@ -82,13 +84,15 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         record = None if config.selection.replay is None else SelectionRecord(config.selection.replay)
     if record is not None:
         group.agree(record.digest, "record of selections (--selection.replay)")
+    group.agree(str(config.selection.shares), "shares of the sources (--selection.shares)")
     training = _streamed if config.data.streaming else _held
     sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)
     with group.together():
         check_names("data.protected_sources", config.data.protected_sources or (), names)
-        kept = kept_sources(sizes, names, config.selection.kept_sources, config.selection.quantile)
+        kept = kept_sources(sizes, names, config.selection.kept_sources)
+        check_shares(config.selection, names, kept, refreshed=config.sources.refresh_every > 0)
         held_out = None
-        if config.data.eval or not config.data.train:
+        if config.data.has_held_out:
             held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
         if record is not None:
             digest = f"{digest}, selected as in {record.digest}"
@@ -120,6 +124,7 @@ def _streamed(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, _: SelectionRecord | None
 ) -> _Training:
     """Training data that the first rank reads as it is needed."""
+    assert config.data.train is not None  # the built-in mixture is no stream
     with group.together():
         surveyed = survey(config.data.train, config.data) if group.is_first else None
     surveyed = share_survey(surveyed, group)
@@ -142,7 +147,7 @@ def check_even_shares(candidates: int, ranks: int) -> None:
         )
 
 
-def _check_ranks(config: RunConfig, group: Group) -> dict | None:
+def _check_ranks(config: RunConfig, group: Group) -> Json | None:
     """What depends on the number of ranks, and the configuration of DeepSpeed."""
     from colm_scale.distributed.ds_config import read_ds_config
 

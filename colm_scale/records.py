@@ -58,27 +58,24 @@ class Quota:
         kept: ``[k]`` positions that enter the coreset whatever their sketch says, ascending.
         per_source: ``[Q]`` how many to pick from each source that is not kept.
         overflow: Kept candidates that did not fit into the budget.
-        free: How many to pick from all that are not kept, whatever their source (``--selection.allocation none``; then
-            ``per_source`` is zero).
     """
 
     kept: Tensor
     per_source: Tensor
     overflow: int = 0
-    free: int = 0
 
     @property
     def kept_weight(self) -> float:
         """What a kept candidate counts for, if also for those that overflowed and have no other chance."""
-        return 1.0 if self.free else 1 + self.overflow / max(1, len(self.kept))
+        return 1 + self.overflow / max(1, len(self.kept))
 
     def to_sketch(self, sources: Tensor) -> Tensor:
-        """Positions ``[s]`` whose sketch can change the selection: not kept, and of a source with a quota, if not free.
+        """Positions ``[s]`` whose sketch can change the selection: not kept, and of a source with a quota.
 
         A source whose quota equals the candidates it has needs no ranking, yet its rows still move the moments,
         so it is sketched.
         """
-        wanted = (self.per_source[sources] > 0) | (self.free > 0)
+        wanted = self.per_source[sources] > 0
         wanted[self.kept] = False
         return wanted.nonzero().flatten()
 
@@ -90,7 +87,7 @@ class SketchPlan:
     Attributes:
         positions: ``[s]`` candidates to sketch, ascending.
         groups: ``[s]`` 0..num_groups-1, the same for candidates that are compared with each other, hence in the same
-            columns: those of a source, or of all sources. -1 where a source's quota takes all.
+            columns: those of a source. -1 where a source's quota takes all.
         num_groups: How many groups are ranked.
         shares: ``shares[rank][j]`` is a micro-batch, a tuple of positions; an empty one stands for a forward whose
             result is dropped, so that every rank runs as many. A position in none of them is not forwarded: what is to

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -19,7 +18,7 @@ from colm_scale.errors import TrainingError
 from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs
 from colm_scale.profiling.memory import MemoryMeter
-from colm_scale.records import StepReport
+from colm_scale.records import Json, StepReport
 from colm_scale.reporting.display import Display
 from colm_scale.reporting.facts import drift_line
 from colm_scale.reporting.run_directory import RunDirectory, writing
@@ -48,7 +47,6 @@ class Session:
         self._config, self._directory, self._engine = config, directory, engine
         self._evaluator, self._group, self._names = evaluator, group, inputs.source_names
         self._best: Evaluation | None = None
-        self._summary: RunSummary | None = None
         if directory is not None:
             self._display = Display(config.profile.display, meter.label, directory.log)
             self._trackers = Trackers(config, directory.path, self._display.message)
@@ -80,17 +78,17 @@ class Session:
             self._trackers.start(done)
             self._display.start(steps, done)
 
-    def state(self) -> dict:
+    def state(self) -> Json:
         """What has been counted and evaluated so far, as plain JSON; the counts on the first rank."""
         return {
             "best": None if self._best is None else asdict(self._best),
-            "summary": None if self._summary is None else self._summary.state(),
+            "summary": None if self._directory is None else self._summary.state(),
         }
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Json) -> None:
         """Go on from what `state` returned on the first rank."""
-        self._best = None if state["best"] is None else Evaluation(**state["best"])
-        if self._summary is not None:
+        self._best = None if state["best"] is None else Evaluation.of(state["best"])
+        if self._directory is not None:
             self._summary.load(state["summary"])
 
     def step(self, report: StepReport) -> None:
@@ -107,20 +105,30 @@ class Session:
             self._directory.drift(drift)
             self._display.message(drift_line(drift))
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate on all ranks. During training, keep the adapter if none before was better."""
+    def evaluate(self, step: int, *, whole: bool) -> None:
+        """Evaluate on all ranks; after the first step, keep the adapter if none before was better.
+
+        The better of two adapters has the lower mean over sources on the examples that every evaluation scores, also
+        where one of the evaluations is ``whole``. Both losses are then of the same examples, and how hard those happen
+        to be cancels out; the mean of all examples beside that of a few would mostly tell which examples are harder.
+        """
         if self._evaluator is None:
             return
-        evaluation = self._evaluator(self._engine.module, step)
+        evaluation = self._evaluator(self._engine.module, step, whole=whole)
         if self._directory is not None:
             self._directory.evaluation(evaluation)
             self._summary.evaluation(evaluation)
             self._display.evaluation(evaluation)
             self._trackers.evaluation(evaluation)
-        best = math.inf if self._best is None else self._best.loss_by_source
-        if step and evaluation.loss_by_source < best:
+        if step and self._is_best(evaluation):
             self._best = evaluation
             self._save("adapter")
+
+    def _is_best(self, evaluation: Evaluation) -> bool:
+        """Whether it is the best so far; the first on other examples is, as after a resume with another sample."""
+        if self._best is None or self._best.sample.counts != evaluation.sample.counts:
+            return True
+        return evaluation.sample.loss_by_source < self._best.sample.loss_by_source
 
     def saved(self, step: int, seconds: float) -> None:
         """Say that a checkpoint was written."""
@@ -165,7 +173,7 @@ class Session:
     def _replace(self, place: Path, named: dict[str, Tensor]) -> None:
         new, old = place.with_name(f".{place.name}.new"), place.with_name(f".{place.name}.old")
         shutil.rmtree(new, ignore_errors=True)
-        self._engine.module.model.save_pretrained(new, state_dict=named, save_embedding_layers=False)
+        self._engine.module.model.save_pretrained(str(new), state_dict=named, save_embedding_layers=False)
         shutil.rmtree(old, ignore_errors=True)
         if place.exists():
             place.rename(old)

@@ -113,20 +113,20 @@ class CoresetStep:
         group.take_traffic()  # what was exchanged between steps is not the step's
         with spans("sample"):
             candidates = self._candidates(step)
-            quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
+            quota = rule.quota(candidates, self.observer.coverage)
             if estimator is not None:
-                plan = self._plan(candidates, quota)
+                plan = self._plan(estimator, candidates, quota)
                 sketched = self._batches(candidates, plan.shares[group.rank], self._engine.module.packs)
-        if estimator is not None:
+        if estimator is not None and plan is not None:
             with spans("sketch"):
-                kept = self._sketch(candidates, plan, sketched)
+                kept = self._sketch(estimator, candidates, plan, sketched)
             with spans("gather"):
                 matrix = estimator.gather()
         with spans("select"):
             selection = rule.select(candidates, quota, matrix) if group.is_first else None
         with spans("broadcast"):
             selection = share_selection(selection, rule.most_selected, candidates, group)
-        if estimator is not None:
+        if estimator is not None and plan is not None:
             check_sketches(plan, selection, step)
             with spans("learn"):
                 estimator.learn(selection)
@@ -143,13 +143,13 @@ class CoresetStep:
             check_losses(candidates, selection, losses)
         with spans("optimizer"):
             update = self._engine.step(learning_rate)
-            renewed = self.observer.after(candidates, selection, losses, update.applied, rule.config)
+            renewed = self.observer.after(candidates, selection, update.applied)
             if renewed and estimator is not None:
                 estimator.moments = estimator.moments.fresh()
         check_update(update, step)
 
         with spans("report"):
-            worth = self._worth(candidates, quota, selection, matrix) | self._facts(selection, kept)
+            worth = self._worth(candidates, selection, matrix) | self._facts(selection, kept)
             audited = self._audit(candidates, quota, selection, matrix, rule)
         seconds, phase_peak_bytes = over_ranks(*spans.finish(), group)
         report = StepReport(
@@ -176,31 +176,33 @@ class CoresetStep:
         """What the step will do; of what it changes, only the sampler goes on."""
         rule = self._current_rule()
         candidates = self._candidates(step)
-        quota = rule.quota(candidates, self.observer.statistics, self.observer.coverage)
+        quota = rule.quota(candidates, self.observer.coverage)
         if self.estimator is None:
             plan, drawn = None, rule.select(candidates, quota, None)
         else:
-            plan = self._plan(candidates, quota)
-            drawn = baselines.within(candidates.sources, quota, generator(rule.seed, "preview", step))
+            plan = self._plan(self.estimator, candidates, quota)
+            drawn = baselines.stratified(candidates.sources, quota, generator(rule.seed, "preview", step))
         budget_tokens, packed = self._config.train.micro_batch_tokens, self._engine.module.packs
         routed = route(candidates.lengths, drawn.positions, self._group.world_size, budget_tokens, packed=packed)
         return Preview(candidates, quota, plan, drawn, routed)
 
-    def _plan(self, candidates: Candidates, quota: Quota) -> SketchPlan:
-        known, packed = self.estimator.known(candidates), self._engine.module.packs
+    def _plan(self, estimator: Estimator, candidates: Candidates, quota: Quota) -> SketchPlan:
+        known, packed = estimator.known(candidates), self._engine.module.packs
         ranks, budget_tokens = self._group.world_size, self._config.train.micro_batch_tokens
-        return plan_sketch(candidates, quota, ranks, budget_tokens, known, self._config.selection.joint, packed)
+        return plan_sketch(candidates, quota, ranks, budget_tokens, known, packed)
 
     def follow(self, step: int) -> Drift | None:
-        """After a step: find the sources anew, where that is done and due, and go by them from then on."""
-        drift = None if self.follower is None else self.follower.refresh(step)
+        """After a step: re-cluster the sources if due, and go by them from then on."""
+        if self.follower is None:
+            return None
+        drift = self.follower.refresh(step)
         if drift is not None:
             self.observer.recent = RecentSources.beginning(self.follower.kept)
         return drift
 
     def _current_rule(self) -> SelectionRule:
-        sizes = self._rule.sizes if self.follower is None else self.follower.sizes
-        return dataclasses.replace(self._rule, kept=self.observer.recent.kept, sizes=sizes)
+        shares = self._rule.shares if self.follower is None else self.follower.shares
+        return dataclasses.replace(self._rule, kept=self.observer.recent.kept, shares=shares)
 
     def _candidates(self, step: int) -> Candidates:
         candidates = self._sampler(step)
@@ -210,16 +212,18 @@ class CoresetStep:
         """A block whose forwards tell what the sources are found by."""
         return nullcontext() if self.follower is None else self.follower.looking()
 
-    def _sketch(self, candidates: Candidates, plan: SketchPlan, batches: list[Batch]) -> Tensor | None:
+    def _sketch(
+        self, estimator: Estimator, candidates: Candidates, plan: SketchPlan, batches: list[Batch]
+    ) -> Tensor | None:
         """Sketch this rank's share; ``[n]`` the rank that has kept a candidate's block inputs, if that is done."""
         if self._inputs is None:
             with self._looking():
-                self.estimator.sketch(plan, batches)
+                estimator.sketch(plan, batches)
             return None
         most = self._config.train.forward_reuse_gib * 2**30 // self._inputs.bytes_per_token
         kept, counts = kept_on(plan, candidates.lengths, most)
         with self._inputs.keeping(counts[self._group.rank]), self._looking():
-            self.estimator.sketch(plan, batches)
+            estimator.sketch(plan, batches)
         return kept
 
     def _padding(self, candidates: Candidates, plan: SketchPlan | None, routed: Route) -> dict[str, float]:
@@ -280,8 +284,7 @@ class CoresetStep:
         """Forward and backward of the coreset; ``[n]`` the losses of all ranks' examples, zero where not trained."""
         losses = torch.zeros(len(candidates), device=self._group.device)
         for number, micro_batch in enumerate(micro_batches, 1):
-            replaying = self._inputs.replaying(micro_batch.batch) if micro_batch.replayed else nullcontext()
-            with replaying, self._looking():
+            with self._replaying(micro_batch), self._looking():
                 own = self._engine.forward(micro_batch.batch)
             self._engine.backward((own * micro_batch.shares).sum(), last=number == len(micro_batches))
             positions = micro_batch.batch.positions
@@ -290,8 +293,13 @@ class CoresetStep:
             self.follower.remember(candidates)
         return self._group.all_reduce(losses, "report").cpu()
 
+    def _replaying(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        if self._inputs is None or not micro_batch.replayed:
+            return nullcontext()
+        return self._inputs.replaying(micro_batch.batch)
+
     def _worth(
-        self, candidates: Candidates, quota: Quota, selection: Selection, matrix: CandidateMatrix | None
+        self, candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None
     ) -> dict[str, float]:
         """What the selection was worth beside a random draw with its quotas; on other ranks than the first, nothing."""
         if not self._group.is_first:
@@ -299,7 +307,7 @@ class CoresetStep:
         eligible = telemetry.could_be_picked(candidates, selection, matrix)
         draws = generator(self._config.train.seed, "telemetry", candidates.step)
         draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
-        return telemetry.worth(candidates, quota, selection, matrix, draw, joint=self._config.selection.joint)
+        return telemetry.worth(candidates, selection, matrix, draw)
 
     def _shares(self, candidates: Candidates, selection: Selection) -> Tensor:
         """``[n]`` what each candidate's loss counts for; zero where it is not selected."""

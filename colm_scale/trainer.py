@@ -36,10 +36,11 @@ from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.optimizers import default_learning_rate
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.profiling.spans import Spans
+from colm_scale.records import Json
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.run_facts import resumed_facts, run_facts, written_down
-from colm_scale.schedule import learning_rate, total_steps
+from colm_scale.schedule import evaluation_period, learning_rate, total_steps
 from colm_scale.selection.quota import kept_sources
 from colm_scale.session import Session
 from colm_scale.step import CoresetStep
@@ -121,12 +122,14 @@ def run(config: RunConfig, job: Job = train) -> int:
     watch = None
     try:
         quieten()
-        config = resolve(config)
         group = connect()
         watch = Watch(group, config.train.timeout)
+        with group.together():
+            config = resolve(config)
         completed = job(config, group, watch)
     except BaseException as error:
         _end(error, watch)
+    assert watch is not None
     watch.close()
     group.close()
     return 0 if completed else STOPPED
@@ -161,7 +164,7 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
     directory, found = _open_directory(config, group)
     inputs = read_inputs(config, group)
-    identity = {"config": config_facts(config), "data": inputs.digest}
+    identity: Json = {"config": config_facts(config), "data": inputs.digest}
     _check_resumable(found, identity, group)
     module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
     identity["model"] = model_digest(module)
@@ -195,8 +198,9 @@ def _run_steps(
     group: Group,
 ) -> bool:
     """The steps after ``done``, with what happens every so many of them; whether the run came to its end."""
+    evaluate_every = evaluation_period(config.eval, steps)
     if not done:
-        session.evaluate(0)
+        session.evaluate(0, whole=True)
     for number in range(done + 1, steps + 1):
         watch.begin(number)
         report, work = step(number, learning_rate(config.train, number, steps))
@@ -206,8 +210,8 @@ def _run_steps(
         session.step(report)
         watch.enter("sources")
         session.drifted(step.follow(number))
-        if number == steps or _is_due(config.eval.every, number):
-            session.evaluate(number)
+        if number == steps or _is_due(evaluate_every, number):
+            session.evaluate(number, whole=number == steps)
         stopping = group.any(watch.stop_requested)
         if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")
@@ -261,8 +265,8 @@ def _claim(
     group: Group,
 ) -> None:
     """Write the files that say what runs, once it is known that it can."""
-    held = torch.tensor([held_bytes(engine.module)], device=group.device)
-    held = group.all_gather(held, "control").flatten().tolist()
+    own_bytes = torch.tensor([held_bytes(engine.module)], device=group.device)
+    held = group.all_gather(own_bytes, "control").flatten().tolist()
     with group.together():
         if directory is not None:
             own = {"device_name": meter.device_name, "memory": meter.label, "weight_bytes_by_rank": held}

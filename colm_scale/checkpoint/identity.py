@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from colm_scale.config import RunConfig
+from colm_scale.config.removed import OPTIONS, is_harmless
 from colm_scale.errors import UserError
 from colm_scale.records import Json
 
@@ -100,11 +101,10 @@ def check_same_run(stored: Json, current: Json, where: Path) -> None:
     Raises:
         UserError: It may not. Names everything that differs, options with both values.
     """
-    before, now = stored["config"], current["config"]
+    now = current["config"]
+    before = {name: value for name, value in stored["config"].items() if name in now or not is_harmless(name, value)}
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name, _NONE) != now.get(name, _NONE)]
-    found = [
-        f"--{name} is {_said(now, name)}, but the checkpoint was made with {_said(before, name)}" for name in names
-    ]
+    found = [_difference(name, before, now) for name in names]
     if stored["data"] != current["data"]:
         found.append("other training data")
     if stored["model"] != current["model"] and not _MAKE_OTHER_WEIGHTS.intersection(names):
@@ -114,6 +114,11 @@ def check_same_run(stored: Json, current: Json, where: Path) -> None:
             f"checkpoint {where} is not one of this run: {'; '.join(found)}. Go on with what it was made with, or "
             "begin another run (another --output_dir, without --resume)"
         )
+
+
+def _difference(name: str, before: dict[str, object], now: dict[str, object]) -> str:
+    found = f"--{name} is {_said(now, name)}, but the checkpoint was made with {_said(before, name)}"
+    return found if name in now or name not in OPTIONS else f"{found} ({OPTIONS[name].way_out})"
 
 
 def _said(options: dict[str, object], name: str) -> object:

@@ -1,4 +1,4 @@
-"""What the selection has learned, as tensors: moments, sketches that still count, what is known of each source."""
+"""What the selection has learned, as tensors: moments, sketches that still count, kept sources and coverage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from colm_scale.distributed.group import Group
 from colm_scale.distributed.observer import Observer
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.recent import RecentSources
-from colm_scale.selection.statistics import SourceStatistics
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by file stem and name."""
@@ -60,13 +59,11 @@ class SelectionState:
                 self._estimator.store.keep(**self._sketches(None if saved is None else saved["sketches"]))
         of_sources = self._shared(self._sources(), None if saved is None else saved["sources"])
         of_sources = {name: value.cpu() for name, value in of_sources.items()}
-        self._observer.recent = RecentSources(kept=of_sources.pop("kept"), seen=of_sources.pop("seen"))
-        self._observer.coverage = Coverage(of_sources.pop("owed"))
-        self._observer.statistics = SourceStatistics(**of_sources)
+        self._observer.recent = RecentSources(kept=of_sources["kept"], seen=of_sources["seen"])
+        self._observer.coverage = Coverage(of_sources["owed"])
 
     def _sources(self) -> dict[str, Tensor]:
-        observer = self._observer
-        parts = [dataclasses.asdict(part) for part in (observer.statistics, observer.recent, observer.coverage)]
+        parts = [dataclasses.asdict(part) for part in (self._observer.recent, self._observer.coverage)]
         return {name: value for part in parts for name, value in part.items()}
 
     def _sketches(self, saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -101,6 +101,11 @@ class DataConfig(RowConfig):
     shuffle_rows: int = 16384
     """With `streaming`: rows that are held and shuffled at a time."""
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is held-out data: the user's, or the built-in with built-in training data."""
+        return bool(self.eval) or not self.train
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.shuffle_rows >= 1, "data.shuffle_rows", self.shuffle_rows, "at least 1")
@@ -222,9 +227,6 @@ class FsdpConfig:
     the backward (more memory, less communication)."""
     cpu_offload: bool = False
     """Keep each rank's shards, gradients and optimizer in CPU memory, and bring a block to the GPU when it runs."""
-    param_dtype: Literal["stored", "bfloat16", "float16"] = "stored"
-    """Type in which parameters are gathered and computed with (FSDP2's mixed precision policy). stored: frozen weights
-    in --train.dtype and adapters in float32, as under every other engine. Gradients are reduced in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +249,13 @@ class CheckpointConfig:
 class EvalConfig:
     """Held-out loss and exact match, per source."""
 
-    every: int = 0
-    """Steps between evaluations. 0: only before and after."""
+    every: int | None = None
+    """Steps between evaluations. Default: a fifth of the run, which makes six with the one before the first step. 0:
+    only before and after."""
+    sample: int = 128
+    """Examples, as many of each source, whose loss an evaluation between the first and the last computes; it generates
+    nothing. The first and the last compute all examples, and say how these do too: curves and the best adapter compare
+    the same examples throughout."""
     generate: int = 24
     """Examples per source whose answer is generated and compared. 0: loss only."""
     max_new_tokens: int = 64
@@ -257,7 +264,8 @@ class EvalConfig:
     """Most held-out examples per source. What is left out is counted."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "eval.every", self.every, "0 or more")
+        require(self.every is None or self.every >= 0, "eval.every", self.every, "0 or more")
+        require(self.sample >= 1, "eval.sample", self.sample, "at least 1")
         require(self.generate >= 0, "eval.generate", self.generate, "0 or more")
         require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.limit >= 1, "eval.limit", self.limit, "at least 1")
@@ -312,10 +320,10 @@ class RunConfig:
             )
         if self.train.forward_reuse != "off":
             self._check_reusable()
-        if self.sources.refresh_every and not self.data.sources:
+        if self.sources.refresh_every and not self.reclusters and isinstance(self.selection.kept_sources, list):
             raise UserError(
-                f"--sources.refresh_every {self.sources.refresh_every} is for sources that colm-scale sources has "
-                f"found: name its file with --data.sources, or leave it out"
+                f"--sources.refresh_every {self.sources.refresh_every} without --data.sources chooses the kept sources "
+                f"again, but --selection.kept_sources names them: leave one out"
             )
         if self.engine == "deepspeed" and self.ds_config is None:
             raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config zero2")
@@ -323,6 +331,11 @@ class RunConfig:
             raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
         if self.resume == "auto" and self.output_dir is None:
             raise UserError("--resume auto looks for checkpoints in the run's folder: name it with --output_dir")
+
+    @property
+    def reclusters(self) -> bool:
+        """Whether a refresh of the sources clusters examples again, rather than choosing the kept sources again."""
+        return self.sources.refresh_every > 0 and self.data.sources is not None
 
     def _check_reusable(self) -> None:
         selection, option = self.selection, f"--train.forward_reuse {self.train.forward_reuse}"

@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args
 
 from colm_scale.config import own
 from colm_scale.config.checks import require
+from colm_scale.config.shares import Shares, is_file, parse_shares, read_shares
 from colm_scale.errors import UserError
 
 Method = Literal["colm", "stratified", "random", "full", "replay"]
 EstimatorName = Literal["last_layer", "zeroth_order", "length"]
-Ranking = Literal["facility", "matching", "pursuit", "systematic", "importance", "top"]
-Allocation = Literal["proportional", "equal", "temperature", "excess_loss", "none"]
+Ranking = Literal["facility", "matching", "systematic"]
 Metric = Literal["l1", "l2", "cosine"]
 Weights = Literal["uniform", "cluster", "unbiased"]
 
@@ -44,20 +44,13 @@ class SelectionConfig:
     FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     ranking: Ranking | str = "facility"
     """How a source's quota is picked. facility: medoids that stand for all (the paper's). matching: the subset whose
-    mean gradient is nearest the candidates', by swaps. pursuit: the same, by orthogonal matching pursuit. systematic:
-    every so many in the order of one number. importance: drawn in proportion to the sketch's norm. top: the highest
-    loss. Or a function of your own, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
-    joint: bool = False
-    """facility, matching, pursuit: rank the candidates of all sources together, each source still filling its quota.
-    Off: every source by itself (the paper's)."""
-    allocation: Allocation = "proportional"
-    """How the budget is shared out over the sources that are not kept. proportional: to their candidates (the paper's).
-    equal: the same to each. temperature: to their size to the power of `allocation_exponent`. excess_loss: to the loss
-    above what the other sources' fall lets expect. none: the ranking alone decides (with `joint`)."""
-    allocation_exponent: float = 0.5
-    """Exponent of the temperature allocation: 1 is proportional, 0 is equal."""
-    allocation_floor: int = 1
-    """Fewest picks of a source that has candidates, for every allocation but proportional."""
+    mean gradient is nearest the candidates', by swaps. systematic: sort by one number and take every n-th. Or a
+    function of your own, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
+    shares: Shares = "proportional"
+    """How colm and stratified share out the budget over the sources that are not kept. proportional: to their
+    candidates (the paper's). equal: the same to each. A number: to their training examples to that power (1: to their
+    size, 0: equal). Or ratios of your own, '{math: 3, code: 1}', or the .yaml or .json file that holds them; every
+    source that is not kept must have one, and with 0 it has no quota."""
     coverage_floor: float = 0.0
     """colm and stratified: at least this share of each source's candidates is trained on, over any stretch of steps and
     so in every pass over the data; what one step lacks the next ones make up. At most budget / candidates. 0: none."""
@@ -70,30 +63,16 @@ class SelectionConfig:
     countsketch: a random projection of the update, one sign and place per number."""
     metric: Metric = "l1"
     """Distance between sketches."""
-    largest_group: int = 8192
-    """facility: most candidates of a source that are compared all with all; a larger source is cut into regions. The
-    memory grows with its square."""
     weights: Weights = "uniform"
     """Weight of a coreset example. uniform: 1 (the paper's). cluster (facility): the number of candidates it stands
-    for. unbiased: a source's picks stand for its candidates, each for as many; but for importance, by 1 over the chance
-    to be drawn, and for pursuit, by least squares. With a draw (systematic, importance, stratified) the expected
-    gradient is then that of all candidates, if every source has a quota. A kept example counts 1."""
-    kept_sources: list[str] | None = None
-    """Sources whose candidates are all trained on. Default: by `kept_rule`. `[]`: none."""
-    kept_rule: Literal["average", "quantile"] = "average"
-    """Which sources are kept by default. average: those with fewer examples than the average source (the paper's).
-    quantile: the smallest `kept_quantile` of the sources."""
-    kept_quantile: float = 0.5
-    """Share of the sources that are kept under the quantile rule."""
-    kept_cap: float = 1.0
-    """Largest share of the budget that kept and protected candidates may take, as long as others can fill the rest;
-    what is above it overflows."""
-    overflow: Literal["subset", "shares", "fail"] = "subset"
-    """Which kept candidates enter if not all can. subset: a uniform draw. shares: as many of each kept source as is its
-    due, the smallest whole. fail: the run ends."""
-    refresh_every: int = 0
-    """Steps after which `kept_rule` is asked again, about the candidates since the last time, and the moments begin
-    anew: for a mixture that drifts. 0: never, the rule goes by the whole training data."""
+    for. unbiased: a source's picks stand for its candidates, each for as many. With a draw (systematic, stratified) the
+    expected gradient is then that of all candidates, if every source has a quota. A kept example counts 1."""
+    kept_sources: float | list[str] | None = None
+    """Sources whose candidates are all trained on. Default: those with fewer examples than the average source (the
+    paper's). A number in [0, 1]: that share of the sources, the smallest ones. Names: these; `[]`: none."""
+    overflow: Literal["subset", "fail"] = "subset"
+    """If not all kept candidates fit into the budget: train on a uniform draw of them (subset), or end the run
+    (fail)."""
     probe: str = "v"
     """Linear layer whose LoRA B matrix is the probe: v, q, k, o (of the attention) or mlp (its last layer), found by
     what they do, or a layer's name."""
@@ -116,21 +95,11 @@ class SelectionConfig:
         )
         require(self.num_probes >= 1, "selection.num_probes", self.num_probes, "at least 1")
         require(self.columns >= 1, "selection.columns", self.columns, "at least 1")
-        require(self.largest_group >= 1, "selection.largest_group", self.largest_group, "at least 1")
-        require(
-            self.allocation_exponent >= 0, "selection.allocation_exponent", self.allocation_exponent, "0 or more"
-        )
-        require(self.allocation_floor >= 0, "selection.allocation_floor", self.allocation_floor, "0 or more")
+        object.__setattr__(self, "shares", parse_shares(self.shares))
         if self.coverage_floor:
             self._check_coverage()
-        require(0 <= self.kept_quantile <= 1, "selection.kept_quantile", self.kept_quantile, "in [0, 1]")
-        require(0 < self.kept_cap <= 1, "selection.kept_cap", self.kept_cap, "above 0 and at most 1")
-        require(self.refresh_every >= 0, "selection.refresh_every", self.refresh_every, "0 or more")
-        if self.refresh_every and self.kept_sources is not None:
-            raise UserError(
-                f"--selection.refresh_every {self.refresh_every} chooses the kept sources anew, but "
-                f"--selection.kept_sources names them: leave one out"
-            )
+        if isinstance(self.kept_sources, (int, float)):
+            require(0 <= self.kept_sources <= 1, "selection.kept_sources", self.kept_sources, "in [0, 1], or names")
         require(self.reuse >= 0, "selection.reuse", self.reuse, "0 or more")
         if self.reuse and self.preset == "none" and (self.estimator, self.compression) == ("last_layer", "columns"):
             raise UserError(
@@ -151,8 +120,12 @@ class SelectionConfig:
         require(0 < self.coverage_floor <= 1, "selection.coverage_floor", self.coverage_floor, "in [0, 1]")
         if self.method == "random":
             raise UserError(f"{option} needs quotas, which --selection.method random has not: give stratified")
-        if self.allocation == "none" and self.preset == "none":
-            raise UserError(f"{option} needs quotas, which --selection.allocation none has not: leave one out")
+        if isinstance(self.shares, dict) and not all(self.shares.values()):
+            without = ", ".join(name for name, ratio in self.shares.items() if not ratio)
+            raise UserError(
+                f"{option} trains on some of every source, but --selection.shares gives {without} no quota: leave one "
+                f"out"
+            )
         if self.method in ("colm", "stratified") and self.coverage_floor * self.candidates > self.budget:
             raise UserError(
                 f"{option} asks for more than --selection.budget {self.budget} of --selection.candidates "
@@ -161,38 +134,15 @@ class SelectionConfig:
 
     def _check_ranking(self) -> None:
         """What goes with which ranking."""
-        if self.joint and self.ranking not in ("facility", "matching", "pursuit"):
-            raise UserError(
-                f"--selection.joint true compares candidates of all sources, which --selection.ranking "
-                f"{self.ranking} does not: give facility, matching or pursuit"
-            )
-        if self.ranking == "top" and self.estimator == "length":
-            raise UserError(
-                "--selection.ranking top picks the highest losses, which --selection.estimator length does not know: "
-                "give --selection.estimator last_layer"
-            )
-        if self.allocation == "none" and not self.joint:
-            raise UserError("--selection.allocation none leaves it to the ranking: add --selection.joint true")
-        if self.allocation == "none" and self.method == "stratified":
-            raise UserError(
-                "--selection.allocation none leaves it to the ranking, which --selection.method stratified has not: "
-                "give --selection.method colm, or random"
-            )
         if self.weights == "cluster" and self.ranking != "facility":
             raise UserError(
                 f"--selection.weights cluster counts what a medoid stands for, and --selection.ranking {self.ranking} "
                 f"picks none: give --selection.ranking facility, or --selection.weights unbiased"
             )
-        if self.weights == "unbiased" and self.ranking == "top":
-            raise UserError(
-                "--selection.weights unbiased cannot make the highest losses of --selection.ranking top stand for the "
-                "others: give --selection.weights uniform, or --selection.ranking importance"
-            )
-        if self.candidates > MOST_COMPARED and (self.joint or self.ranking in ("matching", "pursuit")):
+        if self.candidates > MOST_COMPARED and self.ranking == "matching":
             raise UserError(
                 f"--selection.candidates {self.candidates} are too many to compare each with each other, as "
-                f"--selection.ranking {self.ranking}{' with --selection.joint true' if self.joint else ''} does: give "
-                f"at most {MOST_COMPARED}, or --selection.ranking facility with --selection.joint false"
+                f"--selection.ranking matching does: give at most {MOST_COMPARED}, or --selection.ranking facility"
             )
 
     def check_own(self) -> None:
@@ -206,22 +156,20 @@ class SelectionConfig:
                 if own.is_own(name):
                     own.load_own(f"selection.{option}", name, parameters)
 
-    @property
-    def quantile(self) -> float | None:
-        """Share of the sources that the rule keeps; None: those below the average."""
-        return self.kept_quantile if self.kept_rule == "quantile" else None
-
     def resolved(self) -> SelectionConfig:
-        """With the preset written out."""
+        """With the preset written out, and a file of shares read.
+
+        Raises:
+            UserError: The file cannot be read, or does not hold ratios.
+        """
         if self.preset == "none":
-            return self
+            return dataclasses.replace(self, shares=read_shares(str(self.shares))) if is_file(self.shares) else self
         return dataclasses.replace(
             self,
             preset="none",
             estimator="zeroth_order",
             ranking="facility",
-            joint=False,
-            allocation="proportional",
+            shares="proportional",
             num_probes=1,
             columns=2560,
             compression="columns",

@@ -1,4 +1,4 @@
-"""The options of sources that are found anew while a run goes on."""
+"""The options of sources that change while a run goes on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from colm_scale.config.checks import require
 
 @dataclass(frozen=True, kw_only=True)
 class SourcesConfig:
-    """Sources that follow the model, for those that `colm-scale sources` has found (--data.sources)."""
+    """Sources that follow the mixture or the model."""
 
     refresh_every: int = 0
-    """Steps after which the examples that were seen since the last time are clustered anew, by the model's hidden
-    states as they passed by in the sketch and in training. 0: never."""
-    dimensions: int = 64
-    """Numbers that are kept of an example's mean hidden state, a random projection."""
+    """Steps between refreshes of the sources; 0: never. With --data.sources the examples seen since the last time are
+    clustered again, by the model's hidden states as they passed by in the sketch and in training. Without it, the small
+    sources among the candidates since the last time are kept from then on, and the moments begin anew: for a mixture
+    that drifts."""
 
     def __post_init__(self) -> None:
         require(self.refresh_every >= 0, "sources.refresh_every", self.refresh_every, "0 or more")
-        require(self.dimensions >= 2, "sources.dimensions", self.dimensions, "at least 2")

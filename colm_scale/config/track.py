@@ -18,8 +18,6 @@ class TrackConfig:
     told where its server is and who you are by its own environment variables."""
     project: str = "colm_scale"
     """Project (wandb, trackio) or experiment (mlflow) that the run belongs to."""
-    name: str | None = None
-    """The run's name there. Default: the name of OUTPUT_DIR."""
 
     def __post_init__(self) -> None:
         for name in self.to:

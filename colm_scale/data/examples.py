@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from colm_scale.config import DataConfig
+from colm_scale.config import DataConfig, RowConfig
 from colm_scale.data.formats import said
 from colm_scale.data.readers import Message, Row
 from colm_scale.errors import UserError
@@ -224,7 +224,7 @@ def _packed(kept: Sequence[Encoded], known: Sequence[str], dropped: dict[str, in
     )
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Iterator[Encoded]:
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
     """Every row as tokens, however long, in order.
 
     Raises:
@@ -258,18 +258,20 @@ def _encoded(row: Row, parts: Sequence[tuple[list[int], bool]]) -> Encoded:
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     # verbose: no warning about texts above the model's context, which are counted here.
     encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return encoding["input_ids"]
+    ids: list[list[int]] = encoding["input_ids"]
+    return ids
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text (often a begin-of-sequence token); what it puts after is left out."""
     text = "a"
-    whole, (plain,) = tokenizer(text)["input_ids"], _plain_ids(tokenizer, [text])
+    whole: list[int] = tokenizer(text)["input_ids"]
+    (plain,) = _plain_ids(tokenizer, [text])
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return whole[:start]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DataConfig, first_chat: str | None) -> str | None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first_chat: str | None) -> str | None:
     """Check that a tokenizer can write all rows; the Jinja text that writes the chats among them.
 
     Args:
@@ -292,7 +294,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DataConfig, firs
         ) from error
 
 
-def read_chat_template(config: DataConfig) -> str | None:
+def read_chat_template(config: RowConfig) -> str | None:
     """What ``--data.chat_template`` holds, where it is given."""
     if config.chat_template is None:
         return None
@@ -315,15 +317,17 @@ class _Chats:
             UserError: The template fails on this chat, or what it writes for its first messages is not how it begins to
                 write all of them, so that nobody can tell where a turn starts and ends.
         """
-        whole, done, segments = self._render(row, row.messages), "", []
-        for turn, message in enumerate(row.messages):
+        messages = row.messages or ()
+        whole, done = self._render(row, messages), ""
+        segments: list[_Segment] = []
+        for turn, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self._render(row, row.messages[:turn], add_generation_prompt=True)
-            after = self._render(row, row.messages[: turn + 1])
+            before = self._render(row, messages[:turn], add_generation_prompt=True)
+            after = self._render(row, messages[: turn + 1])
             if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
                 raise UserError(
-                    f"{row.where}: the chat template writes message {turn + 1} of {len(row.messages)} otherwise when "
+                    f"{row.where}: the chat template writes message {turn + 1} of {len(messages)} otherwise when "
                     "it is the last one than within the chat, so the assistant's turn cannot be told from the rest: "
                     "give a template that only ever appends, with --data.chat_template FILE"
                 )
@@ -333,9 +337,10 @@ class _Chats:
 
     def _render(self, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         chat = [asdict(message) for message in messages]
+        render: Callable[..., object] = self._tokenizer.apply_chat_template
         try:
             # As a batch of one: by itself, an empty chat (before an assistant that speaks first) is no chat.
-            (text,) = self._tokenizer.apply_chat_template(
+            rendered = render(
                 [chat], chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template is a program, and fails in as many ways; its own errors are jinja2's
@@ -343,4 +348,6 @@ class _Chats:
                 f"{row.where}: the chat template refuses these messages: {said(error)}. Correct the row, or give "
                 "another template with --data.chat_template FILE"
             ) from error
+        assert isinstance(rendered, list)
+        text: str = rendered[0]
         return text

@@ -134,7 +134,7 @@ def _xlsx(path: Path) -> Iterator[Record]:
         )
 
 
-def _sheets(path: Path) -> list[tuple[str, list[tuple]]]:
+def _sheets(path: Path) -> list[tuple[str, list[tuple[object, ...]]]]:
     """Title and rows of every sheet. Raises ValueError for a bomb, and whatever the libraries raise."""
     import openpyxl
 
@@ -149,7 +149,7 @@ def _sheets(path: Path) -> list[tuple[str, list[tuple]]]:
         book.close()
 
 
-def _sheet_rows(sheet: Any) -> list[tuple]:
+def _sheet_rows(sheet: Any) -> list[tuple[object, ...]]:
     sheet.reset_dimensions()  # a file may state fewer rows and columns than it has, and the rest would not be read
     rows = list(islice(sheet.iter_rows(values_only=True), _SHEET_ROWS + 1))
     if len(rows) > _SHEET_ROWS:

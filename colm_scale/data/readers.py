@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colm_scale.config import COLUMN_ROLES, DataConfig
+from colm_scale.config import COLUMN_ROLES, DataConfig, RowConfig
 from colm_scale.data.builtin import Split, builtin_rows
 from colm_scale.data.formats import Record, records_of, shortened, shown
 from colm_scale.errors import UserError
@@ -61,7 +61,7 @@ def read_rows(specs: Sequence[str], config: DataConfig) -> list[Row]:
     return list(_rows(specs, config, streaming=False))
 
 
-def each_row(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
+def each_row(specs: Sequence[str], config: RowConfig) -> Iterator[Row]:
     """The same rows, one at a time: of .jsonl and .parquet files and of hub data sets, little more than one is held.
 
     Raises:
@@ -101,7 +101,7 @@ def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row
     ]
 
 
-def _rows(specs: Sequence[str], config: DataConfig, *, streaming: bool) -> Iterator[Row]:
+def _rows(specs: Sequence[str], config: RowConfig, *, streaming: bool) -> Iterator[Row]:
     opened = [records_of(spec, streaming=streaming) for spec in specs]
     number = 0
     for spec, (default_source, records) in zip(specs, opened):
@@ -143,7 +143,7 @@ class _FileSources:
             )
 
 
-def _row(number: int, source: str, record: Record, config: DataConfig) -> Row:
+def _row(number: int, source: str, record: Record, config: RowConfig) -> Row:
     """A record as a row, by the first of the three kinds whose columns it has."""
     cells, where = record.cells, record.where
     column = {role: config.column(role) for role in COLUMN_ROLES}
@@ -171,7 +171,7 @@ def _instruction(cells: Mapping[str, Any], column: Mapping[str, str], where: str
     return f"{instruction}\n{_string(more, column['input'], where)}" if more else instruction
 
 
-def _templated(instruction: str, config: DataConfig) -> str:
+def _templated(instruction: str, config: RowConfig) -> str:
     # Not str.format: a template may hold braces of its own.
     return config.template.replace("{instruction}", instruction)
 
@@ -218,9 +218,10 @@ def _flag(value: Any, column: str, where: str) -> bool:
 
 
 def _filled(value: Any, name: str, where: str) -> str:
-    if not _string(value, name, where).strip():
+    found = _string(value, name, where)
+    if not found.strip():
         raise UserError(f"{where}: {name!r} is empty, so there is nothing to learn: fill it or leave the row out")
-    return value
+    return found
 
 
 def _string(value: Any, name: str, where: str) -> str:

@@ -75,8 +75,8 @@ def survey(specs: Sequence[str], config: DataConfig) -> Survey:
         if first_chat is None and row.messages:
             first_chat = row.where
     names = tuple(sorted(sizes))
-    counts = (long_tensor([counted[name] for name in names]) for counted in (sizes, protected))
-    return Survey(names, *counts, sizes.total(), digest.hexadecimal(), first_chat)
+    by_source, protected_sizes = (long_tensor([counted[name] for name in names]) for counted in (sizes, protected))
+    return Survey(names, by_source, protected_sizes, sizes.total(), digest.hexadecimal(), first_chat)
 
 
 class BlockStream:
@@ -153,6 +153,7 @@ class BlockStream:
 
     def _next_block(self) -> None:
         del self._block, self._order  # or three blocks would be in memory
+        assert self._ahead is not None
         block = self._ahead.result()  # raises what reading has raised
         if block is not None:
             self.position = Position(self.position.epoch, self.position.block + 1)
@@ -176,7 +177,8 @@ class BlockStream:
 
     def _epoch(self) -> Iterator[list[Row]]:
         """The blocks of rows of one epoch. The last one is given away only if all were as surveyed."""
-        digest, block = _RowDigest(self._config), []
+        digest = _RowDigest(self._config)
+        block: list[Row] = []
         for row in self._rows():
             if digest.rows == self._surveyed.rows or row.source not in self._surveyed.source_names:
                 raise _changed(f"{row.where} was not there before")

@@ -71,7 +71,6 @@ class Estimator(Protocol):
     def exchange(self) -> Tensor:
         """``[s, c]`` float32, what each candidate's rank has found out about it; zero where none was to. A row that is
         not finite is a sketch that failed. Equal on every rank."""
-        return gather_rows(self._local, self._plan, self._group, "gather")
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         """The candidate matrix, from what `exchange` returned."""
@@ -82,6 +81,18 @@ class Estimator(Protocol):
 
     def learn(self, selection: Selection) -> None:
         """Let the moments learn from the picked (not kept) rows, and forget the sketches."""
+        return None
+
+
+class Sketching(Estimator):
+    """Exchanges a row for each candidate that this rank sketched: ``[own, c]`` in ``_local``."""
+
+    _group: Group
+    _plan: SketchPlan
+    _local: Tensor
+
+    def exchange(self) -> Tensor:
+        return gather_rows(self._local, self._plan, self._group, "gather")
 
 
 def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, group: Group) -> Estimator:
@@ -105,7 +116,7 @@ def make_estimator(tap: Tap, selection: SelectionConfig, train: TrainConfig, gro
     return LastLayer(tap, group, fresh((tap.shape,)), selection.columns)
 
 
-class ZerothOrder(Estimator):
+class ZerothOrder(Sketching):
     """K derivatives per candidate. All that is exchanged is them; the rest is a pure function of them."""
 
     fixed_coordinates = True
@@ -142,10 +153,10 @@ class ZerothOrder(Estimator):
             if len(picked)
             else self.moments.skip()
         )
-        self._coefficients = self._local = None
+        del self._coefficients, self._local
 
 
-class LastLayer(Estimator):
+class LastLayer(Sketching):
     """The exact gradient, of which h columns per source are exchanged; each rank chooses among the columns it owns."""
 
     def __init__(self, tap: Tap, group: Group, moments: Moments, columns: int):
@@ -240,7 +251,7 @@ class CountSketched(LastLayer):
         return CandidateMatrix(self._plan.positions, numbers[:, 2:], valid, numbers[:, 0])
 
 
-class Measured(Estimator):
+class Measured(Sketching):
     """Numbers that a function finds in a micro-batch, compared as they are: no optimizer's averages are taken of them.
 
     Args:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -25,9 +27,21 @@ from colm_scale.distributed.group import Group
 from colm_scale.modeling.embedding import mean_states
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.randomness import generator
-from colm_scale.records import Batch, Candidates, long_tensor
+from colm_scale.records import Batch, Candidates, Json, long_tensor
+from colm_scale.selection.allocation import source_shares
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sources.regroup import regroup
+
+DIMENSIONS = 64
+"""Numbers that are kept of an example's mean hidden state, a random projection."""
+
+
+class _Changes(TypedDict):
+    """Of how many examples, each that moved as its id, old and new source, and the sources that are new."""
+
+    examples: int
+    moved: list[list[int]]
+    new: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +71,8 @@ class Drift:
 def make_follower(
     config: RunConfig, module: ExampleLoss, names: Sequence[str], sizes: Tensor, kept: Tensor, group: Group
 ) -> Follower | None:
-    """As `Follower`, where ``--sources.refresh_every`` asks for one."""
-    if not config.sources.refresh_every:
+    """As `Follower`, where sources are clustered again."""
+    if not config.reclusters:
         return None
     return Follower(config, module, names, sizes, kept, group)
 
@@ -90,13 +104,17 @@ class Follower:
         self._seen: dict[int, tuple[int, Tensor]] = {}  # on the first rank: source and state of examples, by id
         width = module.causal_model.get_output_embeddings().in_features
         draws = generator(config.train.seed, "sources")
-        self._projection = torch.randn(width, config.sources.dimensions, generator=draws).to(group.device)
-        self._local: Tensor | None = None
+        self._projection = torch.randn(width, DIMENSIONS, generator=draws).to(group.device)
+        self._local = torch.zeros(0)
+
+    @property
+    def shares(self) -> Tensor | None:
+        """``[Q]`` of the sources by their sizes now, see `source_shares`."""
+        return source_shares(self._config.selection.shares, self._names, self.sizes)
 
     def relabelled(self, candidates: Candidates) -> Candidates:
         """The candidates of a step with their sources of now."""
-        dimensions = self._config.sources.dimensions
-        self._local = torch.zeros(len(candidates), dimensions + 1, device=self._group.device)
+        self._local = torch.zeros(len(candidates), DIMENSIONS + 1, device=self._group.device)
         pairs = zip(candidates.ids.tolist(), candidates.sources.tolist())
         return replace(candidates, sources=long_tensor([self._moved.get(id_, source) for id_, source in pairs]))
 
@@ -112,7 +130,7 @@ class Follower:
     def remember(self, candidates: Candidates) -> None:
         """Put together what all ranks have seen in a step."""
         seen = self._group.all_reduce(self._local, "sources").cpu()
-        self._local = None
+        self._local = torch.zeros(0)
         if self._group.is_first:
             for position in seen[:, -1].nonzero().flatten().tolist():
                 # Seen twice, in the sketch and in training, it is the same but for rounding.
@@ -126,7 +144,7 @@ class Follower:
         if step % every:
             return None
         started = time.perf_counter()
-        found = None
+        found: _Changes | None = None
         with self._group.together():
             if self._group.is_first:
                 found = self._regrouped(step)
@@ -135,16 +153,16 @@ class Follower:
             self._moved[id_] = now
             self.sizes[before] -= 1
             self.sizes[now] += 1
-        selection, before = self._config.selection, self.kept
-        self.kept = kept_sources(self.sizes, self._names, selection.kept_sources, selection.quantile)
+        kept_before = self.kept
+        self.kept = kept_sources(self.sizes, self._names, self._config.selection.kept_sources)
         self._seen = {}
         return Drift(
             step=step,
             examples=shared["examples"],
             moved=len(shared["moved"]),
             new=[self._names[source] for source in shared["new"]],
-            kept=self._named(self.kept & ~before),
-            no_longer_kept=self._named(before & ~self.kept),
+            kept=self._named(self.kept & ~kept_before),
+            no_longer_kept=self._named(kept_before & ~self.kept),
             sizes=dict(zip(self._names, self.sizes.tolist())),
             seconds=time.perf_counter() - started,
         )
@@ -154,10 +172,10 @@ class Follower:
         states = [state for _, state in self._seen.values()]
         return {
             "sizes": self.sizes.clone(),
-            "moved": long_tensor([*self._moved.items()]).view(-1, 2),
+            "moved": long_tensor([*chain.from_iterable(self._moved.items())]).view(-1, 2),
             "ids": long_tensor([*self._seen]),
             "sources": long_tensor([source for source, _ in self._seen.values()]),
-            "states": torch.stack(states) if states else torch.zeros(0, self._config.sources.dimensions),
+            "states": torch.stack(states) if states else torch.zeros(0, DIMENSIONS),
         }
 
     def load(self, saved: dict[str, Tensor] | None, kept: Tensor) -> None:
@@ -166,7 +184,7 @@ class Follower:
         Args:
             kept: ``[Q]`` bool, the sources that are kept now.
         """
-        plain = None if saved is None else {name: saved[name].tolist() for name in ("sizes", "moved")}
+        plain: Json | None = None if saved is None else {name: saved[name].tolist() for name in ("sizes", "moved")}
         shared = self._group.share_json(plain)
         self.sizes, self._moved = long_tensor(shared["sizes"]), dict(shared["moved"])
         self.kept = kept
@@ -179,7 +197,7 @@ class Follower:
             found = mean_states(batch, hidden)[: len(batch.positions)] @ self._projection
             self._local[batch.positions.to(found.device)] += torch.cat([found, torch.ones_like(found[:, :1])], dim=1)
 
-    def _regrouped(self, step: int) -> dict[str, object]:
+    def _regrouped(self, step: int) -> _Changes:
         """What has become of the examples that were seen, as plain JSON."""
         ids = [id_ for id_, (_, state) in self._seen.items() if state.isfinite().all()]
         before = np.array([self._seen[id_][0] for id_ in ids], np.int64)

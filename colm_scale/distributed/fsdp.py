@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
-from colm_scale.distributed.engine import LossScale, OptimizerEngine
+from colm_scale.distributed.engine import OptimizerEngine
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
@@ -78,10 +78,7 @@ class FsdpEngine(OptimizerEngine):
         group.ensure_process_group()
         self._device, self._ranks = group.device, group.world_size
         mesh = mesh or mesh_of(group)
-        precision = MixedPrecisionPolicy(
-            param_dtype=None if fsdp.param_dtype == "stored" else getattr(torch, fsdp.param_dtype),
-            reduce_dtype=torch.float32,
-        )
+        precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         offload = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
         root = module.causal_model
         for unit in units(root):
@@ -95,7 +92,6 @@ class FsdpEngine(OptimizerEngine):
         assert isinstance(root, FSDPModule)
         self._root: FSDPModule = root
         super().__init__(module, train)  # its optimizer is over the shards
-        self.scale = LossScale.of(train.dtype if fsdp.param_dtype == "stored" else fsdp.param_dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         losses: Tensor = self.module(batch)

@@ -1,17 +1,13 @@
-"""What a run learns about its sources while it trains, for what goes by it. All ranks know the losses: nothing is
-exchanged."""
+"""Kept sources and coverage, followed while a run trains. All ranks know the selections: nothing is exchanged."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from colm_scale.config import SelectionConfig
+from colm_scale.config import RunConfig
 from colm_scale.records import Candidates, Selection
 from colm_scale.selection.coverage import Coverage
-from colm_scale.selection.recent import RecentSources, is_refreshed
-from colm_scale.selection.statistics import SourceStatistics, observation_weights
+from colm_scale.selection.recent import RecentSources
 
 
 class Observer:
@@ -21,42 +17,32 @@ class Observer:
         kept: ``[Q]`` bool, the sources that are kept at the beginning.
 
     Attributes:
-        statistics: What is known after the last step; equal on every rank.
         recent: The sources that are kept in the next step.
         coverage: What each source is owed, if there is a floor under what is trained of it.
     """
 
-    def __init__(self, kept: Tensor):
-        self.statistics = SourceStatistics.zeros(len(kept))
+    def __init__(self, kept: Tensor, config: RunConfig):
         self.recent = RecentSources.beginning(kept)
         self.coverage = Coverage.beginning(len(kept))
+        self._selection = config.selection
+        self._every = 0 if config.reclusters else config.sources.refresh_every
 
-    def after(
-        self,
-        candidates: Candidates,
-        selection: Selection,
-        losses: Tensor | None,
-        applied: bool,
-        config: SelectionConfig,
-    ) -> bool:
+    def after(self, candidates: Candidates, selection: Selection, applied: bool) -> bool:
         """Take in a step.
 
         Args:
-            losses: ``[n]`` of all ranks, on the CPU; None if they are not known.
             applied: Whether the step was an update; if not, nothing of it was trained on.
 
         Returns:
-            Whether the kept sources were chosen anew (`SelectionConfig.refresh_every`).
+            Whether the kept sources were chosen again (`SourcesConfig.refresh_every`), and the moments are to begin
+            anew.
         """
-        if applied and losses is not None:
-            self._learn(candidates, selection, losses)
         trained = selection.positions if applied else selection.positions[:0]
-        self.coverage = self.coverage.after(candidates.sources, trained, config)
-        self.recent = self.recent.after(candidates.step, candidates.sources, config)
-        return is_refreshed(candidates.step, config)
-
-    def _learn(self, candidates: Candidates, selection: Selection, losses: Tensor) -> None:
-        weights = observation_weights(selection, candidates.sources)
-        member = F.one_hot(candidates.sources, len(self.statistics.recent)) * weights.unsqueeze(1)  # [n, Q]
-        seen = member.T @ torch.stack([torch.ones(len(losses)), losses], dim=1).double()
-        self.statistics = self.statistics.learn(seen)
+        self.coverage = self.coverage.after(candidates.sources, trained, self._selection)
+        self.recent = self.recent.after(candidates.sources)
+        if not self._every or candidates.step % self._every:
+            return False
+        rule = self._selection.kept_sources
+        assert not isinstance(rule, list)
+        self.recent = self.recent.refreshed(rule)
+        return True

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import psutil
 from torch.distributed import TCPStore
 
 from colm_scale.distributed.group import Group, launched
@@ -134,7 +134,7 @@ class Watch:
 
     def _reason_to_end(self) -> str | None:
         """Why this rank must end now. Without a launcher it is told to stop, and may end by itself after its step."""
-        gone = [pid for pid, started in self._launchers if _start_time(pid) != started]
+        gone = [process.pid for process in self._launchers if _has_ended(process)]
         self.stop_requested = self.stop_requested or bool(gone)
         if gone and not self._step:
             return f"its launcher (process {gone[0]}) is gone"
@@ -225,24 +225,18 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _start_time(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None if it is gone (or where there is no /proc)."""
-    state, *fields = _stat(pid) or ["Z"]
-    return None if state in "ZX" else fields[18]
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent and so on, see proc(5); nothing of a process that is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _launchers() -> list[tuple[int, str | None]]:
+def _launchers() -> list[psutil.Process]:
     """The processes that must live for this rank to go on: its parent, and for DeepSpeed the runner above it."""
-    pids = [os.getppid()]
-    with suppress(OSError):
-        if b"deepspeed.launcher.launch" in Path(f"/proc/{pids[0]}/cmdline").read_bytes():
-            pids.append(int(_stat(pids[0])[1]))
-    return [(pid, started) for pid in pids if (started := _start_time(pid)) is not None]
+    found: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        found.append(psutil.Process(os.getppid()))
+        if any("deepspeed.launcher.launch" in word for word in found[0].cmdline()):
+            found.append(psutil.Process(found[0].ppid()))
+    return [process for process in found if not _has_ended(process)]
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether a process is gone, also if nobody has asked for its exit code yet."""
+    with suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True

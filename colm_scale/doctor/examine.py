@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich import box
 from rich.console import Console
@@ -30,7 +31,7 @@ def examine(options: DoctorConfig) -> list[Finding]:
     found = check_ranks(options.ranks, seconds)
     if os.environ.get("RANK", "0") != "0":
         return found
-    checks = {
+    checks: dict[str, Callable[[], list[Finding]]] = {
         "versions": check_versions,
         "devices": machine.check_devices,
         "NVML": machine.check_nvml,
@@ -41,7 +42,7 @@ def examine(options: DoctorConfig) -> list[Finding]:
         "caches": machine.check_caches,
     }
     if options.hostfile is not None:
-        checks["hostfile"] = lambda: check_hostfile(options.hostfile, seconds)
+        checks["hostfile"] = partial(check_hostfile, options.hostfile, seconds)
     return [*(finding for about, check in checks.items() for finding in guarded(about, check, 10 * seconds)), *found]
 
 

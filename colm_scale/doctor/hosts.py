@@ -61,7 +61,7 @@ def _resolved(about: str, host: str, seconds: float, *, several: bool) -> Findin
     if isinstance(found, Exception):
         why = "takes too long to resolve" if isinstance(found, TimeoutError) else f"does not resolve ({found})"
         return Finding(about, "problem", f"{host} {why}", "give its address, or mend DNS or /etc/hosts")
-    addresses = sorted({entry[4][0] for entry in found})
+    addresses = sorted({str(entry[4][0]) for entry in found})
     if several and all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses):
         what = f"{host} is {', '.join(addresses)} on this host: others cannot reach it there"
         way_out = "give an address that all hosts reach, or take the name off 127.x in /etc/hosts"

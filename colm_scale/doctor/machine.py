@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from colm_scale.doctor.finding import Finding
+from colm_scale.doctor.finding import Finding, Status
 from colm_scale.reporting.environment import driver_version
 
 _GIB = 2**30
@@ -85,7 +85,7 @@ def _cuda_toolkit() -> Finding:
     version = re.search(r"release (\d+)\.(\d+)", said)
     if version is None:
         return Finding(about, "warning", f"{place} does not say its version")
-    major = torch.version.cuda.split(".")[0]
+    major = (torch.version.cuda or "").split(".")[0]
     what = f"{version[1]}.{version[2]} at {CUDA_HOME}, torch is built for {torch.version.cuda}"
     if version[1] != major:
         way_out = f"set CUDA_HOME to a toolkit of CUDA {major}"
@@ -113,7 +113,7 @@ def check_disk(output_dir: str) -> list[Finding]:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         return [Finding("disk", "problem", f"{nearest} is not a folder open to writing", "give another --output_dir")]
     free = shutil.disk_usage(nearest).free / _GIB
-    status = "problem" if free < 1 else "warning" if free < 10 else "ok"
+    status: Status = "problem" if free < 1 else "warning" if free < 10 else "ok"
     way_out = "make room, or give another --output_dir; colm-scale plan says what checkpoints take"
     found = f"{free:.1f} GiB free for {output_dir}"
     return [Finding("disk", status, found, "" if status == "ok" else way_out)]

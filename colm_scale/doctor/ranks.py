@@ -94,7 +94,7 @@ def _among_local(ranks: int, seconds: float) -> Reach:
             process.communicate()
 
 
-def _answer_of(first: subprocess.Popen, ranks: int, seconds: float) -> Reach:
+def _answer_of(first: subprocess.Popen[str], ranks: int, seconds: float) -> Reach:
     try:
         said, complained = first.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

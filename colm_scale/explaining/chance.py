@@ -23,14 +23,16 @@ def two_sided(distributions: Floats, counts: NDArray[np.int64]) -> Floats:
     """``[m]`` twice the smaller tail that begins at the ``counts`` ``[m]``, at most 1."""
     own = np.arange(distributions.shape[1]) - counts[:, np.newaxis]
     tails = (np.where(own >= 0, distributions, 0).sum(1), np.where(own <= 0, distributions, 0).sum(1))
-    return np.clip(2 * np.minimum(*tails), 0, 1)
+    found: Floats = np.clip(2 * np.minimum(*tails), 0, 1)
+    return found
 
 
 def most_extreme(distributions: Floats) -> Floats:
     """``[m]`` the smallest that `two_sided` can come to with a count that can come about."""
     rows, possible = np.arange(len(distributions)), distributions > 0
     fewest, most = possible.argmax(1), distributions.shape[1] - 1 - possible[:, ::-1].argmax(1)
-    return np.clip(2 * np.minimum(distributions[rows, fewest], distributions[rows, most]), 0, 1)
+    found: Floats = np.clip(2 * np.minimum(distributions[rows, fewest], distributions[rows, most]), 0, 1)
+    return found
 
 
 def false_discovery(p_values: Floats) -> Floats:

@@ -108,21 +108,24 @@ class Explanation:
     @property
     def never_candidates(self) -> Ints:
         """Ids of the examples that were no candidates in any step; none of them is known unless ``lists_all``."""
-        return self.examples.ids[self.examples.candidacies == 0]
+        found: Ints = self.examples.ids[self.examples.candidacies == 0]
+        return found
 
     @property
     def never_trained(self) -> Ints:
         """Ids of the examples that were candidates, the most often first, and never trained on."""
         found = (self.examples.candidacies > 0) & (self.examples.selections == 0)
         order = np.argsort(-self.examples.candidacies[found], kind="stable")
-        return self.examples.ids[found][order]
+        ids: Ints = self.examples.ids[found][order]
+        return ids
 
     def told_apart(self, sign: int) -> Ints:
         """Places of the examples trained on more often (1) or less often (-1) than by chance, the surest first."""
         examples = self.examples
         found = (examples.adjusted <= self.alpha) & (np.sign(examples.selections - examples.expected) == sign)
-        places = found.nonzero()[0]
-        return places[np.argsort(examples.p_values[places], kind="stable")]
+        places: Ints = found.nonzero()[0]
+        surest: Ints = places[np.argsort(examples.p_values[places], kind="stable")]
+        return surest
 
 
 def explain(run: Path, alpha: float) -> Explanation:
@@ -205,9 +208,22 @@ def _sources(
         hoped, p_value = (float(expected[place]), float(adjusted[place])) if known else (0.0, 1.0)
         sign = int(np.sign(totals[1] - hoped)) if p_value <= alpha else 0
         spread = float(squares[place] / variances[place]) if variances[place] > 0 else None
-        size = sizes.get(name)
-        facts = (size, int(seen[place]), int(trained[place]), *totals, hoped, p_value, sign, spread)
-        found.append(SourceFacts(name, *facts, dict(reasons.get(name, {}))))
+        found.append(
+            SourceFacts(
+                name,
+                examples=sizes.get(name),
+                candidates=int(seen[place]),
+                trained=int(trained[place]),
+                candidacies=totals[0],
+                selections=totals[1],
+                kept=totals[2],
+                expected=hoped,
+                p_value=p_value,
+                favoured=sign,
+                spread=spread,
+                reasons=dict(reasons.get(name, {})),
+            )
+        )
     return found
 
 

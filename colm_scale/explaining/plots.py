@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from colm_scale.drawing import verbatim_text
 from colm_scale.errors import UserError
 from colm_scale.explaining.explain import Explanation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MOST_LINES = 8
 """Sources that have a line of their own over time, the largest."""
@@ -43,14 +48,15 @@ def draw(found: Explanation, folder: Path) -> list[Path]:
         ("times_trained", _times_trained, 4),
         ("over_time", _over_time, 4),
     ):
-        figure = Figure(figsize=(8, height), layout="constrained")
-        plot(found, figure.add_subplot())
         files.append(folder / f"{name}.png")
-        figure.savefig(files[-1], dpi=120)
+        with verbatim_text():
+            figure = Figure(figsize=(8, height), layout="constrained")
+            plot(found, figure.add_subplot())
+            figure.savefig(files[-1], dpi=120)
     return files
 
 
-def _coverage(found: Explanation, axes) -> None:
+def _coverage(found: Explanation, axes: Axes) -> None:
     sources = found.sources[::-1]
     names = [source.name for source in sources]
     known = [source.examples or source.candidates or 1 for source in sources]
@@ -61,16 +67,20 @@ def _coverage(found: Explanation, axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
 
-def _times_trained(found: Explanation, axes) -> None:
+def _times_trained(found: Explanation, axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     times = np.arange(found.histogram.shape[1])
     axes.bar(times - 0.2, found.histogram[0], 0.4, label="this run")
     axes.bar(times + 0.2, found.histogram[1], 0.4, color="lightgrey", label="random picks, the same number per source")
     axes.set(xlabel="times trained on", ylabel="examples that were candidates")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator = axes.xaxis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)  # matplotlib's default
+    locator.set_params(integer=True)
     axes.legend(frameon=False)
 
 
-def _over_time(found: Explanation, axes) -> None:
+def _over_time(found: Explanation, axes: Axes) -> None:
     """Each source's share of the coreset, and dotted of the candidates, over equal stretches of steps."""
     stretches = np.array_split(np.arange(found.steps), min(_POINTS, found.steps))
     centres = [float(stretch.mean()) + 1 for stretch in stretches]

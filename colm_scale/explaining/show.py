@@ -37,12 +37,12 @@ def sentences(found: Explanation, top: int) -> list[str]:
     never, told = found.never_trained, [len(found.told_apart(sign)) for sign in (1, -1)]
     candidates = int((examples.candidacies > 0).sum())
     said = [f"{found.steps:,} steps: {candidates:,} examples were candidates, {candidates - len(never):,} trained on."]
+    unseen = [source.examples - source.candidates for source in found.sources if source.examples is not None]
     said.append(f"Never trained on, though candidates: {len(never):,}{_some(never, top)}.")
     if found.lists_all:
         said.append(f"Never candidates: {len(found.never_candidates):,}{_some(found.never_candidates, top)}.")
-    elif all(source.examples is not None for source in found.sources):
-        missing = sum(source.examples - source.candidates for source in found.sources)
-        said.append(f"Never candidates: {missing:,} (their ids were not written down).")
+    elif len(unseen) == len(found.sources):
+        said.append(f"Never candidates: {sum(unseen):,} (their ids were not written down).")
     else:
         said.append("How many examples never were candidates was not written down.")
     said.append(

@@ -59,20 +59,31 @@ def tally(steps: Iterable[RecordedStep]) -> Tally:
         kept.extend(were_kept)
         picked.extend(were_picked)
         chances.extend(_chances(of, were_kept, were_picked))
-    ids, sources, numbered = (np.frombuffer(column, np.int64) for column in (ids, sources, numbered))
-    kept, picked = (np.frombuffer(column, np.int8).astype(bool) for column in (kept, picked))
-    cells, shape = numbered * len(numbers) + sources, (int(numbered[-1]) + 1, len(numbers))
-    by_step = [
-        np.bincount(cells[mask], minlength=math.prod(shape)).reshape(shape)
-        for mask in (slice(None), kept | picked, kept)
-    ]
-    return Tally(list(numbers), *by_step, ids, sources, np.frombuffer(chances, np.float64), kept | picked)
+    source_of, step_of = np.frombuffer(sources, np.int64), np.frombuffer(numbered, np.int64)
+    kept_ones, others_picked = (np.frombuffer(column, np.int8).astype(bool) for column in (kept, picked))
+    chosen = kept_ones | others_picked
+    cells, shape = step_of * len(numbers) + source_of, (int(step_of[-1]) + 1, len(numbers))
+
+    def by_step(cells: Ints) -> Ints:
+        return np.bincount(cells, minlength=math.prod(shape)).reshape(shape)
+
+    return Tally(
+        names=list(numbers),
+        candidates=by_step(cells),
+        trained=by_step(cells[chosen]),
+        kept=by_step(cells[kept_ones]),
+        ids=np.frombuffer(ids, np.int64),
+        sources=source_of,
+        chances=np.frombuffer(chances, np.float64),
+        chosen=chosen,
+    )
 
 
 def _taken(ids: Sequence[int | None], selected: Sequence[int]) -> list[bool]:
     """Whether each of the ``ids`` was selected. One that is there twice in a step, at the seam of two epochs, is taken
     once for each time that it was."""
-    left, found = Counter(selected), []
+    left: Counter[int | None] = Counter(selected)
+    found: list[bool] = []
     for id_ in ids:
         found.append(left[id_] > 0)
         left[id_] -= found[-1]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, SupportsInt, runtime_checkable
 
 import datasets
 import torch
@@ -51,7 +52,9 @@ class Columns:
         return self.names.index(name)
 
 
-def as_examples(rows: Sequence[Mapping[str, object]], tensors: Sequence[Mapping[str, Tensor]], columns: Columns):
+def as_examples(
+    rows: Sequence[Mapping[str, object]], collated: Sequence[Mapping[str, object]], columns: Columns
+) -> Examples:
     """Examples of rows and of what a collator has made of each, ``[1, T]`` tensors by name.
 
     Those without a token to learn are left out and counted.
@@ -59,8 +62,9 @@ def as_examples(rows: Sequence[Mapping[str, object]], tensors: Sequence[Mapping[
     Raises:
         UserError: A collator gives no labels, or labels that are not the tokens themselves.
     """
-    kept, dropped = [], Counter()
-    for row, batch in zip(rows, tensors):
+    dropped: Counter[str] = Counter()
+    kept: list[tuple[Mapping[str, object], Tensor, Tensor]] = []
+    for row, batch in zip(rows, collated):
         tokens, labelled = _tokens(batch)
         if labelled.any():
             kept.append((row, tokens, labelled))
@@ -71,7 +75,7 @@ def as_examples(rows: Sequence[Mapping[str, object]], tensors: Sequence[Mapping[
         tokens=torch.cat([nothing.int(), *(tokens for _, tokens, _ in kept)]),
         labelled=torch.cat([nothing.bool(), *(labelled for *_, labelled in kept)]),
         offsets=offsets_of(long_tensor([len(tokens) for _, tokens, _ in kept])),
-        ids=long_tensor([int(row.get(ID, -1)) for row, *_ in kept]),
+        ids=long_tensor([_id(row) for row, *_ in kept]),
         sources=long_tensor([columns.number(row) for row, *_ in kept]),
         protected=torch.tensor([bool(row.get(columns.protected, False)) for row, *_ in kept], dtype=torch.bool),
         source_names=columns.names,
@@ -80,13 +84,25 @@ def as_examples(rows: Sequence[Mapping[str, object]], tensors: Sequence[Mapping[
     )
 
 
-def _tokens(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _id(row: Mapping[str, object]) -> int:
+    found = row.get(ID, -1)
+    assert isinstance(found, SupportsInt | str)
+    return int(found)
+
+
+def _flat(batch: Mapping[str, object], name: str) -> Tensor:
+    found = batch[name]
+    assert isinstance(found, Tensor)
+    return found.reshape(-1).cpu()
+
+
+def _tokens(batch: Mapping[str, object]) -> tuple[Tensor, Tensor]:
     """Tokens ``[T]`` int32 of one example without its padding, and ``[T]`` bool which of them carry loss."""
     if "labels" not in batch:
         raise UserError(f"a batch has {', '.join(batch)}, but no labels: give a data collator that makes them")
-    tokens, labels = batch["input_ids"].reshape(-1).cpu(), batch["labels"].reshape(-1).cpu()
+    tokens, labels = _flat(batch, "input_ids"), _flat(batch, "labels")
     if "attention_mask" in batch:
-        real = batch["attention_mask"].reshape(-1).cpu().bool()
+        real = _flat(batch, "attention_mask").bool()
         tokens, labels = tokens[real], labels[real]
     labelled = labels != -100
     if (labels != tokens)[labelled].any():
@@ -98,7 +114,7 @@ def _tokens(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return tokens.int(), labelled
 
 
-def rows_of(batch: Mapping[str, object]) -> list[dict[str, object]]:
+def rows_of(batch: Mapping[str, Tensor | Sequence[object]]) -> list[dict[str, object]]:
     """The examples of a collated batch, one by one."""
     count = len(batch["input_ids"])
     return [{name: values[number] for name, values in batch.items()} for number in range(count)]
@@ -107,7 +123,7 @@ def rows_of(batch: Mapping[str, object]) -> list[dict[str, object]]:
 class CandidateCollator:
     """Makes examples of a loader's rows, each as another collator makes it alone."""
 
-    def __init__(self, inner: Callable[[list[dict]], Mapping[str, Tensor]], columns: Columns):
+    def __init__(self, inner: Callable[[list[dict[str, object]]], Mapping[str, object]], columns: Columns):
         self._inner, self._columns = inner, columns
 
     def __call__(self, rows: Sequence[Mapping[str, object]]) -> Examples:
@@ -116,8 +132,15 @@ class CandidateCollator:
         return as_examples(rows, [self._inner([row]) for row in plain], self._columns)
 
 
-class _Numbered(Dataset):
-    def __init__(self, rows: Dataset):
+@runtime_checkable
+class _Rows(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
+
+
+class _Numbered(Dataset[dict[str, object]]):
+    def __init__(self, rows: _Rows):
         self._rows = rows
 
     def __len__(self) -> int:
@@ -139,6 +162,7 @@ def numbered(data: object) -> object:
         return data.map(lambda row, number: {ID: number, **row}, with_indices=True)
     if isinstance(data, torch.utils.data.IterableDataset):
         raise UserError("train_dataset is a stream whose rows cannot be numbered: give a datasets.IterableDataset")
+    assert isinstance(data, _Rows)
     return _Numbered(data)
 
 
@@ -154,12 +178,13 @@ def count_sources(data: object, column: str) -> dict[str, int]:
         if column not in data.column_names:
             raise _no_column(column, data.column_names)
         return dict(Counter(map(str, data.with_format(None)[column])))
+    assert isinstance(data, _Rows)
     if column not in data[0]:
         raise _no_column(column, data[0])
     return dict(Counter(str(data[index][column]) for index in range(len(data))))
 
 
-def _no_column(column: str, there: Sequence[str]) -> UserError:
+def _no_column(column: str, there: Iterable[str]) -> UserError:
     return UserError(
         f"train_dataset has no column {column!r} with the source of each example (it has {', '.join(there)}): add one, "
         f"or name it with coreset=RunConfig(data=DataConfig(columns={{'source': ...}}), selection=...)"

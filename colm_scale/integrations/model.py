@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from colm_scale.config import RunConfig
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA
+from colm_scale.modeling.causal import CausalModel, moved
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe, without_dropout
@@ -17,7 +18,7 @@ from colm_scale.modeling.sample import in_last_block, sample_of_model
 from colm_scale.sketch.tap import Tap
 
 
-def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> tuple[ExampleLoss, Tap | None]:
+def prepare(model: CausalModel, config: RunConfig, device: torch.device) -> tuple[ExampleLoss, Tap | None]:
     """The loss around a model, and the tap on its probes where the method sketches. All ranks call it together.
 
     What is found out by trying is tried on a sample, for the model may be in shards, and has adapters.
@@ -30,13 +31,13 @@ def prepare(model: nn.Module, config: RunConfig, device: torch.device) -> tuple[
     Raises:
         UserError: It is none, or it has no adapter where the probe is.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         raise UserError(f"{type(base).__name__} is no model of transformers, so its decoder blocks cannot be found")
     module = ExampleLoss(model, whole=True)
     own = base.config._attn_implementation
     packs = own in ("sdpa", PACKED, PACKED_SDPA)
-    sample = sample_of_model(base, "sdpa" if packs else "eager").to(base.dtype)
+    sample = moved(sample_of_model(base, "sdpa" if packs else "eager"), base.dtype)
     if packs:
         module.padded_because = use_packing(sample, config.train.packing, device)
         base.config._attn_implementation = sample.config._attn_implementation

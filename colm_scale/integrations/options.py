@@ -10,7 +10,7 @@ from colm_scale.errors import UserError
 LOOP = ("train.seed", "train.optimizer", "train.betas", "train.adam_epsilon")
 """What the training loop decides and the selection must know."""
 _READ = (
-    *("data.columns.source", "data.columns.protected"),
+    *("data.columns.source", "data.columns.protected", "sources.refresh_every"),
     *("train.micro_batch_tokens", "train.loss", "train.packing"),
 )
 

@@ -28,11 +28,13 @@ from colm_scale.finite import check_sketches
 from colm_scale.integrations.candidates import Columns, as_examples, rows_of
 from colm_scale.integrations.model import prepare
 from colm_scale.integrations.options import LOOP, as_run
+from colm_scale.modeling.causal import CausalModel
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, MicroBatch, Quota, Route, Selection, StepReport, long_tensor
 from colm_scale.selection import telemetry
+from colm_scale.selection.allocation import check_shares, source_shares
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import route
 from colm_scale.selection.rule import SelectionRule, loss_shares
@@ -79,7 +81,7 @@ class CoresetSelector:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalModel,
         coreset: SelectionConfig | RunConfig,
         sources: Mapping[str, int],
         group: Group | None = None,
@@ -90,14 +92,16 @@ class CoresetSelector:
         self.columns = Columns(config.data.column("source"), config.data.column("protected"), self.names)
         self.sizes = long_tensor([sources[name] for name in self.names])
         selection = config.selection
-        kept = kept_sources(self.sizes, self.names, selection.kept_sources, selection.quantile)
-        self._rule = SelectionRule(selection, kept, config.train.seed, self.sizes)
+        kept = kept_sources(self.sizes, self.names, selection.kept_sources)
+        check_shares(selection, self.names, kept, refreshed=config.sources.refresh_every > 0)
+        shares = source_shares(selection.shares, self.names, self.sizes)
+        self._rule = SelectionRule(selection, kept, config.train.seed, shares)
         self._module, tap = prepare(model, config, self.group.device)
         self._estimator = None
         if tap is not None:
             estimator = make_estimator(tap, selection, config.train, self.group)
             self._estimator = reusing(estimator, selection, int(self.sizes.sum()))
-        self._observer = Observer(kept)
+        self._observer = Observer(kept, config)
         self.state = SelectionState(self._estimator, self._observer, self.group)
         self.meter = memory_meter(self.group.device)
         self._spans, self._training = Spans(self.group.device, self.meter), ExitStack()
@@ -112,7 +116,7 @@ class CoresetSelector:
 
     def select(
         self,
-        batch: Mapping[str, object] | Sequence[Examples],
+        batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples],
         *,
         step: int | None = None,
         micro_batches: int | None = None,
@@ -138,7 +142,7 @@ class CoresetSelector:
             examples = gather_examples(self._parts(batch), group)
             candidates = self._candidates(examples)
             rule = self._rule_for(len(candidates))
-            quota = rule.quota(candidates, self._observer.statistics, self._observer.coverage)
+            quota = rule.quota(candidates, self._observer.coverage)
         matrix = self._sketch(examples, candidates, quota)
         with spans("select"):
             selection = rule.select(candidates, quota, matrix) if group.is_first else None
@@ -150,7 +154,7 @@ class CoresetSelector:
                 self._estimator.learn(selection)
         with spans("route"):
             coreset, shares = self._deal(examples, candidates, selection, micro_batches)
-            worth = self._worth(candidates, quota, selection, matrix)
+            worth = self._worth(candidates, selection, matrix)
         losses = torch.zeros(2, len(candidates), device=group.device)
         self._open = _Open(coreset, shares, losses, learning_rate, worth)
         self._training.enter_context(spans("train"))
@@ -164,14 +168,16 @@ class CoresetSelector:
         Args:
             through: What is called in place of the model that it wraps: DDP's wrapper, an engine.
         """
-        losses, positions = self._module(micro_batch.batch, through), micro_batch.batch.positions
+        assert self._open is not None
+        losses: Tensor = self._module(micro_batch.batch, through)
+        positions = micro_batch.batch.positions
         at = positions.to(self.group.device)
         self._open.losses[0, at], self._open.losses[1, at] = losses.detach()[: len(positions)], 1.0
         return (losses * micro_batch.shares).sum()
 
     def finish(self) -> StepReport | None:
-        """End the step that is under way, if one is: learn from its losses, and say what it was. All ranks call it
-        together. What is known of losses that did not come from `loss` is nothing."""
+        """End the step that is under way, if one is, and report it. All ranks call it together. The report has no loss
+        unless every loss came from `loss`."""
         if self._open is None:
             return None
         self._training.close()
@@ -181,7 +187,7 @@ class CoresetSelector:
         of_selected = losses[selection.positions]
         told = bool(known[selection.positions].all()) and bool(of_selected.isfinite().all())
         loss = float((losses * done.shares).sum()) if told else math.nan
-        renewed = self._observer.after(candidates, selection, losses if told else None, True, self.config.selection)
+        renewed = self._observer.after(candidates, selection, applied=True)
         if renewed and self._estimator is not None:
             self._estimator.moments = self._estimator.moments.fresh()
         seconds, peaks = over_ranks(*self._spans.finish(), self.group)
@@ -201,7 +207,7 @@ class CoresetSelector:
             telemetry=done.worth,
         )
 
-    def _parts(self, batch: Mapping[str, object] | Sequence[Examples]) -> Sequence[Examples]:
+    def _parts(self, batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples]) -> Sequence[Examples]:
         if not isinstance(batch, Mapping):
             return batch
         rows = rows_of(batch)
@@ -225,10 +231,8 @@ class CoresetSelector:
             return None
         config, group, packed = self.config, self.group, self._module.packs
         with self._spans("sketch"):
-            known, joint = self._estimator.known(candidates), config.selection.joint
-            self._plan = plan_sketch(
-                candidates, quota, group.world_size, config.train.micro_batch_tokens, known, joint, packed
-            )
+            known, budget_tokens = self._estimator.known(candidates), config.train.micro_batch_tokens
+            self._plan = plan_sketch(candidates, quota, group.world_size, budget_tokens, known, packed)
             share = self._plan.shares[group.rank]
             batches = collate_share(examples, candidates, share, self._pad_id, group.device, packed=packed)
             self._estimator.sketch(self._plan, batches)
@@ -257,7 +261,7 @@ class CoresetSelector:
         return Coreset(candidates, selection, micro_batches, routed, examples.dropped), shares
 
     def _worth(
-        self, candidates: Candidates, quota: Quota, selection: Selection, matrix: CandidateMatrix | None
+        self, candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None
     ) -> dict[str, float]:
         """As in a run: on the first rank, what the selection was worth beside a random draw with its quotas."""
         if not self.group.is_first:
@@ -265,7 +269,7 @@ class CoresetSelector:
         draws = generator(self.config.train.seed, "telemetry", candidates.step)
         eligible = telemetry.could_be_picked(candidates, selection, matrix)
         draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
-        found = telemetry.worth(candidates, quota, selection, matrix, draw, joint=self.config.selection.joint)
+        found = telemetry.worth(candidates, selection, matrix, draw)
         return found if self._estimator is None else found | dict(self._estimator.facts)
 
 
@@ -277,7 +281,7 @@ class _Open:
     shares: Tensor
     losses: Tensor
     learning_rate: float
-    worth: Mapping[str, float]
+    worth: dict[str, float]
 
 
 def _padding(routed: Route) -> float:

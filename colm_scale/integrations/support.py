@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from colm_scale.config import SelectionConfig
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import CausalModel, base_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 _OPTIMIZERS = {
     "adamw": "adamw",
@@ -61,14 +68,17 @@ def optimizer_of(args: TrainingArguments) -> dict[str, object]:
     return {"optimizer": _OPTIMIZERS[short], "betas": (momentum, args.adam_beta2), "adam_epsilon": epsilon}
 
 
-def check_arguments(trainer) -> None:
+def check_arguments(trainer: Trainer) -> None:
     """Whether the loop leaves loss and batches to the coreset.
 
     Raises:
         UserError: Names the argument that does not, and the way out.
     """
-    args, config = trainer.args, trainer.accelerator
-    parallel = getattr(config, "parallelism_config", None)
+    args, model = trainer.args, trainer.model
+    loader = args.accelerator_config
+    assert isinstance(loader, AcceleratorConfig)
+    text = base_of(model).config.get_text_config() if isinstance(model, CausalModel) else None
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
     sizes = [getattr(parallel, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")] if parallel else []
     refused = {
         "packing=True (of TRL) puts examples of several sources in one row: set it to False; coresets are packed after "
@@ -82,10 +92,10 @@ def check_arguments(trainer) -> None:
             getattr(args, "train_sampling_strategy", None) == "batch_rebalance"
         ),
         "accelerator_config split_batches=True cuts the loader's batches: leave it out": (
-            args.accelerator_config.split_batches
+            loader.split_batches
         ),
         "accelerator_config dispatch_batches=True sends collated batches, and candidates are not collated: set it to "
-        "False": args.accelerator_config.dispatch_batches,
+        "False": loader.dispatch_batches,
         "several GPUs in one process (DataParallel) are not supported: start with torchrun or accelerate launch": (
             args.n_gpu > 1
         ),
@@ -93,7 +103,7 @@ def check_arguments(trainer) -> None:
             any(size > 1 for size in sizes)
         ),
         "the model's auxiliary loss (output_router_logits) would be left out: switch it off": (
-            getattr(trainer.model.config.get_text_config(), "output_router_logits", False)
+            getattr(text, "output_router_logits", False)
         ),
     }
     for what, is_so in refused.items():

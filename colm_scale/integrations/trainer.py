@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -30,15 +32,22 @@ from colm_scale.integrations.options import as_run
 from colm_scale.integrations.reports import Reports
 from colm_scale.integrations.selector import Coreset, CoresetSelector
 from colm_scale.integrations.support import check_arguments, loader_batch, optimizer_of
-from colm_scale.records import MicroBatch
+from colm_scale.modeling.causal import CausalModel
+from colm_scale.records import Json, MicroBatch
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
 
 _CORESET = "coreset"
 """Under this name a micro-batch travels through the trainer's loop; its folder in checkpoints and output."""
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+    from transformers.trainer_utils import TrainOutput
+else:
+    Trainer = object  # it stands before one among the bases of a class
 
-class CoresetTrainerMixin:
+
+class CoresetTrainerMixin(Trainer):
     """Before ``Trainer``, or ``SFTTrainer``, among the bases of a class: trains on coresets of the batches.
 
     ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` say, as ever, what is trained on; the loader
@@ -75,37 +84,47 @@ class CoresetTrainerMixin:
         self._coresets = _Coresets(run, self.args, dict(sources))  # the only name that is added to the trainer's own
         self.add_callback(_Steps(self, self._coresets))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
         """As the trainer's own; what the selection has learned goes on too."""
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self._coresets.resumed = Path(found) if found else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        train: Callable[..., TrainOutput] = super().train
+        return train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader[Examples]:
         """The trainer's own loader, of larger batches, whose rows keep their source and id."""
         with _loading_candidates(self, self._coresets):
             return super().get_train_dataloader()
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Examples], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, object]], None]:
         """The coreset of the next batches, in as many micro-batches."""
         parts = list(islice(epoch_iterator, num_batches))
         if not parts:
             return [], None
+        assert self.optimizer is not None
         rate = self.optimizer.param_groups[0]["lr"]
         coreset = self._coresets.select(parts, self.state.global_step + 1, rate)
         return [_as_inputs(micro_batch) for micro_batch in coreset.micro_batches], None
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: object):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Json,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, object]:
         """That of the coreset, through whatever wraps the model; in evaluation the trainer's own."""
         if _CORESET not in inputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return self._coresets.loss(inputs[_CORESET], model)
 
-    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With what is to be said about the selection, where the trainer says something about its training."""
         if "loss" in logs:
             logs |= self._coresets.reports.take()
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
 
 
 class _Coresets:
@@ -130,7 +149,7 @@ class _Coresets:
         self.columns = Columns(run.data.column("source"), run.data.column("protected"), tuple(sorted(sources)))
         self.resumed: Path | None = None
 
-    def begin(self, model: nn.Module, engine: str, done: int) -> None:
+    def begin(self, model: CausalModel, engine: str, done: int) -> None:
         """``done`` steps have been made, and the model is prepared."""
         config = dataclasses.replace(self.run, output_dir=None)
         self._selector = CoresetSelector(model, config, self._sources, self._group)
@@ -139,7 +158,7 @@ class _Coresets:
         directory, meter = None, self._selector.meter
         with self._group.together():
             if self._group.is_first:
-                path = self.run.output_dir or str(Path(self._args.output_dir) / _CORESET)
+                path = self.run.output_dir or str(_output_dir(self._args) / _CORESET)
                 directory = RunDirectory(path, resume=True)  # what an earlier training has left there gives way
                 facts = {"device_name": meter.device_name, "memory": meter.label}
                 found = environment(self._group.device, self._group.world_size, engine, **facts)
@@ -159,7 +178,9 @@ class _Coresets:
 
     def end_step(self) -> None:
         """The optimizer has made its step."""
-        self.reports.add(self._selector.finish(), self._current.dropped)
+        report = self._selector.finish()
+        assert report is not None
+        self.reports.add(report, self._current.dropped)
 
     def save(self, checkpoint: Path, step: int) -> None:
         """Put what the selection has learned beside what the trainer has saved."""
@@ -196,23 +217,31 @@ class _Steps(TrainerCallback):
     def __init__(self, trainer: CoresetTrainerMixin, coresets: _Coresets):
         self._trainer, self._coresets = trainer, coresets
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         accelerator = self._trainer.accelerator
         model = accelerator.unwrap_model(self._trainer.model_wrapped, keep_torch_compile=False)
         self._coresets.begin(model, str(accelerator.distributed_type), state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._coresets.end_step()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         step = state.global_step
-        self._coresets.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}", step)
+        self._coresets.save(_output_dir(args) / f"{PREFIX_CHECKPOINT_DIR}-{step}", step)
+
+
+def _output_dir(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # it has a default
+    return Path(args.output_dir)
 
 
 @contextmanager
 def _loading_candidates(trainer: CoresetTrainerMixin, coresets: _Coresets) -> Iterator[None]:
     """A block in which a trainer makes its training loader."""
     trainer._set_signature_columns_if_needed()
+    assert trainer._signature_columns is not None
     loading = trainer.accelerator.dataloader_config
     ours = {
         "data_collator": CandidateCollator(trainer.data_collator, coresets.columns),

@@ -36,7 +36,7 @@ class FakeModel:
     module: ExampleLoss
     tap: Tap | None
     padded_because: str | None
-    traced: dict[tuple, tuple[int, list[int]]] = field(default_factory=dict)
+    traced: dict[tuple[object, ...], tuple[int, list[int]]] = field(default_factory=dict)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -106,7 +106,7 @@ def _to_fake_tensors(model: nn.Module) -> None:
             if weight is not None and weight not in made:
                 fake = torch.empty_like(weight, device="cpu")
                 made[weight] = nn.Parameter(fake, requires_grad=weight.requires_grad)
-            module._parameters[name] = made.get(weight)
+            module._parameters[name] = None if weight is None else made[weight]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +18,17 @@ from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from colm_scale.config import RunConfig
 from colm_scale.data.batching import make_batch
 from colm_scale.distributed.engine import Engine, trainable
 from colm_scale.distributed.fsdp import FsdpEngine, among_absent_ranks
+from colm_scale.distributed.shards import local_tensors
+from colm_scale.modeling.causal import input_weight
 from colm_scale.planning.fake import CPU, FakeModel
 from colm_scale.profiling.live import LiveBytes
-from colm_scale.records import Batch
+from colm_scale.records import Batch, Json
 from colm_scale.sketch import last_layer, zeroth_order
 from colm_scale.sketch.precision import float32_tail
 
@@ -86,7 +89,7 @@ def averages_of(config: RunConfig) -> int:
     return _AVERAGES[config.train.optimizer]
 
 
-def engine_memory(config: RunConfig, ds_config: dict | None, fake: FakeModel, world_size: int) -> EngineMemory:
+def engine_memory(config: RunConfig, ds_config: Json | None, fake: FakeModel, world_size: int) -> EngineMemory:
     """What an engine holds, FSDP2 apart, which is traced.
 
     DDP: buckets as large as all gradients. ZeRO-1 and 2: the adapters a second time as one row, their float32
@@ -121,7 +124,7 @@ def engine_memory(config: RunConfig, ds_config: dict | None, fake: FakeModel, wo
 
 def peaks(
     config: RunConfig,
-    ds_config: dict | None,
+    ds_config: Json | None,
     fake: FakeModel,
     world_size: int,
     sketched: MicroBatches,
@@ -137,14 +140,14 @@ def peaks(
         label_share: Which share of an example, at its end, carries loss.
     """
     with ExitStack() as stack:
+        engine: Engine | None = None
         if config.engine == "fsdp":
             engine = stack.enter_context(_sharded(config, fake, world_size))
             memory = _fsdp_memory(config, fake)
-            there = [weight.to_local() for weight in fake.module.parameters()]
+            there = _shards(fake.module.parameters())
         else:
-            engine = None
             memory = engine_memory(config, ds_config, fake, world_size)
-            there = list(fake.module.parameters())
+            there = [*fake.module.parameters()]
         there += fake.module.buffers()
         trace = _Trace(config, fake, there, memory.keeps_gradients)
         phases = {}
@@ -185,11 +188,11 @@ class _Trace:
 
     def sketch(self, batches: list[Batch]) -> tuple[int, list[int]]:
         """All micro-batches one after the other, what is kept of each included."""
-        tap, selection, held = self._fake.tap, self._config.selection, []
-        z = None
+        tap, selection = self._fake.tap, self._config.selection
+        assert tap is not None
+        held: list[object] = []
         with self._fake.mode:
-            if selection.estimator == "zeroth_order":
-                z = torch.empty(selection.num_probes, tap.size)
+            z = torch.empty(selection.num_probes if selection.estimator == "zeroth_order" else 0, tap.size)
 
         def run(batch: Batch) -> None:
             match selection.estimator:
@@ -238,18 +241,19 @@ def _kept_inputs(config: RunConfig, fake: FakeModel, micro_batches: MicroBatches
     if config.train.forward_reuse != "device":
         return 0
     model = fake.module.causal_model
-    numbers = len(fake.blocks) * model.config.get_text_config().hidden_size * sum(map(sum, micro_batches))
-    size = numbers * model.get_input_embeddings().weight.element_size()
+    hidden: int = model.config.get_text_config().hidden_size
+    size = len(fake.blocks) * hidden * sum(map(sum, micro_batches)) * input_weight(model).element_size()
     return min(size, int(config.train.forward_reuse_gib * 2**30))
 
 
-def _let_go(weight: nn.Parameter):
+def _let_go(weight: nn.Parameter) -> RemovableHandle:
     """As an engine does that copies each gradient into its bucket as it comes."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
 
-    return weight.register_post_accumulate_grad_hook(drop)
+    handle: RemovableHandle = weight.register_post_accumulate_grad_hook(drop)
+    return handle
 
 
 def _at_most_two_alike(micro_batches: MicroBatches) -> list[tuple[int, ...]]:
@@ -287,12 +291,16 @@ def _block_bytes(fake: FakeModel, small: int) -> Iterator[int]:
 
 def _fsdp_memory(config: RunConfig, fake: FakeModel) -> EngineMemory:
     """What FSDP2 holds between steps; the model is sharded already, and gradients are shards."""
-    adapters = [weight.to_local() for weight in trainable(fake.module).values()]
-    weights = sum(_bytes(weight.to_local()) for weight in fake.module.parameters())
+    adapters = _shards(trainable(fake.module).values())
+    weights = sum(map(_bytes, _shards(fake.module.parameters())))
     averages = averages_of(config) * sum(weight.numel() for weight in adapters) * FLOAT32
     if config.fsdp.cpu_offload:
         return EngineMemory(0, 0, 0, 0, 0, False)
     return EngineMemory(weights, averages, 0, 0, 0, False)
+
+
+def _shards(weights: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    return [tensor for weight in weights for tensor in local_tensors(weight)]
 
 
 @contextmanager

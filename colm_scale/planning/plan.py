@@ -14,10 +14,12 @@ from colm_scale.distributed.engine import trainable
 from colm_scale.distributed.engines import check_optimizer, sharding
 from colm_scale.errors import UserError
 from colm_scale.inputs import check_even_shares
+from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.load import check_model
 from colm_scale.planning.config import PlanConfig
 from colm_scale.planning.fake import FakeModel, Tried, fake_model, tried
 from colm_scale.planning.memory import FLOAT32, Peaks, averages_of, peaks
+from colm_scale.records import Json
 from colm_scale.selection.route import deal, form_micro_batches, route
 
 GIB = 2**30
@@ -132,7 +134,7 @@ def make_plan(
         exchanged=_exchanged(config, ds_config, plan, sizes, batches),
         forward_flops=forward * sketched,
         training_flops=forward * passes * trained,
-        largest=_largest(config, ds_config, plan, of, known, batches) if plan.memory_gib else {},
+        largest=_largest(config, ds_config, plan, of, known, batches, plan.memory_gib) if plan.memory_gib else {},
         checkpoint_bytes=sizes.adapters * FLOAT32 * (1 + averages_of(config)),
         padded_because=fake.padded_because,
     )
@@ -152,7 +154,7 @@ def arranged(config: RunConfig, plan: PlanConfig, *, packed: bool) -> Batches:
     return Batches(*(tuple((plan.tokens,) * len(members) for members in of if members) for of in (sketched, trained)))
 
 
-def _peaks(config: RunConfig, ds_config: dict | None, fake: FakeModel, plan: PlanConfig, batches: Batches) -> Peaks:
+def _peaks(config: RunConfig, ds_config: Json | None, fake: FakeModel, plan: PlanConfig, batches: Batches) -> Peaks:
     return peaks(config, ds_config, fake, plan.world_size, batches.sketched, batches.trained, plan.label_share)
 
 
@@ -169,11 +171,10 @@ def _sizes(fake: FakeModel) -> Sizes:
 
 def _forward_flops(fake: FakeModel, sizes: Sizes) -> float:
     """Per token: two for each weight that multiplies. Embeddings look up; attention's products are left out."""
-    embedding = fake.module.causal_model.get_input_embeddings().weight
-    return 2.0 * (sizes.frozen + sizes.adapters - embedding.numel())
+    return 2.0 * (sizes.frozen + sizes.adapters - input_weight(fake.module.causal_model).numel())
 
 
-def _engine_name(config: RunConfig, ds_config: dict | None, world_size: int) -> str:
+def _engine_name(config: RunConfig, ds_config: Json | None, world_size: int) -> str:
     if ds_config is not None:
         return f"ZeRO-{ds_config.get('zero_optimization', {}).get('stage', 0)}"
     if config.engine == "fsdp":
@@ -182,7 +183,7 @@ def _engine_name(config: RunConfig, ds_config: dict | None, world_size: int) -> 
 
 
 def _exchanged(
-    config: RunConfig, ds_config: dict | None, plan: PlanConfig, sizes: Sizes, batches: Batches
+    config: RunConfig, ds_config: Json | None, plan: PlanConfig, sizes: Sizes, batches: Batches
 ) -> dict[str, int]:
     """Bytes a rank sends: of the selection as `distributed.estimators` says, and of the engine, rings assumed."""
     ranks, selection = plan.world_size, config.selection
@@ -209,25 +210,26 @@ def _sketch_bytes(selection: SelectionConfig, plan: PlanConfig, rows: int, d: in
         case "last_layer", "countsketch":
             return 4 * rows * (selection.columns + 2) + 16 * d
         case _:
-            owned, ranked = -(-d // plan.world_size), 1 if selection.joint else plan.sources
-            proposals = 8 * ranked * plan.world_size * min(selection.columns, owned)
-            sums = 4 * ranked * plan.world_size * owned
+            owned = -(-d // plan.world_size)
+            proposals = 8 * plan.sources * plan.world_size * min(selection.columns, owned)
+            sums = 4 * plan.sources * plan.world_size * owned
             return 4 * rows * (selection.columns + 2) + sums + proposals + 16 * d
 
 
 def _largest(
     config: RunConfig,
-    ds_config: dict | None,
+    ds_config: Json | None,
     plan: PlanConfig,
     of: PretrainedConfig,
     known: Tried,
     batches: Batches,
+    memory_gib: float,
 ) -> dict[str, int | None]:
     """Largest micro-batch, and coreset and candidates without and with accumulation, that fit into the memory given.
 
     Memory grows with tokens as a straight line, which two traces fix.
     """
-    room = (plan.memory_gib * _SPARE - _CONTEXT) * GIB
+    room = (memory_gib * _SPARE - _CONTEXT) * GIB
     most = max(map(len, (*batches.trained, *batches.sketched)))
 
     def traced(sketched: tuple[tuple[int, ...], ...], trained: tuple[tuple[int, ...], ...]) -> Peaks:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from colm_scale.data.examples import Examples
 from colm_scale.records import REASONS, StepReport
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MOST_ROWS = 65_536
 """Rows that are held, about 2 MB, before they are written."""
@@ -36,6 +40,7 @@ class AuditWriter:
     def add(self, report: StepReport, source_names: Sequence[str]) -> None:
         """Take a step's candidates; written at once if many are held."""
         candidates, found, selection = report.candidates, report.audit, report.selection
+        assert found is not None
         weights = torch.zeros(len(candidates))
         weights[selection.positions] = selection.weights.float()
         columns = {"id": candidates.ids, "source": candidates.sources, "reason": found.reasons}
@@ -90,7 +95,7 @@ def _steps(part: Path) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _table(columns: Mapping[str, object], words: Mapping[str, Sequence[str]]):
+def _table(columns: Mapping[str, object], words: Mapping[str, Sequence[str]]) -> pa.Table:
     """A table of numpy ``columns``, nan as null; those with ``words`` are numbers of these."""
     import pyarrow as pa
 
@@ -100,7 +105,7 @@ def _table(columns: Mapping[str, object], words: Mapping[str, Sequence[str]]):
     return pa.table(arrays)
 
 
-def _write(table, path: Path) -> None:
+def _write(table: pa.Table, path: Path) -> None:
     """Beside its place and renamed, so that a file of that name always is a whole one."""
     import pyarrow.parquet as pq
 

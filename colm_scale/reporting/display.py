@@ -89,7 +89,8 @@ class Display:
             ("right answers", evaluation.accuracy, ".1%"),
         ]
         known = [f"{name} {value:{form}}" for name, value, form in parts if value is not None]
-        self.message(f"held-out loss at step {evaluation.step}: {', '.join(known)}")
+        examples = f"{sum(evaluation.counts.values()):,} examples{'' if evaluation.whole else ', a sample'}"
+        self.message(f"held-out loss at step {evaluation.step} ({examples}): {', '.join(known)}")
 
     def close(self) -> None:
         """Leave the terminal as it was; nothing happens the second time."""

@@ -59,9 +59,10 @@ def driver_version() -> str | None:
     """That of the NVIDIA driver; None without one."""
     try:
         pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
+        version: str = pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError:
         return None
+    return version
 
 
 def _devices(device: torch.device) -> list[dict[str, object]]:

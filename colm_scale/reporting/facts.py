@@ -42,13 +42,13 @@ def kept_facts(
         marked.append(f"coverage floor: {selection.coverage_floor:.0%} of each source's candidates, in every pass")
     names_kept = [name for name, is_kept in zip(names, kept.tolist()) if is_kept]
     facts = [f"kept sources ({len(names_kept)}): {', '.join(names_kept) or 'none'}", *marked]
-    limits = selection.candidates, selection.budget, selection.kept_cap, selection.coverage_floor
+    limits = selection.candidates, selection.budget, selection.coverage_floor
     share = expected_share(sizes, kept, protected, *limits)
     if share < 1:
         what = "kept and protected candidates" if by_source else "candidates of kept sources"
         facts.append(
             f"warning: about {share:.0%} of the {what} enter, for an average step has more than there is room for: "
-            f"give a larger --selection.budget (or --selection.kept_cap), or keep less"
+            f"give a larger --selection.budget, or keep less"
         )
     return facts
 
@@ -82,8 +82,6 @@ def _rounding(config: RunConfig) -> str | None:
     selection = config.selection
     if selection.method != "colm" or selection.estimator != "zeroth_order":
         return None
-    if config.engine == "fsdp" and config.fsdp.param_dtype != "stored":
-        return f"--fsdp.param_dtype {config.fsdp.param_dtype}: leave it out"
     if config.train.dtype == "float32":
         return None
     if config.model.quantize != "none":

@@ -11,7 +11,7 @@ from colm_scale.evaluate import Evaluator
 from colm_scale.inputs import Inputs
 from colm_scale.reporting.facts import kept_facts, method_fact, rounding_facts, update_facts
 from colm_scale.reporting.summary import gib
-from colm_scale.selection.allocation import allocation_facts
+from colm_scale.selection.allocation import shares_facts
 
 
 def resumed_facts(found: Checkpoint | None, done: int) -> list[str]:
@@ -38,7 +38,7 @@ def run_facts(
         *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
         *update_facts(config),
         *rounding_facts(config),
-        *allocation_facts(selection, inputs.source_names, inputs.sizes, inputs.kept),
+        *shares_facts(selection, inputs.source_names, inputs.sizes, inputs.kept),
     ]
     if not config.checkpoint.every:
         facts.append("warning: --checkpoint.every 0: a run that is interrupted is lost")
@@ -47,6 +47,7 @@ def run_facts(
         "training examples too long, cut": inputs.sampler.cut,
     }
     if evaluator is not None:
+        assert inputs.eval is not None
         left_out |= {
             "held-out examples too long, dropped": inputs.eval.dropped,
             "held-out examples too long, cut": inputs.eval.cut,

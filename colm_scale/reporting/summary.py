@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich import box
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from colm_scale.records import StepReport, long_tensor
+from colm_scale.records import Json, StepReport, long_tensor
 from colm_scale.reporting.worth import Worth
 
 _FORWARD_BACKWARD = ("sketch", "train")
@@ -25,17 +26,34 @@ _NONE = "-"
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Loss of some held-out examples.
+
+    Attributes:
+        losses: Mean loss of each source's examples.
+        counts: Examples of each source.
+        loss: Mean over the natural mixture, sources weighted by their training examples; None if no source has any.
+        loss_by_source: Mean over sources.
+        small_loss: Mean over the small sources; None without one.
+    """
+
+    losses: dict[str, float]
+    counts: dict[str, int]
+    loss: float | None
+    loss_by_source: float
+    small_loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The held-out data at one step (0: before training).
 
     Attributes:
-        losses: Mean loss of each source's examples.
+        losses, counts, loss, loss_by_source, small_loss: Of the scored examples, see `HeldOutLoss`.
         accuracies: Share of each source's generated answers that are right; None where none was generated.
-        counts: Scored examples of each source.
-        loss: Mean over the natural mixture, sources weighted by their training examples; None if no source has any.
-        loss_by_source: Mean over sources.
-        small_loss: Mean over the small sources; None without one.
         accuracy: Mean over the sources that have one.
+        whole: Whether all held-out examples within --eval.limit were scored; else those of `sample`.
+        sample: Of the examples that every evaluation of the run scores (--eval.sample).
     """
 
     step: int
@@ -46,6 +64,19 @@ class Evaluation:
     loss_by_source: float
     small_loss: float | None
     accuracy: float | None
+    whole: bool
+    sample: HeldOutLoss
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Evaluation:
+        """What `dataclasses.asdict` has made of one.
+
+        Raises:
+            KeyError: A field is not there.
+            TypeError: The sample is not one.
+        """
+        own = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**own | {"sample": HeldOutLoss(**own["sample"])})
 
 
 class RunSummary:
@@ -107,7 +138,7 @@ class RunSummary:
             for phase, peaks in by_phase.items():
                 so_far[phase] = list(map(max, zip_longest(peaks, so_far.get(phase, ()), fillvalue=0)))
 
-    def state(self) -> dict:
+    def state(self) -> Json:
         """All that was added up, as plain JSON."""
         return {
             "candidates": self.candidates.tolist(),
@@ -124,11 +155,11 @@ class RunSummary:
             "worth": self._worth.state(),
         }
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Json) -> None:
         """Go on from what `state` returned."""
         for name in ("candidates", "selected", "kept", "protected"):
             getattr(self, name).copy_(long_tensor(state[name]))
-        self._evaluations = [Evaluation(**evaluation) for evaluation in state["evaluations"]]
+        self._evaluations = [Evaluation.of(evaluation) for evaluation in state["evaluations"]]
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
         self._without_update = state["without_update"]
         self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]
@@ -172,12 +203,15 @@ class RunSummary:
         for source, name in enumerate(names):
             counts = self._counts(slice(source, source + 1))
             lengths = [f"{counted.get(name, 0):,}" for counted in too_long.values()]
-            loss = self._change(lambda e, name=name: e.losses.get(name), ".3f")
-            accuracy = self._change(lambda e, name=name: e.accuracies.get(name), ".1%")
-            _add_row(table, name, *counts, *lengths, loss, accuracy)
+            _add_row(table, name, *counts, *lengths, *self._held_out(name))
         table.add_section()
         self._add_totals(table, [f"{sum(counted.values()):,}" for counted in too_long.values()])
         return table
+
+    def _held_out(self, name: str) -> tuple[str, str]:
+        """Loss and accuracy of a source."""
+        loss = self._change(lambda e: e.losses.get(name), ".3f")
+        return loss, self._change(lambda e: e.accuracies.get(name), ".1%")
 
     def rank_table(self, kind: str) -> Table:
         """Peak memory of the run of one kind: a row per rank, a column per phase."""
@@ -235,7 +269,7 @@ class RunSummary:
         return torch.bincount(sources, minlength=len(self._names))
 
 
-def gib(count: int) -> str:
+def gib(count: float) -> str:
     """Bytes in GiB."""
     return f"{count / 2**30:.2f}"
 

@@ -14,6 +14,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ import torch
 from colm_scale.config import RunConfig
 from colm_scale.config.track import TrackConfig
 from colm_scale.errors import UserError
-from colm_scale.records import StepReport
+from colm_scale.records import Json, StepReport
 from colm_scale.reporting.run_directory import metrics_row, writing
 from colm_scale.reporting.summary import Evaluation
 
@@ -65,7 +66,7 @@ class Trackers:
     def __init__(self, config: RunConfig, folder: Path, say: Callable[[str], None]):
         self._config, self._folder, self._say = config, folder, say
         self._running: dict[str, GeneralTracker] = {}
-        self._state: dict[str, dict] = {}
+        self._state: dict[str, Json] = {}
         self._already: dict[str, int] = {}
 
     def start(self, done: int) -> None:
@@ -79,7 +80,7 @@ class Trackers:
             known = self._state.setdefault(name, {"id": uuid.uuid4().hex[:12], "sent": _BEFORE_ANY})
             self._already[name] = _BEFORE_ANY if name == "tensorboard" else known["sent"]
             begun = known["sent"] != _BEFORE_ANY
-            self._guarded(name, lambda name=name, begun=begun: self._open(name, done, begun))
+            self._guarded(name, partial(self._open, name, done, begun))
 
     def step(self, report: StepReport) -> None:
         """Send a step."""
@@ -112,7 +113,7 @@ class Trackers:
         for name, tracker in list(self._running.items()):
             if step > self._already[name]:
                 named = _for_mlflow(numbers) if name == "mlflow" else numbers
-                if self._guarded(name, lambda tracker=tracker, named=named: tracker.log(named, step=step)):
+                if self._guarded(name, partial(tracker.log, named, step=step)):
                     self._state[name]["sent"] = max(step, self._state[name]["sent"])
         if self._running:
             self._write_state()
@@ -128,9 +129,10 @@ class Trackers:
             self._say(f"warning: --track.to {name} failed and is sent no more, the run goes on: {reason}")
             return False
 
-    def _read_state(self) -> dict[str, dict]:
+    def _read_state(self) -> dict[str, Json]:
         path = self._folder / _STATE
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+        found: dict[str, Json] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return found
 
     def _write_state(self) -> None:
         new = self._folder / f".{_STATE}.new"
@@ -152,17 +154,22 @@ def step_numbers(report: StepReport) -> Numbers:
 
 
 def evaluation_numbers(evaluation: Evaluation) -> Numbers:
-    """``eval/loss`` (natural mixture), ``eval/loss_by_source``, ..., and each source's, ``eval/losses/SOURCE``."""
-    fields = asdict(evaluation)
-    del fields["step"], fields["counts"]
-    return dict(_flat({"eval": fields}))
+    """``eval/loss`` (natural mixture), ``eval/loss_by_source``, ..., and each source's, ``eval/losses/SOURCE``, of all
+    held-out examples; and of the sample that every evaluation scores, ``eval/sample/loss``, ..."""
+    numbers = asdict(evaluation)
+    if not evaluation.whole:
+        numbers = {"sample": numbers["sample"]}
+    for counted in (numbers, numbers["sample"]):
+        for name in ("step", "counts", "whole"):
+            counted.pop(name, None)
+    return dict(_flat({"eval": numbers}))
 
 
 def _made(name: str, track: TrackConfig, folder: Path, run_id: str, done: int, begun: bool) -> GeneralTracker:
     """accelerate's tracker of this kind, not started."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    kind, title = LOGGER_TYPE_TO_CLASS[name], track.name or folder.resolve().name
+    kind, title = LOGGER_TYPE_TO_CLASS[name], folder.resolve().name
     match name:
         case "tensorboard":
             return kind(name, logging_dir=folder, purge_step=done + 1 if done else 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from colm_scale.records import Json
+
 _TOLD_APART = 1.96
 """Standard deviations beyond which a sign test is significant, two-sided at 5 %."""
 _ENOUGH = 6
@@ -29,11 +31,11 @@ class Worth:
         self._signs[0] += own < drawn
         self._signs[1] += own > drawn
 
-    def state(self) -> dict:
+    def state(self) -> Json:
         """All that was added up, as plain JSON."""
         return {"sums": self._sums, "signs": self._signs}
 
-    def load(self, state: dict) -> None:
+    def load(self, state: Json) -> None:
         """Go on from what `state` returned."""
         self._sums, self._signs = state["sums"], state["signs"]
 

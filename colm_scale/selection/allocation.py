@@ -1,16 +1,10 @@
-"""How many from which source, where it is not in proportion to the candidates: shares, and quotas that meet them.
+"""How the budget is shared out over the sources that are not kept, where it is not in proportion to their candidates.
 
-| allocation | a source's share is in proportion to |
+| ``--selection.shares`` | a source's share is in proportion to |
 |---|---|
 | equal | 1 |
-| temperature | its training examples to the power of an exponent (Lample and Conneau, 2019, section 3.1) |
-| excess_loss | exp(rate x excess loss); DoReMi (Xie et al., 2023, algorithm 1) |
-
-The last is published as weights that every step multiplies by the exponential of a gain. With a memory of finite length
-that product is the exponential of the gain's running average, which is what is used here: no weight can run away, and
-nothing is kept but the averages. It starts from equal weights, as published. What DoReMi takes from a reference model,
-the loss that is to be expected of a source, is taken from the run: the source's first loss, times what the average
-source has left of its own. A source below that is not done, so the excess is not clipped at zero.
+| a number | its training examples to the power of that number (Lample and Conneau, 2019, section 3.1) |
+| ratios | what the user gives it; with 0 it gets no quota |
 """
 
 from __future__ import annotations
@@ -21,80 +15,95 @@ import torch
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
-from colm_scale.selection.statistics import SourceStatistics
+from colm_scale.config.shares import Shares
+from colm_scale.errors import UserError
+from colm_scale.selection.quota import check_names
 
-RATE = 3.0
-"""An excess of a third multiplies a source's share by e."""
 _GRID = 1e6
 """Shares of examples are rounded to a millionth, so that the last bit of an estimate moves no example."""
 
 
-def shares(
-    config: SelectionConfig, sizes: Tensor | None, present: Tensor, statistics: SourceStatistics | None
-) -> Tensor:
-    """``[Q]`` float64, not negative: what the quotas are to be in proportion to.
+def source_shares(shares: Shares, names: Sequence[str], sizes: Tensor) -> Tensor | None:
+    """``[Q]`` float64, not negative: what the quotas are to be in proportion to; None: the candidates of the step.
 
     Args:
-        config: An allocation other than ``proportional`` and ``none``.
-        sizes: ``[Q]`` training examples of each source. Needed by temperature.
-        present: ``[Q]`` its candidates in this step; how many sources there are, where nothing else tells.
-        statistics: Needed by excess_loss, which goes by it.
+        names, sizes: ``[Q]`` of the sources, and their training examples.
     """
-    match config.allocation:
+    match shares:
+        case "proportional":
+            return None
         case "equal":
-            return torch.ones(len(present), dtype=torch.float64)
-        case "temperature":
-            assert sizes is not None
-            return sizes.double() ** config.allocation_exponent
-        case "excess_loss":
-            assert statistics is not None
-            return torch.softmax(RATE * statistics.excess, 0)
-        case other:
-            raise ValueError(f"the allocation {other} has no shares")
+            return torch.ones(len(sizes), dtype=torch.float64)
+        case dict():
+            return torch.tensor([shares.get(name, 0.0) for name in names], dtype=torch.float64)
+        case float():
+            return sizes.clamp(min=1).double() ** shares
+    raise ValueError(f"the file {shares} has not been read")
 
 
-def allocation_facts(config: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor) -> list[str]:
-    """What is to be said about the mixture before the run, if it is not that of the candidates.
+def check_shares(config: SelectionConfig, names: Sequence[str], kept: Tensor, *, refreshed: bool) -> None:
+    """Check that a user's ratios are those of the training data.
+
+    Args:
+        names, kept: ``[Q]`` of the sources, and whether each is kept.
+        refreshed: Whether kept sources can be others later in the run.
+
+    Raises:
+        UserError: A name is no source, or a source that may need a ratio has none.
+    """
+    if not isinstance(config.shares, dict) or config.method not in ("colm", "stratified"):
+        return
+    check_names("selection.shares", [*config.shares], names)
+    pairs = zip(names, kept.tolist())
+    missing = [name for name, is_kept in pairs if name not in config.shares and (refreshed or not is_kept)]
+    if missing:
+        raise UserError(
+            f"--selection.shares gives no number for {', '.join(missing)}: add one for each, or 0 where a source is to "
+            f"have no quota"
+        )
+
+
+def shares_facts(config: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor) -> list[str]:
+    """Lines about the mixture printed before the run, if it is not that of the candidates.
 
     Args:
         names, sizes, kept: ``[Q]`` of each source.
     """
-    if config.method not in ("colm", "stratified") or config.allocation in ("proportional", "none") or kept.all():
+    wanted = source_shares(config.shares, names, sizes)
+    if wanted is None or config.method not in ("colm", "stratified") or kept.all():
         return []
-    match config.allocation:
-        case "equal":
-            aim = f"the same of all {int((~kept).sum())} that are not kept"
-        case "temperature":
-            wanted = shares(config, sizes, sizes, None).masked_fill(kept, 0)
-            parts = zip(names, (wanted / wanted.sum()).tolist(), kept.tolist())
-            aim = ", ".join(f"{name} {part:.1%}" for name, part, is_kept in parts if not is_kept)
-        case _:
-            aim = "by what training shows of each; the last table has what it came to"
-    mixture = "of the candidates, by the weights" if config.weights == "unbiased" else "so allocated"
-    return [
-        f"allocation {config.allocation}, at least {config.allocation_floor} of each source: {aim}",
-        f"the mixture that is trained is that {mixture}",
-    ]
+    wanted = wanted.masked_fill(kept, 0)
+    parts = zip(names, (wanted / wanted.sum()).tolist())
+    aim = f"the same of all {int((~kept).sum())} that are not kept"
+    if config.shares != "equal":
+        aim = ", ".join(f"{name} {part:.1%}" for name, part in parts if part > 0)
+    given = "as given" if isinstance(config.shares, dict) else config.shares
+    mixture = "of the candidates, by the weights" if config.weights == "unbiased" else "so shared out"
+    facts = [f"shares {given}, at least 1 of each source: {aim}", f"the mixture that is trained is that {mixture}"]
+    without = [name for name, none in zip(names, ((wanted == 0) & ~kept).tolist()) if none]
+    if without:
+        facts.append(f"warning: --selection.shares gives 0, and so no quota, to {', '.join(without)}")
+    return facts
 
 
-def quotas(shares: Tensor, available: Tensor, total: int, floor: int, generator: torch.Generator) -> Tensor:
+def quotas(shares: Tensor, available: Tensor, total: int, generator: torch.Generator) -> Tensor:
     """Quotas in proportion to shares, as far as there are candidates.
 
-    Every source gets its floor first, or, where the budget is too small for that, all get the same. What a source
-    cannot use goes to the others in proportion to their shares. A fraction of an example is given out by lot, so that
-    over the steps each source gets its share (Pareto sampling; Rosen, 1997).
+    Every source with a share gets one first, or, where the budget is too small for that, all have the same chance. What
+    a source cannot use goes to the others in proportion to their shares. A fraction of an example is given out by lot,
+    so that over the steps each source gets its share (Pareto sampling; Rosen, 1997).
 
     Args:
-        shares: ``[Q]``, not negative.
+        shares: ``[Q]``, not negative; a source with 0 gets nothing, even if the others cannot use all.
         available: ``[Q]`` candidates.
-        total: Sum of the quotas, at most all candidates.
-        floor: Fewest of a source, or all that it has.
+        total: Sum of the quotas, unless that is more than there is; at most all candidates.
         generator: Draws the lots; rank-equal.
 
     Returns:
         int64 ``[Q]``.
     """
-    least = available.clamp(max=floor)
+    available = available.masked_fill(shares == 0, 0)
+    total, least = min(total, int(available.sum())), available.clamp(max=1)
     if total <= least.sum():
         aims = _fill(torch.ones_like(shares), torch.zeros_like(least), least, total)
     else:
@@ -112,7 +121,7 @@ def _fill(shares: Tensor, least: Tensor, most: Tensor, total: int) -> Tensor:
 
     The sum is linear in the level between those at which some source reaches a bound.
     """
-    shares = (shares / shares.max()).nan_to_num(1.0).clamp(min=1e-9)  # all alike where none has any
+    shares = (shares / shares.max()).nan_to_num(1.0).clamp(min=1e-9)  # infinite ones are alike
     bends = torch.cat([least / shares, most / shares]).sort().values
     sums = (bends.unsqueeze(1) * shares).clamp(least, most).sum(1)
     after = int(torch.searchsorted(sums, float(total)).clamp(1, len(sums) - 1))

@@ -5,10 +5,8 @@ candidates lie to each other, how well the coreset stands for it:
 
 | ranking | score |
 |---|---|
-| top | the loss |
-| importance | the norm of the sketch |
 | systematic | the product of the sketch with the mean sketch of the source |
-| facility, matching, pursuit | distance, in the metric, to the nearest picked candidate of those it was compared with |
+| every other | distance, in the metric, to the nearest picked candidate of those it was compared with |
 
 In the last case a picked candidate has 0, and the one that the coreset stands for least the most; the cosine's distance
 is 1 minus it.
@@ -63,8 +61,7 @@ def _reasons(
     protected = torch.zeros(len(candidates), dtype=torch.bool) if protected is None else protected
     found = torch.full((len(candidates),), _CODE["passed over"], dtype=torch.uint8)
     if config.method in ("colm", "stratified"):
-        if not quota.free:
-            found[quota.per_source[candidates.sources] == 0] = _CODE["no quota"]
+        found[quota.per_source[candidates.sources] == 0] = _CODE["no quota"]
         found[kept[candidates.sources] | protected] = _CODE["overflow"]
     if matrix is not None:
         found[matrix.positions[~matrix.valid.cpu()]] = _CODE["invalid"]
@@ -76,15 +73,9 @@ def _reasons(
 
 def _scores(matrix: CandidateMatrix, sources: Tensor, selection: Selection, config: SelectionConfig) -> Tensor:
     """``[s]`` float32, of each row of the matrix; nan where there is nothing that it was compared with."""
-    match config.ranking:
-        case "top":
-            return matrix.losses.float().cpu()
-        case "importance":
-            lengths: Tensor = torch.linalg.vector_norm(matrix.rows, dim=1)
-            return lengths.float().cpu()
     found = torch.full((len(matrix.positions),), torch.nan)
     valid, picked = matrix.valid.cpu(), torch.isin(matrix.positions, selection.picked)
-    groups = torch.zeros_like(matrix.positions) if config.joint else sources[matrix.positions]
+    groups = sources[matrix.positions]
     for group in groups.unique():
         own = ((groups == group) & valid).nonzero().flatten()
         rows = matrix.rows[own.to(matrix.rows.device)]

@@ -26,17 +26,6 @@ def stratified(sources: Tensor, quota: Quota, generator: torch.Generator, unbias
     return Selection(torch.cat(positions), torch.cat(weights), kept=len(quota.kept), overflow=quota.overflow)
 
 
-def within(sources: Tensor, quota: Quota, generator: torch.Generator) -> Selection:
-    """As `stratified`, and where the quota leaves the source free, a uniform draw of what is not kept."""
-    drawn = stratified(sources, quota, generator)
-    if not quota.free:
-        return drawn
-    others = _shuffled(torch.arange(len(sources)), generator)
-    free = others[~torch.isin(others, drawn.positions)][: quota.free].sort().values
-    positions = torch.cat([drawn.positions, free])
-    return Selection(positions, torch.ones(len(positions)), kept=drawn.kept, overflow=drawn.overflow)
-
-
 def random(n: int, budget: int, generator: torch.Generator) -> Selection:
     """``budget`` of ``n`` candidates, uniformly (all of them if that is fewer)."""
     return _equally_weighted(_shuffled(torch.arange(n), generator)[:budget].sort().values)

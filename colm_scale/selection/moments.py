@@ -127,6 +127,12 @@ class NoMoments(Moments):
     step: int = 0
     size = 0
 
+    def normalise(self, rows: Tensor, columns: Tensor | slice | None = None) -> Tensor:
+        return rows
+
+    def learn(self, mean: Tensor, mean_square: Tensor) -> NoMoments:
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class AdamMoments(Moments):

@@ -15,10 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_scale.config.selection import Metric
+from colm_scale.config.selection import MOST_COMPARED, Metric
 from colm_scale.selection.facility import greedy, greedy_with_gains
 from colm_scale.selection.similarity import similarities
 
+LARGEST_GROUP = MOST_COMPARED
+"""Most rows of a source that are compared all with all; a larger source is cut into regions. The memory grows with the
+square: 1 GiB."""
 _BLOCK_ROWS = 1024
 
 

@@ -12,17 +12,15 @@ from colm_scale.errors import UserError
 from colm_scale.records import Quota
 
 
-def kept_sources(
-    sizes: Tensor, names: Sequence[str], chosen: Sequence[str] | None, quantile: float | None = None
-) -> Tensor:
-    """Which sources enter the coreset with all their candidates.
+def kept_sources(sizes: Tensor, names: Sequence[str], chosen: float | Sequence[str] | None) -> Tensor:
+    """Find the sources that enter the coreset with all their candidates.
 
     Args:
         sizes: ``[Q]`` training examples of each source.
         names: ``[Q]`` their names.
-        chosen: Names of the sources to keep; none of them for ``[]``. None: those that the rule tells.
-        quantile: The rule: this share of the sources, rounded down, the smallest (the lowest number among equals).
-            None: those with fewer examples than the average source (the paper's).
+        chosen: Names of the sources to keep, none of them for ``[]``. A number: this share of the sources, rounded
+            down, the smallest (the lowest number among equals). None: those with fewer examples than the average source
+            (the paper's).
 
     Returns:
         ``[Q]`` bool.
@@ -30,12 +28,11 @@ def kept_sources(
     Raises:
         UserError: A chosen name is no source of the training data.
     """
-    if chosen is None and quantile is None:
-        return sizes * len(sizes) < sizes.sum()
     if chosen is None:
-        assert quantile is not None
+        return sizes * len(sizes) < sizes.sum()
+    if isinstance(chosen, (int, float)):
         kept = torch.zeros(len(sizes), dtype=torch.bool)
-        kept[sizes.argsort(stable=True)[: _whole(quantile * len(sizes))]] = True
+        kept[sizes.argsort(stable=True)[: _whole(chosen * len(sizes))]] = True
         return kept
     check_names("selection.kept_sources", chosen, names)
     return torch.tensor([name in chosen for name in names], dtype=torch.bool)
@@ -72,50 +69,43 @@ def allocate(
     *,
     protected: Tensor | None = None,
     due: Tensor | None = None,
-    cap: float = 1.0,
-    by_source: bool = False,
 ) -> Quota:
     """Share out the budget of one step.
 
     Protected candidates all enter, then those of kept sources; if there is no room for all of either, a subset of them
     does. What is left goes to the other sources, where protected candidates that did not fit are ranked like any other.
-    What is due of any source comes before kept sources, and before their cap, but after what is protected.
+    What is due of any source comes before kept sources, but after what is protected.
 
     Args:
         sources: ``[n]`` source of each candidate.
         kept: ``[Q]`` bool.
         budget: Size of the coreset; at ``n`` or more all candidates enter.
         generator: Draws the subset; rank-equal.
-        share: How what is left is shared out. What its quotas leave over is free, to be picked from any source.
+        share: How what is left is shared out.
         protected: ``[n]`` bool, candidates that enter whatever their source; none by default.
         due: ``[Q]`` fewest of each source, at most its candidates; none by default. If the budget is too small for
             all, every source gets the same, or what it is due if that is less.
-        cap: Share of the budget that kept and protected candidates may take; more where others cannot fill the rest.
-        by_source: Let the subset of those that do not all fit be of as many of each source as any has, or all that it
-            has. Otherwise it is uniform.
     """
     of_kept = kept[sources]
     protected = torch.zeros_like(of_kept) if protected is None else protected
     wanted = int((of_kept | protected).sum())
-    room = min(budget, max(_whole(cap * budget), budget - (len(sources) - wanted)))
     entering, nothing = of_kept.new_zeros(len(sources)), torch.zeros(len(kept), dtype=torch.int64)
-    entering[_fitting(protected.nonzero().flatten(), sources, room, by_source, generator, nothing)] = True
+    entering[_fitting(protected.nonzero().flatten(), sources, budget, generator, nothing)] = True
     entered = int(entering.sum())
     missing = nothing if due is None else (due - torch.bincount(sources[entering], minlength=len(kept))).clamp(min=0)
     missing = _top_up(nothing, missing, budget - entered)
     of_others = missing.masked_fill(kept, 0)
-    room = max(min(room, budget - int(of_others.sum())) - entered, int(missing[kept].sum()))
+    room = max(budget - int(of_others.sum()) - entered, int(missing[kept].sum()))
     rest = (of_kept & ~protected).nonzero().flatten()
-    entering[_fitting(rest, sources, room, by_source, generator, missing - of_others)] = True
+    entering[_fitting(rest, sources, room, generator, missing - of_others)] = True
     others = torch.bincount(sources[~entering], minlength=len(kept)).masked_fill(kept, 0)
     left = min(budget - int(entering.sum()), int(others.sum()))
     per_source = at_least(share(others, left), of_others)
-    overflow = wanted - int(entering.sum())
-    return Quota(entering.nonzero().flatten(), per_source, overflow, free=left - int(per_source.sum()))
+    return Quota(entering.nonzero().flatten(), per_source, overflow=wanted - int(entering.sum()))
 
 
 def expected_share(
-    sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budget: int, cap: float, floor: float = 0.0
+    sizes: Tensor, kept: Tensor, protected: Tensor, n: int, budget: int, floor: float = 0.0
 ) -> float:
     """How many of the kept and protected candidates enter, over many steps: 1 if there is room for the average step's.
 
@@ -124,11 +114,11 @@ def expected_share(
         kept: ``[Q]`` bool.
         protected: ``[Q]`` protected examples of each source.
         n: Candidates of a step.
-        budget, cap: As in `allocate`.
+        budget: As in `allocate`.
         floor: Share of the others that is due.
     """
     wanted = n * int(torch.where(kept, sizes, protected).sum()) / int(sizes.sum())
-    room = min(max(_whole(cap * budget), budget - (n - wanted)), budget - floor * (n - wanted))
+    room = budget - floor * (n - wanted)
     return min(1.0, room / wanted) if wanted else 1.0
 
 
@@ -163,16 +153,13 @@ def at_least(quota: Tensor, least: Tensor) -> Tensor:
 
 
 def _fitting(
-    positions: Tensor, sources: Tensor, room: int, by_source: bool, generator: torch.Generator, least: Tensor
+    positions: Tensor, sources: Tensor, room: int, generator: torch.Generator, least: Tensor
 ) -> Tensor:
     """``positions``, or a draw of ``room`` of them, with at least so many ``[Q]`` of each source; the generator is only
     touched if a draw is needed."""
     if len(positions) <= room:
         return positions
     drawn = positions[torch.randperm(len(positions), generator=generator)]
-    if by_source:
-        counts = torch.bincount(sources[positions], minlength=len(least))
-        return _first_of_each(drawn, sources, at_least(_top_up(torch.zeros_like(counts), counts, room), least))
     first = _first_of_each(drawn, sources, least)
     return torch.cat([first, drawn[~torch.isin(drawn, first)]])[:room]
 

@@ -1,4 +1,4 @@
-"""Which sources are kept when the mixture drifts: those that are small in what came lately, not in the whole data."""
+"""Kept sources of a mixture that drifts: those that are small in what came lately, not in the whole data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colm_scale.config import SelectionConfig
 from colm_scale.selection.quota import kept_sources
 
 
@@ -28,19 +27,12 @@ class RecentSources:
         """Before the first step."""
         return cls(kept, torch.zeros(len(kept), dtype=torch.int64))
 
-    def after(self, step: int, sources: Tensor, config: SelectionConfig) -> RecentSources:
-        """After a step with candidates of these ``sources`` ``[n]``.
+    def after(self, sources: Tensor) -> RecentSources:
+        """After a step with candidates of these ``sources`` ``[n]``."""
+        return RecentSources(self.kept, self.seen + torch.bincount(sources, minlength=len(self.kept)))
 
-        Every ``--selection.refresh_every`` steps the rule chooses anew, among the sources that were seen since.
-        """
-        seen = self.seen + torch.bincount(sources, minlength=len(self.kept))
-        if not is_refreshed(step, config):
-            return RecentSources(self.kept, seen)
-        kept, present = torch.zeros_like(self.kept), seen > 0
-        kept[present] = kept_sources(seen[present], (), None, config.quantile)
+    def refreshed(self, share: float | None) -> RecentSources:
+        """With the kept sources chosen again among those seen since, by the rule of `kept_sources`."""
+        kept, present = torch.zeros_like(self.kept), self.seen > 0
+        kept[present] = kept_sources(self.seen[present], (), share)
         return RecentSources.beginning(kept)
-
-
-def is_refreshed(step: int, config: SelectionConfig) -> bool:
-    """Whether kept sources are chosen anew after this step, and the moments begin anew."""
-    return config.refresh_every > 0 and step % config.refresh_every == 0

@@ -13,12 +13,11 @@ from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
 from colm_scale.selection import baselines
-from colm_scale.selection.allocation import quotas, shares
+from colm_scale.selection.allocation import quotas
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import Share, allocate, proportional
 from colm_scale.selection.recorded import SelectionRecord
 from colm_scale.selection.select import select_coreset
-from colm_scale.selection.statistics import SourceStatistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +28,14 @@ class SelectionRule:
         config: The method, the budget, metric and weights.
         kept: ``[Q]`` bool, the sources that are kept.
         seed: Of the run; each step draws from its own generators, equal on every rank.
-        sizes: ``[Q]`` training examples of each source; only the temperature allocation needs them.
+        shares: ``[Q]`` what the quotas of the sources are in proportion to; None: their candidates.
         record: What a replay selects.
     """
 
     config: SelectionConfig
     kept: Tensor
     seed: int
-    sizes: Tensor | None = None
+    shares: Tensor | None = None
     record: SelectionRecord | None = None
 
     @property
@@ -51,42 +50,28 @@ class SelectionRule:
             return self.record.most_selected
         return self.config.candidates if self.config.method == "full" else self.config.budget
 
-    def quota(
-        self,
-        candidates: Candidates,
-        statistics: SourceStatistics | None = None,
-        coverage: Coverage | None = None,
-    ) -> Quota:
+    def quota(self, candidates: Candidates, coverage: Coverage | None = None) -> Quota:
         """Kept candidates and the shares of the other sources (DESIGN 2.3).
 
         Args:
-            statistics: Of the steps before; only the allocations that go by it need it.
-            coverage: The same; only a floor under it needs it.
+            coverage: Of the steps before; only a floor under it needs it.
 
         Raises:
-            TrainingError: Not all kept candidates fit, and ``--selection.overflow`` is ``fail``.
+            TrainingError: Not all kept candidates fit, and ``--selection.overflow`` is ``fail``; or there is nothing to
+                train on.
         """
-        draw = generator(self.seed, "kept", candidates.step)
-        share = self._share(generator(self.seed, "allocation", candidates.step), statistics)
         config = self.config
         quota = allocate(
             candidates.sources,
             self.kept,
             config.budget,
-            draw,
-            share,
+            generator(self.seed, "kept", candidates.step),
+            self._share(generator(self.seed, "allocation", candidates.step)),
             protected=candidates.protected,
             due=coverage.due(candidates.sources, config) if coverage is not None and config.coverage_floor else None,
-            cap=config.kept_cap,
-            by_source=config.overflow == "shares",
         )
-        if quota.overflow and config.overflow == "fail" and config.method in ("colm", "stratified"):
-            raise TrainingError(
-                f"step {candidates.step}: {quota.overflow} of {len(quota.kept) + quota.overflow} kept candidates do "
-                f"not fit into the coreset, and --selection.overflow is fail. Try a larger --selection.budget or "
-                f"--selection.kept_cap, fewer --selection.kept_sources or protected examples, or another "
-                f"--selection.overflow"
-            )
+        if config.method in ("colm", "stratified"):
+            self._check(quota, candidates.step)
         return quota
 
     def select(self, candidates: Candidates, quota: Quota, matrix: CandidateMatrix | None) -> Selection:
@@ -94,7 +79,7 @@ class SelectionRule:
         match self.config.method:
             case "colm":
                 assert matrix is not None
-                draws = partial(generator, self.seed, self.config.ranking, candidates.step)
+                draws = partial(generator, self.seed, self.config.ranking.rpartition(":")[2], candidates.step)
                 return select_coreset(matrix, candidates.sources, quota, self.config, draws)
             case "stratified":
                 unbiased = self.config.weights == "unbiased"
@@ -107,19 +92,23 @@ class SelectionRule:
                 assert self.record is not None
                 return self.record.selection(candidates)
 
-    def _share(self, lots: torch.Generator, statistics: SourceStatistics | None) -> Share:
-        config = self.config
-        match config.allocation:
-            case "proportional":
-                return proportional
-            case "none":
-                return lambda available, _: torch.zeros_like(available)
+    def _share(self, lots: torch.Generator) -> Share:
+        if self.shares is None:
+            return proportional
+        return partial(quotas, self.shares, generator=lots)
 
-        def share(available: Tensor, total: int) -> Tensor:
-            wanted = shares(config, self.sizes, available, statistics)
-            return quotas(wanted, available, total, config.allocation_floor, lots)
-
-        return share
+    def _check(self, quota: Quota, step: int) -> None:
+        if quota.overflow and self.config.overflow == "fail":
+            raise TrainingError(
+                f"step {step}: {quota.overflow} of {len(quota.kept) + quota.overflow} kept candidates do not fit into "
+                f"the coreset, and --selection.overflow is fail. Try a larger --selection.budget, fewer "
+                f"--selection.kept_sources or protected examples, or --selection.overflow subset"
+            )
+        if not len(quota.kept) and not quota.per_source.any():
+            raise TrainingError(
+                f"step {step}: all candidates are of sources to which --selection.shares gives 0, so there is nothing "
+                f"to train on. Give one of them a share, or leave its rows out of the data"
+            )
 
     def _draw(self, candidates: Candidates) -> torch.Generator:
         return generator(self.seed, self.config.method, candidates.step)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
-from colm_scale.records import CandidateMatrix, Quota, Selection, long_tensor
+from colm_scale.records import CandidateMatrix, Quota, Selection
 from colm_scale.selection.quota import reallocate
 from colm_scale.selection.ranking import Ranked, rank
 
@@ -21,9 +21,8 @@ def select_coreset(
 ) -> Selection:
     """Kept candidates, then the picks of each source in ascending order of source, each in the order of picking.
 
-    A source of which all are picked enters whole. The others are ranked one by one, or with ``config.joint`` all
-    together, each filling its quota; where `Quota.free` are picked, all sources count as one. The kept take no part:
-    they have no sketch, so a pick may resemble them.
+    A source of which all are picked enters whole; the others are ranked one by one. The kept take no part: they have no
+    sketch, so a pick may resemble them.
 
     Candidates whose row is not valid are never picked: their source picks among the others, and what it then lacks
     goes to sources that have more (`reallocate`).
@@ -38,18 +37,14 @@ def select_coreset(
     Returns:
         The selection, on the CPU.
     """
-    valid, of_row, wanted = matrix.valid.cpu(), sources[matrix.positions], quota.per_source
-    if quota.free:
-        of_row, wanted = torch.zeros_like(of_row), long_tensor([quota.free])
-    available = torch.bincount(of_row[valid], minlength=len(wanted))
-    quotas = reallocate(wanted, available)
-    ranked = ((quotas > 0) & (quotas < available)).nonzero().flatten()
+    valid, of_row = matrix.valid.cpu(), sources[matrix.positions]
+    available = torch.bincount(of_row[valid], minlength=len(quota.per_source))
+    quotas = reallocate(quota.per_source, available)
     whole = (valid & (quotas == available)[of_row]).nonzero().flatten()
     picked, weights = [whole], [torch.ones(len(whole))]
-    for together in ranked.split(len(ranked) if config.joint else 1) if len(ranked) else ():
-        rows = (valid & torch.isin(of_row, together)).nonzero().flatten()
-        groups = torch.searchsorted(together, of_row[rows])
-        picks, counts = rank(_ranked(matrix, rows, groups, quotas[together], config, draws(int(together[0]))))
+    for source in ((quotas > 0) & (quotas < available)).nonzero().flatten().tolist():
+        rows = (valid & (of_row == source)).nonzero().flatten()
+        picks, counts = rank(_ranked(matrix, rows, int(quotas[source]), config, draws(source)))
         picked.append(rows[picks])
         weights.append(counts.float())
     of_kept = quota.kept_weight if config.weights == "unbiased" else 1.0
@@ -65,16 +60,9 @@ def select_coreset(
 
 
 def _ranked(
-    matrix: CandidateMatrix,
-    rows: Tensor,
-    groups: Tensor,
-    quotas: Tensor,
-    config: SelectionConfig,
-    draw: torch.Generator,
+    matrix: CandidateMatrix, rows: Tensor, count: int, config: SelectionConfig, draw: torch.Generator
 ) -> Ranked:
-    """Some ``rows`` ``[m]`` of the matrix, ``groups`` ``[m]`` and ``quotas`` ``[G]`` as in `Ranked`."""
+    """``count`` of some ``rows`` ``[m]`` of the matrix are to be picked."""
     of_matrix = rows.to(matrix.rows.device)
-    stands_for = torch.ones(len(quotas), dtype=torch.float64)
-    if config.weights == "unbiased":
-        stands_for = torch.bincount(groups) / quotas.double()
-    return Ranked(matrix.rows[of_matrix], matrix.losses[of_matrix], groups, quotas, stands_for, config, draw)
+    stands_for = len(rows) / count if config.weights == "unbiased" else 1.0
+    return Ranked(matrix.rows[of_matrix], matrix.losses[of_matrix], count, stands_for, config, draw)

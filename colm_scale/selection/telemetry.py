@@ -52,22 +52,14 @@ def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, gen
 
 
 def worth(
-    candidates: Candidates,
-    quota: Quota,
-    selection: Selection,
-    matrix: CandidateMatrix | None,
-    draw: Selection,
-    *,
-    joint: bool,
+    candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None, draw: Selection
 ) -> dict[str, float]:
     """`composition` and, where candidates were sketched, `ranking` of one step's selection beside a ``draw``."""
     found = composition(candidates.sources, selection)
     if matrix is None:
         return found
     eligible = could_be_picked(candidates, selection, matrix)
-    return found | ranking(
-        matrix, candidates.sources, eligible, selection, draw, joint=joint, free=quota.free > 0
-    )
+    return found | ranking(matrix, candidates.sources, eligible, selection, draw)
 
 
 def composition(sources: Tensor, selection: Selection) -> dict[str, float]:
@@ -79,24 +71,16 @@ def composition(sources: Tensor, selection: Selection) -> dict[str, float]:
 
 
 def ranking(
-    matrix: CandidateMatrix,
-    sources: Tensor,
-    eligible: Tensor,
-    selection: Selection,
-    draw: Selection,
-    *,
-    joint: bool,
-    free: bool = False,
+    matrix: CandidateMatrix, sources: Tensor, eligible: Tensor, selection: Selection, draw: Selection
 ) -> dict[str, float]:
     """What ranking has made of the candidate matrix.
+
+    The columns of a source are its own, so everything is taken source by source, and a source counts by its candidates.
 
     Args:
         sources: ``[n]``.
         eligible: ``[n]`` bool, what could be picked.
         draw: Of `stratified_like`.
-        joint: Whether the rows of all ranked sources were compared. If not, the columns are each source's own, so
-            everything is taken source by source, and a source counts by its candidates.
-        free: Whether no source had a quota, so that all were ranked.
 
     Returns:
         ``rank``, the effective rank of the rows; ``overlap``, the share of picks that the draw has picked too, and
@@ -116,10 +100,6 @@ def ranking(
         weights[row, chosen.picked] = chosen.weights[chosen.kept :].double()
     weights = weights[:, matrix.positions]
     groups = sources[matrix.positions]
-    if free:
-        groups = torch.zeros_like(groups)
-    elif joint:
-        groups = torch.where((counted == available)[groups], -1, 0)  # what was taken whole is passed over below
     ranks, sizes, products = [], [], torch.zeros(3, 3, dtype=torch.float64)
     for group in groups.unique():
         own = torch.where((groups == group) & (weights[0] > 0), weights, 0)  # [3, s]

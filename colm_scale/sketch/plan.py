@@ -13,7 +13,7 @@ from colm_scale.records import Candidates, Quota, SketchPlan
 from colm_scale.selection.route import deal, form_micro_batches
 
 
-def kept_on(plan: SketchPlan, lengths: Tensor, most_tokens: int) -> tuple[Tensor, list[int]]:
+def kept_on(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
     """Whose block inputs each rank keeps: of its first micro-batches, as many as stay within ``most_tokens``.
 
     Args:
@@ -42,7 +42,6 @@ def plan_sketch(
     world_size: int,
     token_budget: int,
     known: Tensor | None = None,
-    joint: bool = False,
     packed: bool = False,
 ) -> SketchPlan:
     """Plan the sketch of one step.
@@ -52,16 +51,14 @@ def plan_sketch(
 
     Args:
         known: ``[n]`` bool, candidates that are ranked like the others, but need no forward; none by default.
-        joint: Whether sources are ranked together.
         packed: Whether micro-batches are packed rather than padded.
     """
     positions = quota.to_sketch(candidates.sources)
     sources = candidates.sources[positions]
     there = torch.bincount(sources, minlength=len(quota.per_source))
-    ranked = (quota.per_source < there)[sources] & (quota.free < len(positions))
-    compared = torch.zeros_like(sources) if joint else sources
+    ranked = (quota.per_source < there)[sources]
     groups = torch.full_like(sources, -1)
-    present, groups[ranked] = compared[ranked].unique(return_inverse=True)
+    present, groups[ranked] = sources[ranked].unique(return_inverse=True)
     unknown = positions if known is None else positions[~known[positions]]
     micro_batches = form_micro_batches(candidates.lengths, unknown, token_budget, packed=packed, even=True)
     return SketchPlan(

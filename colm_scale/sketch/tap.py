@@ -53,7 +53,7 @@ class Tap:
         self.lora_b, self.rows = _lora_b(base.get_submodule(probe.layer), probe.layer), probe.rows
         self.shape = (len(probe.rows), self.lora_b.in_features)
         self.size = self.shape[0] * self.shape[1]
-        self._batched = like._batched if like else self._find_batched_arguments()
+        self._batched: dict[str, int] = like._batched if like else self._find_batched_arguments()
 
     def branched_losses(self, batch: Batch, changes: Tensor) -> Tensor:
         """Losses with the probe tensor changed, without changing it.

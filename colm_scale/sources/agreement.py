@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from colm_scale.records import long_tensor
 from colm_scale.selection.quota import kept_sources
 
 
@@ -49,4 +49,4 @@ def agreement(names: Sequence[str], sources: np.ndarray, labels: np.ndarray) -> 
 def small(labels: np.ndarray) -> np.ndarray:
     """``[k]`` bool, which groups the small-source rule keeps, by ``[n]`` group of each row."""
     sizes = np.bincount(labels)
-    return kept_sources(long_tensor(sizes), [], None).numpy() & (sizes > 0)
+    return kept_sources(torch.from_numpy(sizes), [], None).numpy() & (sizes > 0)

@@ -9,11 +9,14 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colm_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 MOST_COMPARED = 20_000
 """Points, at most, on which stability is measured and that HDBSCAN looks at."""
@@ -83,7 +86,7 @@ def kmeans(points: np.ndarray, numbers: Sequence[int], threshold: float, seed: i
     some = points[draws.permutation(len(points))[:MOST_COMPARED]]
     found = {number: stability(some, number, seed) for number in possible} if len(possible) > 1 else {}
     stable = [number for number, agreement in found.items() if agreement >= threshold]
-    chosen = max(stable) if stable else max(found, key=found.get, default=possible[0])
+    chosen = max(stable) if stable else max(found, key=lambda number: found[number], default=possible[0])
     return Clusters(_fitted(points, chosen, seed).cluster_centers_.astype(np.float32), found)
 
 
@@ -130,7 +133,7 @@ def hdbscan(points: np.ndarray, smallest: int, seed: int) -> Clusters:
     return Clusters(centres.astype(np.float32), {}, neighbours, float(1 - clear.mean()))
 
 
-def _fitted(points: np.ndarray, k: int, seed: int, starts: int = _STARTS):
+def _fitted(points: np.ndarray, k: int, seed: int, starts: int = _STARTS) -> KMeans:
     from sklearn.cluster import KMeans
 
     return KMeans(k, n_init=starts, random_state=seed).fit(points)

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from colm_scale.config import LoraConfig
 from colm_scale.data.examples import encode
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import CausalModel, base_of
 from colm_scale.modeling.embedding import embed
 from colm_scale.modeling.load import add_adapters, check_model, context_length, load_model, load_tokenizer
 from colm_scale.sources.options import SourcesOptions
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 _SVD = 128
 """Dimensions that TF-IDF is reduced to."""
@@ -83,10 +87,11 @@ class Words:
 
     def __call__(self, rows: Sequence[Row]) -> np.ndarray:
         """``[n, c]`` float32."""
-        return self._pipeline.transform([text_of(row) for row in rows]).astype(np.float32)
+        found: np.ndarray = self._pipeline.transform([text_of(row) for row in rows]).astype(np.float32)
+        return found
 
 
-def term_weights():
+def term_weights() -> TfidfVectorizer:
     """TF-IDF of single words; also where another clustering is to be compared with the usual one."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -103,12 +108,13 @@ def text_of(row: Row) -> str:
 Embedder = States | Words
 
 
-def _load(options: SourcesOptions) -> nn.Module:
+def _load(options: SourcesOptions) -> CausalModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(options.model, getattr(torch, options.dtype), device)
+    model: CausalModel = load_model(options.model, getattr(torch, options.dtype), device)
     if options.adapter is not None:
         try:
-            model = add_adapters(model, LoraConfig(adapter=options.adapter), options.seed)
+            model = add_adapters(base_of(model), LoraConfig(adapter=options.adapter), options.seed)
         except UserError as error:
             raise UserError(str(error).replace("--lora.adapter", "--adapter")) from None
-    return model.eval()
+    model.eval()
+    return model

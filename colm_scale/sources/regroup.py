@@ -71,4 +71,5 @@ def _clustered(states: np.ndarray, before: np.ndarray, k: int, seed: int) -> np.
         going_on = KMeans(k, init=means, n_init=1).fit(points)
         from_scratch = KMeans(k, n_init=_STARTS, random_state=seed).fit(points)
     better = from_scratch.inertia_ < _BETTER * going_on.inertia_
-    return (from_scratch if better else going_on).labels_
+    labels: np.ndarray = (from_scratch if better else going_on).labels_
+    return labels

@@ -6,11 +6,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from colm_scale.data.readers import Row
+from colm_scale.drawing import verbatim_text
 from colm_scale.sources.agreement import Agreement
+
+if TYPE_CHECKING:  # matplotlib comes with an extra
+    from matplotlib.axes import Axes
 
 _CHARACTERS = 240
 """Most that is shown of an example."""
@@ -104,9 +109,9 @@ def said(report: Report) -> str:
 
 
 def _agreement_lines(report: Report) -> list[str]:
-    if report.agreement is None:
-        return []
     ours, theirs = report.agreement, report.baseline
+    if ours is None or theirs is None:
+        return []
     names = [*ours.recovered]
     width = max(map(len, [*names, "adjusted Rand index"]))
     lines = ["", "beside the sources that the data names, and beside k-means on TF-IDF with as many clusters:"]
@@ -123,16 +128,19 @@ def draw_map(points: np.ndarray, labels: np.ndarray, report: Report, path: Path)
     """A picture of ``[n, p]`` points by their first two principal components, coloured by ``[n]`` cluster."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplots()
-    for number, cluster in enumerate(report.clusters):
-        own = points[labels == number]
-        if not len(own):
-            continue
+    with verbatim_text():
+        figure = Figure(figsize=(9, 7), layout="constrained")
+        axes = figure.subplots()
+        for number, cluster in enumerate(report.clusters):
+            _draw_cluster(axes, points[labels == number], number, cluster)
+        axes.set(xlabel="first principal component", ylabel="second", title=f"{len(points):,} of {report.rows:,} rows")
+        figure.legend(loc="outside right upper", markerscale=2, fontsize="small")
+        figure.savefig(path, dpi=120)
+
+
+def _draw_cluster(axes: Axes, own: np.ndarray, number: int, cluster: Cluster) -> None:
+    if len(own):
         colour, mark = f"C{number % 10}", "os^vD"[number // 10 % 5]
         label = f"{cluster.name} ({cluster.size:,}{', kept' if cluster.kept else ''})"
         axes.scatter(own[:, 0], own[:, 1], s=8, alpha=0.5, color=colour, marker=mark, linewidths=0, label=label)
         axes.annotate(cluster.name.removeprefix("cluster-"), own[:, :2].mean(0), weight="bold", ha="center")
-    axes.set(xlabel="first principal component", ylabel="second", title=f"{len(points):,} of {report.rows:,} rows")
-    figure.legend(loc="outside right upper", markerscale=2, fontsize="small")
-    figure.savefig(path, dpi=120)

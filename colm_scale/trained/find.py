@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from colm_scale.arguments import parse
+from colm_scale.arguments import read_trained
 from colm_scale.base import BASE_MODEL
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig
@@ -22,6 +23,8 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, check_adapter
 from colm_scale.reporting.run_directory import FACTS
 from colm_scale.trainer import resolve
+
+_Result = TypeVar("_Result")
 
 _ADAPTER, _CONFIG, _MANIFEST = "adapter_config.json", "config.yaml", "manifest.json"
 
@@ -66,7 +69,7 @@ def find(name: str, which: Which, model: str | None, *, trust_remote_code: bool)
     if not path.is_dir():
         raise UserError(f"{name}: there is no such folder; give that of a run, of an adapter, or of a checkpoint")
     run, folder, checkpoint = _place(path, which)
-    config = resolve(parse(["--config", str(run / _CONFIG)])) if run else _config_of(folder)
+    config = resolve(read_trained(run / _CONFIG)) if run else _config_of(folder)
     base = dataclasses.replace(config.model, trust_remote_code=trust_remote_code)
     if model is not None:
         base = dataclasses.replace(base, name=model, revision=None)
@@ -98,7 +101,7 @@ def adapted(base: PreTrainedModel, trained: Trained) -> PeftModel:
     return model
 
 
-def with_way_out(action):
+def with_way_out(action: Callable[[], _Result]) -> _Result:
     """Do it; what is wrong with an adapter is said without the option of training that names one."""
     try:
         return action()
@@ -130,7 +133,8 @@ def _of_run(run: Path, which: Which) -> tuple[Path, Checkpoint | None]:
         if (last / _ADAPTER).is_file():
             return last, None
         # A run that was evaluated while it trained keeps its best as `adapter`, also if it was interrupted.
-        if newest is not None and parse(["--config", str(run / _CONFIG)]).eval.every:
+        config = read_trained(run / _CONFIG)
+        if newest is not None and config.eval.every != 0 and config.data.has_held_out:
             return newest.path, newest
     if not (best / _ADAPTER).is_file():
         way_out = "and no checkpoint" if newest is None else f"but a checkpoint, {newest.path}: name that instead"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from colm_scale.config import ModelConfig
 from colm_scale.config.tools import MergeConfig
 from colm_scale.data.examples import read_chat_template
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import base_of, moved
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
 from colm_scale.randomness import generator
 from colm_scale.trained.find import Trained, adapted, find
@@ -71,7 +72,7 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
     model, notes = _whole(trained.config.model)
     dtype = _dtype(options, trained)
     adapter = adapted(load_model(model, dtype, device, "model"), trained)
-    tokens = _probe_tokens(adapter.get_base_model(), device)
+    tokens = _probe_tokens(base_of(adapter), device)
     expected = _logits(adapter, tokens)
     merged = adapter.merge_and_unload()
     merged.save_pretrained(new, max_shard_size=options.shard_size)
@@ -80,7 +81,7 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
     again = AutoModelForCausalLM.from_pretrained(
         new, dtype=dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
     )
-    found = _logits(again.to(device).eval(), tokens)
+    found = _logits(moved(again, device).eval(), tokens)
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE[dtype] * largest:
         raise UserError(
@@ -96,7 +97,7 @@ def _adapter_alone(trained: Trained, options: MergeConfig, new: Path, place: Pat
     if trained.weights is not None:
         model, _ = _whole(trained.config.model)
         base = load_model(model, _dtype(options, trained), torch.device("cpu"), "model")
-        adapted(base, trained).save_pretrained(new, save_embedding_layers=False)
+        adapted(base, trained).save_pretrained(str(new), save_embedding_layers=False)
     else:
         new.mkdir()
         for name in ("adapter_model.safetensors", "README.md"):
@@ -122,7 +123,8 @@ def _whole(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
 
 
 def _dtype(options: MergeConfig, trained: Trained) -> torch.dtype:
-    return getattr(torch, trained.config.train.dtype if options.dtype == "run" else options.dtype)
+    found: torch.dtype = getattr(torch, trained.config.train.dtype if options.dtype == "run" else options.dtype)
+    return found
 
 
 def _write_tokenizer(trained: Trained, model: ModelConfig, new: Path) -> list[str]:
@@ -137,7 +139,7 @@ def _write_tokenizer(trained: Trained, model: ModelConfig, new: Path) -> list[st
     return notes
 
 
-def _probe_tokens(model: nn.Module, device: torch.device) -> Tensor:
+def _probe_tokens(model: PreTrainedModel, device: torch.device) -> Tensor:
     """``[2, 64]`` token ids drawn at random, always the same ones."""
     rows, length = _PROBE
     length = min(length, context_length(model.config))
@@ -147,7 +149,8 @@ def _probe_tokens(model: nn.Module, device: torch.device) -> Tensor:
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits.float().cpu()
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits.float().cpu()
 
 
 def _free_place(options: MergeConfig) -> Path:

@@ -6,15 +6,18 @@ import dataclasses
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from colm_scale import trainer
 from colm_scale.config import RunConfig
@@ -60,7 +63,8 @@ def score(options: ScoreConfig) -> int:
         UserError: There is no such adapter, base model or data.
     """
     trained = find(options.run, options.adapter, options.model, trust_remote_code=options.trust_remote_code)
-    config, found = _config(options, trained), []
+    config = _config(options, trained)
+    found: list[Scores] = []
     code = trainer.run(config, partial(_score, options=options, trained=trained, found=found))
     for scores in found:
         line = harness_line(trained, config, options.tasks)
@@ -87,16 +91,16 @@ def _config(options: ScoreConfig, trained: Trained) -> RunConfig:
     config = trained.config
     given = {name: getattr(options, name) for name in ("generate", "max_new_tokens", "limit")}
     evaluation = {name: value for name, value in given.items() if value is not None}
-    training = {"threads": options.threads}
+    train = dataclasses.replace(config.train, threads=options.threads)
     if options.dtype != "run":
-        training["dtype"] = options.dtype
+        train = dataclasses.replace(train, dtype=options.dtype)
     if options.micro_batch_tokens is not None:
-        training["micro_batch_tokens"] = options.micro_batch_tokens
+        train = dataclasses.replace(train, micro_batch_tokens=options.micro_batch_tokens)
     return dataclasses.replace(
         config,
         resume="none",
         model=dataclasses.replace(config.model, attention="auto"),  # the run's may need a GPU
-        train=dataclasses.replace(config.train, **training),
+        train=train,
         eval=dataclasses.replace(config.eval, **evaluation),
     )
 
@@ -119,6 +123,7 @@ def _score(
     tokens, seed = config.train.micro_batch_tokens, config.train.seed
     evaluator = Evaluator(examples, sizes, small, tokenizer, config.eval, group, tokens, seed, watch.enter)
     evaluations = []
+    assert isinstance(module.model, PeftModel)
     for without in (nullcontext(), module.model.disable_adapter())[: 1 + options.base]:
         with without:
             evaluations.append(evaluator(module, 0))
@@ -131,7 +136,7 @@ def _score(
 
 
 def _examples(
-    config: RunConfig, options: ScoreConfig, tokenizer, longest: int, names: list[str]
+    config: RunConfig, options: ScoreConfig, tokenizer: PreTrainedTokenizerBase, longest: int, names: list[str]
 ) -> tuple[list[str], Examples]:
     """The held-out examples and where they are from; sources that were trained on come first, in the run's order."""
     specs = options.data or config.data.eval
@@ -191,5 +196,5 @@ def _table(scores: Scores) -> Table:
     return table
 
 
-def _said(values: list[float | None], form: str) -> str:
+def _said(values: Sequence[float | None], form: str) -> str:
     return " -> ".join("-" if value is None else f"{value:{form}}" for value in values)

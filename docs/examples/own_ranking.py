@@ -22,7 +22,7 @@ def farthest_first(ranked: Ranked) -> tuple[Tensor, Tensor | None]:
     rows = ranked.rows.double()  # [m, h], one for each candidate of the source
     picks = [int(ranked.losses.argmax())]
     nearest = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
-    while len(picks) < ranked.total:
+    while len(picks) < ranked.count:
         nearest = nearest.minimum((rows - rows[picks[-1]]).norm(dim=1))
         nearest[picks] = -1  # taken, though another may lie in the same place
         picks.append(int(nearest.argmax()))

@@ -16,9 +16,10 @@ RUNS = ("ranked", "drawn")
 
 @pytest.fixture(scope="module")
 def runs(chromium, forked, tmp_path_factory) -> dict[str, Path]:
-    """Two runs of two steps, by the product. (Not made where there is no browser to look at them.)"""
+    """Two runs of three steps, by the product. (Not made where there is no browser to look at them.)"""
     folder = tmp_path_factory.mktemp("runs")
-    options = (*SMALL, "--profile.floor_every", "1", "--profile.display", "off")
+    options = (*SMALL, "--train.steps", "3", "--eval.every", "1", "--profile.floor_every", "1")
+    options = (*options, "--profile.display", "off")
     methods = dict(zip(RUNS, ("colm", "stratified")))
     jobs = {
         name: [*options, "--selection.method", method, "--output_dir", str(folder / name)]
@@ -80,7 +81,7 @@ def test_costs_are_the_runs(page, runs):
         assert headlines[name]["s per step"] == f"{median(row['seconds']['step'] for row in steps):.3f}"
         assert headlines[name]["step / floor"] == f"{median(row['measured_over_floor'] for row in steps):.3f}"
         assert headlines[name]["peak GiB"] == f"{max(max(row['peak_bytes']) for row in steps) / 2**30:.2f}"
-        assert headlines[name]["steps"] == "2 of 2"
+        assert headlines[name]["steps"] == "3 of 3"
 
 
 def test_coverage_is_the_runs(page, runs):
@@ -155,4 +156,4 @@ def test_tables_that_are_folded_open(page):
     summary = page.execute_script(find)
     assert set(table(page, "All options")) == {""}
     summary.click()
-    assert table(page, "All options")["train.steps"] == {"ranked": "2", "drawn": "2"}
+    assert table(page, "All options")["train.steps"] == {"ranked": "3", "drawn": "3"}

@@ -1,5 +1,5 @@
-"""What the training pass tells about sources decides how many of each are trained on: the same on any number of ranks,
-under any engine, and after a restart."""
+"""Shares of the budget, and kept sources that are chosen again: the same on any number of ranks, under any engine, and
+after a restart."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import pytest
 import torch
 from support import worker
 
-CASES = ("excess_loss", "excess_loss_ranked", "excess_loss_broken")
+CASES = ("shared", "shared_ranked", "refreshed", "refreshed_broken")
 PAIRS = [
-    ("auto", "excess_loss"),
-    ("auto", "excess_loss_broken"),
-    ("zero3", "excess_loss_ranked"),
-    ("fsdp", "excess_loss"),
+    ("auto", "shared"),
+    ("fsdp", "shared"),
+    ("zero3", "shared_ranked"),
+    ("auto", "refreshed"),
+    ("auto", "refreshed_broken"),
 ]
 SOURCES = len(worker.SIZES)
 
@@ -27,38 +28,35 @@ def test_ids_are_those_of_one_rank(ranks, alone, engine, case):
     for rank in ranks:
         for own, expected in zip(rank[f"{engine}/{case}"]["steps"], alone[case]["steps"], strict=True):
             assert own["ids"].tolist() == expected["ids"].tolist()
+            assert own["kept_sources"].tolist() == expected["kept_sources"].tolist()
 
 
-@pytest.mark.parametrize(("engine", "case"), PAIRS)
-def test_all_ranks_know_the_same_and_what_one_rank_knows(ranks, alone, engine, case):
-    """Micro-batches differ with the number of ranks, and with them the last bits of losses and, slowly, weights."""
-    known = [rank[f"{engine}/{case}"]["steps"][-1]["statistics"] for rank in ranks]
-    assert torch.equal(*known)
-    expected = alone[case]["steps"][-1]["statistics"]
-    torch.testing.assert_close(known[0], expected, rtol=1e-4, atol=1e-4 * float(expected[:, 1:].abs().max()))
+def test_every_source_with_a_share_gets_its_one_and_without_one_none(alone):
+    data = worker.examples()
+    for step in alone["shared"]["steps"]:
+        present = torch.bincount(data.sources[step["indices"]], minlength=SOURCES).tolist()
+        found = quotas(step)
+        assert sum(found) == 12
+        assert all(min(1, there) <= found[source] for source, there in enumerate(present) if source != 3)
+        assert found[3] == 0
+
+
+def test_kept_sources_are_chosen_again_among_the_candidates_since(alone):
+    steps, data = alone["refreshed"]["steps"], worker.examples()
+    known = worker.kept(worker.CASES["refreshed"].selection, data).tolist()
+    for number, step in enumerate(steps, 1):
+        if number % 2 == 0:
+            seen = torch.cat([row["indices"] for row in steps[number - 2 : number]])
+            counts = torch.bincount(data.sources[seen], minlength=SOURCES)
+            present = counts.nonzero().flatten()
+            smallest = present[counts[present].argsort(stable=True)[: int(0.4 * len(present))]]
+            known = [source in smallest for source in range(SOURCES)]
+        assert step["kept_sources"].tolist() == known
+    assert len({tuple(step["kept_sources"].tolist()) for step in steps}) > 1
 
 
 def test_a_run_that_is_broken_off_goes_on_as_if_it_had_not_been(alone):
-    for own, expected in zip(alone["excess_loss_broken"]["steps"], alone["excess_loss_ranked"]["steps"], strict=True):
+    for own, expected in zip(alone["refreshed_broken"]["steps"], alone["refreshed"]["steps"], strict=True):
         assert own["ids"].tolist() == expected["ids"].tolist()
-        assert torch.equal(own["statistics"], expected["statistics"])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_first_step_shows_each_trained_example(alone, case):
-    step = alone[case]["steps"][0]
-    trained = torch.tensor(quotas(step), dtype=torch.float64)
-    assert torch.equal(step["statistics"][:, 0], trained)
-    assert float(step["statistics"][:, 1].sum()) == pytest.approx(step["loss"] * 12, rel=1e-5)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_learned_moves_examples(alone, case):
-    """Every source with candidates gets its one, and who gets more changes."""
-    data = worker.examples()
-    for step in alone[case]["steps"]:
-        present = torch.bincount(data.sources[step["indices"]], minlength=SOURCES)
-        found = quotas(step)
-        assert sum(found) == 12
-        assert all(min(1, there) <= quota <= there for quota, there in zip(found, present.tolist()))
-    assert len({tuple(quotas(step)) for step in alone[case]["steps"]}) > 1
+        assert own["kept_sources"].tolist() == expected["kept_sources"].tolist()
+        assert own["loss"] == expected["loss"]

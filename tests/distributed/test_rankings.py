@@ -1,12 +1,10 @@
-"""Every ranking, one by one, together and free: the same on two ranks as on one."""
+"""Every ranking, of the package and of one's own: the same on two ranks as on one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support import worker
-
-from colm_scale.randomness import generator
 
 CASES = [name for name in worker.CASES if name.startswith("ranked")]
 PAIRS = [("auto", case) for case in CASES]
@@ -39,14 +37,3 @@ def test_the_highest_losses_of_each_source_are_picked(alone):
             count = int((sources[step["indices"][picked]] == source).sum())
             expected = positions[of_source][losses[of_source].topk(count).indices]
             assert torch.isin(expected, picked).all()
-
-
-def test_what_is_ranked_together_is_compared_in_the_same_columns(alone):
-    """The rows of all sources then have the mean that free matching comes near to: nearer than most draws would."""
-    step = alone["ranked_matching"]["steps"][0]
-    rows = step["matrix"]["rows"].double()
-    picked = torch.searchsorted(step["matrix"]["positions"], step["positions"])
-    reached = (rows[picked].mean(0) - rows.mean(0)).norm()
-    drawn = [torch.randperm(len(rows), generator=generator(seed, "draw"))[: len(picked)] for seed in range(50)]
-    draws = [rows[draw].mean(0) - rows.mean(0) for draw in drawn]
-    assert reached < min(draw.norm() for draw in draws)

@@ -80,22 +80,18 @@ OPTIONS = {
     "budget too large": Case("--selection.budget 17", ("--selection.budget is 17", "--selection.candidates (16)")),
     "budget zero": Case("--selection.budget 0", ("--selection.budget is 0", "at least 1")),
     "no candidates": Case("--selection.candidates 0", ("--selection.candidates is 0", "at least 1")),
-    "highest lengths": Case(
-        "--selection.estimator length --selection.ranking top", ("ranking top", "--selection.estimator last_layer"),
-    ),
-    "joint draws": Case(
-        "--selection.joint true --selection.ranking systematic", ("--selection.joint true", "systematic", "matching")
-    ),
-    "no allocation": Case("--selection.allocation none", ("--selection.allocation none", "--selection.joint true")),
-    "no allocation and no ranking": Case(
-        "--selection.allocation none --selection.joint true --selection.method stratified",
-        ("--selection.allocation none", "--selection.method stratified", "colm"),
-    ),
     "clusters without medoids": Case(
         "--selection.weights cluster --selection.ranking matching", ("--selection.weights cluster", "facility")
     ),
-    "unbiased extremes": Case(
-        "--selection.weights unbiased --selection.ranking top", ("--selection.ranking top", "uniform", "importance")
+    "shares of no kind": Case("--selection.shares eqal", ("--selection.shares is 'eqal'", "proportional, equal")),
+    "shares below zero": Case("--selection.shares {math:-1}", ("--selection.shares", "math")),
+    "shares in no file": Case("--selection.shares no.yaml", ("--selection.shares no.yaml", "No such file")),
+    "shares in a broken file": Case(
+        "--selection.shares {here}/s.yaml", ("s.yaml line 2", "not YAML"), {"s.yaml": "math: 1\n code: ]"}
+    ),
+    "shares of strangers": Case(
+        "--selection.shares {here}/s.json --selection.kept_sources []",
+        ("--selection.shares names 'CoT/shpo'", "'CoT/shop'", "The sources are"), {"s.json": '{"CoT/shpo": 1}'},
     ),
     "too many to compare": Case(
         "--selection.candidates 8193 --selection.ranking matching", ("--selection.candidates 8193", "at most 8192")

@@ -24,7 +24,7 @@ LAUNCHER = "launchers/train.py"
 SABOTAGED = "tests/support/sabotage.py"
 SMALL = (
     *("--train.steps", "2", "--train.threads", "1", "--selection.candidates", "16", "--selection.budget", "8"),
-    *("--eval.generate", "0", "--eval.limit", "2"),
+    *("--eval.every", "0", "--eval.generate", "0", "--eval.limit", "2"),
 )
 """Options of a run that takes about a second once it has started."""
 

@@ -11,7 +11,7 @@ from colm_scale.config import RunConfig, SelectionConfig, TrainConfig, as_yaml
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, StepReport, long_tensor
 from colm_scale.reporting.run_directory import RunDirectory
-from colm_scale.reporting.summary import Evaluation
+from colm_scale.reporting.summary import Evaluation, HeldOutLoss
 
 SOURCES = ("algebra", "geometry", "trivia")
 SIZES = (40, 20, 4)
@@ -50,7 +50,7 @@ def write_run(
         if step:
             directory.report(report(step, sizes, ranks, kinds, faster, draws), sources)
         if step in evaluations:
-            directory.evaluation(evaluation(step, sources))
+            directory.evaluation(evaluation(step, sources, whole=step in (0, steps)))
     return path
 
 
@@ -93,17 +93,30 @@ def report(
     )
 
 
-def evaluation(step: int, sources: Sequence[str]) -> Evaluation:
-    """Losses 3, 4, 5, ... over the step plus one."""
-    losses = {name: (3 + place) / (1 + step) for place, name in enumerate(sources)}
-    mean = sum(losses.values()) / len(losses)
+def evaluation(step: int, sources: Sequence[str], *, whole: bool = True) -> Evaluation:
+    """Losses 3, 4, 5, ... over the step plus one; of the sample, whose examples are harder, twice that."""
+    sample = held_out(step, sources, scale=2, each=2)
+    found = held_out(step, sources, scale=1, each=8) if whole else sample
     return Evaluation(
         step=step,
+        losses=found.losses,
+        accuracies=dict.fromkeys(sources, 0.25 if whole else None),
+        counts=found.counts,
+        loss=found.loss,
+        loss_by_source=found.loss_by_source,
+        small_loss=found.small_loss,
+        accuracy=0.25 if whole else None,
+        whole=whole,
+        sample=sample,
+    )
+
+
+def held_out(step: int, sources: Sequence[str], scale: float, each: int) -> HeldOutLoss:
+    losses = {name: scale * (3 + place) / (1 + step) for place, name in enumerate(sources)}
+    return HeldOutLoss(
         losses=losses,
-        accuracies=dict.fromkeys(sources, 0.25),
-        counts=dict.fromkeys(sources, 8),
-        loss=3.5 / (1 + step),
-        loss_by_source=mean,
+        counts=dict.fromkeys(sources, each),
+        loss=scale * 3.5 / (1 + step),
+        loss_by_source=sum(losses.values()) / len(losses),
         small_loss=losses[sources[-1]],
-        accuracy=0.25,
     )

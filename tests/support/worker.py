@@ -67,6 +67,7 @@ from support.spies import EngineSpy, EstimatorSpy
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
 LOSS = f"{ROOT / 'docs' / 'examples' / 'loss_estimator.py'}:loss"
+RANKINGS = ROOT / "benchmarks" / "rankings.py"
 SIZES = (44, 30, 14, 5, 3)
 PAD, VOCABULARY, BLOCKS = 0, 128, 4
 RANK, D_OUT = 64, 32
@@ -94,6 +95,7 @@ class Case:
     """Save after this step, and go on from the checkpoint with everything made anew."""
     perturbation: float = EPSILON
     refresh_sources: int = 0
+    refresh_kept: int = 0
 
 
 def _selection(**options) -> SelectionConfig:
@@ -155,9 +157,10 @@ CASES = {
         f"{name}_broken": Case(_selection(), 3, {"optimizer": name}, break_after=1)
         for name in ("sgd", "lion", "adafactor", "muon")
     },
-    "excess_loss": Case(_selection(method="stratified", allocation="excess_loss", kept_sources=[])),
-    "excess_loss_ranked": Case(_selection(allocation="excess_loss", kept_sources=[])),
-    "excess_loss_broken": Case(_selection(allocation="excess_loss", kept_sources=[]), break_after=3),
+    "shared": Case(_selection(method="stratified", shares={"a": 5, "b": 1, "c": 2, "d": 0, "e": 1}, kept_sources=[])),
+    "shared_ranked": Case(_selection(shares=0.5, kept_sources=[])),
+    "refreshed": Case(_selection(kept_sources=0.4), refresh_kept=2),
+    "refreshed_broken": Case(_selection(kept_sources=0.4), refresh_kept=2, break_after=3),
     "covered": Case(_selection(coverage_floor=0.45, kept_sources=[])),
     "covered_broken": Case(_selection(coverage_floor=0.45, kept_sources=[]), break_after=3),
     "loss": Case(_selection(estimator=LOSS), 3),
@@ -184,12 +187,12 @@ CASES = {
     "probe_k": Case(_selection(probe="k", weights="cluster"), 3),
     "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
-    "ranked_facility": Case(_selection(joint=True, weights="cluster"), 2),
-    "ranked_matching": Case(_selection(ranking="matching", joint=True, allocation="none", kept_sources=[]), 2),
-    "ranked_pursuit": Case(_selection(ranking="pursuit", joint=True, weights="unbiased"), 2),
+    "ranked_facility": Case(_selection(weights="cluster"), 2),
+    "ranked_matching": Case(_selection(ranking="matching"), 2),
     "ranked_systematic": Case(_selection(ranking="systematic", weights="unbiased"), 2),
-    "ranked_importance": Case(_selection(ranking="importance", weights="unbiased"), 2),
-    "ranked_top": Case(_selection(ranking="top"), 2),
+    "ranked_pursuit": Case(_selection(ranking=f"{RANKINGS}:pursuit", weights="unbiased"), 2),
+    "ranked_importance": Case(_selection(ranking=f"{RANKINGS}:importance", weights="unbiased"), 2),
+    "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
     "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
     "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
     # Every example is a micro-batch of its own, and three examples are too few for two ranks, let alone four.
@@ -200,9 +203,7 @@ CASES = {
 
 
 def run_config(case: Case, engine: str = "auto") -> RunConfig:
-    """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, ``fsdp_bfloat16``, ``fsdp_float16``, or the
-    name of a file in ``ds_configs``."""
-    _, _, dtype = engine.partition("fsdp_")
+    """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, or the name of a file in ``ds_configs``."""
     train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5, **case.train}
     return RunConfig(
         selection=case.selection,
@@ -211,10 +212,9 @@ def run_config(case: Case, engine: str = "auto") -> RunConfig:
         fsdp=FsdpConfig(
             cpu_offload=engine == "fsdp_offload",
             reshard_after_forward=engine != "fsdp_unsharded",
-            param_dtype=dtype if dtype.endswith("float16") else "stored",
         ),
         data=DataConfig(train=["given.jsonl"], sources="given.jsonl") if case.refresh_sources else DataConfig(),
-        sources=SourcesConfig(refresh_every=case.refresh_sources),
+        sources=SourcesConfig(refresh_every=case.refresh_sources or case.refresh_kept),
         engine="fsdp" if engine.startswith("fsdp") else "auto",
         ds_config=_ds_config(engine) if engine.startswith("zero") else None,
     )
@@ -365,7 +365,6 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
         steps[-1]["sketched_batches"] = len(work.sketched)
-        steps[-1]["statistics"] = step.observer.statistics.recent
         steps[-1]["owed"] = step.observer.coverage.owed
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
         steps[-1]["sources"] = report.candidates.sources

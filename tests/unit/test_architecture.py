@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "colm_scale"
 MODULES = sorted(ROOT.rglob("*.py"))
 # A module imports only from layers below its own, or from its own layer.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "randomness", "records", "base"),
+    ("errors", "randomness", "records", "base", "drawing"),
     ("config",),
     ("schedule", "data", "selection", "modeling", "sources"),
     ("sketch",),

@@ -100,10 +100,13 @@ def test_bias_is_what_no_number_of_draws_averages_out(modules):
 def test_every_estimator_is_tried_with_every_ranking_and_every_way_is_an_option(modules):
     bench = modules["gradient_match"]
     ways = {name: SelectionConfig(**options) for name, options in bench.ways().items()}
+    for way in ways.values():
+        way.check_own()
     assert {way.estimator for way in ways.values()} == {*get_args(EstimatorName), modules["arms"].LOSS}
     for estimator in bench.ESTIMATORS:
         tried = {way.ranking for name, way in ways.items() if name.startswith(f"{estimator};")}
-        assert tried == set(get_args(Ranking)) - ({"top"} if estimator == "length" else set())
+        assert tried == set(bench.RANKINGS.values()) - ({bench.arms.own("top")} if estimator == "length" else set())
+    assert set(get_args(Ranking)) < set(bench.RANKINGS.values())
 
 
 def test_parameters_are_taken_in_groups_that_fit(modules, monkeypatch):
@@ -150,3 +153,14 @@ def test_the_distance_on_the_line_is_that_to_the_nearest_pick(modules, monkeypat
     picks = values[medoids_on_line(values, 12)[0]]
     apart = (values.unsqueeze(1) - picks).abs().amin(1)
     assert row["distance"] == pytest.approx(float(apart.double().sum()), rel=1e-6)  # of float32
+
+
+# arms.py
+
+
+def test_every_arm_that_is_not_removed_is_a_command_line(modules):
+    arms = modules["arms"]
+    removed = {arm for group in arms.GROUPS.values() for arm, options in group.items() if options is arms.REMOVED}
+    assert removed.isdisjoint(arms.ARMS)
+    for options in arms.ARMS.values():
+        parse(options).selection.check_own()

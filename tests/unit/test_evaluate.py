@@ -74,6 +74,35 @@ def test_right_answers_are_counted_per_source(parts, monkeypatch):
     assert tokenizer.eos_token_id in seen[0]["eos_token_id"]
 
 
+def test_every_evaluation_scores_the_same_sample(parts):
+    """As many examples of each source, among those that the first and the last score; and it has the same losses."""
+    of = evaluator(parts, generate=2, max_new_tokens=1, limit=20, sample=14)
+    whole, part = of(parts[2], 0), of(parts[2], 5, whole=False)
+    assert (whole.whole, part.whole) == (True, False)
+    assert set(whole.counts.values()) == {20}
+    assert part.counts == part.sample.counts == whole.sample.counts == dict.fromkeys(whole.counts, 14 // 3)
+    # float32, in other micro-batches.
+    assert part.losses == pytest.approx(whole.sample.losses, rel=1e-5)
+    assert part.loss_by_source == part.sample.loss_by_source == pytest.approx(whole.sample.loss_by_source, rel=1e-5)
+    assert part.losses != pytest.approx(whole.losses, rel=1e-3)
+    assert (part.accuracy, set(part.accuracies.values())) == (None, {None})
+    assert whole.accuracy is not None
+
+
+def test_a_sample_has_an_example_of_every_source_and_no_more_than_there_are(parts):
+    assert set(evaluator(parts, generate=0, sample=1)(parts[2], 5, whole=False).counts.values()) == {1}
+    all_of_them = evaluator(parts, generate=0, limit=10, sample=1000)(parts[2], 5, whole=False)
+    assert all_of_them.whole
+    assert set(all_of_them.counts.values()) == {10}
+
+
+def test_an_evaluation_draws_nothing_at_random(parts):
+    before = torch.random.get_rng_state()
+    for whole in (True, False):
+        evaluator(parts, generate=1, max_new_tokens=1, limit=3)(parts[2], 0, whole=whole)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_what_is_above_the_limit_is_counted(parts):
     of = evaluator(parts, generate=0, limit=10)
     assert set(of.left_out.values()) == {14}

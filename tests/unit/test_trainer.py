@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from colm_scale.config import FsdpConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import EvalConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.reporting.facts import rounding_facts
-from colm_scale.schedule import learning_rate, total_steps
+from colm_scale.schedule import evaluation_period, learning_rate, total_steps
 from colm_scale.sketch.zeroth_order import PERTURBATION
 from colm_scale.trainer import resolve
 
@@ -42,6 +42,14 @@ def test_an_epoch_shows_every_example_once_as_a_candidate():
     assert total_steps(RunConfig(selection=selection, train=TrainConfig(steps=3)), 640) == 3
 
 
+def test_a_run_is_evaluated_six_times_unless_it_is_told_how_often():
+    assert [evaluation_period(EvalConfig(), steps) for steps in (80, 82, 5, 2)] == [16, 17, 1, 1]
+    for steps in (5, 80, 82, 1000):
+        every = evaluation_period(EvalConfig(), steps)
+        assert len({0, steps, *range(every, steps, every)}) == 6
+    assert [evaluation_period(EvalConfig(every=every), 80) for every in (0, 7)] == [0, 7]
+
+
 def test_the_paper_s_preset_wins_over_the_options_it_decides():
     selection = SelectionConfig(preset="paper", estimator="last_layer", num_probes=7, metric="l2", weights="cluster")
     resolved = resolve(RunConfig(selection=selection)).selection
@@ -58,7 +66,7 @@ def test_the_default_learning_rate_is_the_built_in_base_s_only_there():
 
 
 BF16 = {"train": TrainConfig(dtype="bfloat16")}
-SHARDED = {"engine": "fsdp", "fsdp": FsdpConfig(param_dtype="float16")}
+NF4 = {**BF16, "model": ModelConfig(quantize="nf4")}
 
 
 @pytest.mark.parametrize(
@@ -66,10 +74,9 @@ SHARDED = {"engine": "fsdp", "fsdp": FsdpConfig(param_dtype="float16")}
     [
         ({}, {}, None),
         ({}, BF16, None),
-        ({"estimator": "last_layer"}, SHARDED, None),
-        ({"method": "stratified"}, SHARDED, None),
-        ({}, {**BF16, "model": ModelConfig(quantize="nf4")}, "nf4 in bfloat16: give --train.dtype float32"),
-        ({}, SHARDED, "--fsdp.param_dtype float16: leave it out"),
+        ({"estimator": "last_layer"}, NF4, None),
+        ({"method": "stratified"}, NF4, None),
+        ({}, NF4, "nf4 in bfloat16: give --train.dtype float32"),
     ],
 )
 def test_finite_differences_that_are_rounding_are_told(selection, options, told):

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -23,6 +24,7 @@ _SIZE_INCHES = (3.0, 1.75)
 _WIDE_INCHES = (6.2, 2.1)
 _LEFT_INCHES, _BOTTOM_INCHES, _TOP_INCHES = 0.4, 0.32, 0.06
 """Room for the numbers: the same in every panel, so that their steps are below each other."""
+_FEWEST_POINTS = 3
 _FAR = 5
 """Ratio of the highest to the lowest value from which an axis of ratios is marked at 1, 2, 5, 10, ..."""
 _INK, _FAINT = "ink-2", "rule"
@@ -76,9 +78,9 @@ class Chart:
     wide: bool = False
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to draw."""
-        return all(np.isnan(line.y).all() for line in self.lines)
+    def drawn(self) -> bool:
+        """Whether a line has points enough to show a course; what fewer say, tables say better."""
+        return any(np.count_nonzero(~np.isnan(line.y)) >= _FEWEST_POINTS for line in self.lines)
 
     @property
     def alt(self) -> str:
@@ -164,7 +166,7 @@ def _said(line: Line, percent: bool) -> str:
 
 def _draw(axes: Axes, line: Line, colour: str, number: int) -> None:
     if line.down_to is not None:
-        artist = axes.fill_between(line.x, line.down_to, line.y, facecolor=colour, linewidth=0)
+        artist: Artist = axes.fill_between(line.x, line.down_to, line.y, facecolor=colour, linewidth=0)
     else:
         marker = "o" if line.points or np.count_nonzero(~np.isnan(line.y)) == 1 else None
         width = 0.8 if line.faint else 1.5 if line.style == "solid" else 1.1
@@ -188,8 +190,10 @@ def _part_of_page(svg: str, colours: dict[str, str], lines: Sequence[Line], perc
             element.set("style", style)
         element.tail = None
         if "d" in element.attrib:
-            element.set("d", " ".join(element.get("d").split()))
-    root.remove(root.find("defs"))  # a style sheet for the whole document
+            element.set("d", " ".join(element.attrib["d"].split()))
+    sheet = root.find("defs")
+    assert sheet is not None
+    root.remove(sheet)  # it is for a whole document
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
     root.set("aria-hidden", "true")  # its figure says in words what it shows

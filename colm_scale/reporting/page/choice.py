@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from colm_scale.reporting.worth import Worth
 
 _SHARES = 12
 """Points of a share over time: single steps hold too few examples to tell."""
-_COMPARED = {"stratified": "dashed", "candidates": "dashed", "by_chance": "dashed"}
+_COMPARED: dict[str, Literal["dashed"]] = {"stratified": "dashed", "candidates": "dashed", "by_chance": "dashed"}
 """Endings of numbers that another one is compared with, and how they are drawn."""
 _TITLES = {
     "effective_sources": "effective number of sources",
@@ -30,7 +31,7 @@ def coverage(runs: Sequence[Run]) -> Section:
     """How much of each source was ever a candidate, and trained on."""
     names = mixed(runs, lambda run: run.composition.names)
     groups = {_marked(runs, name): [name] for name in names} | {"all sources": names}
-    rows = [
+    rows: list[list[Cell | str]] = [
         [title, _size(runs, of_group), *(_covered(run, of_group, place) for place, run in enumerate(runs, 1))]
         for title, of_group in groups.items()
     ]
@@ -92,7 +93,7 @@ def worth(runs: Sequence[Run]) -> Section:
     measured = [of_run.rows() for of_run in added]
     titles = list(dict.fromkeys(title for found in measured for title in found))
     rows = [[title, *(found.get(title, "-") for found in measured)] for title in titles]
-    verdicts = [
+    verdicts: list[list[Cell | str]] = [
         [Cell(text=run.name, run=place), sentence]
         for place, (run, of_run) in enumerate(zip(runs, added), 1)
         for sentence in of_run.sentences() or ["There are too few comparisons with a random draw to tell."]
@@ -139,7 +140,8 @@ def _marked(runs: Sequence[Run], name: str) -> str:
 
 def _share_lines(runs: Sequence[Run], name: str) -> list[Line]:
     """A solid line per run for the coreset, and dotted ones for the candidates; one for all runs that drew the same."""
-    picked, drawn = [], {}
+    picked: list[Line] = []
+    drawn: dict[tuple[bytes, bytes], list[Line]] = {}
     for place, run in enumerate(runs, 1):
         composition, colour = run.composition, colour_of(place)
         if name not in composition.names or not len(composition.selected):
@@ -183,8 +185,7 @@ def _telemetry_lines(run: Run, base: str, place: int) -> list[Line]:
             ending = name.removeprefix(base).strip("_")
             x, y = binned(run.steps, run.column("telemetry", name), _SHARES)
             label = f"{run.name}, {ending.replace('_', ' ')}" if ending else run.name
-            style = _COMPARED.get(ending, "solid")
-            lines.append(Line(x=x, y=y, colour=colour_of(place), label=label, style=style))
+            lines.append(Line(x=x, y=y, colour=colour_of(place), label=label, style=_COMPARED.get(ending, "solid")))
     return lines
 
 

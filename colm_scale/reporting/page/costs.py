@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -30,6 +31,7 @@ _MEANING = {
 _POINTS = 60
 _HEADROOM = 1.2
 """Top of the panels over the slowest run's 95th percentile: a first step can take many times as long as all others."""
+_STYLES: tuple[Literal["solid", "dashed", "dotted"], ...] = ("solid", "dashed", "dotted")
 _MOST_RANKS = 8
 """Ranks that are drawn each; of more, the range."""
 
@@ -78,7 +80,7 @@ def memory(runs: Sequence[Run]) -> Section:
         )
         for kind in kinds
     ]
-    rows = [
+    rows: list[list[Cell | str]] = [
         [Cell(text=run.name, run=place), kind, rank, *_peaks(run, kind, rank)]
         for place, run in enumerate(runs, 1)
         for kind in run.below("phase_peak_bytes")
@@ -146,8 +148,9 @@ def _memory_lines(run: Run, kind: str, place: int) -> list[Line]:
     for order, (rank, gibibytes) in enumerate(by_rank.items()):
         x, y = binned(run.steps, gibibytes)
         name = rank if rank in ("lowest", "highest") else f"rank {rank}"
-        style = ("solid", "dashed", "dotted")[order % 3]
-        lines.append(Line(x=x, y=y, colour=colour_of(place), label=f"{run.name}, {name}", style=style))
+        lines.append(
+            Line(x=x, y=y, colour=colour_of(place), label=f"{run.name}, {name}", style=_STYLES[order % 3])
+        )
     return lines
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 
 from colm_scale.reporting.page.charts import Chart, Line, binned, number
 from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of
 from colm_scale.reporting.page.read import Run
-from colm_scale.reporting.summary import Evaluation, gib
+from colm_scale.reporting.summary import Evaluation, HeldOutLoss, gib
 
-Value = Callable[[Evaluation], float | None]
+Value = Callable[[Evaluation | HeldOutLoss], float | None]
 
 _MEANS: dict[str, Value] = {
     "natural mixture": lambda evaluation: evaluation.loss,
@@ -28,6 +29,7 @@ def overview(runs: Sequence[Run]) -> Section:
         "run", "selection", "engine", "steps", "natural mixture", "mean over sources", "small sources", "right answers",
         "s per step", "step / floor", "peak GiB",
     ]
+    rows: list[list[Cell | str]]
     rows = [[Cell(text=run.name, run=number), *_headlines(run)] for number, run in enumerate(runs, 1)]
     return Section(
         id="runs",
@@ -35,7 +37,7 @@ def overview(runs: Sequence[Run]) -> Section:
         text="Held-out losses are those of the last evaluation. Seconds per step and step over bare floor are medians; "
         "the peak is that of the rank that had the highest.",
         tables=[Table(caption="The runs", head=head, rows=rows)],
-        missing=[f"{run.name}: {sentence}" for run in runs for sentence in run.missing],
+        missing=[f"{run.name}: {sentence}" for run in runs for sentence in (*run.missing, *_of_a_sample(run))],
     )
 
 
@@ -46,16 +48,21 @@ def held_out(runs: Sequence[Run]) -> Section:
     by_source = [_held_out_chart(runs, name, _loss_of(name)) for name in sources]
     values = _MEANS | {name: _loss_of(name) for name in sources}
     rows = [[title, *(_change(run, value) for run in runs)] for title, value in values.items()]
-    right = (_change(run, lambda evaluation: evaluation.accuracy, percent=True) for run in runs)
+    right = (_change_of([evaluation.accuracy for evaluation in run.evaluations], percent=True) for run in runs)
     rows.append(["right answers, mean over sources", *right])
-    table = Table(caption="First and last evaluation", head=["source", *_names(runs)], rows=rows)
+    head = ["source", *_names(runs)]
+    tables = [Table(caption="First and last evaluation", head=head, rows=rows)]
+    if not all(evaluation.whole for run in runs for evaluation in run.evaluations):
+        rows = [[title, *(_change_of(map(value, _samples(run))) for run in runs)] for title, value in values.items()]
+        tables.append(Table(caption="First and last point of the curves", head=head, rows=rows, folded=True))
     return Section(
         id="held-out",
         title="Held-out loss",
-        text="Mean token loss of held-out examples, first the means, then every source. Each panel has its own scale, "
-        "on which equal ratios are equally far apart.",
+        text="Mean token loss of held-out examples, first the means, then every source. The curves are of the examples "
+        "that every evaluation of a run scores (--eval.sample); how many, a line says. The first and the last "
+        "evaluation score all. Each panel has its own scale, on which equal ratios are equally far apart.",
         charts=[*means, *by_source],
-        tables=[table] if sources else [],
+        tables=tables if sources else [],
         missing=[f"{run.name} has no evaluation." for run in runs if not run.evaluations],
     )
 
@@ -71,6 +78,7 @@ def training(runs: Sequence[Run]) -> Section:
         loss.append(Line(x=smooth[0], y=smooth[1], colour=colour, label=run.name))
         x, y = binned(run.steps, run.column("learning_rate"))
         rate.append(Line(x=x, y=y * 1e3, colour=colour, label=run.name))
+    rows: list[list[Cell | str]]
     rows = [[Cell(text=run.name, run=place), *_training_numbers(run)] for place, run in enumerate(runs, 1)]
     head = ["run", "first step", "last step", "mean of the last tenth", "steps without update", "largest gradient norm"]
     return Section(
@@ -137,18 +145,41 @@ def _loss_of(name: str) -> Value:
 
 
 def _held_out_chart(runs: Sequence[Run], title: str, value: Value) -> Chart:
-    lines = []
-    for place, run in enumerate(runs, 1):
-        found = [(evaluation.step, value(evaluation)) for evaluation in run.evaluations]
-        known = [(step, loss) for step, loss in found if loss is not None]
-        if known:
-            x, y = map(np.array, zip(*known))
-            lines.append(Line(x=x, y=y, colour=colour_of(place), label=run.name, points=len(x) <= 20))
+    lines = [line for place, run in enumerate(runs, 1) for line in _held_out_lines(run, place, title, value)]
     return Chart(title=title, what="Held-out loss", lines=lines, ratios=True)
 
 
-def _change(run: Run, value: Value, percent: bool = False) -> str:
-    known = [found for evaluation in run.evaluations if (found := value(evaluation)) is not None]
+def _held_out_lines(run: Run, place: int, title: str, value: Value) -> Iterator[Line]:
+    """One of the sample; several where it changed, as after a resume, for points of other examples are not joined."""
+    for counts, alike in groupby(run.evaluations, lambda evaluation: evaluation.sample.counts):
+        found = [(evaluation.step, value(evaluation.sample)) for evaluation in alike]
+        known = [(step, loss) for step, loss in found if loss is not None]
+        if known:
+            x, y = map(np.array, zip(*known))
+            label = f"{run.name}, {counts.get(title, sum(counts.values())):,} examples"
+            yield Line(x=x, y=y, colour=colour_of(place), label=label, points=len(x) <= 20)
+
+
+def _samples(run: Run) -> list[HeldOutLoss]:
+    return [evaluation.sample for evaluation in run.evaluations]
+
+
+def _of_a_sample(run: Run) -> list[str]:
+    """Says so where a run has got no further than an evaluation of a sample."""
+    if not run.evaluations or run.evaluations[-1].whole:
+        return []
+    counted = sum(run.evaluations[-1].counts.values())
+    return [f"The last evaluation so far is of {counted:,} held-out examples, and so are its held-out losses here."]
+
+
+def _change(run: Run, value: Value) -> str:
+    """A number of the first and of the last evaluation; of the sample, where the last is of no more."""
+    last_is_whole = not run.evaluations or run.evaluations[-1].whole
+    return _change_of(map(value, run.evaluations if last_is_whole else _samples(run)))
+
+
+def _change_of(values: Iterable[float | None], percent: bool = False) -> str:
+    known = [value for value in values if value is not None]
     shown = [number(found * 100 if percent else found, percent) for found in [*known[:1], *known[1:][-1:]]]
     return " → ".join(shown) or "-"
 

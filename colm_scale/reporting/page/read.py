@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import yaml
 
 from colm_scale.errors import UserError
+from colm_scale.records import Json
 from colm_scale.reporting.run_directory import FACTS
 from colm_scale.reporting.summary import Evaluation
 
 MOST_RUNS = 8
 """Runs of one page: so many colours there are."""
 
+_Parsed = TypeVar("_Parsed")
 Key = tuple[str, ...]
 """Where a number stands in a row: ``("seconds", "train")``; in a list, its place: ``("peak_bytes", "0")``."""
 
@@ -83,7 +86,8 @@ class Run:
 
     def floor_seconds(self) -> np.ndarray:
         """``[S]`` seconds of the bare floor; NaN where it was not taken."""
-        return self.column("seconds", "step") / self.column("measured_over_floor")
+        seconds: np.ndarray = self.column("seconds", "step") / self.column("measured_over_floor")
+        return seconds
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -146,7 +150,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return list(map(str, folders))
 
 
-def _rows(path: Path, missing: list[str]) -> Iterator[tuple[int, dict]]:
+def _rows(path: Path, missing: list[str]) -> Iterator[tuple[int, Json]]:
     """Line number and content of each row. A last line that is being written is left out, and said to be."""
     if not path.is_file():
         missing.append(f"There is no {path.name}.")
@@ -169,7 +173,8 @@ class _Table:
     """Columns that grow by a row at a time. What a row does not have is ``blank`` there."""
 
     def __init__(self, blank: float):
-        self._blank, self._columns, self._rows = blank, {}, 0
+        self._blank, self._rows = blank, 0
+        self._columns: dict[Key, MutableSequence[float]] = {}
 
     def add(self, row: Iterable[tuple[Key, float]]) -> None:
         for key, value in row:
@@ -181,13 +186,13 @@ class _Table:
         """``[S]`` float64 each."""
         return {key: np.array(self._filled(key)) for key in self._columns}
 
-    def _filled(self, key: Key) -> array:
+    def _filled(self, key: Key) -> MutableSequence[float]:
         column = self._columns.setdefault(key, array("d"))
         column.extend([self._blank] * (self._rows - len(column)))
         return column
 
 
-def _columns(rows: Iterable[tuple[int, dict]], path: Path) -> tuple[np.ndarray, dict[Key, np.ndarray]]:
+def _columns(rows: Iterable[tuple[int, Json]], path: Path) -> tuple[np.ndarray, dict[Key, np.ndarray]]:
     steps: list[int] = []
     table = _Table(np.nan)
     for number, row in rows:
@@ -210,7 +215,7 @@ def _numbers(value: object, key: Key = ()) -> Iterator[tuple[Key, float]]:
             yield key, float(value)
 
 
-def _composition(rows: Iterable[tuple[int, dict]], names: list[str], path: Path) -> Composition:
+def _composition(rows: Iterable[tuple[int, Json]], names: list[str], path: Path) -> Composition:
     drawn, steps = _Table(0), 0
     seen: dict[str, set[int]] = {name: set() for name in names}
     trained: dict[str, set[int]] = {name: set() for name in names}
@@ -235,18 +240,20 @@ def _composition(rows: Iterable[tuple[int, dict]], names: list[str], path: Path)
     return Composition(tuple(seen), *by_step, *distinct)
 
 
-def _evaluation(row: tuple[int, dict], path: Path) -> Evaluation:
+def _evaluation(row: tuple[int, Json], path: Path) -> Evaluation:
     number, content = row
     try:
-        found = Evaluation(**{field.name: content[field.name] for field in fields(Evaluation)})
+        found = Evaluation.of(content)
     except KeyError as lacking:
         raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: it lacks {lacking}") from None
+    except TypeError:
+        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: its sample is not one") from None
     if not isinstance(found.losses, dict):
         raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: losses are not by source")
     return found
 
 
-def _optional(path: Path, parse, missing: list[str]) -> object:
+def _optional(path: Path, parse: Callable[[str], _Parsed], missing: list[str]) -> _Parsed | None:
     """What a file holds; None, and a sentence, if it is not there."""
     try:
         return parse(path.read_text("utf-8"))
@@ -258,7 +265,7 @@ def _optional(path: Path, parse, missing: list[str]) -> object:
         raise UserError(f"{path} is damaged: {said}") from None
 
 
-def _planned(facts: object, path: Path) -> tuple[int | None, list[dict]]:
+def _planned(facts: Json | None, path: Path) -> tuple[int | None, list[Json]]:
     """Steps that the run is to make, and its sources; None and none if there is no such file."""
     if facts is None:
         return None, []

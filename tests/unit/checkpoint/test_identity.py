@@ -172,7 +172,7 @@ SAME = {
     "eval": EvalConfig(every=3),
     "fsdp": FsdpConfig(cpu_offload=True),
     "profile": ProfileConfig(floor_every=0),
-    "track": TrackConfig(to=["tensorboard"], name="x"),
+    "track": TrackConfig(to=["tensorboard"]),
     "output_dir": "elsewhere",
     "engine": "fsdp",
     "resume": "somewhere",

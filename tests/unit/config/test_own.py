@@ -39,7 +39,7 @@ def select(ranking: str, **options):
 
 
 def test_a_ranking_picks_of_each_ranked_source_and_counts_what_it_says(written):
-    ranking = written("return ranked.losses.argsort()[: ranked.total], torch.tensor([3.0, 0.5])")
+    ranking = written("return ranked.losses.argsort()[: ranked.count], torch.tensor([3.0, 0.5])")
     selection = select(ranking)
     assert selection.positions.tolist() == [0, 4, 1, 3]  # the lowest losses; source 1 enters whole
     assert selection.weights.tolist() == [3.0, 0.5, 1.0, 1.0]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.families import base_model, batch_of, with_adapters
 
-from colm_scale.config import DataConfig, RunConfig, SourcesConfig
-from colm_scale.distributed.follow import Follower, make_follower
+from colm_scale.config import DataConfig, RunConfig, SelectionConfig, SourcesConfig
+from colm_scale.distributed.follow import DIMENSIONS, Follower, make_follower
 from colm_scale.distributed.group import connect
 from colm_scale.errors import UserError
 from colm_scale.modeling.embedding import mean_states
@@ -20,9 +20,7 @@ from colm_scale.records import Candidates, long_tensor
 from colm_scale.reporting.facts import drift_line
 from colm_scale.sketch.tap import Tap
 
-CONFIG = RunConfig(
-    data=DataConfig(train=["a.jsonl"], sources="b.jsonl"), sources=SourcesConfig(refresh_every=2, dimensions=8)
-)
+CONFIG = RunConfig(data=DataConfig(train=["a.jsonl"], sources="b.jsonl"), sources=SourcesConfig(refresh_every=2))
 LENGTHS = [9, 5, 7]
 
 
@@ -86,7 +84,7 @@ def test_a_refresh_moves_examples_sizes_and_kept_sources(parts):
     sources = [0] * 6 + [1] * 5 + [0]
     follower.relabelled(candidates(*sources))
     groups = torch.tensor([0.0] * 6 + [9.0] * 6).unsqueeze(1)
-    groups = groups + 0.1 * torch.randn(12, 8, generator=generator(0, "test"))
+    groups = groups + 0.1 * torch.randn(12, DIMENSIONS, generator=generator(0, "test"))
     follower._local = torch.cat([groups, torch.ones(12, 1)], dim=1)
     follower.remember(candidates(*sources))
     assert follower.refresh(1) is None
@@ -109,6 +107,13 @@ def test_sources_are_followed_only_where_that_is_asked_for(parts):
     assert make_follower(RunConfig(), *given) is None
 
 
-def test_only_sources_that_were_found_are_found_anew():
-    with pytest.raises(UserError, match=r"--sources\.refresh_every 5 .* name its file with --data\.sources"):
-        RunConfig(sources=SourcesConfig(refresh_every=5))
+def test_only_sources_that_were_found_are_clustered_again(parts):
+    config = RunConfig(sources=SourcesConfig(refresh_every=2))
+    assert make_follower(config, parts.module, ("a",), long_tensor([1]), torch.tensor([False]), connect()) is None
+
+
+def test_names_of_kept_sources_are_not_chosen_again():
+    with pytest.raises(UserError, match=r"--sources\.refresh_every 5 without --data\.sources .* names them"):
+        RunConfig(sources=SourcesConfig(refresh_every=5), selection=SelectionConfig(kept_sources=["a"]))
+    RunConfig(sources=SourcesConfig(refresh_every=5), selection=SelectionConfig(kept_sources=0.5))
+    RunConfig(data=CONFIG.data, sources=CONFIG.sources, selection=SelectionConfig(kept_sources=["a"]))

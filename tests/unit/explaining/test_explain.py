@@ -20,6 +20,10 @@ SOURCES = [name for name, size in SIZES.items() for _ in range(size)]
 FAVOURED, NEGLECTED = (0, 1, 2), (3, 4)
 
 
+FORMULA = "cost $\\x$"
+"""The name of a source that matplotlib would take for a formula, and a wrong one."""
+
+
 def record(folder, steps: int, planted: bool = True, candidates: int = 24, budget: int = 12):
     """A run of whole epochs, 4 steps each, that keeps the rare source, and picks at random but for the planted."""
     draws, order = random.Random(0), []
@@ -153,6 +157,15 @@ def test_plots_are_pictures(tmp_path):
     files = draw(explain(record(tmp_path, 8), 0.05), tmp_path / "out")
     assert [file.name for file in files] == ["coverage.png", "times_trained.png", "over_time.png"]
     assert all(file.read_bytes()[:4] == b"\x89PNG" and file.stat().st_size > 4000 for file in files)
+
+
+def test_a_name_with_dollar_signs_is_drawn_as_it_is(tmp_path):
+    record(tmp_path, 8)
+    text = (tmp_path / "selection.jsonl").read_text("utf-8").replace('"mid"', json.dumps(FORMULA))
+    (tmp_path / "selection.jsonl").write_text(text, "utf-8")
+    found = explain(tmp_path, 0.05)
+    assert FORMULA in {source.name for source in found.sources}
+    assert len(draw(found, tmp_path / "out")) == 3
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

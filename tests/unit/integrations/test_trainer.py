@@ -34,7 +34,7 @@ def assert_same(found: dict, expected: dict) -> None:
     [
         ("transformers", "last_layer"),
         ("transformers", "zeroth_order_1"),
-        ("transformers", "excess_loss_ranked"),
+        ("transformers", "shared"),
         ("transformers", "cluster"),
         ("transformers", "stratified"),
         ("transformers", "reused_1"),
@@ -79,7 +79,7 @@ def _ds_config(path: Path, stage: int) -> str:
 
 
 def test_a_training_that_goes_on_selects_as_if_it_had_never_stopped(tmp_path):
-    case = worker.CASES["excess_loss_ranked"]
+    case = worker.CASES["covered"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     expected = trainers.train("transformers", case, whole, STEPS)
     saving = {"save_strategy": "steps", "save_steps": 2}

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from colm_scale.records import Candidates, Selection, StepReport
 from colm_scale.reporting.display import Display, phase_shares, rank_memory
-from colm_scale.reporting.summary import Evaluation
+from colm_scale.reporting.summary import Evaluation, HeldOutLoss
 
 GIB = 2**30
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
@@ -34,7 +34,9 @@ def report(step: int, floor: float | None = None) -> StepReport:
     )
 
 
-EVALUATION = Evaluation(0, {"a": 2.0}, {"a": 0.5}, {"a": 4}, None, 2.0, 3.0, 0.125)
+SAMPLE = HeldOutLoss({"a": 2.5}, {"a": 2}, None, 2.5, 3.5)
+EVALUATION = Evaluation(0, {"a": 2.0}, {"a": 0.5}, {"a": 4}, None, 2.0, 3.0, 0.125, True, SAMPLE)
+OF_SAMPLE = Evaluation(3, {"a": 2.5}, {"a": None}, {"a": 2}, None, 2.5, 3.5, None, False, SAMPLE)
 
 
 def console(terminal: bool = False) -> Console:
@@ -88,10 +90,12 @@ def test_messages_stay_as_they_are(tmp_path):
     display.message("ids [3, 4] " + "x" * 200)
     display.message("warning: [bold] is no markup")
     display.evaluation(EVALUATION)
+    display.evaluation(OF_SAMPLE)
     assert shown.file.getvalue().splitlines() == [
         "ids [3, 4] " + "x" * 200,
         "warning: [bold] is no markup",
-        "held-out loss at step 0: mean over sources 2.000, small sources 3.000, right answers 12.5%",
+        "held-out loss at step 0 (4 examples): mean over sources 2.000, small sources 3.000, right answers 12.5%",
+        "held-out loss at step 3 (2 examples, a sample): mean over sources 2.500, small sources 3.500",
     ]
     assert (tmp_path / "log.txt").read_text() == shown.file.getvalue()
 

@@ -36,9 +36,6 @@ def test_too_little_room_is_told_with_the_share_that_enters():
     assert "about 75% of the candidates of kept sources enter" in warning
     *_, warning = facts(SOME, budget=39)
     assert "about 75% of the kept and protected candidates enter" in warning
-    *_, warning = facts(budget=40, kept_cap=0.5)
-    assert "about 50%" in warning
-    assert "--selection.kept_cap" in warning
 
 
 @pytest.mark.parametrize(

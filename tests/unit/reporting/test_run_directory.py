@@ -10,7 +10,7 @@ import pytest
 from colm_scale.errors import UserError
 from colm_scale.records import Candidates, Selection, StepReport, long_tensor
 from colm_scale.reporting.run_directory import RunDirectory
-from colm_scale.reporting.summary import Evaluation
+from colm_scale.reporting.summary import Evaluation, HeldOutLoss
 
 REPORT = StepReport(
     step=3,
@@ -43,6 +43,8 @@ EVALUATION = Evaluation(
     loss_by_source=math.nan,
     small_loss=None,
     accuracy=0.5,
+    whole=True,
+    sample=HeldOutLoss(losses={"algebra": 2.5}, counts={"algebra": 1}, loss=2.5, loss_by_source=2.5, small_loss=None),
 )
 
 
@@ -116,6 +118,14 @@ def test_an_evaluation_is_a_row(directory):
             "loss_by_source": None,
             "small_loss": None,
             "accuracy": 0.5,
+            "whole": True,
+            "sample": {
+                "losses": {"algebra": 2.5},
+                "counts": {"algebra": 1},
+                "loss": 2.5,
+                "loss_by_source": 2.5,
+                "small_loss": None,
+            },
         }
     ]
 

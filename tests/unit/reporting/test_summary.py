@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from colm_scale.records import Candidates, Selection, StepReport, long_tensor
-from colm_scale.reporting.summary import Evaluation, RunSummary
+from colm_scale.reporting.summary import Evaluation, HeldOutLoss, RunSummary
 
 GIB = 2**30
 NAMES = ["algebra", "[bold]odd", "tiny"]
@@ -53,6 +53,8 @@ def evaluation(step: int, algebra: float, tiny: float, right: float | None) -> E
         loss_by_source=algebra + 0.002,
         small_loss=tiny,
         accuracy=right,
+        whole=True,
+        sample=HeldOutLoss({"algebra": algebra}, {"algebra": 1}, None, algebra, None),
     )
 
 

@@ -133,7 +133,7 @@ def options_of(calls: list[tuple], name: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_run_has_a_project_and_a_name(tmp_path, calls, name):
-    trackers = following(tmp_path, name, project="maths", name="first try")
+    trackers = following(tmp_path / "first try", name, project="maths")
     trackers.step(step(1))
     trackers.close()
     (given,) = options_of(calls, f"{name}.init")
@@ -224,6 +224,15 @@ def test_numbers_are_finite_and_flat():
     bad = evaluation(0, SOURCES)
     bad.losses["algebra"] = math.nan
     assert "eval/losses/algebra" not in evaluation_numbers(bad)
+
+
+def test_a_series_is_of_the_same_examples_throughout():
+    """The means of all examples and those of a sample have names of their own."""
+    whole, part = (evaluation_numbers(evaluation(3, SOURCES, whole=whole)) for whole in (True, False))
+    assert (whole["eval/loss"], whole["eval/sample/loss"]) == (0.875, 1.75)
+    assert set(part) == {name for name in whole if name.startswith("eval/sample/")}
+    assert part["eval/sample/losses/algebra"] == whole["eval/sample/losses/algebra"] == 1.5
+    assert not [name for name in whole if "count" in name or "whole" in name]
 
 
 def test_off_by_default(tmp_path):

@@ -48,8 +48,7 @@ def test_methods_without_quotas_pass_over_only():
         ({}, [0, 4, 0]),  # the nearest picked one is the first row, 3 + 1 away
         ({"metric": "l2"}, [0, 10**0.5, 0]),
         ({"ranking": "matching"}, [0, 4, 0]),
-        ({"ranking": "top"}, [1, 2, 3]),
-        ({"ranking": "importance"}, [0, 10**0.5, 10]),
+        ({"ranking": "own.py:best"}, [0, 4, 0]),
         ({"ranking": "systematic"}, [0, 3 * 13 / 3 + 1 / 3, 10 * 13 / 3]),
     ],
 )

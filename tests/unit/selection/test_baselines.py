@@ -4,7 +4,7 @@ import torch
 
 from colm_scale.randomness import generator
 from colm_scale.records import Quota, long_tensor
-from colm_scale.selection.baselines import full, random, stratified, within
+from colm_scale.selection.baselines import full, random, stratified
 
 SOURCES = long_tensor([0, 1, 2, 1, 1, 2, 0, 1, 2, 1])
 QUOTA = Quota(kept=long_tensor([0, 6]), per_source=long_tensor([0, 2, 3]), overflow=1)
@@ -67,13 +67,3 @@ def test_full_takes_all():
 def test_equal_keys_draw_equal_selections():
     a, b = (stratified(SOURCES, QUOTA, generator(3, "stratified", 7)) for _ in range(2))
     assert torch.equal(a.positions, b.positions)
-
-
-def test_within_quotas_and_where_they_leave_the_source_free():
-    draws = generator(0, "preview", 1), generator(0, "preview", 1)
-    assert torch.equal(within(SOURCES, QUOTA, draws[0]).positions, stratified(SOURCES, QUOTA, draws[1]).positions)
-    free = Quota(kept=long_tensor([0, 6]), per_source=long_tensor([0, 0, 0]), free=4)
-    drawn = [within(SOURCES, free, generator(0, "preview", step)) for step in range(50)]
-    assert all(selection.positions[:2].tolist() == [0, 6] and selection.kept == 2 for selection in drawn)
-    assert all(len(set(selection.positions.tolist())) == len(selection) == 6 for selection in drawn)
-    assert set(torch.cat([selection.picked for selection in drawn]).tolist()) == {1, 2, 3, 4, 5, 7, 8, 9}

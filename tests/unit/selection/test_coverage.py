@@ -48,8 +48,7 @@ def test_what_is_trained_on_beyond_the_floor_is_no_credit():
 
 
 @pytest.mark.parametrize("kept", [[], [0], [3], [0, 1]])
-@pytest.mark.parametrize("by_source", [False, True])
-def test_every_source_has_its_share_over_every_stretch_of_steps(kept, by_source):
+def test_every_source_has_its_share_over_every_stretch_of_steps(kept):
     """However unfairly picks are shared out: of each source, of any steps in a row, at least its share less one."""
     is_kept = torch.zeros(4, dtype=torch.bool)
     is_kept[kept] = True
@@ -57,10 +56,9 @@ def test_every_source_has_its_share_over_every_stretch_of_steps(kept, by_source)
     for step in range(60):
         sources = sources_of(step)
         draw = generator(step, "draw")
-        options = {"share": greedy, "by_source": by_source}
         due = coverage.due(sources, FLOOR)
-        quota = allocate(sources, is_kept, 8, draw, due=due, **options)
-        without.append(allocate(sources, is_kept, 8, generator(step, "draw"), **options).per_source)
+        quota = allocate(sources, is_kept, 8, draw, due=due, share=greedy)
+        without.append(allocate(sources, is_kept, 8, generator(step, "draw"), greedy).per_source)
         counts = torch.bincount(sources[quota.kept], minlength=4) + quota.per_source
         assert counts.sum() == 8
         picked = torch.cat([(sources == source).nonzero().flatten()[:count] for source, count in enumerate(counts)])
@@ -93,13 +91,12 @@ def test_the_protected_come_first_then_what_is_due_then_the_kept():
     assert quota.overflow == 1
 
 
-@pytest.mark.parametrize("by_source", [False, True])
-def test_what_is_due_of_kept_sources_is_among_those_that_fit(by_source):
+def test_what_is_due_of_kept_sources_is_among_those_that_fit():
     sources = long_tensor([0] * 12 + [1])
     kept = torch.ones(2, dtype=torch.bool)
     for seed in range(20):
         draw = generator(seed, "draw")
-        quota = allocate(sources, kept, 3, draw, due=long_tensor([1, 1]), by_source=by_source)
+        quota = allocate(sources, kept, 3, draw, due=long_tensor([1, 1]))
         assert len(quota.kept) == 3
         assert 12 in quota.kept
 
@@ -112,10 +109,10 @@ def test_what_some_lack_comes_from_those_furthest_above_their_least():
     assert at_least(long_tensor([7, 4, 0, 0]), long_tensor([3, 3, 1, 2])).tolist() == [4, 4, 1, 2]
 
 
-def test_the_floor_holds_under_any_allocation():
+def test_the_floor_holds_under_any_shares():
     available, least = long_tensor([40, 6, 2]), long_tensor([0, 3, 2])
     shares = torch.tensor([100.0, 1.0, 1.0], dtype=torch.float64)
-    found = at_least(quotas(shares, available, 20, 0, generator(0, "lots")), least)
+    found = at_least(quotas(shares, available, 20, generator(0, "lots")), least)
     assert found.tolist() == [15, 3, 2]
 
 
@@ -135,7 +132,7 @@ def test_without_a_floor_nothing_is_due(method):
         ({"coverage_floor": 0.6}, ["--selection.coverage_floor 0.6", "at most 0.5"]),
         ({"coverage_floor": -0.1}, ["--selection.coverage_floor is -0.1"]),
         ({"coverage_floor": 0.1, "method": "random"}, ["--selection.method random", "stratified"]),
-        ({"coverage_floor": 0.1, "allocation": "none", "joint": True}, ["--selection.allocation none"]),
+        ({"coverage_floor": 0.1, "shares": {"a": 1, "b": 0}}, ["--selection.shares gives b no quota"]),
     ],
 )
 def test_a_floor_that_cannot_hold_is_refused(options, words):

@@ -45,14 +45,14 @@ def test_chosen_sources_are_kept_whatever_their_size():
 )
 def test_the_smallest_quantile_of_the_sources_is_kept(quantile, expected):
     # geometry and proofs are equally small: the first comes first.
-    kept = kept_sources(torch.tensor([50, 25, 3, 25]), NAMES, None, quantile)
+    kept = kept_sources(torch.tensor([50, 25, 3, 25]), NAMES, quantile)
     names = NAMES if expected == "all" else expected.split()
     assert kept.tolist() == [name in names for name in NAMES]
 
 
 def test_a_share_of_the_sources_is_no_matter_of_binary_fractions():
     assert 0.29 * 100 < 29
-    assert int(kept_sources(torch.arange(100), [str(n) for n in range(100)], None, 0.29).sum()) == 29
+    assert int(kept_sources(torch.arange(100), [str(n) for n in range(100)], 0.29).sum()) == 29
 
 
 def test_unknown_kept_source_is_refused_with_the_closest_and_all_names():
@@ -131,75 +131,42 @@ def test_protected_candidates_enter_whatever_their_source():
     assert quota.overflow == 0
 
 
-@pytest.mark.parametrize("by_source", [False, True])
-def test_protected_candidates_come_before_those_of_kept_sources(by_source):
+def test_protected_candidates_come_before_those_of_kept_sources():
     sources, kept = torch.tensor([0, 1, 1, 1, 1, 0, 0, 2]), torch.tensor([False, True, False])
     protected = marked(8, 0, 4, 5)
     for budget, of_kept in ((5, 2), (4, 1), (3, 0)):
-        quota = allocate(sources, kept, budget, draw(), protected=protected, by_source=by_source)
+        quota = allocate(sources, kept, budget, draw(), protected=protected)
         assert {0, 4, 5} <= set(quota.kept.tolist()) <= {0, 1, 2, 3, 4, 5}
         assert len(quota.kept) == 3 + of_kept
         assert quota.overflow == 3 - of_kept
         assert not quota.per_source.any()
     # With room for two of three, the protected ones are drawn from, and who is left is ranked if there is a quota.
-    quota = allocate(sources, kept, 2, draw(), protected=protected, by_source=by_source)
+    quota = allocate(sources, kept, 2, draw(), protected=protected)
     assert len(quota.kept) == 2
     assert set(quota.kept.tolist()) < {0, 4, 5}
 
 
-def test_kept_candidates_take_no_more_than_the_cap():
-    sources, kept = of_counts(5, 10), torch.tensor([True, False])
-    quota = allocate(sources, kept, 10, draw(), cap=0.3)
-    assert len(quota.kept) == 3
-    assert quota.overflow == 2
-    assert quota.per_source.tolist() == [0, 7], "who overflows is left out"
-    assert (sources[quota.kept] == 0).all()
-
-
-def test_the_cap_gives_way_where_the_others_cannot_fill_the_budget():
-    quota = allocate(of_counts(9, 2), torch.tensor([True, False]), 8, draw(), cap=0.25)
-    assert len(quota.kept) == 6
-    assert quota.per_source.tolist() == [0, 2]
-
-
-def test_protected_candidates_above_the_cap_are_ranked_like_any_other():
+def test_protected_candidates_that_do_not_fit_are_ranked_like_any_other():
     sources = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
-    quota = allocate(sources, torch.tensor([False, False]), 4, draw(), protected=marked(8, 0, 1, 2), cap=0.25)
-    (entered,) = quota.kept.tolist()
-    assert quota.overflow == 2
-    assert quota.per_source.tolist() == [2, 1]  # of 5 and 2
-    assert quota.to_sketch(sources).tolist() == [position for position in range(8) if position != entered]
-
-
-def test_by_source_the_smallest_are_whole():
-    sources, kept = of_counts(2, 6, 5, 4), torch.tensor([True, True, True, False])
-    times = torch.zeros(len(sources))
-    for trial in range(300):
-        quota = allocate(sources, kept, 8, generator(trial, "overflow"), by_source=True)
-        assert torch.bincount(sources[quota.kept], minlength=4).tolist() == [2, 3, 3, 0]
-        assert quota.overflow == 5
-        times[quota.kept] += 1
-    # Within a source the draw is uniform: 150 of 300 and 180 of 300, standard deviation 9; 5 of them either way.
-    assert (times[sources == 0] == 300).all()
-    assert ((times[sources == 1] - 150).abs() < 45).all()
-    assert ((times[sources == 2] - 180).abs() < 45).all()
+    quota = allocate(sources, torch.tensor([False, False]), 2, draw(), protected=marked(8, 0, 1, 2))
+    assert len(quota.kept) == 2
+    assert quota.overflow == 1
+    assert set(quota.to_sketch(sources).tolist()) == set()
 
 
 @pytest.mark.parametrize(
-    ("protected", "budget", "cap", "expected"),
+    ("protected", "budget", "expected"),
     [
-        (0, 32, 1.0, 1.0),  # 16 of 64 candidates on average, and room for 32
-        (0, 8, 1.0, 0.5),
-        (0, 32, 0.25, 0.5),
-        (200, 8, 1.0, 8 / 32),  # 100 + 100 of 400 examples
-        (0, 60, 0.1, 12 / 16),  # the others are 48, so at least 12 enter
+        (0, 32, 1.0),  # 16 of 64 candidates on average, and room for 32
+        (0, 8, 0.5),
+        (200, 8, 8 / 32),  # 100 + 100 of 400 examples
     ],
 )
-def test_the_share_that_is_expected_to_enter(protected, budget, cap, expected):
+def test_the_share_that_is_expected_to_enter(protected, budget, expected):
     sizes, kept = torch.tensor([100, 300]), torch.tensor([True, False])
     of_each = torch.tensor([protected // 2, protected // 2])
-    assert expected_share(sizes, kept, of_each, 64, budget, cap) == pytest.approx(expected)
-    assert expected_share(sizes, torch.zeros(2, dtype=torch.bool), torch.zeros_like(of_each), 64, budget, cap) == 1
+    assert expected_share(sizes, kept, of_each, 64, budget) == pytest.approx(expected)
+    assert expected_share(sizes, torch.zeros(2, dtype=torch.bool), torch.zeros_like(of_each), 64, budget) == 1
 
 
 SOURCES = st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=8).filter(
@@ -224,14 +191,13 @@ def test_the_budget_is_met_and_nothing_exceeds_what_is_there(described, budget):
             assert share - count * left // others in (0, 1)
 
 
-@given(SOURCES, st.integers(1, 100), st.floats(0.01, 1), st.booleans(), st.integers(0, 99))
-def test_the_budget_is_met_whatever_the_policy(described, budget, cap, by_source, seed):
+@given(SOURCES, st.integers(1, 100), st.integers(0, 99))
+def test_the_budget_is_met_whatever_is_protected(described, budget, seed):
     sources = of_counts(*[count for count, _ in described])
     kept = torch.tensor([flag for _, flag in described])
     protected = torch.rand(len(sources), generator=generator(seed, "protected")) < 0.3
-    options = {"protected": protected, "cap": cap, "by_source": by_source}
-    quota = allocate(sources, kept, budget, draw(), **options)
-    assert torch.equal(quota.kept, allocate(sources, kept, budget, draw(), **options).kept)
+    quota = allocate(sources, kept, budget, draw(), protected=protected)
+    assert torch.equal(quota.kept, allocate(sources, kept, budget, draw(), protected=protected).kept)
     wanted = kept[sources] | protected
     assert len(quota.kept) + int(quota.per_source.sum()) == min(budget, len(sources))
     assert wanted[quota.kept].all()
@@ -268,5 +234,5 @@ def test_a_protected_source_that_is_none_is_refused():
 
 def test_what_is_due_of_others_leaves_the_kept_less_room():
     sizes, kept, none = long_tensor([30, 70]), torch.tensor([True, False]), long_tensor([0, 0])
-    assert expected_share(sizes, kept, none, 100, 40, 1.0) == 1
-    assert expected_share(sizes, kept, none, 100, 40, 1.0, floor=0.4) == pytest.approx(12 / 30)
+    assert expected_share(sizes, kept, none, 100, 40) == 1
+    assert expected_share(sizes, kept, none, 100, 40, floor=0.4) == pytest.approx(12 / 30)

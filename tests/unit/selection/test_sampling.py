@@ -1,4 +1,4 @@
-"""Drawn subsets: every candidate enters as often as it should, so that weighted sums are right on average."""
+"""Drawn subsets: every candidate enters as often as it should."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from colm_scale.randomness import generator
-from colm_scale.records import long_tensor
-from colm_scale.selection.sampling import importance, inclusion, systematic
+from colm_scale.selection.sampling import systematic
 
 UNTIMED = settings(deadline=None)  # a busy machine makes no failure
 DRAWS = 3000
-SIZES = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 100)), min_size=2, max_size=20)
 
 
 def frequencies(draw, n: int) -> Tensor:
@@ -67,64 +65,3 @@ def test_a_systematic_sum_is_off_by_less_than_one_gap():
     for seed in range(50):
         estimate = 6 * values[systematic(values, 10, generator(seed, "draw"))].sum()
         assert (estimate - values.sum()).abs() <= 6 * (values.max() - values.min())
-
-
-def literal_inclusion(sizes: list[float], k: int) -> list[float]:
-    """``min(1, c * size)`` with the ``c`` that makes the sum k, by bisection."""
-    low, high = 0.0, k / min(sizes)
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(min(1.0, middle * size) for size in sizes) < k else (low, middle)
-    return [min(1.0, high * size) for size in sizes]
-
-
-@UNTIMED
-@given(SIZES, st.data())
-def test_probabilities_go_with_the_sizes_and_add_up_to_the_number_of_picks(sizes, data):
-    k = data.draw(st.integers(1, len(sizes) - 1))
-    least = 0.01 * sum(sizes) / len(sizes)
-    expected = literal_inclusion([max(size, least) for size in sizes] if any(sizes) else [1.0] * len(sizes), k)
-    found = inclusion(torch.tensor(sizes, dtype=torch.float64), k)
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
-    assert float(found.sum()) == pytest.approx(k)
-    assert (found > 0).all()
-
-
-def test_known_probabilities():
-    assert inclusion(torch.tensor([1.0, 2.0, 3.0]), 1).tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6])
-    # 8 of 12 is more than a third of the three picks: it is certain, and so is then 2 of 4, for two picks.
-    assert inclusion(torch.tensor([8.0, 2.0, 1.0, 1.0]), 3).tolist() == pytest.approx([1, 1, 0.5, 0.5])
-
-
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("sizes", [[1.0, 2, 3, 4, 5, 6], [100.0, 1, 1, 2, 30, 0, 0], [0.0, 0, 0, 0], [1e-30, 1, 2]])
-def test_importance_takes_each_as_often_as_its_size_says(sizes, k):
-    sizes = torch.tensor(sizes)
-    expected = inclusion(sizes, k)
-    found = frequencies(lambda draw: importance(sizes, k, draw)[0], len(sizes))
-    assert ((found - expected).abs() <= allowed(expected)).all()
-
-
-@UNTIMED
-@given(SIZES, st.data())
-def test_importance_takes_as_many_as_are_wanted_and_says_how_likely_each_was(sizes, data):
-    k = data.draw(st.integers(1, len(sizes) - 1))
-    sizes = torch.tensor(sizes, dtype=torch.float64)
-    picks, probabilities = importance(sizes, k, generator(data.draw(st.integers(0, 50)), "draw"))
-    assert len(set(picks.tolist())) == k
-    assert picks.tolist() == sorted(picks.tolist())
-    assert torch.equal(probabilities, inclusion(sizes, k)[picks])
-    assert set((inclusion(sizes, k) == 1).nonzero().flatten().tolist()) <= set(picks.tolist())
-
-
-def test_a_sum_weighted_by_one_over_the_probability_is_right_on_average():
-    sizes = torch.tensor([9.0, 1, 2, 3, 0.5, 4, 0, 6])
-    values = torch.tensor([1.0, -2, 3, 5, -1, 2, 4, 1], dtype=torch.float64)
-    estimates = []
-    for seed in range(DRAWS):
-        picks, probabilities = importance(sizes, 3, generator(seed, "draw"))
-        estimates.append(float((values[picks] / probabilities).sum()))
-    estimates = torch.tensor(estimates, dtype=torch.float64)
-    assert abs(estimates.mean() - values.sum()) < 4 * estimates.std() / DRAWS**0.5
-    unweighted = values[long_tensor([0, 3, 7])].sum() * 8 / 3  # what the largest alone would say
-    assert abs(unweighted - values.sum()) > 4 * estimates.std() / DRAWS**0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
+from colm_scale.config.selection import Ranking
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection, long_tensor
 from colm_scale.selection.quota import allocate, reallocate
@@ -51,33 +53,25 @@ class Step:
         return torch.bincount(self.sources[positions], minlength=len(self.rule.kept))
 
 
-JOINT = ("facility", "matching", "pursuit")
-RANKINGS = (*JOINT, "systematic", "importance", "top")
-
-
 @st.composite
-def configs(draw, method: str, n: int, joint: bool) -> SelectionConfig:
-    """Any ranking with any weights that it has, one by one or (if ``joint``) perhaps together, or free."""
-    ranking = draw(st.sampled_from(RANKINGS))
-    together = draw(st.booleans()) if joint and ranking in JOINT else False
-    free = draw(st.booleans()) if together and method == "colm" else False
-    weights = {"facility": ["uniform", "cluster", "unbiased"], "top": ["uniform"]}.get(ranking, ["uniform", "unbiased"])
+def configs(draw, method: str, n: int) -> SelectionConfig:
+    """Any ranking with any weights that it has."""
+    ranking = draw(st.sampled_from(get_args(Ranking)))
+    weights = ["uniform", "cluster", "unbiased"] if ranking == "facility" else ["uniform", "unbiased"]
     return SelectionConfig(
         method=method,
         candidates=n,
         budget=draw(st.integers(1, n)),
         ranking=ranking,
-        joint=together,
-        allocation="none" if free else "proportional",
         metric=draw(st.sampled_from(["l1", "l2", "cosine"])),
         weights=draw(st.sampled_from(weights)),
     )
 
 
 @st.composite
-def steps(draw, method: str = "colm", invalid: bool = True, joint: bool = True) -> Step:
+def steps(draw, method: str = "colm", invalid: bool = True) -> Step:
     n, sources_there = draw(st.integers(1, 20)), draw(st.integers(1, 4))  # of which some may have no candidate
-    config = draw(configs(method, n, joint))
+    config = draw(configs(method, n))
     kept = torch.tensor(draw(st.lists(ONE_IN_THREE, min_size=sources_there, max_size=sources_there)))
     sources = long_tensor(draw(st.lists(st.integers(0, sources_there - 1), min_size=n, max_size=n)))
     rule = SelectionRule(config, kept, draw(st.integers(0, 3)))
@@ -113,7 +107,7 @@ def test_the_kept_come_first_and_then_each_source_in_turn_nobody_twice(step):
     positions = selection.positions.tolist()
     assert len(set(positions)) == len(positions)
     assert positions[: selection.kept] == step.quota.kept.tolist()
-    assert step.quota.free or not step.rule.kept[step.sources[selection.picked]].any()
+    assert not step.rule.kept[step.sources[selection.picked]].any()
     assert all(a <= b for a, b in pairwise(step.sources[selection.picked].tolist()))
     assert (selection.overflow, selection.invalid) == (step.quota.overflow, int((~step.matrix.valid).sum()))
 
@@ -142,7 +136,7 @@ def test_a_source_gets_its_quota_and_more_only_if_another_lacks_some(step):
     picked = step.counts(step.select().picked)
     assert (picked >= torch.minimum(step.quota.per_source, step.available)).all()
     assert (picked <= step.available).all()
-    if not step.quota.free and (step.available >= step.quota.per_source).all():
+    if (step.available >= step.quota.per_source).all():
         assert picked.tolist() == step.quota.per_source.tolist()
 
 
@@ -156,16 +150,12 @@ def test_weights_share_out_the_valid_candidates_of_every_source_that_is_picked_f
     if config.weights == "uniform":
         assert (selection.weights == 1).all()
         return
-    stand_for = 1.0 if config.weights == "cluster" or step.quota.free else 1 + step.quota.overflow / max(1, len(kept))
+    stand_for = 1.0 if config.weights == "cluster" else 1 + step.quota.overflow / max(1, len(kept))
     assert kept.tolist() == pytest.approx([stand_for] * len(kept))
-    assert config.ranking == "pursuit" or (picked >= 1).all()
-    if config.ranking == "importance":  # the sum is right on average only
-        return
+    assert (picked >= 1).all()
     sources, there = step.sources[selection.picked], step.available
-    together = step.quota.free or (config.joint and (config.weights == "cluster" or config.ranking == "pursuit"))
-    for group in [sources.unique()] if together else sources.unique().split(1):
-        counted = float(picked[torch.isin(sources, group)].sum())
-        assert counted == pytest.approx(int(there.sum() if step.quota.free and len(group) else there[group].sum()))
+    for source in sources.unique():
+        assert float(picked[sources == source].sum()) == pytest.approx(int(there[source]))
 
 
 @UNTIMED
@@ -178,7 +168,7 @@ def test_the_same_arguments_give_the_same_bits_whatever_was_drawn_before(step, d
 
 
 @UNTIMED
-@given(steps(joint=False), st.data())
+@given(steps(), st.data())
 def test_the_picks_of_a_source_depend_on_its_own_rows_alone(step, data):
     source = data.draw(st.integers(0, len(step.rule.kept) - 1))
     of_row = step.sources[step.matrix.positions]

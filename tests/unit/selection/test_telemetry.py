@@ -29,9 +29,9 @@ def matrix(rows: torch.Tensor, invalid=()) -> CandidateMatrix:
     return CandidateMatrix(ELIGIBLE.nonzero().flatten(), rows.float(), valid, torch.ones(9))
 
 
-def measured(rows, chosen=None, draw=None, joint=False, free=False) -> dict[str, float]:
+def measured(rows, chosen=None, draw=None) -> dict[str, float]:
     chosen = chosen or selection()
-    return telemetry.ranking(matrix(rows), SOURCES, ELIGIBLE, chosen, draw or chosen, joint=joint, free=free)
+    return telemetry.ranking(matrix(rows), SOURCES, ELIGIBLE, chosen, draw or chosen)
 
 
 def relative(own: torch.Tensor, whole: torch.Tensor) -> tuple[float, float]:
@@ -93,9 +93,8 @@ def test_any_selection_has_as_much_in_common_with_a_draw_as_chance_says():
 # Rank
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_one_column_has_rank_one(joint):
-    assert measured(torch.rand(9, 1), joint=joint)["rank"] == pytest.approx(1)
+def test_one_column_has_rank_one():
+    assert measured(torch.rand(9, 1))["rank"] == pytest.approx(1)
 
 
 def test_rank_is_that_of_each_source_s_own_rows():
@@ -140,19 +139,10 @@ def test_sources_count_by_their_candidates_and_their_columns_are_their_own():
     assert (found["sketch_error"], found["sketch_cosine"]) == pytest.approx(relative(own, whole), rel=1e-5)
 
 
-def test_a_joint_selection_is_compared_as_a_whole():
+def test_a_source_taken_whole_was_not_compared():
     rows = torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
-    found = measured(rows, joint=True)
-    own = (found["sketch_error"], found["sketch_cosine"])
-    assert own == pytest.approx(relative(rows[[0, 2, 1, 3]].mean(0), rows.mean(0)), rel=1e-5)
-
-
-@pytest.mark.parametrize("free", [False, True])
-def test_a_source_taken_whole_was_not_compared_unless_all_were(free):
-    rows = torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
-    found = measured(rows, selection([0, 2, 1, 3, 5, 9]), joint=True, free=free)
-    own, all_compared = (rows[[0, 2, 1, 3, 5, 8]], rows) if free else (rows[[0, 2]], rows[[0, 2, 4, 6, 7]])
-    expected = relative(own.mean(0), all_compared.mean(0))
+    found = measured(rows, selection([0, 2, 1, 3, 5, 9]))
+    expected = relative(rows[[0, 2]].mean(0), rows[[0, 2, 4, 6, 7]].mean(0))
     assert (found["sketch_error"], found["sketch_cosine"]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -161,7 +151,7 @@ def test_a_row_that_is_not_valid_does_not_count():
     rows[4] = 0  # that of position 4
     eligible = ELIGIBLE & (torch.arange(10) != 4)
     chosen = selection([0, 2])
-    found = telemetry.ranking(matrix(rows, [4]), SOURCES, eligible, chosen, chosen, joint=False)
+    found = telemetry.ranking(matrix(rows, [4]), SOURCES, eligible, chosen, chosen)
     expected = relative(rows[[0, 2]].mean(0), rows[[0, 2, 6, 7]].mean(0))
     assert (found["sketch_error"], found["sketch_cosine"]) == pytest.approx(expected, rel=1e-5)
 

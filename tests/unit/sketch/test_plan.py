@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from itertools import chain
 
-import pytest
 import torch
 
 from colm_scale.records import Candidates, Quota, SketchPlan, long_tensor
@@ -13,10 +12,10 @@ SOURCES = long_tensor([2, 0, 1, 2, 1, 0, 3, 1, 1, 3])
 KEPT = long_tensor([1, 5])  # source 0
 
 
-def plan(per_source: list[int], free: int = 0, **options) -> SketchPlan:
+def plan(per_source: list[int], **options) -> SketchPlan:
     number = torch.arange(len(SOURCES))
     drawn = Candidates(1, number, number, SOURCES, 8 + number)
-    return plan_sketch(drawn, Quota(KEPT, long_tensor(per_source), free=free), 2, 40, **options)
+    return plan_sketch(drawn, Quota(KEPT, long_tensor(per_source)), 2, 40, **options)
 
 
 def forwarded(of: SketchPlan) -> list[int]:
@@ -30,31 +29,17 @@ def test_each_ranked_source_is_a_group_and_a_source_that_enters_whole_is_in_none
     assert found.num_groups == 2
 
 
-def test_sources_that_are_ranked_together_are_one_group():
-    found = plan([0, 2, 2, 1], joint=True)
-    assert found.groups.tolist() == [-1, 0, -1, 0, 0, 0, 0, 0]
-    assert found.num_groups == 1
-
-
 def test_a_source_without_a_quota_is_not_sketched():
     found = plan([0, 2, 0, 2])
     assert found.positions.tolist() == forwarded(found) == [2, 4, 6, 7, 8, 9]
     assert found.groups.tolist() == [0, 0, -1, 0, 0, -1]
 
 
-def test_where_any_can_be_picked_all_but_the_kept_are_one_group():
-    found = plan([0, 0, 0, 0], free=3, joint=True)
-    assert found.positions.tolist() == forwarded(found) == [0, 2, 3, 4, 6, 7, 8, 9]
-    assert found.groups.tolist() == [0] * 8
-    assert found.num_groups == 1
-
-
-@pytest.mark.parametrize("joint", [False, True])
-def test_what_enters_anyway_needs_no_group(joint):
-    for found in (plan([0, 4, 2, 2], joint=joint), plan([0, 0, 0, 0], free=8, joint=True)):
-        assert found.groups.tolist() == [-1] * 8
-        assert found.num_groups == 0
-    assert len(plan([0, 0, 0, 0], joint=joint).positions) == 0
+def test_what_enters_anyway_needs_no_group():
+    found = plan([0, 4, 2, 2])
+    assert found.groups.tolist() == [-1] * 8
+    assert found.num_groups == 0
+    assert len(plan([0, 0, 0, 0]).positions) == 0
 
 
 def test_what_is_known_is_ranked_but_not_forwarded():

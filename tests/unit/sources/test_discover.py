@@ -18,6 +18,7 @@ from colm_scale.modeling.embedding import embed
 from colm_scale.sources import discover as discovering
 from colm_scale.sources.discover import discover
 from colm_scale.sources.options import SourcesOptions
+from colm_scale.sources.report import Cluster, Report, draw_map
 
 SIZES = {"sea": 90, "law": 60, "tea": 12}
 WORDS = {"sea": "wave sail tide reef port gull", "law": "court judge claim fine oath plea", "tea": "leaf cup brew mint"}
@@ -59,6 +60,15 @@ def test_groups_are_found_written_and_read_back():
     assert sorted(path.name for path in Path("out").iterdir()) == [
         *("map.png", "report.json", "report.txt", "sources.jsonl"),
     ]
+
+
+def test_a_map_shows_names_as_they_are():
+    names = ("cost $\\x$", "law")
+    clusters = [Cluster(name, 3, False, [], {}) for name in names]
+    report = Report(6, "words", 0, 0.0, "kmeans", {}, 0.0, clusters, None, None)
+    points = np.arange(12.0).reshape(6, 2)
+    draw_map(points, np.arange(6) % 2, report, Path("map.png"))
+    assert Path("map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_known_sources_are_compared_with():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.checkpoint.store import CheckpointFolder
-from colm_scale.config import LoraConfig, ModelConfig, RunConfig, as_yaml
+from colm_scale.config import DataConfig, EvalConfig, LoraConfig, ModelConfig, RunConfig, as_yaml
 from colm_scale.config.tools import MergeConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, load_model
@@ -49,7 +50,7 @@ def run(tmp_path_factory) -> Path:
     adapted("best").save_pretrained(path / "adapter")
     last = {f"model.{name}": weight for name, weight in adapted("last").named_parameters() if weight.requires_grad}
     CheckpointFolder(path / "checkpoints", 2).write(7, {"step": 7}, {"adapter": last})
-    config = RunConfig(lora=LoraConfig(rank=4), output_dir=str(path))
+    config = RunConfig(lora=LoraConfig(rank=4), eval=EvalConfig(every=0), output_dir=str(path))
     (path / "config.yaml").write_text(as_yaml(config), "utf-8")
     return path
 
@@ -122,8 +123,11 @@ def test_nothing_is_overwritten(run, tmp_path):
 def test_the_last_adapter_of_a_run_that_kept_its_best(run, tmp_path):
     path = shutil.copytree(run, tmp_path / "run")
     assert find(str(path), "last", None, trust_remote_code=False).folder == path / "adapter"  # it was not evaluated
-    text = (path / "config.yaml").read_text("utf-8").replace("eval:\n  every: 0", "eval:\n  every: 5")
-    (path / "config.yaml").write_text(text, "utf-8")
+    evaluated = RunConfig(lora=LoraConfig(rank=4), output_dir=str(path))
+    without = dataclasses.replace(evaluated, data=DataConfig(train=["a.jsonl"]))
+    (path / "config.yaml").write_text(as_yaml(without), "utf-8")
+    assert find(str(path), "last", None, trust_remote_code=False).folder == path / "adapter"  # it could not be
+    (path / "config.yaml").write_text(as_yaml(evaluated), "utf-8")
     assert find(str(path), "last", None, trust_remote_code=False).weights is not None  # the newest checkpoint
     shutil.copytree(path / "adapter", path / "adapter_last")
     assert find(str(path), "last", None, trust_remote_code=False).folder == path / "adapter_last"

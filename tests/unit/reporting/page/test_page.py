@@ -53,6 +53,47 @@ def test_held_out_loss_of_every_source(two):
     assert table["right answers, mean over sources"]["first"] == "25.0% → 25.0%"
 
 
+def test_curves_and_tables_are_each_of_the_same_examples(two):
+    page = two[0]
+    assert page.table("First and last point of the curves")["algebra"]["first"] == "6.000 → 0.667"
+    (means,) = (given["aria-label"] for tag, given in page.tags if "mean over sources" in given.get("aria-label", ""))
+    assert f"first, {2 * len(SOURCES)} examples" in means
+
+
+def test_a_run_whose_last_evaluation_is_of_a_sample(tmp_path):
+    run = write_run(tmp_path / "run", steps=4)
+    rows = (run / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (run / "evaluations.jsonl").write_text("".join(rows[:-1]))
+    page, _ = written(tmp_path, run)
+    assert page.table("First and last evaluation")["algebra"] == {"run": "6.000 → 2.000"}
+    assert page.table("The runs")["run"]["natural mixture"] == "2.333"
+    counted = 2 * len(SOURCES)
+    said = f"run: The last evaluation so far is of {counted} held-out examples, and so are its held-out losses here."
+    assert said in page.items
+
+
+def test_evaluations_of_other_examples_are_not_joined(tmp_path):
+    run = write_run(tmp_path / "run", steps=4)
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    more = [row | {"step": row["step"] + 5} for row in rows]
+    for row in more:
+        row["sample"] = row["sample"] | {"counts": dict.fromkeys(SOURCES, 5)}
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + more))
+    label = next(
+        given["aria-label"] for tag, given in written(tmp_path, run)[0].tags if "algebra" in given.get("aria-label", "")
+    )
+    assert "run, 2 examples: 6.000 at step 0, 1.200 at step 4; run, 5 examples: 6.000 at step 5" in label
+
+
+def test_two_points_make_no_chart(tmp_path):
+    run = write_run(tmp_path / "run", steps=2)
+    rows = (run / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (run / "evaluations.jsonl").write_text(rows[0] + rows[-1])
+    page, _ = written(tmp_path, run)
+    assert "figure" not in {tag for tag, _ in page.tags}
+    assert page.table("First and last evaluation")["algebra"] == {"run": "3.000 → 1.000"}
+
+
 def test_training_loss(two):
     row = two[0].table("Training loss in numbers")["first"]
     assert (row["first step"], row["last step"], row["largest gradient norm"]) == ("4.000", "0.500", "0.500")
@@ -136,7 +177,8 @@ def test_every_picture_is_also_told_in_words(two):
     assert len(figures) > 12
     assert all(given["role"] == "img" and re.search(r": \d+\.\d", given["aria-label"]) for given in figures)
     algebra = next(given["aria-label"] for given in figures if "algebra" in given["aria-label"])
-    assert "Held-out loss, algebra. first: 3.000 at step 0, 0.333 at step 8; second: 3.000 at step 0" in algebra
+    assert "Held-out loss, algebra. first, 2 examples: 6.000 at step 0, 0.667 at step 8; " in algebra
+    assert "second, 2 examples: 6.000 at step 0" in algebra
 
 
 def test_ids_are_unique_and_found(two):
@@ -156,14 +198,16 @@ def test_lines_take_the_colours_of_the_page(two):
     assert not re.findall(r"#[0-9a-f]{6}", drawn)
 
 
+FORMULA = "cost $\\x$"
 NASTY = '<img src=x onerror="alert(1)">&amp;{{7*7}}'
 
 
 def test_names_are_text(tmp_path):
-    run = write_run(tmp_path / "a<b>&'\"<!--", sources=("algebra", NASTY, "</svg><script>x</script>"))
+    run = write_run(tmp_path / "a<b>&'\"<!--", sources=(FORMULA, NASTY, "</svg><script>x</script>"))
     page, text = written(tmp_path, run)
     assert not {"script", "img", "b"} & {tag for tag, _ in page.tags}
-    assert NASTY in page.table("First and last evaluation")
+    assert {NASTY, FORMULA} < set(page.table("First and last evaluation"))
+    assert [name for name in page.attributes("aria-label") if f"Held-out loss, {FORMULA}." in name]
     assert page.table("The runs")["a<b>&'\"<!--"]
     assert "49" not in page.table("First and last evaluation")
     assert text.count("<title>colm_scale") == 1
