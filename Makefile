@@ -1,14 +1,21 @@
-# Two commands do everything on a fresh machine: `make train` and `make test`.
+# `make train` and `make test` each do everything on a fresh machine.
 PYTHON ?= python3
 # Every GPU there is, or two processes on the CPU.
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-# Two files of tests at a time; the tests of one file share the runs that it has started.
-WORKERS ?= -n 2 --dist loadfile
+# Two tests at a time; those that share runs stay together (tests/conftest.py).
+WORKERS ?= -n 2 --dist loadgroup
 ARGS ?=
 BIN := .venv/bin
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
-.PHONY: install train test test-faults test-browser lint docs clean
+# The tests of `make test`, without those marked slow.
+QUICK := tests/unit tests/parity tests/smoke
+# The lowest torch of `make test-versions`: 2.13.0 rather than the 2.11.0 that pyproject.toml allows, since a registry may have
+# older ones as CUDA builds only, several GB each. Where a CPU build is to be had: `make test-versions TORCH_LOWEST=2.11.0`.
+TORCH_LOWEST ?= 2.13.0
+
+.PHONY: install train test quick test-all test-faults test-browser test-versions lint docs clean
 
 install: .venv/installed
 
@@ -21,16 +28,44 @@ install: .venv/installed
 train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(PROCESSES) launchers/train.py --ds_config ds_configs/zero2.json $(ARGS)
 
-test: install lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(WORKERS) $(ARGS)
+# What to run before every commit: at most 5 minutes on two cores.
+test: install
+	$(MAKE) --no-print-directory --jobs=2 lint quick
+
+quick: install
+	$(PYTEST) $(WORKERS) -m 'not slow and not faults' --hypothesis-profile quick $(QUICK) $(ARGS)
+
+# Everything but the long faults.
+test-all: install lint
+	$(PYTEST) $(WORKERS) -m 'not faults' $(ARGS)
 
 # Every fault under every engine, one after the other: long.
 test-faults: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults $(ARGS)
+	$(PYTEST) -m faults $(ARGS)
 
 # A report in headless Chromium, of which Debian's packages are chromium and chromium-driver. Fails where there is none.
 test-browser: install
-	COLM_SCALE_TEST_BROWSER=required PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+	COLM_SCALE_TEST_BROWSER=required $(PYTEST) -m browser tests/browser $(ARGS)
+
+# Unit and distributed tests with the lowest and the highest versions that pyproject.toml allows, in environments of their own.
+test-versions: .venv-lowest/installed .venv-highest/installed
+	for end in lowest highest; do \
+		PATH="$(CURDIR)/.venv-$$end/bin:$$PATH" python -m pytest $(WORKERS) tests/unit tests/distributed $(ARGS) || exit; \
+	done
+
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt torch==$(TORCH_LOWEST) setuptools wheel packaging
+	.venv-lowest/bin/pip install --quiet --constraint constraints-lowest.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# Whatever is newest today, but for torch.
+.venv-highest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-highest
+	.venv-highest/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-highest/bin/pip install --quiet --upgrade setuptools wheel packaging
+	.venv-highest/bin/pip install --quiet --upgrade --no-build-isolation --editable '.[dev]'
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -41,4 +76,4 @@ docs: install
 	PYTHONPATH=. $(BIN)/pdoc --docformat google --output-directory build/docs colm_scale
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-lowest .venv-highest build dist *.egg-info

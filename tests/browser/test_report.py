@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from statistics import median
 
 import pytest
-from support.commands import SMALL, rows, run, run_many
+from support.commands import SMALL, rows
 
 pytestmark = pytest.mark.browser
 
 RUNS = ("ranked", "drawn")
-REPORT = "from colm_scale.cli.main import main; main(['report', *{!r}])"
 
 
 @pytest.fixture(scope="module")
-def runs(chromium, tmp_path_factory) -> dict[str, Path]:
+def runs(chromium, forked, tmp_path_factory) -> dict[str, Path]:
     """Two runs of three steps, by the product. (Not made where there is no browser to look at them.)"""
     folder = tmp_path_factory.mktemp("runs")
     options = (*SMALL, "--train.steps", "3", "--eval.every", "1", "--profile.floor_every", "1")
@@ -27,18 +25,17 @@ def runs(chromium, tmp_path_factory) -> dict[str, Path]:
         name: [*options, "--selection.method", method, "--output_dir", str(folder / name)]
         for name, method in methods.items()
     }
-    for outcome in run_many(jobs, folder / "logs").values():
+    for outcome in forked.run_many(jobs, folder / "logs").values():
         outcome.succeeded()
     return {name: folder / name for name in RUNS}
 
 
 @pytest.fixture(scope="module")
-def page(runs, driver, tmp_path_factory):
+def page(runs, driver, forked, tmp_path_factory):
     """The browser with the report of both, written by the command."""
     output = tmp_path_factory.mktemp("page") / "report.html"
-    command = REPORT.format([*map(str, runs.values()), "--output", str(output)])
-    said = run([sys.executable, "-c", command], output.parent / "log").succeeded().stdout
-    assert f"report: {output}" in said
+    outcome = forked.run("report", [*map(str, runs.values()), "--output", str(output)], output.parent / "log")
+    assert f"report: {output}" in outcome.succeeded().stdout
     driver.get("about:blank")
     driver.get_log("performance")  # what the browser's own first tab asked for
     driver.get(output.as_uri())

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.commands import LAUNCHER, ROOT, SMALL, Outcome, deepspeed, python, run, run_many, torchrun
+from support.commands import LAUNCHER, ROOT, SMALL, Outcome, deepspeed, python, run, torchrun
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import RunConfig, as_yaml
@@ -232,8 +232,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder) -> dict[str, Outcome]:
-    return run_many({name: options_of(name, folder) for name in CASES}, folder / "output")
+def outcomes(forked, folder) -> dict[str, Outcome]:
+    return forked.run_many({name: options_of(name, folder) for name in CASES}, folder / "output")
 
 
 def assert_one_error(outcome: Outcome, *words: str) -> None:
@@ -293,18 +293,19 @@ def test_the_console_command(arguments, words, folder):
 
 
 @pytest.mark.parametrize(
-    ("start", "options", "words"),
+    ("launcher", "options", "words"),
     [
-        (torchrun, ["--selection.candidates", "15"], ["--selection.candidates is 15", "2 ranks", "a multiple of 2"]),
-        (torchrun, ["--train.step_s", "15"], ["unknown option --train.step_s"]),
+        (None, ["--selection.candidates", "15"], ["--selection.candidates is 15", "2 ranks", "a multiple of 2"]),
+        (None, ["--train.step_s", "15"], ["unknown option --train.step_s"]),
         (torchrun, ["--engine", "single"], ["--engine single runs one process", "there are 2"]),
         (deepspeed, ["--ds_config", "{here}/ds.json"], ["train_batch_size is 5", "the run's is 8"]),
     ],
 )
-def test_one_rank_says_it_and_all_end(start, options, words, folder, tmp_path):
+def test_one_rank_says_it_and_all_end(launcher, options, words, forked, tmp_path):
     (tmp_path / "ds.json").write_text('{"train_batch_size": 5}', "utf-8")
     given = [option.replace("{here}", str(tmp_path)) for option in options]
-    outcome = run([*start(2), *SMALL, "--output_dir", str(tmp_path / "run"), *given], tmp_path / "output")
+    given, log = [*SMALL, "--output_dir", str(tmp_path / "run"), *given], tmp_path / "output"
+    outcome = run([*launcher(2), *given], log) if launcher else forked.run("train", given, log, ranks=2)
     assert len(outcome.errors) == 1, outcome.stderr
     assert all(word in outcome.errors[0] for word in words), outcome.errors
     assert outcome.code not in (0, None)

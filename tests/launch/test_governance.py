@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support.commands import LAUNCHER, SMALL, python, rows, run, torchrun, write_rows
+from support.commands import SMALL, rows, write_rows
 
-COMMAND = "import sys; from colm_scale.cli.main import main; main(sys.argv[1:])"
 DATA = [
     {"instruction": f"What is {i} plus {i % 7}?", "output": str(i + i % 7), "source": "ab"[i % 2] if i % 12 else "rare"}
     for i in range(60)
@@ -20,13 +18,6 @@ OPTIONS = (
     *SMALL, "--train.steps", "6", "--profile.floor_every", "0", "--selection.kept_sources", "[]",
     "--selection.coverage_floor", "0.4", "--checkpoint.every", "3",
 )
-
-
-def command(*arguments: str, folder, ranks: int = 1):
-    if ranks == 1:
-        return run([sys.executable, "-c", COMMAND, *arguments], folder)
-    launched = torchrun(ranks, "--no-python")
-    return run([*launched, sys.executable, "-c", COMMAND, *arguments], folder)
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +31,17 @@ def data(folder) -> str:
 
 
 @pytest.fixture(scope="module")
-def original(folder, data) -> Path:
+def original(forked, folder, data) -> Path:
     """A run of CoLM in one process."""
     out = folder / "run"
-    run([*python(), *OPTIONS, "--data.train", data, "--output_dir", str(out)], folder / "log").succeeded()
+    forked.run("train", [*OPTIONS, "--data.train", data, "--output_dir", str(out)], folder / "log").succeeded()
     return out
 
 
 @pytest.fixture(scope="module")
-def replayed(folder, original) -> Path:
+def replayed(forked, folder, original) -> Path:
     out = folder / "replayed"
-    command("replay", str(original), "--output_dir", str(out), folder=folder / "log replay").succeeded()
+    forked.run("replay", [str(original), "--output_dir", str(out)], folder / "log replay").succeeded()
     return out
 
 
@@ -93,10 +84,10 @@ def test_a_replay_trains_the_same_and_selects_nothing(original, replayed):
     ).read_bytes()
 
 
-def test_a_replay_on_two_ranks_under_another_engine(original, folder):
+def test_a_replay_on_two_ranks_under_another_engine(forked, original, folder):
     out = folder / "two"
     options = ("--engine", "fsdp", "--output_dir", str(out))
-    command("replay", str(original), *options, folder=folder / "log two", ranks=2).succeeded()
+    forked.run("replay", [str(original), *options], folder / "log two", ranks=2).succeeded()
     assert rows(out / "selection.jsonl") == rows(original / "selection.jsonl")
     losses = [row["loss"] for row in rows(out / "metrics.jsonl")]
     # Other micro-batches: sums in float32 in another order.
@@ -104,19 +95,19 @@ def test_a_replay_on_two_ranks_under_another_engine(original, folder):
     assert len(rows(out / "metrics.jsonl")[0]["peak_bytes"]) == 2
 
 
-def test_a_replay_that_is_cut_short_goes_on(original, replayed, folder):
+def test_a_replay_that_is_cut_short_goes_on(forked, original, replayed, folder):
     out = folder / "resumed"
     shutil.copytree(replayed, out)
     shutil.rmtree(out / "checkpoints" / "step-00000006")
     options = ("--resume", "auto", "--output_dir", str(out))
-    command("replay", str(original), *options, folder=folder / "log resumed").succeeded()
+    forked.run("replay", [str(original), *options], folder / "log resumed").succeeded()
     assert rows(out / "selection.jsonl") == rows(original / "selection.jsonl")
     expected = [row["loss"] for row in rows(original / "metrics.jsonl")]
     assert [row["loss"] for row in rows(out / "metrics.jsonl")] == expected
     assert pq.read_table(out / "audit")["step"].to_pylist() == pq.read_table(original / "audit")["step"].to_pylist()
 
 
-def test_a_replay_of_other_data_is_refused(original, folder):
+def test_a_replay_of_other_data_is_refused(forked, original, folder):
     fewer = str(write_rows(folder / "fewer.jsonl", DATA[:40]))
     other = str(write_rows(folder / "other.jsonl", [row | {"output": "1"} for row in DATA]))
     first = next(
@@ -127,34 +118,34 @@ def test_a_replay_of_other_data_is_refused(original, folder):
         other: ["other rows of data"],
     }
     for number, (data, words) in enumerate(refused.items()):
-        outcome = command("replay", str(original), "--data.train", data, folder=folder / f"log refused {number}")
+        outcome = forked.run("replay", [str(original), "--data.train", data], folder / f"log refused {number}")
         assert outcome.code == 2
         assert len(outcome.errors) == 1
         for word in words:
             assert word in outcome.errors[0]
 
 
-def test_a_streamed_run_is_replayed_streamed_and_held(folder, data):
+def test_a_streamed_run_is_replayed_streamed_and_held(forked, folder, data):
     """Each makes the same examples out of the same rows; held, they are sought by id."""
     out = folder / "streamed"
     options = (*SMALL, "--data.train", data, "--data.streaming", "true", "--data.shuffle_rows", "32")
-    run([*python(), *options, "--output_dir", str(out)], folder / "log streamed").succeeded()
+    forked.run("train", [*options, "--output_dir", str(out)], folder / "log streamed").succeeded()
     for streaming in ("true", "false"):
         again = folder / f"streamed {streaming}"
         more = ("--data.streaming", streaming, "--output_dir", str(again))
-        command("replay", str(out), *more, folder=folder / f"log streamed {streaming}").succeeded()
+        forked.run("replay", [str(out), *more], folder / f"log streamed {streaming}").succeeded()
         for name in ("selection.jsonl", "metrics.jsonl"):
             compared = [[row["step"], row.get("loss"), row.get("selected")] for row in rows(again / name)]
             assert compared == [[row["step"], row.get("loss"), row.get("selected")] for row in rows(out / name)]
 
 
-def test_explain_works_with_the_audit_and_without(original, folder):
+def test_explain_works_with_the_audit_and_without(forked, original, folder):
     bare = folder / "bare"
     bare.mkdir()
     shutil.copy(original / "selection.jsonl", bare)
     found = {}
     for run_folder in (original, bare):
-        outcome = command("explain", str(run_folder), "--format", "json", folder=folder / f"log {run_folder.name}")
+        outcome = forked.run("explain", [str(run_folder), "--format", "json"], folder / f"log {run_folder.name}")
         found[run_folder] = json.loads(outcome.succeeded().stdout)
         assert {file.name for file in (run_folder / "explain").iterdir()} == {
             *("explain.json", "examples.parquet", "coverage.png", "times_trained.png", "over_time.png"),
@@ -168,10 +159,11 @@ def test_explain_works_with_the_audit_and_without(original, folder):
     assert not any(source["reasons"] for source in found[bare]["sources"])
 
 
-def test_a_protected_source_is_trained_on_whole_whatever_else_is_kept(folder, data):
+def test_a_protected_source_is_trained_on_whole_whatever_else_is_kept(forked, folder, data):
     out = folder / "protected"
     options = ("--data.train", data, "--data.protected_sources", "rare", "--audit", "false", "--output_dir", str(out))
-    run([*python(LAUNCHER), *SMALL, "--selection.kept_sources", "[]", *options], folder / "log protected").succeeded()
+    options = (*SMALL, "--selection.kept_sources", "[]", *options)
+    forked.run("train", options, folder / "log protected").succeeded()
     for step in rows(out / "selection.jsonl"):
         rare = {id_ for id_, source in zip(step["candidates"], step["sources"]) if source == "rare"}
         assert rare == set(step["selected"][: step["kept"]])
@@ -192,8 +184,9 @@ def test_a_protected_source_is_trained_on_whole_whatever_else_is_kept(folder, da
         (["explain", "RUN", "--alpha", "2"], ["--alpha is 2.0"]),
     ],
 )
-def test_wrong_input_is_one_line(arguments, words, original, tmp_path):
-    outcome = command(*[str(original) if word == "RUN" else word for word in arguments], folder=tmp_path)
+def test_wrong_input_is_one_line(arguments, words, forked, original, tmp_path):
+    command, *options = (str(original) if word == "RUN" else word for word in arguments)
+    outcome = forked.run(command, options, tmp_path / "log")
     assert outcome.code == 2
     assert len(outcome.errors) == 1, outcome.stderr
     for word in words:

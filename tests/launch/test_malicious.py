@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import SMALL, Outcome, run_many, write_rows
+from support.commands import SMALL, Outcome, write_rows
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import DataConfig, LoraConfig, ModelConfig
@@ -149,13 +149,13 @@ def case_folder(folder: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder) -> dict[str, Outcome]:
+def outcomes(forked, folder) -> dict[str, Outcome]:
     jobs = {}
     for name, (make, _) in CASES.items():
         (here := case_folder(folder, name)).mkdir()
         options = make(here, f"touch {here / 'marker'}")
         jobs[here.name] = [*SMALL, "--output_dir", str(here / "run"), *options]
-    return run_many(jobs, folder / "output")
+    return forked.run_many(jobs, folder / "output")
 
 
 @pytest.mark.parametrize("name", CASES)

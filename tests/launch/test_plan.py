@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-from support.commands import ROOT, run
-
-PLAN = "from colm_scale.cli.main import main; main(['plan', *{!r}])"
+from support.commands import ROOT
 
 
-def plan(options: list[str], folder):
-    return run([sys.executable, "-c", PLAN.format(options)], folder / "plan")
-
-
-def test_the_built_in_model_under_zero2(tmp_path):
+def test_the_built_in_model_under_zero2(forked, tmp_path):
     options = ["--ds_config", str(ROOT / "ds_configs/zero2.json"), "--plan.world_size", "4", "--plan.memory_gib", "2"]
-    said = plan(options, tmp_path).succeeded().stdout
+    said = forked.run("plan", options, tmp_path / "log").succeeded().stdout
     for words in ("32 of 64 candidates (colm)", "on 4 rank(s) under ZeRO-2", "sketch", "train", "optimizer"):
         assert words in said
     assert "fits into 2 GiB: micro_batch_tokens" in said
 
 
-def test_a_configuration_without_weights_is_enough(tmp_path):
+def test_a_configuration_without_weights_is_enough(forked, tmp_path):
     facts = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128}
     facts |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 500}
     (tmp_path / "config.json").write_text(json.dumps(facts), "utf-8")
     options = ["--model.name", str(tmp_path), "--engine", "fsdp", "--plan.world_size", "8", "--train.dtype", "bfloat16"]
-    said = plan(options, tmp_path).succeeded().stdout
+    said = forked.run("plan", options, tmp_path / "log").succeeded().stdout
     assert "on 8 rank(s) under FSDP2" in said
     assert "bytes a rank sends per step: weights" in said
 
@@ -45,8 +38,8 @@ def test_a_configuration_without_weights_is_enough(tmp_path):
         (["--selection.probe", "zz"], ["--selection.probe 'zz'"]),
     ],
 )
-def test_wrong_input_is_one_line(options, words, tmp_path):
-    outcome = plan(options, tmp_path)
+def test_wrong_input_is_one_line(options, words, forked, tmp_path):
+    outcome = forked.run("plan", options, tmp_path / "log")
     assert outcome.code == 2
     assert len(outcome.errors) == 1, outcome.stderr
     assert "Traceback" not in outcome.stderr

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import Forked, rows
+from support.commands import rows
 from support.faults import Workshop
 
 BREAK = 5
@@ -21,10 +20,8 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Iterator[Workshop]:
-    folder = tmp_path_factory.mktemp("reuse")
-    with Forked(folder / "forked") as forked:
-        yield Workshop(forked, folder, steps=8)
+def workshop(forked, tmp_path_factory) -> Workshop:
+    return Workshop(forked, tmp_path_factory.mktemp("reuse"), steps=8)
 
 
 @pytest.fixture(scope="module")

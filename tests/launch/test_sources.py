@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.commands import SMALL, python, rows, run, torchrun, write_rows
+from support.commands import SMALL, rows, write_rows
 
 from colm_scale.data.builtin import builtin_rows
 
-SOURCES = "from colm_scale.cli.main import main; main(['sources', *{!r}])"
 KINDS = ("CoT/shop", "EQ/number", "PoT/area")
 
 
-def sources(options: list[str], folder: Path):
-    return run([sys.executable, "-c", SOURCES.format(options)], folder / "sources")
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(forked, tmp_path_factory) -> Path:
     """Rows without labels, of three kinds, and their sources as the command finds them."""
     folder = tmp_path_factory.mktemp("sources")
     data = [row for row in builtin_rows("train") if row["source"] in KINDS][:300]
     write_rows(folder / "rows.jsonl", [{name: row[name] for name in ("instruction", "output")} for row in data])
     options = [str(folder / "rows.jsonl"), "--embedding", "states", "--output_dir", str(folder / "out")]
     options += ["--clusters", "2", "3"]
-    said = sources(options, folder).succeeded().stdout
+    said = forked.run("sources", options, folder / "log").succeeded().stdout
     assert "kmeans: 3 clusters" in said
     return folder
 
@@ -36,10 +30,10 @@ def given(folder: Path) -> list[str]:
     return ["--data.train", str(folder / "rows.jsonl"), "--data.sources", str(folder / "out/sources.jsonl")]
 
 
-def test_a_run_goes_by_them_and_finds_them_anew(folder):
+def test_a_run_goes_by_them_and_finds_them_anew(forked, folder):
     options = [*SMALL, *given(folder), "--train.steps", "4", "--sources.refresh_every", "2"]
     options += ["--output_dir", str(folder / "run")]
-    said = run([*torchrun(2), *options], folder / "log").succeeded().stdout
+    said = forked.run("train", options, folder / "log run", ranks=2).succeeded().stdout
     assert "300 examples of 3 sources" in said
     assert "sources found anew after step 4" in said
     sizes = Counter(row["source"] for row in rows(folder / "out/sources.jsonl"))
@@ -60,8 +54,8 @@ def test_a_run_goes_by_them_and_finds_them_anew(folder):
         (["missing.jsonl"], ["missing.jsonl does not exist"]),
     ],
 )
-def test_wrong_input_is_one_line(options, words, tmp_path):
-    outcome = sources(options, tmp_path)
+def test_wrong_input_is_one_line(options, words, forked, tmp_path):
+    outcome = forked.run("sources", options, tmp_path / "log")
     assert outcome.code == 2
     assert len(outcome.errors) == 1, outcome.stderr
     assert "Traceback" not in outcome.stderr
@@ -69,11 +63,11 @@ def test_wrong_input_is_one_line(options, words, tmp_path):
         assert word in outcome.errors[0]
 
 
-def test_the_file_of_other_rows_is_told_before_a_model_is_loaded(folder, tmp_path):
+def test_the_file_of_other_rows_is_told_before_a_model_is_loaded(forked, folder, tmp_path):
     lines = (folder / "out/sources.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "odd.jsonl").write_text("".join([*lines[:4], lines[5], lines[4], *lines[6:]]))
     options = [*given(folder)[:2], "--data.sources", str(tmp_path / "odd.jsonl"), "--output_dir", str(tmp_path / "run")]
-    outcome = run([*python(), *SMALL, *options], tmp_path / "log")
+    outcome = forked.run("train", [*SMALL, *options], tmp_path / "log")
     assert outcome.code == 2
     (said,) = outcome.errors
     assert all(f"{name}.jsonl line 5" in said for name in ("odd", "rows"))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.commands import Forked, rows
+from support.commands import rows
 from support.faults import Workshop, result
 
 STREAMED = (
@@ -17,10 +16,8 @@ STREAMED = (
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Iterator[Workshop]:
-    folder = tmp_path_factory.mktemp("streaming")
-    with Forked(folder / "forked") as forked:
-        yield Workshop(forked, folder, steps=20)
+def workshop(forked, tmp_path_factory) -> Workshop:
+    return Workshop(forked, tmp_path_factory.mktemp("streaming"), steps=20)
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.commands import ROOT, SMALL, Outcome, deepspeed, python, rows, run, torchrun
+from support.commands import ROOT, SMALL, rows, run
 from transformers import AutoModelForCausalLM
 
 from colm_scale.base import BASE_MODEL
 
-COMMAND = "import sys; from colm_scale.cli.main import main; main(sys.argv[1:])"
 TRAIN = [*SMALL, "--eval.generate", "1"]
-
-
-def command(words: list[str], log: Path, **variables: str) -> Outcome:
-    return run([sys.executable, "-c", COMMAND, *words], log, **variables)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -28,10 +23,10 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(forked, tmp_path_factory) -> Path:
     """A run of 2 steps."""
     folder = tmp_path_factory.mktemp("tools")
-    run([*python(), *TRAIN, "--output_dir", str(folder / "run")], folder / "output").succeeded()
+    forked.run("train", [*TRAIN, "--output_dir", str(folder / "run")], folder / "log").succeeded()
     return folder / "run"
 
 
@@ -40,9 +35,10 @@ def first_step(trained) -> dict:
     return rows(trained / "selection.jsonl")[0]
 
 
-def test_a_dry_run_says_what_the_run_does_and_writes_nothing(trained, first_step, tmp_path):
+def test_a_dry_run_says_what_the_run_does_and_writes_nothing(forked, first_step, tmp_path):
     runs = sorted((ROOT / "runs").glob("*"))
-    said = run([*python(), *TRAIN, "--output_dir", str(tmp_path / "run"), "--dry-run"], tmp_path / "log").succeeded()
+    options = [*TRAIN, "--output_dir", str(tmp_path / "run"), "--dry-run"]
+    said = forked.run("train", options, tmp_path / "log").succeeded()
     assert not (tmp_path / "run").exists()
     assert sorted((ROOT / "runs").glob("*")) == runs
     for words in (
@@ -63,58 +59,57 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(trained, first_step
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero2"])
-def test_a_dry_run_of_several_ranks(engine, tmp_path):
+def test_a_dry_run_of_several_ranks(engine, forked, tmp_path):
     options = ["--ds_config", "ds_configs/zero2.json"] if engine == "zero2" else ["--engine", "fsdp"]
-    start = deepspeed(2) if engine == "zero2" else torchrun(2)
-    words = [*start, *TRAIN, *options, "--output_dir", str(tmp_path / "run"), "--dry_run"]
-    said = run(words, tmp_path / "log").succeeded().stdout
+    options = [*TRAIN, *options, "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    said = forked.run("train", options, tmp_path / "log", ranks=2).succeeded().stdout
     assert "micro-batch(es) on each of 2 rank(s)" in said
     assert f"on 2 rank(s) under {'ZeRO-2' if engine == 'zero2' else 'FSDP2'}" in said
     assert said.count("dry run:") == 1  # one rank speaks
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_of_a_run_that_goes_on_leaves_it_as_it_is(trained, tmp_path):
+def test_a_dry_run_of_a_run_that_goes_on_leaves_it_as_it_is(forked, trained, tmp_path):
     before = contents(trained)
     options = [*TRAIN, "--train.steps", "5", "--output_dir", str(trained), "--resume", "auto", "--dry-run"]
-    outcome = run([*python(), *options], tmp_path / "other")
+    outcome = forked.run("train", options, tmp_path / "other")
     assert outcome.code == 2  # it would be another run
     assert "--train.steps is 5, but the checkpoint was made with 2" in outcome.errors[0]
     options = [*TRAIN, "--output_dir", str(trained), "--resume", "auto", "--dry-run"]
-    said = run([*python(), *options], tmp_path / "same").succeeded().stdout
+    said = forked.run("train", options, tmp_path / "same").succeeded().stdout
     assert "going on after step 2" in said
     assert "dry run: 0 of 2 steps are to be made" in said
     assert contents(trained) == before
 
 
-def test_the_flag_is_in_the_help_and_no_option_of_a_configuration(tmp_path):
-    assert "--dry-run" in command(["train", "--help"], tmp_path / "help").succeeded().stdout
-    printed = command(["train", "--dry-run", "--print_config"], tmp_path / "print").succeeded().stdout
+def test_the_flag_is_in_the_help_and_no_option_of_a_configuration(forked, tmp_path):
+    assert "--dry-run" in forked.run("train", ["--help"], tmp_path / "help").succeeded().stdout
+    printed = forked.run("train", ["--dry-run", "--print_config"], tmp_path / "print").succeeded().stdout
     assert "train:" in printed
     assert "dry" not in printed
-    (error,) = command(["train", "--dryrun"], tmp_path / "typo").errors
+    (error,) = forked.run("train", ["--dryrun"], tmp_path / "typo").errors
     assert "did you mean --dry-run?" in error
 
 
-def test_merge_writes_a_model_that_transformers_loads(trained, tmp_path):
-    said = command(["merge", str(trained), "--output", str(tmp_path / "merged")], tmp_path / "log").succeeded().stdout
+def test_merge_writes_a_model_that_transformers_loads(forked, trained, tmp_path):
+    options = [str(trained), "--output", str(tmp_path / "merged")]
+    said = forked.run("merge", options, tmp_path / "log").succeeded().stdout
     assert "merged and adapted model: logits differ by at most" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     base = AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=torch.float32).eval()
     tokens = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
         assert not torch.allclose(merged(tokens).logits, base(tokens).logits, atol=1e-3)  # training moved it
-    (error,) = command(["merge", str(trained), "--output", str(tmp_path / "merged")], tmp_path / "again").errors
+    (error,) = forked.run("merge", options, tmp_path / "again").errors
     assert "exists already" in error
 
 
 @pytest.fixture(scope="module")
-def scores(trained, tmp_path_factory) -> tuple[str, dict]:
+def scores(forked, trained, tmp_path_factory) -> tuple[str, dict]:
     """What is shown and written on two ranks."""
     folder = tmp_path_factory.mktemp("scores")
-    words = ["eval", str(trained), "--base", "true", "--out", str(folder / "scores.json")]
-    launch = torchrun(2)[:-1]
-    said = run([*launch, "--no-python", sys.executable, "-c", COMMAND, *words], folder / "log").succeeded().stdout
+    options = [str(trained), "--base", "true", "--out", str(folder / "scores.json")]
+    said = forked.run("eval", options, folder / "log", ranks=2).succeeded().stdout
     return said, json.loads((folder / "scores.json").read_text("utf-8"))
 
 
@@ -140,11 +135,11 @@ def test_eval_shows_a_table_once_and_the_harness_line(trained, scores):
     assert written["lm_eval"] in said
 
 
-def test_eval_on_other_data_of_a_checkpoint(trained, tmp_path):
+def test_eval_on_other_data_of_a_checkpoint(forked, trained, tmp_path):
     data = tmp_path / "own.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"{i} + 1?", "output": f"{i + 1}"}) + "\n" for i in range(5)))
-    words = ["eval", str(trained / "checkpoints/step-00000002"), "--data", str(data), "--limit", "4", "--generate", "0"]
-    said = command([*words, "--threads", "1"], tmp_path / "log").succeeded().stdout
+    options = [str(trained / "checkpoints/step-00000002"), "--data", str(data), "--limit", "4", "--generate", "0"]
+    said = forked.run("eval", [*options, "--threads", "1"], tmp_path / "log").succeeded().stdout
     assert "own" in said
     assert "above --limit, not evaluated: 1 (own 1)" in said
     assert "--adapter_only true" in said  # lm_eval wants a PEFT folder
@@ -162,28 +157,28 @@ def test_eval_on_other_data_of_a_checkpoint(trained, tmp_path):
         (["doctor", "--timeout", "soon"], "--timeout is 'soon'"),
     ],
 )
-def test_wrong_input_is_one_line(trained, words, message, tmp_path):
-    outcome = command([word.format(run=trained) for word in words], tmp_path / "log")
+def test_wrong_input_is_one_line(forked, trained, words, message, tmp_path):
+    command, *options = (word.format(run=trained) for word in words)
+    outcome = forked.run(command, options, tmp_path / "log")
     assert outcome.code == 2
     assert len(outcome.errors) == 1, outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert message in outcome.errors[0]
 
 
-def test_doctor_tries_local_ranks_and_ends_with_0_or_1(tmp_path):
-    good = command(["doctor", "--json", "true", "--output_dir", str(tmp_path)], tmp_path / "good")
+def test_doctor_tries_local_ranks_and_ends_with_0_or_1(forked, tmp_path):
+    good = forked.run("doctor", ["--json", "true", "--output_dir", str(tmp_path)], tmp_path / "good")
     found = json.loads(good.stdout)
     assert good.code == int(any(finding["status"] == "problem" for finding in found))
     assert {"about": "2 rank(s): gloo", "status": "ok"}.items() <= found[-1].items()
     (tmp_path / "hosts").write_text("10.0.0.1 slots=two\n")
-    bad = command(["doctor", "--ranks", "0", "--hostfile", str(tmp_path / "hosts")], tmp_path / "bad")
+    bad = forked.run("doctor", ["--ranks", "0", "--hostfile", str(tmp_path / "hosts")], tmp_path / "bad")
     assert bad.code == 1
     assert "line 1 is '10.0.0.1 slots=two'" in bad.stdout
 
 
-def test_doctor_under_torchrun_speaks_once(tmp_path):
-    launch = [*torchrun(2)[:-1], "--no-python", sys.executable, "-c", COMMAND]
-    said = run([*launch, "doctor", "--output_dir", str(tmp_path)], tmp_path / "log").stdout
+def test_doctor_on_two_ranks_speaks_once(forked, tmp_path):
+    said = forked.run("doctor", ["--output_dir", str(tmp_path)], tmp_path / "log", ranks=2).stdout
     assert said.count("every rank reaches every other") == 1
     assert said.count("problem(s)") == 1
 
@@ -191,7 +186,7 @@ def test_doctor_under_torchrun_speaks_once(tmp_path):
 def test_doctor_works_without_deepspeed(tmp_path):
     """A folder in front of the installed packages makes deepspeed one that cannot be imported."""
     (tmp_path / "deepspeed.py").write_text("raise ImportError('not here')", "utf-8")
-    words = ["doctor", "--ranks", "1", "--json", "true", "--output_dir", str(tmp_path)]
-    outcome = command(words, tmp_path / "log", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    words = ["-m", "colm_scale", "doctor", "--ranks", "1", "--json", "true", "--output_dir", str(tmp_path)]
+    outcome = run([sys.executable, *words], tmp_path / "log", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "Traceback" not in outcome.stderr
     assert json.loads(outcome.stdout)[-1]["about"] == "1 rank(s): gloo"

@@ -6,16 +6,10 @@ import importlib.util
 import json
 
 import pytest
-from support.commands import SMALL, Forked
+from support.commands import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FOLLOWED = (*SMALL, "--profile.display", "off", "--checkpoint.every", "1", "--track.to", "tensorboard")
-
-
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    with Forked(tmp_path_factory.mktemp("forked")) as process:
-        yield process
 
 
 def history(run, name: str) -> list[tuple[int, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ PARTS = {
     ),
     "neither": (),
 }
-
-
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory) -> Iterator[Forked]:
-    with Forked(tmp_path_factory.mktemp("own") / "forked") as started:
-        yield started
 
 
 def selected(forked: Forked, folder: Path, name: str, ranks: int, *options: str) -> list[list[int]]:

@@ -133,8 +133,8 @@ class Hung(AssertionError):
 
 
 class Forked:
-    """A process that has imported what ``launchers/train.py`` needs and forks itself into ranks: most of a short run is
-    importing. The ranks take it for their launcher, but it does nothing for them.
+    """A process that has imported what ``launchers/train.py`` needs and forks itself into ranks of a run or of another
+    command: most of a short run is importing. The ranks take it for their launcher, but it does nothing for them.
 
     Use it as a context, which kills whatever is left at its end.
 
@@ -159,15 +159,28 @@ class Forked:
         """What it has started and still runs."""
         return [process for process in self._command.alive() if process.pid != self.pid]
 
-    def start(self, options: Sequence[str], log: Path, ranks: int = 1) -> Ranks:
-        """Start a run, whose output goes to ``LOG.stdout`` and ``LOG.stderr``."""
+    def start(self, options: Sequence[str], log: Path, ranks: int = 1, command: str = "train") -> Ranks:
+        """Start a run, or another command, whose output goes to ``LOG.stdout`` and ``LOG.stderr``."""
+        log.parent.mkdir(parents=True, exist_ok=True)
         for stream in ("stdout", "stderr"):
             Path(f"{log}.{stream}").write_text("", "utf-8")
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         shared = meeting | {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         launched = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] if ranks > 1 else [{}]
         variables = [{name: str(value) for name, value in of_rank.items()} for of_rank in launched]
-        return Ranks(self, self._ask({"options": list(options), "log": str(log), "ranks": variables}), log)
+        return Ranks(self, self._ask({"words": [command, *options], "log": str(log), "ranks": variables}), log)
+
+    def run(self, command: str, options: Sequence[str], log: Path, ranks: int = 1, seconds: float = 180) -> Outcome:
+        """Run a command to its end."""
+        return self.start(options, log, ranks, command).outcome(seconds)
+
+    def run_many(self, jobs: Mapping[str, Sequence[str]], log: Path, at_once: int = 2) -> dict[str, Outcome]:
+        """Train with each job's options, in their order, each in a process of its own."""
+        started: dict[str, Ranks] = {}
+        for name, options in jobs.items():
+            wait_until(lambda: sum(ranks.running() for ranks in started.values()) < at_once, 180)
+            started[name] = self.start(options, log / name)
+        return {name: ranks.outcome(180) for name, ranks in started.items()}
 
     def codes(self, pids: Sequence[int]) -> list[int | None]:
         """Exit codes, negative for a signal; None for a rank that runs."""
@@ -216,16 +229,6 @@ class Ranks:
             raise Hung(f"ranks {self.codes()} of {self.log.name}: {error}") from None
         said = (Path(f"{self.log}.{stream}").read_text("utf-8") for stream in ("stdout", "stderr"))
         return Outcome(next((code for code in self.codes() if code), 0), *said)
-
-
-def run_many(jobs: Mapping[str, Sequence[str]], log: Path, at_once: int = 2) -> dict[str, Outcome]:
-    """Run ``launchers/train.py`` with each job's options, in their order, each in a forked process of its own."""
-    started: dict[str, Ranks] = {}
-    with Forked(log) as forked:
-        for name, options in jobs.items():
-            wait_until(lambda: sum(ranks.running() for ranks in started.values()) < at_once, 180)
-            started[name] = forked.start(options, log / name)
-        return {name: ranks.outcome(180) for name, ranks in started.items()}
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> float:

@@ -1,9 +1,12 @@
-"""``python forked.py``: ranks of ``launchers/train.py``, forked from a process that has imported what they need.
+"""``python forked.py``: ranks of ``launchers/train.py`` or of another command, forked from a process that has imported
+what they need.
 
 Each line of standard input asks for something and is answered by a line of standard output:
 
-    {"options": [...], "log": PATH, "ranks": [{variable: value}, ...]}    process id of each rank that was started
-    {"ended": [process id, ...]}                                          exit code of each, null where it runs
+    {"words": [...], "log": PATH, "ranks": [{variable: value}, ...]}    process id of each rank that was started
+    {"ended": [process id, ...]}                                        exit code of each, null where it runs
+
+The words are those of ``colm-scale``; a run, ``train ...``, may be sabotaged.
 
 The output of all ranks goes to ``PATH.stdout`` and ``PATH.stderr``. Whoever asked is gone when standard input ends.
 """
@@ -24,10 +27,11 @@ import deepspeed  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 import colm_scale.run.train  # noqa: E402, F401
-from support.sabotage import main  # noqa: E402
+from colm_scale import cli  # noqa: E402
+from support import sabotage  # noqa: E402
 
 
-def start(options: list[str], log: str, variables: dict[str, str]) -> int:
+def start(words: list[str], log: str, variables: dict[str, str]) -> int:
     """The process id of a rank, in the parent; the child becomes the rank and does not return."""
     pid = os.fork()
     if pid == 0:
@@ -36,15 +40,18 @@ def start(options: list[str], log: str, variables: dict[str, str]) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.close(_answers.fileno())
         os.environ.update(variables)
-        sys.argv = [str(ROOT / "launchers/train.py"), *options]
-        os._exit(code_of_run())
+        os._exit(code_of_run(words))
     return pid
 
 
-def code_of_run() -> int:
+def code_of_run(words: list[str]) -> int:
     """Run, and leave out only the interpreter's clearing up of all that was imported, which takes a second."""
+    command, *options = words
+    sys.argv = [str(ROOT / "launchers/train.py"), *options] if command == "train" else ["colm-scale", *words]
     try:
-        main()
+        if command == "train":
+            sabotage.main()
+        cli.main(words)
     except SystemExit as end:
         return end.code
     finally:
@@ -65,7 +72,7 @@ _codes: dict[int, int | None] = {}
 def answer(question: dict) -> list[int | None]:
     if "ended" in question:
         return [exit_code(pid) for pid in question["ended"]]
-    return [start(question["options"], question["log"], variables) for variables in question["ranks"]]
+    return [start(question["words"], question["log"], variables) for variables in question["ranks"]]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from colm_scale.cli import main as cli
+from colm_scale.cli.main import main as cli
 from colm_scale.config.command_line import option_types, parse, parse_plan
 from colm_scale.config.plan import PlanConfig
 
@@ -101,6 +101,7 @@ def test_make_targets_exist():
     assert all(f"\n{target}: " in makefile for target in targets)
 
 
+@pytest.mark.slow
 def test_the_docstrings_become_pages_without_a_warning(tmp_path):
     """As ``make docs`` does it: a page for every module, but for those behind a package that says what is public."""
     (line,) = re.findall(r"pdoc (.*) --output-directory build/docs colm_scale", (ROOT / "Makefile").read_text("utf-8"))

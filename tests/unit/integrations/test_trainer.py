@@ -50,6 +50,7 @@ def test_what_our_own_loop_selects_and_learns(kind, name, tmp_path):
     assert weights == expected["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_ranks_select_and_learn_the_same(stage, tmp_path):
     """In DDP and under DeepSpeed, with examples that go from the rank whose loader has them to the other."""

@@ -14,6 +14,7 @@ from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks
 
 CPU = torch.device("cpu")
+MORE = (("llama", False), ("phi", False), ("phi", True), ("gemma2", False))
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def gradients(module, batch):
 
 
 @pytest.mark.parametrize(
-    ("family", "packs"), [("llama", False), ("llama", True), ("phi", False), ("phi", True), ("gemma2", False)]
+    ("family", "packs"), [("llama", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
 def test_losses_and_gradients_of_batches_of_any_shape(family, packs, counter):
     base = base_model(family, num_hidden_layers=3)

@@ -27,8 +27,9 @@ from colm_scale.sketch import last_layer
 from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")
+SLOW = pytest.mark.slow
 LENGTHS = (31, 24, 24, 17)
-OPTIONS = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "vocab_size": 200}
+OPTIONS = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 200}
 
 
 def config_of(**options) -> RunConfig:
@@ -77,7 +78,7 @@ def real_growth(config: RunConfig, family: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=SLOW) for name in ("phi3", "opt", "bloom"))])
 def test_traced_growth_is_real_growth(family, checkpointing):
     config = config_of(train={"activation_checkpointing": checkpointing})
     expected = real_growth(config, family)
@@ -93,6 +94,7 @@ def test_nothing_of_the_model_is_allocated():
     assert all(weight.requires_grad == ("lora_" in name) for name, weight in fake.module.named_parameters())
 
 
+@SLOW
 def test_the_sketch_holds_more_with_every_micro_batch():
     config = config_of()
     one, three = (
@@ -106,6 +108,7 @@ def test_the_sketch_holds_more_with_every_micro_batch():
     assert three == one  # a number each
 
 
+@SLOW
 def test_like_micro_batches_are_not_traced_again_and_again():
     config, lengths = config_of(), [(31, 24), (20, 20), (31, 24), (31, 24), (31, 24)]
     found = peaks(config, None, fake_of(config), 1, lengths, lengths).phases
@@ -128,7 +131,7 @@ def test_forward_reuse_keeps_what_goes_into_each_block():
         peaks(config, None, fake_of(config), 1, [LENGTHS] * 2, [LENGTHS]).phases
         for config in (checkpointed, reusing, offloaded, bounded)
     )
-    each = 6 * 64 * 4 * sum(LENGTHS)
+    each = OPTIONS["num_hidden_layers"] * 64 * 4 * sum(LENGTHS)
     assert kept["sketch"] - plain["sketch"] == 2 * each
     assert kept["train"] - plain["train"] == each
     assert on_cpu == plain
@@ -185,6 +188,7 @@ def test_batches_are_those_of_a_run():
     assert sum(map(len, full.trained)) == 8
 
 
+@SLOW
 def test_a_plan_says_what_fits():
     of, plan = base_model("llama", **OPTIONS).config, PlanConfig(world_size=2, tokens=20, memory_gib=1.1, tflops=0.1)
     found = make_plan(config_of(), plan, of)
@@ -203,8 +207,9 @@ def test_a_plan_says_what_fits():
         assert part in text
 
 
+@SLOW
 def test_weights_are_sent_once_for_each_gathering():
-    of, plan = base_model("llama", **OPTIONS).config, PlanConfig(world_size=4, tokens=20)
+    of, plan = base_model("llama", **OPTIONS | {"num_hidden_layers": 1}).config, PlanConfig(world_size=4, tokens=20)
     sharded = make_plan(config_of(engine="fsdp"), plan, of)
     gathers = len(sharded.batches.sketched) + 2 * len(sharded.batches.trained)
     assert sharded.exchanged["weights"] == int(0.75 * sharded.sizes.frozen_bytes * gathers)
@@ -212,8 +217,10 @@ def test_weights_are_sent_once_for_each_gathering():
     assert make_plan(config_of(), PlanConfig(), of).exchanged == {}
 
 
+@SLOW
 def test_bytes_of_the_selection_are_those_of_the_estimators():
-    of, plan = base_model("llama", **OPTIONS).config, PlanConfig(world_size=2, tokens=20, sources=3)
+    of = base_model("llama", **OPTIONS | {"num_hidden_layers": 1}).config
+    plan = PlanConfig(world_size=2, tokens=20, sources=3)
     d, h, rows, rest = 4 * 64 // 2, 64, 16, 16 * 8 + 40
     ways = {
         (("columns", h),): 4 * rows * (h + 2) + 4 * 3 * 2 * d // 2 + 8 * 3 * 2 * min(h, d // 2) + 16 * d,
