@@ -38,8 +38,9 @@ from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, Candidates
 from colm_scale.run import assemble as assembly
-from colm_scale.run import train as trainer
 from colm_scale.run.inputs import read_inputs
+from colm_scale.run.prepare import resolve
+from colm_scale.run.schedule import learning_rate
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import form_micro_batches
 from colm_scale.selection.rule import SelectionRule, loss_shares
@@ -133,7 +134,7 @@ class Bench:
 
     def __init__(self, options: list[str], pool: int):
         torch.set_num_threads(1)
-        self._config = config = trainer.resolve(arguments.parse(options))
+        self._config = config = resolve(arguments.parse(options))
         self._group = group = connect()
         self._inputs = inputs = read_inputs(config, group)
         self._examples = inputs.sampler.examples
@@ -149,7 +150,7 @@ class Bench:
     def train(self, numbers: Iterable[int], of: int) -> None:
         """Train these steps of a run of so many on random candidates."""
         for number in numbers:
-            self._step(number, trainer.learning_rate(self._config.train, number, of))
+            self._step(number, learning_rate(self._config.train, number, of))
 
     def products(self) -> Tensor:
         """``[N, N]`` float64 inner products of the gradients of the pool's examples, over all adapters."""

@@ -38,8 +38,8 @@ from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.run import assemble as assembly
-from colm_scale.run import train as trainer
 from colm_scale.run.inputs import read_inputs
+from colm_scale.run.prepare import resolve
 
 BUDGET, CANDIDATES = 64, 128
 ARMS = {
@@ -77,7 +77,7 @@ def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, opt
                 budget = micro or share_tokens(arm, ranks, tokens)
                 given = [*base, *ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget)]
                 given += ["--train.activation_checkpointing", str(checkpointing).lower()]
-                config = trainer.resolve(arguments.parse(given))
+                config = resolve(arguments.parse(given))
                 if fake is None or engine == "FSDP2":  # which shards the one it is given
                     fake = fake_model(arguments.parse([*given, "--selection.method", "colm"]), of, known)
                 found = predicted(config, fake, ranks, tokens)
@@ -135,7 +135,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     budget = 512 if accumulated else 10**6
     given = [*ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget), *options]
     given += ["--train.activation_checkpointing", str(checkpointing).lower(), "--profile.display", "off"]
-    config = trainer.resolve(arguments.parse(given))
+    config = resolve(arguments.parse(given))
     group = connect()
     inputs = read_inputs(config, group)
     examples = inputs.sampler.examples

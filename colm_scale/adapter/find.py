@@ -22,7 +22,7 @@ from colm_scale.config.tools import Which
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, check_adapter
 from colm_scale.reporting.run_directory import FACTS
-from colm_scale.run.train import resolve
+from colm_scale.run.prepare import resolve
 
 _Result = TypeVar("_Result")
 

@@ -33,8 +33,8 @@ from colm_scale.modeling.packing import use_packing
 from colm_scale.records import long_tensor
 from colm_scale.reporting.run_directory import finite
 from colm_scale.reporting.summary import Evaluation
-from colm_scale.run import train as trainer
-from colm_scale.run.evaluate import Evaluator
+from colm_scale.run import process
+from colm_scale.run.evaluate import HeldOutEvaluator
 from colm_scale.selection.quota import kept_sources
 
 _WIDTH = 110
@@ -57,7 +57,7 @@ class Scores:
 
 
 def score(options: ScoreConfig) -> int:
-    """Evaluate on all ranks, and show on the first what was found; the exit code, as that of `trainer.run`.
+    """Evaluate on all ranks, and show on the first what was found; the exit code, as that of `process.run`.
 
     Raises:
         UserError: There is no such adapter, base model or data.
@@ -65,7 +65,7 @@ def score(options: ScoreConfig) -> int:
     trained = find(options.run, options.adapter, options.model, trust_remote_code=options.trust_remote_code)
     config = _config(options, trained)
     found: list[Scores] = []
-    code = trainer.run(config, partial(_score, options=options, trained=trained, found=found))
+    code = process.run(config, partial(_score, options=options, trained=trained, found=found))
     for scores in found:
         line = harness_line(trained, config, options.tasks)
         if options.out is not None:
@@ -121,7 +121,7 @@ def _score(
     sizes = long_tensor(list(trained.sources.values()))
     small = kept_sources(sizes, names, None)
     tokens, seed = config.train.micro_batch_tokens, config.train.seed
-    evaluator = Evaluator(examples, sizes, small, tokenizer, config.eval, group, tokens, seed, watch.enter)
+    evaluator = HeldOutEvaluator(examples, sizes, small, tokenizer, config.eval, group, tokens, seed, watch.enter)
     evaluations = []
     assert isinstance(module.model, PeftModel)
     for without in (nullcontext(), module.model.disable_adapter())[: 1 + options.base]:

@@ -23,7 +23,7 @@ COMMANDS = {
     "report": "one HTML page about one or several runs",
     "sources": "find the sub-populations of data that has no labels, for --data.sources of a run",
 }
-"""Every command, a module of `colm_scale.cli.main` with a function ``run(arguments)``, and what it does."""
+"""Every command, a module of `colm_scale.cli` with a function ``run(arguments)``, and what it does."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -43,7 +43,7 @@ def run(command: str, arguments: Sequence[str]) -> NoReturn:
     """Run one of `COMMANDS` and exit."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises while it is imported, used or not
     try:
-        importlib.import_module(f"colm_scale.cli.main.{command}").run(arguments)
+        importlib.import_module(f"colm_scale.cli.{command}").run(arguments)
     except UserError as error:
         _fail(str(error))
     sys.exit(0)

@@ -16,7 +16,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     options = parse_own("merge", MergeConfig, arguments)
     from colm_scale.adapter.merge import export
-    from colm_scale.run.train import quieten
+    from colm_scale.run.process import quieten
 
     quieten()
     merged = export(options)

@@ -17,7 +17,8 @@ def run(arguments: Sequence[str]) -> None:
     config, plan_config = parse_plan(arguments)
     from colm_scale.plan.plan import make_plan
     from colm_scale.plan.show import shown
-    from colm_scale.run.train import quieten, resolve
+    from colm_scale.run.prepare import resolve
+    from colm_scale.run.process import quieten
 
     quieten()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here, so DeepSpeed need not look for a GPU

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from colm_scale.cli.main import train
+from colm_scale.cli import train
 from colm_scale.errors import UserError
 
 _USAGE = """usage: colm-scale replay RUN [OPTIONS]

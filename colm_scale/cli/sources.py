@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> None:
         UserError: Wrong input.
     """
     options = parse_own("sources", SourcesOptions, arguments)
-    from colm_scale.run.train import quieten
+    from colm_scale.run.process import quieten
     from colm_scale.sources.discover import discover
 
     quieten()

@@ -20,10 +20,9 @@ def run(arguments: Sequence[str]) -> NoReturn:
     """
     config, only_says = parse_train(arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is told in a line, not in pages of C++ frames
-    from colm_scale.run import dry_run
-    from colm_scale.run import train as trainer
+    from colm_scale.run import dry_run, train
 
-    code = dry_run.run(config) if only_says else trainer.run(config)
+    code = dry_run.run(config) if only_says else train.run(config)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

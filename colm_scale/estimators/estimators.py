@@ -81,6 +81,7 @@ class Estimator(Protocol):
 
     def learn(self, selection: Selection) -> None:
         """Let the moments learn from the picked (not kept) rows, and forget the sketches."""
+        return
 
     def restart_moments(self) -> None:
         """Forget what the moments have learned, for sources are others now."""
@@ -93,8 +94,14 @@ class NoEstimator(Estimator):
     def __init__(self) -> None:
         self.moments = NoMoments()
 
-    def learn(self, selection: Selection) -> None:
-        """There is nothing to learn from."""
+    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
+        """Nobody is sketched."""
+
+    def exchange(self) -> Tensor:
+        return torch.zeros(0, 0)
+
+    def matrix(self, numbers: Tensor) -> CandidateMatrix:
+        return CandidateMatrix.without_rows()
         return None
 
 

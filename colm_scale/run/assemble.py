@@ -65,7 +65,7 @@ def build_step(
         held = HeldBlockInputs(tap.model, _alike(config, tap), train.forward_reuse, most_bytes)
     shares = source_shares(config.selection.shares, inputs.source_names, inputs.sizes)
     rule = SelectionRule(config.selection, inputs.kept, train.seed, shares, inputs.record)
-    refresh: SourceRefresh = FixedSources(inputs.kept, shares)
+    refresh: SourceRefresh = FixedSources()
     if config.reclusters:
         table = inputs.source_names, inputs.sizes, inputs.kept
         refresh = ReclusteredSources(config, engine.module, *table, group)

@@ -9,7 +9,7 @@ from colm_scale.engines.base import Engine
 from colm_scale.engines.shards import held_bytes
 from colm_scale.reporting.facts import kept_facts, method_fact, rounding_facts, update_facts
 from colm_scale.reporting.summary import gib
-from colm_scale.run.evaluate import Evaluator
+from colm_scale.run.evaluate import HeldOutEvaluator, NoEvaluator
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.shares import shares_facts
 
@@ -23,9 +23,9 @@ def resumed_facts(found: Checkpoint | None, done: int) -> list[str]:
 
 
 def run_facts(
-    config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Evaluator | None, group: Group
+    config: RunConfig, inputs: Inputs, engine: Engine, evaluator: HeldOutEvaluator | NoEvaluator, group: Group
 ) -> list[str]:
-    """What a user wants to know before the first step."""
+    """Lines printed before the first step."""
     selection = config.selection
     attention = engine.module.causal_model.config._attn_implementation
     facts = [
@@ -46,8 +46,7 @@ def run_facts(
         "training examples too long, dropped": inputs.sampler.dropped,
         "training examples too long, cut": inputs.sampler.cut,
     }
-    if evaluator is not None:
-        assert inputs.eval is not None
+    if inputs.eval is not None:
         left_out |= {
             "held-out examples too long, dropped": inputs.eval.dropped,
             "held-out examples too long, cut": inputs.eval.cut,

@@ -19,9 +19,10 @@ from colm_scale.errors import UserError
 from colm_scale.plan.plan import Batches, make_plan
 from colm_scale.plan.show import shown
 from colm_scale.reporting.preview import arithmetic, by_source
-from colm_scale.run import train as trainer
-from colm_scale.run.train import Prepared
-from colm_scale.step.step import Preview
+from colm_scale.run import process
+from colm_scale.run.assemble import batching_of
+from colm_scale.run.prepare import Prepared, prepare
+from colm_scale.step.preview import Preview, preview
 
 _STEPS = 3
 """Steps that are looked at."""
@@ -55,29 +56,30 @@ class Sight:
 
 
 def run(config: RunConfig) -> int:
-    """Prepare a run, and show on the first rank what it would do; the exit code, as that of `trainer.run`."""
+    """Prepare a run, and show on the first rank what it would do; the exit code, as that of `process.run`."""
     seen: list[Sight] = []
-    code = trainer.run(config, partial(_look, seen=seen))
+    code = process.run(config, partial(_look, seen=seen))
     for sight in seen:  # after the ranks have parted, for FSDP2 is planned in a process group of its own
         _show(sight, Console(width=_WIDTH, highlight=False, markup=False))
     return code
 
 
 def _look(config: RunConfig, group: Group, watch: Watch, seen: list[Sight]) -> bool:
-    """The job of all ranks, in place of `trainer.train`."""
-    prepared = trainer.prepare(config, group, watch)
-    with prepared.session(config, group, writes=False) as session:
-        done = prepared.state(config, session, group).load(prepared.found)
+    """The job of all ranks, in place of `train`."""
+    prepared = prepare(config, group, watch)
+    with prepared.session(writes=False) as session:
+        done = prepared.state(session).load(prepared.found)
+    batching = batching_of(config, prepared.inputs, prepared.engine.module, group)
     previews, label_share = [], 0.0
     for number in range(done + 1, min(done + _STEPS, prepared.steps) + 1):
         watch.begin(number)
-        previews.append(prepared.step.preview(number))
+        previews.append(preview(prepared.step, number, batching, group.world_size))
         label_share = label_share or _label_share(prepared, previews[0])
     if group.is_first:
         sight = Sight(
             config=config,
             world_size=group.world_size,
-            facts=prepared.facts(config, done, group),
+            facts=prepared.facts(done),
             names=prepared.inputs.source_names,
             done=done,
             steps=prepared.steps,
@@ -90,8 +92,8 @@ def _look(config: RunConfig, group: Group, watch: Watch, seen: list[Sight]) -> b
     return True
 
 
-def _label_share(prepared: Prepared, preview: Preview) -> float:
-    candidates = preview.candidates
+def _label_share(prepared: Prepared, coming: Preview) -> float:
+    candidates = coming.candidates
     labels = prepared.inputs.sampler.examples.label_counts(candidates.indices)
     return float(labels.sum() / candidates.lengths.sum())
 
@@ -101,7 +103,7 @@ def _places(config: RunConfig, prepared: Prepared) -> dict[str, str]:
     assert prepared.directory is not None  # this is the first rank
     path = prepared.directory.path
     folder = path if config.output_dir else path.with_name("DATE-TIME")
-    every, evaluates = config.checkpoint.every, prepared.evaluator is not None
+    every, evaluates = config.checkpoint.every, prepared.evaluator.evaluates
     saved = f"{folder}/checkpoints: every {every} steps and at the end, the last {config.checkpoint.keep} are kept"
     best = ": the best by held-out loss, and the last in adapter_last" if config.eval.every != 0 and evaluates else ""
     examples = ", examples.parquet" if config.audit and not config.data.streaming else ""
@@ -119,9 +121,9 @@ def _show(sight: Sight, console: Console) -> None:
         console.print(fact, soft_wrap=True)
     if sight.previews:
         console.print(by_source(sight.previews[0], sight.names))
-    for preview in sight.previews:
-        console.print(arithmetic(preview), soft_wrap=True)
-    if any(preview.plan is not None for preview in sight.previews):
+    for coming in sight.previews:
+        console.print(arithmetic(coming), soft_wrap=True)
+    if any(len(coming.plan.positions) for coming in sight.previews):
         console.print("who is picked, only sketches tell: here the coreset is drawn at random with the step's quotas")
     if sight.previews:
         console.print(_planned(sight), soft_wrap=True, end="")
@@ -134,13 +136,13 @@ def _show(sight: Sight, console: Console) -> None:
 
 def _planned(sight: Sight) -> str:
     """The plan of the step with the longest micro-batch, or why this run cannot be planned."""
-    found = [_batches(preview) for preview in sight.previews]
+    found = [_batches(coming) for coming in sight.previews]
     widest = max(found, key=lambda batches: max(map(sum, chain(batches.sketched, batches.trained))))
     candidates, plan = sight.previews[0].candidates, sight.previews[0].plan
     options = PlanConfig(
         world_size=sight.world_size,
         tokens=max(2, round(float(candidates.lengths.double().mean()))),
-        sources=1 if plan is None else max(1, plan.num_groups),
+        sources=max(1, plan.num_groups),
         label_share=sight.label_share,
     )
     try:
@@ -149,11 +151,10 @@ def _planned(sight: Sight) -> str:
         return f"memory is not planned: {error}\n"
 
 
-def _batches(preview: Preview) -> Batches:
+def _batches(coming: Preview) -> Batches:
     """Of the busiest rank."""
-    lengths = preview.candidates.lengths
-    shares = () if preview.plan is None else preview.plan.shares
-    return Batches(_busiest(shares, lengths), _busiest(preview.routed.micro_batches, lengths))
+    lengths = coming.candidates.lengths
+    return Batches(_busiest(coming.plan.shares, lengths), _busiest(coming.routed.micro_batches, lengths))
 
 
 def _busiest(shares: Sequence[Sequence[tuple[int, ...]]], lengths: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -26,7 +26,19 @@ _TOKENS_PER_TRAINED = 4
 """A forward without a graph fits more tokens than one that is trained: this many times as many."""
 
 
-class Evaluator:
+class NoEvaluator:
+    """Stands where there are no held-out examples."""
+
+    evaluates = False
+
+    def __init__(self) -> None:
+        self.left_out: dict[str, int] = {}
+
+    def __call__(self, module: ExampleLoss, step: int, *, whole: bool) -> Evaluation:
+        raise AssertionError("there are no held-out examples")
+
+
+class HeldOutEvaluator:
     """Evaluates one model on the held-out examples, or on a sample of them that is the same every time.
 
     Args:
@@ -36,6 +48,8 @@ class Evaluator:
         micro_batch_tokens: Token budget of a training micro-batch.
         entered: Told that an evaluation is under way, once per micro-batch.
     """
+
+    evaluates = True
 
     def __init__(
         self,

@@ -23,8 +23,8 @@ Shares = tuple[tuple[MicroBatch, ...], ...]
 _MOST_EVEN = 8
 """Ranks, at most, among which a number of micro-batches is made to go up evenly."""
 REUSED = 0.75
-"""Work of a token whose forward is reused: with activation checkpointing one that is not takes two forwards and a backward of about
-two more, and this one saves the first."""
+"""Work of a token whose forward is reused: with activation checkpointing any other takes two forwards and a backward of
+about two more, and this one saves the first."""
 _SWAPS = 4
 """Swaps, at most, for each part that examples are shared out to."""
 
@@ -97,7 +97,7 @@ def route(
     tokens = lengths.tolist()
     costs = _Costs(tokens, packed)
     order = costs.longest_first(positions.tolist())
-    at = [-1] * len(tokens) if held_on is None else held_on.tolist()
+    at: list[int] = [-1] * len(tokens) if held_on is None else held_on.tolist()
     local = [[position for position in order if at[position] == rank] for rank in range(world_size)]
     saved = [REUSED * sum(tokens[position] for position in of_rank) for of_rank in local]
     dealt = _share_out([position for position in order if at[position] < 0], tokens, world_size, saved)
@@ -108,7 +108,7 @@ def route(
 
     if count:
         token_budget = len(tokens) * max(tokens)
-    reused = grouped(local) if any(local) else local
+    reused: list[list[list[int]]] = grouped(local) if any(local) else [[] for _ in local]
     shares = [[*first, *rest] for first, rest in zip(reused, grouped(dealt))]
     own = [[*first, *rest] for first, rest in zip(local, dealt)]
     return Route(

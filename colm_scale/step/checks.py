@@ -28,13 +28,21 @@ def check_update(update: Update, step: int) -> None:
         )
 
 
-def check_losses(candidates: Candidates, selection: Selection, losses: Tensor) -> None:
-    """A loss of the coreset that is not finite ends the run before the weights change. ``losses`` is ``[n]``."""
+def check_losses(candidates: Candidates, selection: Selection, losses: Tensor, *, updated: bool = False) -> None:
+    """Refuse a loss of the coreset that is not finite.
+
+    Args:
+        losses: ``[n]`` of the candidates.
+        updated: Whether the optimizer has made its step already, as where the loop is another library's.
+
+    Raises:
+        TrainingError: Names step and ids.
+    """
     bad = selection.positions[~losses[selection.positions].isfinite()]
     if len(bad):
-        ids = candidates.ids[bad].tolist()
+        ids, changed = candidates.ids[bad].tolist(), "changed" if updated else "not changed"
         raise TrainingError(
             f"step {candidates.step}: the training loss of {len(ids)} selected example(s) is not finite, "
-            f"ids {ids[:8]}{' ...' if len(ids) > 8 else ''}; the adapter was not changed by this step. "
+            f"ids {ids[:8]}{' ...' if len(ids) > 8 else ''}; the adapter was {changed} by this step. "
             f"Try a smaller --train.learning_rate, or look at these rows of the data"
         )

@@ -70,17 +70,7 @@ class Drift:
 
 
 class SourceRefresh(Protocol):
-    """Knows each example's source as it is now. Equal on every rank.
-
-    Attributes:
-        kept: ``[Q]`` bool, the sources that the rule keeps.
-        shares: ``[Q]`` of the sources by their sizes now, see `source_shares`.
-    """
-
-    kept: Tensor
-
-    @property
-    def shares(self) -> Tensor | None: ...
+    """Knows each example's source as it is now. Equal on every rank."""
 
     def relabelled(self, candidates: Candidates) -> Candidates:
         """The candidates of a step with their sources of now."""
@@ -91,8 +81,8 @@ class SourceRefresh(Protocol):
     def gather(self, candidates: Candidates) -> None:
         """Put together what all ranks have seen in a step. All ranks call it together."""
 
-    def __call__(self, step: int) -> Drift | None:
-        """Re-cluster after a step if that is due. All ranks call it together."""
+    def __call__(self, step: int, state: SourceState) -> Drift | None:
+        """Re-cluster after a step if that is due, and renew the ``state``. All ranks call it together."""
 
     def state(self) -> dict[str, Tensor]:
         """What is known, on the first rank; part of a checkpoint."""
@@ -108,13 +98,6 @@ class SourceRefresh(Protocol):
 class FixedSources(SourceRefresh):
     """Leaves every example in the source that the data gives it."""
 
-    def __init__(self, kept: Tensor, shares: Tensor | None):
-        self.kept, self._shares = kept, shares
-
-    @property
-    def shares(self) -> Tensor | None:
-        return self._shares
-
     def relabelled(self, candidates: Candidates) -> Candidates:
         return candidates
 
@@ -124,7 +107,7 @@ class FixedSources(SourceRefresh):
     def gather(self, candidates: Candidates) -> None:
         """Nothing was looked at."""
 
-    def __call__(self, step: int) -> Drift | None:
+    def __call__(self, step: int, state: SourceState) -> Drift | None:
         return None
 
     def state(self) -> dict[str, Tensor]:
@@ -191,7 +174,7 @@ class ReclusteredSources(SourceRefresh):
                 self._seen.pop(int(candidates.ids[position]), None)
                 self._seen[int(candidates.ids[position])] = int(candidates.sources[position]), state
 
-    def __call__(self, step: int) -> Drift | None:
+    def __call__(self, step: int, state: SourceState) -> Drift | None:
         every = self._config.sources.refresh_every
         if step % every:
             return None
@@ -208,6 +191,7 @@ class ReclusteredSources(SourceRefresh):
         kept_before = self.kept
         self.kept = kept_sources(self.sizes, self._names, self._config.selection.kept_sources)
         self._seen = {}
+        state.renew(self.kept, self.shares)
         return Drift(
             step=step,
             examples=shared["examples"],

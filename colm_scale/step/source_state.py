@@ -1,4 +1,7 @@
-"""Kept sources, shares and coverage, followed while a run trains. Every rank knows the selections: nothing is exchanged."""
+"""Kept sources, shares and coverage, followed while a run trains.
+
+Every rank knows the selections, so nothing is exchanged.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,4 @@ class CoresetStep:
 
     def refresh_sources(self, number: int) -> Drift | None:
         """Re-cluster the sources after step ``number`` if that is due, and go by them from then on."""
-        drift = self.refresh(number)
-        if drift is not None:
-            self.select.sources.renew(self.refresh.kept, self.refresh.shares)
-        return drift
+        return self.refresh(number, self.select.sources)

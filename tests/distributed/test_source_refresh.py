@@ -8,18 +8,18 @@ import torch
 from support import worker
 
 CASES = (
-    *("followed", "followed_broken", "followed_broken_after", "followed_branched", "followed_stratified"),
-    "followed_replayed",
+    *("reclustered", "reclustered_broken", "reclustered_broken_after", "reclustered_branched", "reclustered_stratified"),
+    "reclustered_forward_reused",
 )
 PAIRS = (
-    ("auto", "followed"),
-    ("auto", "followed_broken"),
-    ("auto", "followed_branched"),
-    ("auto", "followed_stratified"),
-    ("fsdp", "followed"),
-    ("fsdp", "followed_replayed"),
-    ("zero3", "followed"),
-    ("auto > zero2", "followed_broken_after"),
+    ("auto", "reclustered"),
+    ("auto", "reclustered_broken"),
+    ("auto", "reclustered_branched"),
+    ("auto", "reclustered_stratified"),
+    ("fsdp", "reclustered"),
+    ("fsdp", "reclustered_forward_reused"),
+    ("zero3", "reclustered"),
+    ("auto > zero2", "reclustered_broken_after"),
 )
 
 
@@ -38,9 +38,9 @@ def test_two_ranks_do_what_one_does(ranks, alone, engine, case):
         assert told(cases[f"{engine}/{case}"]["steps"]) == told(expected)
 
 
-@pytest.mark.parametrize("case", ["followed_broken", "followed_broken_after"])
+@pytest.mark.parametrize("case", ["reclustered_broken", "reclustered_broken_after"])
 def test_a_run_goes_on_bit_for_bit(alone, case):
-    whole, broken = alone["followed"], alone[case]
+    whole, broken = alone["reclustered"], alone[case]
     assert told(broken["steps"]) == told(whole["steps"])
     assert all(torch.equal(broken["adapters"][name], value) for name, value in whole["adapters"].items())
 
@@ -64,7 +64,7 @@ def test_examples_have_the_source_that_they_moved_to(alone, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "looked_at"), [("followed", 48), ("followed_branched", 48), ("followed_stratified", 24)]
+    ("case", "looked_at"), [("reclustered", 48), ("reclustered_branched", 48), ("reclustered_stratified", 24)]
 )
 def test_every_candidate_is_known_where_the_model_sketches(alone, case, looked_at):
     """And where it does not, the coreset; within an epoch, which is four steps, no example comes twice."""
@@ -73,9 +73,9 @@ def test_every_candidate_is_known_where_the_model_sketches(alone, case, looked_a
 
 
 def test_following_costs_no_forward(alone, ranks):
-    for steps in (alone["followed"]["steps"], *(cases["zero3/followed"]["steps"] for cases in ranks)):
+    for steps in (alone["reclustered"]["steps"], *(cases["zero3/reclustered"]["steps"] for cases in ranks)):
         for step in steps:
             assert step["forwards"] == step["sketched_batches"] + step["trained_batches"]
     for cases in ranks:
-        exchanged = {step["bytes"]["sources"] for step in cases["auto/followed"]["steps"]}
+        exchanged = {step["bytes"]["sources"] for step in cases["auto/reclustered"]["steps"]}
         assert exchanged == {4 * 24 * 65}

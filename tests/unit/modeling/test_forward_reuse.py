@@ -5,7 +5,7 @@ import torch
 from support.families import FAMILIES, adapted_model, base_model, batch_of, some_of, with_adapters
 
 from colm_scale.errors import UserError
-from colm_scale.modeling.forward_reuse import BlockInputs
+from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -35,8 +35,8 @@ def gradients(module: ExampleLoss, batch: Batch) -> list[torch.Tensor]:
     return [losses.detach(), *(p.grad.clone() for p in module.parameters() if p.requires_grad)]
 
 
-def keep(inputs: BlockInputs, module: ExampleLoss, most: int = 9) -> None:
-    with torch.no_grad(), inputs.keeping(most):
+def keep(inputs: HeldBlockInputs, module: ExampleLoss, most: int = 9) -> None:
+    with torch.no_grad(), inputs.holding(most):
         for rows in SKETCHED:
             module(some_of(ALL, rows, packed=module.packs))
 
@@ -48,11 +48,11 @@ def test_losses_and_gradients_are_those_of_a_second_forward(family, packs, store
     module = module_of(family, packs)
     trained = some_of(ALL, TRAINED, packed=module.packs)
     expected = gradients(module, trained)
-    inputs = BlockInputs(module, live, store)
+    inputs = HeldBlockInputs(module, live, store)
     keep(inputs, module)
     inputs.arrange([trained])
     ran = count_calls(module)
-    with inputs.replaying(trained):
+    with inputs.reusing(trained):
         losses = module(trained)
     assert [calls > 0 for calls in ran] == [number >= live for number in range(3)]
     module.zero_grad()
@@ -79,7 +79,7 @@ def count_calls(module: ExampleLoss) -> list[int]:
 
 def test_without_a_graph_below_nothing_is_held_but_the_inputs():
     module = module_of("llama", packs=True)
-    inputs = BlockInputs(module, 2)
+    inputs = HeldBlockInputs(module, 2)
     keep(inputs, module)
     assert sum(x.numel() for kept in inputs._kept for x in kept.inputs) * 4 == sum(ALL.lengths) * inputs.bytes_per_token
     trained = some_of(ALL, TRAINED, packed=True)
@@ -87,7 +87,7 @@ def test_without_a_graph_below_nothing_is_held_but_the_inputs():
     assert not inputs._kept
     (arranged,) = inputs._arranged.values()
     assert [len(x) for x in arranged] == [sum(trained.lengths)] * 3
-    with inputs.replaying(trained):
+    with inputs.reusing(trained):
         losses = module(trained)
     losses.sum().backward()
     assert [x.numel() for x in arranged[:2]] == [0, 0]  # let go of one by one
@@ -95,7 +95,7 @@ def test_without_a_graph_below_nothing_is_held_but_the_inputs():
 
 def test_only_as_many_micro_batches_are_kept_as_asked_for():
     module = module_of("llama", packs=True)
-    inputs = BlockInputs(module, 1)
+    inputs = HeldBlockInputs(module, 1)
     keep(inputs, module, most=1)
     assert [kept.batch.positions.tolist() for kept in inputs._kept] == [SKETCHED[0]]
     inputs.arrange([])
@@ -105,13 +105,13 @@ def test_only_as_many_micro_batches_are_kept_as_asked_for():
 
 def test_a_batch_that_only_keeps_step_starts_from_zeros():
     module = module_of("llama", packs=True)
-    inputs = BlockInputs(module, 2)
+    inputs = HeldBlockInputs(module, 2)
     keep(inputs, module, most=0)
     empty = some_of(ALL, [1], packed=True)
     empty = Batch(*(getattr(empty, n) for n in ("input_ids", "attention_mask", "targets")), torch.arange(0),
                   empty.lengths, empty.packing)
     inputs.arrange([empty])
-    with inputs.replaying(empty):
+    with inputs.reusing(empty):
         losses = module(empty)
     module.zero_grad()
     (losses * torch.zeros(1)).sum().backward()
@@ -121,4 +121,4 @@ def test_a_batch_that_only_keeps_step_starts_from_zeros():
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"attention_dropout": 0.1}])
 def test_dropout_is_refused(options):
     with pytest.raises(UserError, match=r"--train\.forward_reuse needs a model without dropout"):
-        BlockInputs(ExampleLoss(adapted_model("llama", **options)), 1)
+        HeldBlockInputs(ExampleLoss(adapted_model("llama", **options)), 1)

@@ -12,7 +12,7 @@ from colm_scale.data.readers import builtin_as_rows
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.load import load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.run.evaluate import Evaluator
+from colm_scale.run.evaluate import HeldOutEvaluator
 
 CPU = torch.device("cpu")
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
@@ -26,10 +26,10 @@ def parts():
     return tokenizer, examples, ExampleLoss(load_model(ModelConfig(), torch.float32, CPU))
 
 
-def evaluator(parts, **options) -> Evaluator:
+def evaluator(parts, **options) -> HeldOutEvaluator:
     tokenizer, examples, _ = parts
     sizes, small = torch.tensor([600, 300, 100]), torch.tensor([False, False, True])
-    return Evaluator(examples, sizes, small, tokenizer, EvalConfig(**options), GROUP, 256, seed=0)
+    return HeldOutEvaluator(examples, sizes, small, tokenizer, EvalConfig(**options), GROUP, 256, seed=0)
 
 
 def test_means_are_over_the_natural_mixture_over_sources_and_over_small_ones(parts):

@@ -6,8 +6,8 @@ import pytest
 
 from colm_scale.config import EvalConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.reporting.facts import rounding_facts
+from colm_scale.run.prepare import resolve
 from colm_scale.run.schedule import evaluation_period, learning_rate, total_steps
-from colm_scale.run.train import resolve
 from colm_scale.sketch.zeroth_order import PERTURBATION
 
 

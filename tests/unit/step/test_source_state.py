@@ -4,7 +4,7 @@ import torch
 
 from colm_scale.config import DataConfig, RunConfig, SelectionConfig, SourcesConfig
 from colm_scale.records import Candidates, Selection, long_tensor
-from colm_scale.step.source_state import Observer
+from colm_scale.step.source_state import SourceState
 
 NONE = torch.zeros(3, dtype=torch.bool)
 SOURCES = long_tensor([0] * 6 + [1] * 3 + [2])
@@ -12,11 +12,11 @@ SOURCES = long_tensor([0] * 6 + [1] * 3 + [2])
 
 def kept_after(steps: int, config: RunConfig) -> list[tuple[bool, list[bool]]]:
     """Whether kept sources were chosen again after each step, and which they then are."""
-    observer, n, found = Observer(NONE, config), torch.arange(len(SOURCES)), []
+    state, n, found = SourceState(NONE, None, config), torch.arange(len(SOURCES)), []
     for step in range(1, steps + 1):
         candidates = Candidates(step, n, n, SOURCES, n)
-        again = observer.after(candidates, Selection(n[:4], torch.ones(4)), applied=True)
-        found.append((again, observer.recent.kept.tolist()))
+        again = state.after(candidates, Selection(n[:4], torch.ones(4)), applied=True)
+        found.append((again, state.kept.tolist()))
     return found
 
 
@@ -39,6 +39,7 @@ def test_where_sources_are_clustered_again_that_tells_which_are_kept():
 
 
 def test_what_was_no_update_has_trained_on_nothing():
-    observer, n = Observer(NONE, RunConfig(selection=SelectionConfig(coverage_floor=0.5))), torch.arange(len(SOURCES))
-    observer.after(Candidates(1, n, n, SOURCES, n), Selection(n[:4], torch.ones(4)), applied=False)
-    assert observer.coverage.owed.tolist() == [3_000_000, 1_500_000, 500_000]
+    config, n = RunConfig(selection=SelectionConfig(coverage_floor=0.5)), torch.arange(len(SOURCES))
+    state = SourceState(NONE, None, config)
+    state.after(Candidates(1, n, n, SOURCES, n), Selection(n[:4], torch.ones(4)), applied=False)
+    assert state.coverage.owed.tolist() == [3_000_000, 1_500_000, 500_000]

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 from support.runs import SOURCES, evaluation
 
-from colm_scale.config import RunConfig
 from colm_scale.reporting.summary import Evaluation
-from colm_scale.run.reports import Session
+from colm_scale.run.reports import NoReports
+from colm_scale.run.session import Session
 
 
 def kept(monkeypatch, *evaluations: Evaluation) -> list[int]:
     """The steps whose adapter is saved as the best so far, of evaluations one after the other."""
     saved, coming = [], iter(evaluations)
-    engine, inputs = SimpleNamespace(module=None), SimpleNamespace(source_names=SOURCES)
-    session = Session(
-        RunConfig(), None, inputs, None, engine, lambda _, step, whole: next(coming), group=None, meter=None
-    )
+    engine, evaluator = SimpleNamespace(module=None), Mock(evaluates=True, side_effect=lambda *_, whole: next(coming))
+    session = Session(engine, evaluator, NoReports(), group=None)
     monkeypatch.setattr(Session, "_save", lambda self, name: saved.append((name, self._best.step)))
     for one in evaluations:
         session.evaluate(one.step, whole=one.whole)
