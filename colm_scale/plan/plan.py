@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from colm_scale.config import RunConfig, SelectionConfig
+from colm_scale.config.checks import check_even_shares
 from colm_scale.config.plan import PlanConfig
 from colm_scale.config.user_functions import is_own
 from colm_scale.engines.base import trainable
@@ -19,7 +20,6 @@ from colm_scale.modeling.load import check_model
 from colm_scale.plan.fake import FakeModel, Tried, fake_model, tried
 from colm_scale.plan.memory import FLOAT32, Peaks, averages_of, peaks
 from colm_scale.records import Json
-from colm_scale.run.inputs import check_even_shares
 from colm_scale.selection.route import deal, form_micro_batches, route
 
 GIB = 2**30

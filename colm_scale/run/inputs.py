@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from colm_scale.clustering.cluster import check_installed
 from colm_scale.config import RunConfig
+from colm_scale.config.checks import check_even_shares
 from colm_scale.data.builtin import Split
 from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import Row, builtin_as_rows, read_rows
@@ -132,19 +133,6 @@ def _streamed(
         sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
     digest = surveyed.digest
     return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, digest, digest
-
-
-def check_even_shares(candidates: int, ranks: int) -> None:
-    """Refuse candidates that ranks cannot share evenly.
-
-    Raises:
-        UserError: They cannot.
-    """
-    if candidates % ranks:
-        raise UserError(
-            f"--selection.candidates is {candidates}, which {ranks} ranks cannot share evenly: "
-            f"give a multiple of {ranks}"
-        )
 
 
 def _check_ranks(config: RunConfig, group: Group) -> Json | None:

@@ -8,8 +8,8 @@ import torch
 from support import worker
 
 CASES = (
-    *("reclustered", "reclustered_broken", "reclustered_broken_after", "reclustered_branched", "reclustered_stratified"),
-    "reclustered_forward_reused",
+    *("reclustered", "reclustered_broken", "reclustered_broken_after", "reclustered_branched"),
+    *("reclustered_stratified", "reclustered_forward_reused"),
 )
 PAIRS = (
     ("auto", "reclustered"),

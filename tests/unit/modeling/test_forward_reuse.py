@@ -35,7 +35,7 @@ def gradients(module: ExampleLoss, batch: Batch) -> list[torch.Tensor]:
     return [losses.detach(), *(p.grad.clone() for p in module.parameters() if p.requires_grad)]
 
 
-def keep(inputs: HeldBlockInputs, module: ExampleLoss, most: int = 9) -> None:
+def hold(inputs: HeldBlockInputs, module: ExampleLoss, most: int = 9) -> None:
     with torch.no_grad(), inputs.holding(most):
         for rows in SKETCHED:
             module(some_of(ALL, rows, packed=module.packs))
@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_those_of_a_second_forward(family, packs, store
     trained = some_of(ALL, TRAINED, packed=module.packs)
     expected = gradients(module, trained)
     inputs = HeldBlockInputs(module, live, store)
-    keep(inputs, module)
+    hold(inputs, module)
     inputs.arrange([trained])
     ran = count_calls(module)
     with inputs.reusing(trained):
@@ -80,11 +80,12 @@ def count_calls(module: ExampleLoss) -> list[int]:
 def test_without_a_graph_below_nothing_is_held_but_the_inputs():
     module = module_of("llama", packs=True)
     inputs = HeldBlockInputs(module, 2)
-    keep(inputs, module)
-    assert sum(x.numel() for kept in inputs._kept for x in kept.inputs) * 4 == sum(ALL.lengths) * inputs.bytes_per_token
+    hold(inputs, module)
+    numbers = sum(x.numel() for held in inputs._held for x in held.inputs)
+    assert numbers * 4 == sum(ALL.lengths) * inputs.bytes_per_token
     trained = some_of(ALL, TRAINED, packed=True)
     inputs.arrange([trained])
-    assert not inputs._kept
+    assert not inputs._held
     (arranged,) = inputs._arranged.values()
     assert [len(x) for x in arranged] == [sum(trained.lengths)] * 3
     with inputs.reusing(trained):
@@ -93,20 +94,20 @@ def test_without_a_graph_below_nothing_is_held_but_the_inputs():
     assert [x.numel() for x in arranged[:2]] == [0, 0]  # let go of one by one
 
 
-def test_only_as_many_micro_batches_are_kept_as_asked_for():
+def test_only_as_many_micro_batches_are_held_as_asked_for():
     module = module_of("llama", packs=True)
     inputs = HeldBlockInputs(module, 1)
-    keep(inputs, module, most=1)
-    assert [kept.batch.positions.tolist() for kept in inputs._kept] == [SKETCHED[0]]
+    hold(inputs, module, most=1)
+    assert [held.batch.positions.tolist() for held in inputs._held] == [SKETCHED[0]]
     inputs.arrange([])
-    keep(inputs, module, most=0)
-    assert not inputs._kept
+    hold(inputs, module, most=0)
+    assert not inputs._held
 
 
 def test_a_batch_that_only_keeps_step_starts_from_zeros():
     module = module_of("llama", packs=True)
     inputs = HeldBlockInputs(module, 2)
-    keep(inputs, module, most=0)
+    hold(inputs, module, most=0)
     empty = some_of(ALL, [1], packed=True)
     empty = Batch(*(getattr(empty, n) for n in ("input_ids", "attention_mask", "targets")), torch.arange(0),
                   empty.lengths, empty.packing)
