@@ -160,8 +160,9 @@ CASES = {
     },
     "shared": Case(_selection(method="stratified", shares={"a": 5, "b": 1, "c": 2, "d": 0, "e": 1}, kept_sources=[])),
     "shared_ranked": Case(_selection(shares=0.5, kept_sources=[])),
-    "refreshed": Case(_selection(kept_sources=0.4), refresh_kept=2),
-    "refreshed_broken": Case(_selection(kept_sources=0.4), refresh_kept=2, break_after=3),
+    # Adam's moments that have just restarted make +1 or -1 of entries that are rounding noise; momentum does not.
+    "refreshed": Case(_selection(kept_sources=0.4), train={"optimizer": "sgd"}, refresh_kept=2),
+    "refreshed_broken": Case(_selection(kept_sources=0.4), train={"optimizer": "sgd"}, refresh_kept=2, break_after=3),
     "covered": Case(_selection(coverage_floor=0.45, kept_sources=[])),
     "covered_broken": Case(_selection(coverage_floor=0.45, kept_sources=[]), break_after=3),
     "loss": Case(_selection(estimator=LOSS), 3),
@@ -312,7 +313,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
     spans = Spans(group.device, memory_meter(group.device))
-    step = build_step(config, inputs, engine, tap, spans, group)
+    step = build_step(config, inputs, engine, tap if sketches else None, spans, group)
     spy = None
     if sketches and not config.train.compile:  # it looks at every operation, and nothing is compiled under such a look
         spy = step.select.sketch.estimator = EstimatorSpy(step.select.sketch.estimator, group)
