@@ -25,10 +25,11 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
-from colm_scale import arguments, trainer
+from colm_scale.config import command_line as arguments
 from colm_scale.distributed.group import Group, connect
-from colm_scale.inputs import Inputs, read_inputs
 from colm_scale.modeling.load import load_model
+from colm_scale.run.inputs import Inputs, read_inputs
+from colm_scale.run.prepare import resolve
 
 ARMS = {
     "full": ("--selection.method", "full"),
@@ -123,7 +124,7 @@ def main() -> None:
     group = connect()
     quiet = [*step_time.QUIET, "--selection.candidates", str(CANDIDATES), *options]
     steps = {arm: step_time.prepare([*quiet, *of_arm], group)[0] for arm, of_arm in ARMS.items()}
-    config = trainer.resolve(arguments.parse(quiet))
+    config = resolve(arguments.parse(quiet))
     inputs = read_inputs(config, group)
     mean = float(inputs.sampler.examples.lengths.double().mean())
     per_device = max(size for size in (1, 2, 4, 8, 16, 32, 64) if size * mean <= config.train.micro_batch_tokens)

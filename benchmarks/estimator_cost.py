@@ -23,14 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.data.batching import collate
-from colm_scale.distributed.estimators import make_estimator
 from colm_scale.distributed.group import Group
-from colm_scale.inputs import Inputs, read_inputs
+from colm_scale.estimators.estimators import make_estimator
 from colm_scale.modeling.load import add_adapters, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import global_draws
 from colm_scale.records import Batch, Candidates, Quota, Selection, long_tensor
+from colm_scale.run.inputs import Inputs, read_inputs
 from colm_scale.sketch.plan import plan_sketch
 from colm_scale.sketch.tap import Tap
 

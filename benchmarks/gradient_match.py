@@ -27,21 +27,24 @@ from arms import LOSS
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from colm_scale import arguments, assembly, trainer
+from colm_scale.config import command_line as arguments
 from colm_scale.data.batching import collate
-from colm_scale.distributed.engines import loading_device, make_engine
-from colm_scale.distributed.estimators import make_estimator
 from colm_scale.distributed.group import connect
+from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.errors import UserError
-from colm_scale.inputs import read_inputs
+from colm_scale.estimators.estimators import make_estimator
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, Candidates
-from colm_scale.selection.allocation import source_shares
+from colm_scale.run import assemble as assembly
+from colm_scale.run.inputs import read_inputs
+from colm_scale.run.prepare import resolve
+from colm_scale.run.schedule import learning_rate
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.route import form_micro_batches
 from colm_scale.selection.rule import SelectionRule, loss_shares
+from colm_scale.selection.shares import source_shares
 from colm_scale.sketch.plan import plan_sketch
 from colm_scale.sketch.tap import Tap
 
@@ -131,7 +134,7 @@ class Bench:
 
     def __init__(self, options: list[str], pool: int):
         torch.set_num_threads(1)
-        self._config = config = trainer.resolve(arguments.parse(options))
+        self._config = config = resolve(arguments.parse(options))
         self._group = group = connect()
         self._inputs = inputs = read_inputs(config, group)
         self._examples = inputs.sampler.examples
@@ -147,7 +150,7 @@ class Bench:
     def train(self, numbers: Iterable[int], of: int) -> None:
         """Train these steps of a run of so many on random candidates."""
         for number in numbers:
-            self._step(number, trainer.learning_rate(self._config.train, number, of))
+            self._step(number, learning_rate(self._config.train, number, of))
 
     def products(self) -> Tensor:
         """``[N, N]`` float64 inner products of the gradients of the pool's examples, over all adapters."""

@@ -94,16 +94,18 @@ def _prepared(options: list[str]):
     import torch
     import transformers
 
-    from colm_scale import arguments, assembly, trainer
-    from colm_scale.distributed.engines import loading_device, make_engine
+    from colm_scale.config import command_line as arguments
     from colm_scale.distributed.group import connect
-    from colm_scale.inputs import read_inputs
+    from colm_scale.engines.choose import loading_device, make_engine
     from colm_scale.profiling.memory import memory_meter
     from colm_scale.profiling.spans import Spans
+    from colm_scale.run import assemble as assembly
+    from colm_scale.run.inputs import read_inputs
+    from colm_scale.run.prepare import resolve
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    config = trainer.resolve(arguments.parse(options))
+    config = resolve(arguments.parse(options))
     group = connect()
     inputs = read_inputs(config, group)
     module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)

@@ -25,19 +25,21 @@ import rows
 import torch
 import transformers
 
-from colm_scale import arguments, assembly, trainer
-from colm_scale.distributed.ds_config import read_ds_config
-from colm_scale.distributed.engines import loading_device, make_engine
+from colm_scale.config import command_line as arguments
+from colm_scale.config.plan import PlanConfig
 from colm_scale.distributed.group import connect
-from colm_scale.inputs import read_inputs
+from colm_scale.engines.choose import loading_device, make_engine
+from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.modeling.load import check_model
-from colm_scale.planning.config import PlanConfig
-from colm_scale.planning.fake import FakeModel, fake_model, tried
-from colm_scale.planning.memory import peaks
-from colm_scale.planning.plan import arranged
-from colm_scale.profiling.live import LiveBytes
+from colm_scale.plan.fake import FakeModel, fake_model, tried
+from colm_scale.plan.memory import peaks
+from colm_scale.plan.plan import arranged
+from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
+from colm_scale.run import assemble as assembly
+from colm_scale.run.inputs import read_inputs
+from colm_scale.run.prepare import resolve
 
 BUDGET, CANDIDATES = 64, 128
 ARMS = {
@@ -75,7 +77,7 @@ def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, opt
                 budget = micro or share_tokens(arm, ranks, tokens)
                 given = [*base, *ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget)]
                 given += ["--train.activation_checkpointing", str(checkpointing).lower()]
-                config = trainer.resolve(arguments.parse(given))
+                config = resolve(arguments.parse(given))
                 if fake is None or engine == "FSDP2":  # which shards the one it is given
                     fake = fake_model(arguments.parse([*given, "--selection.method", "colm"]), of, known)
                 found = predicted(config, fake, ranks, tokens)
@@ -133,7 +135,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     budget = 512 if accumulated else 10**6
     given = [*ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget), *options]
     given += ["--train.activation_checkpointing", str(checkpointing).lower(), "--profile.display", "off"]
-    config = trainer.resolve(arguments.parse(given))
+    config = resolve(arguments.parse(given))
     group = connect()
     inputs = read_inputs(config, group)
     examples = inputs.sampler.examples

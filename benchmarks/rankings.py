@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colm_scale.selection.exact import whole_numbers
-from colm_scale.selection.ranking import Ranked
+from colm_scale.selection.ranking.exact import whole_numbers
+from colm_scale.selection.ranking.rank import Ranked
 
 _RIDGE = 0.5
 _ENTRY = 10.0

@@ -21,19 +21,19 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.data.builtin import SOURCES
-from colm_scale.distributed.estimators import Estimator, LastLayer, ZerothOrder
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
+from colm_scale.estimators.estimators import Estimator, LastLayer, ZerothOrder
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, SketchPlan, long_tensor
-from colm_scale.selection import facility
 from colm_scale.selection.moments import AdamMoments
-from colm_scale.selection.partition import partitioned_greedy
 from colm_scale.selection.quota import kept_sources
+from colm_scale.selection.ranking import facility
+from colm_scale.selection.ranking.partition import partitioned_greedy
+from colm_scale.selection.ranking.similarity import similarities
 from colm_scale.selection.route import route
 from colm_scale.selection.rule import SelectionRule
-from colm_scale.selection.similarity import similarities
 from colm_scale.sketch.plan import plan_sketch
 
 CPU = torch.device("cpu")

@@ -23,10 +23,11 @@ import step_time
 import torch
 import transformers
 
-from colm_scale import arguments, trainer
+from colm_scale.config import command_line as arguments
 from colm_scale.distributed.group import connect
-from colm_scale.inputs import read_inputs
 from colm_scale.randomness import generator
+from colm_scale.run.inputs import read_inputs
+from colm_scale.run.prepare import resolve
 from colm_scale.selection.route import deal, form_micro_batches, route
 
 RANKS = (1, 2, 4)
@@ -71,7 +72,7 @@ def start(kind: str, ranks: int, candidates: int, rounds: int, options: list[str
 
 def balance(draws: int, options: list[str]) -> None:
     """Tokens of the busiest rank over the mean, for random candidates of real lengths; half of them are trained."""
-    inputs = read_inputs(trainer.resolve(arguments.parse(options)), connect())
+    inputs = read_inputs(resolve(arguments.parse(options)), connect())
     examples, ways = inputs.sampler.examples, {"padded": (False, False), "even, packed": (True, True)}
     for n in (128, 256):
         for ranks in (2, 4, 8):

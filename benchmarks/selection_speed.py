@@ -25,9 +25,9 @@ from scale import draw_rows
 from torch import Tensor
 
 from colm_scale.randomness import generator
-from colm_scale.selection import facility
-from colm_scale.selection.line import medoids_on_line
-from colm_scale.selection.similarity import similarities
+from colm_scale.selection.ranking import facility
+from colm_scale.selection.ranking.line import medoids_on_line
+from colm_scale.selection.ranking.similarity import similarities
 
 COLUMNS = 64
 DATA = {

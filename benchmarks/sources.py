@@ -22,7 +22,7 @@ from random import Random
 
 import rows
 
-COMMAND = "from colm_scale.cli import main; main()"
+COMMAND = "from colm_scale.cli.main import main; main()"
 
 
 def agreement(name: str, path: Path, most: int, arm: str, options: list[str]) -> None:

@@ -31,14 +31,16 @@ import runs
 import torch
 import transformers
 
-from colm_scale import arguments, assembly, trainer
 from colm_scale.config import ModelConfig
-from colm_scale.distributed.engines import loading_device, make_engine
+from colm_scale.config import command_line as arguments
 from colm_scale.distributed.group import Group, connect
-from colm_scale.inputs import read_inputs
+from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.modeling.load import load_tokenizer
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
+from colm_scale.run import assemble as assembly
+from colm_scale.run.inputs import read_inputs
+from colm_scale.run.prepare import resolve
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
 
@@ -60,7 +62,7 @@ WARM_UP = 5
 
 def prepare(options: list[str], group: Group) -> tuple:
     """A run's step, and what an estimator does to a micro-batch beyond a bare forward, if it does anything."""
-    config = trainer.resolve(arguments.parse(options))
+    config = resolve(arguments.parse(options))
     inputs = read_inputs(config, group)
     module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)

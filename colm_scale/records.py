@@ -104,6 +104,11 @@ class SketchPlan:
         mine = long_tensor([position for micro_batch in self.shares[rank] for position in micro_batch])
         return torch.searchsorted(self.positions, mine)
 
+    @classmethod
+    def of_nobody(cls, ranks: int) -> SketchPlan:
+        """The plan of a method that sketches no candidate."""
+        return cls(long_tensor([]), long_tensor([]), 0, ((),) * ranks)
+
     @property
     def forwarded(self) -> Tensor:
         """``[s]`` bool, the rows of the candidate matrix that some rank computes."""
@@ -133,6 +138,12 @@ class CandidateMatrix:
     rows: Tensor
     valid: Tensor
     losses: Tensor
+
+    @classmethod
+    def without_rows(cls) -> CandidateMatrix:
+        """The matrix of a step in which nobody was sketched."""
+        nothing = torch.zeros(0)
+        return cls(long_tensor([]), nothing.view(0, 0), nothing.bool(), nothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +201,14 @@ class Route:
     Attributes:
         micro_batches: ``micro_batches[rank][j]`` is a tuple of positions; every rank has the same number of
             micro-batches, and an empty tuple stands for a zero-weight one that only keeps the collectives in step.
-        replayed: How many of each rank's micro-batches, the first ones, start from what the sketch has kept.
-        work: ``work[rank]`` what each rank's share costs: its tokens, a replayed one counted as `REPLAYED`.
+        reused: How many of each rank's micro-batches, the first ones, start from block inputs that the sketch holds.
+        work: ``work[rank]`` what each rank's share costs: its tokens, one that starts so counted as `REUSED`.
         tokens: ``tokens[rank]`` real tokens (without padding) each rank trains on.
         padded_tokens: The same with padding, which is what is computed.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
-    replayed: int
+    reused: int
     work: tuple[float, ...]
     tokens: tuple[int, ...]
     padded_tokens: tuple[int, ...]
@@ -288,12 +299,12 @@ class MicroBatch:
 
     Attributes:
         shares: ``[B]`` what each of its losses counts for; zero in one that only keeps step.
-        replayed: Whether it starts from what the sketch has kept.
+        reuses_forward: Whether it starts from block inputs that the sketch holds.
     """
 
     batch: Batch
     shares: Tensor
-    replayed: bool
+    reuses_forward: bool
 
 
 @dataclass(frozen=True, slots=True)

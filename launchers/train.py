@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs without being installed
 
-from colm_scale.cli import train
+from colm_scale.cli.main import train
 
 if __name__ == "__main__":
     train()

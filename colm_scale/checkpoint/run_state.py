@@ -18,15 +18,12 @@ from colm_scale import __version__
 from colm_scale.checkpoint.identity import check_same_run
 from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
-from colm_scale.data.sampler import Sampler
-from colm_scale.distributed.engine import Engine, LossScale, collect, restore
-from colm_scale.distributed.estimators import Estimator
-from colm_scale.distributed.follow import Follower
 from colm_scale.distributed.group import Group
-from colm_scale.distributed.observer import Observer
+from colm_scale.engines.base import LossScale, collect, restore
 from colm_scale.errors import UserError
 from colm_scale.records import Json
 from colm_scale.reporting.run_directory import finite
+from colm_scale.step.step import CoresetStep
 
 
 class Counters(Protocol):
@@ -44,8 +41,8 @@ class RunState:
         folder: On the first rank; None elsewhere, or if the run keeps no checkpoints.
         identity: What makes this run this run, see `checkpoint.identity`.
         facts: Written down for people: source table, schedule.
-        sampler, engine, estimator, observer, session: The parts; no estimator where the method does not sketch.
-        follower: Where sources are found anew.
+        step: The parts that make the steps: sampler, selection, engine.
+        session: What was counted and evaluated.
     """
 
     def __init__(
@@ -53,18 +50,14 @@ class RunState:
         folder: CheckpointFolder | None,
         identity: Mapping[str, object],
         facts: Mapping[str, object],
-        sampler: Sampler,
-        engine: Engine,
-        estimator: Estimator | None,
-        observer: Observer,
+        step: CoresetStep,
         session: Counters,
         group: Group,
-        follower: Follower | None = None,
     ):
         self._folder, self._identity, self._facts = folder, identity, facts
-        self._sampler, self._engine, self._session, self._group = sampler, engine, session, group
-        self._selection = SelectionState(estimator, observer, group)
-        self._follower = follower
+        self._sampler, self._engine, self._session, self._group = step.sampler, step.train.engine, session, group
+        self._refresh, self._sources = step.refresh, step.select.sources
+        self._selection = SelectionState(step.select.sketch.estimator, self._sources, group)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step. All ranks call it together.
@@ -73,8 +66,8 @@ class RunState:
             TrainingError: On the first rank: it cannot be written.
         """
         tensors = collect(self._engine, keep=self._group.is_first) | self._selection.tensors(step)
-        if self._follower is not None:
-            tensors["followed"] = self._follower.state()
+        if clusters := self._refresh.state():
+            tensors["clusters"] = clusters
         with self._group.together():
             if self._folder is not None:
                 state = finite(self._state(step))
@@ -111,8 +104,7 @@ class RunState:
         self._engine.updates = state["updates"]
         self._engine.scale = LossScale(**state["loss_scale"])
         self._selection.put_back(state["moment_steps"], None if found is None else found.tensors)
-        if self._follower is not None:
-            self._follower.load(None if found is None else found.tensors["followed"], self._selection.kept)
+        self._refresh.load(None if found is None else found.tensors.get("clusters"), self._sources)
         self._sampler.load(state["sampler"])
         self._session.load(state["session"])
 

@@ -8,62 +8,54 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from colm_scale.distributed.estimators import Estimator
 from colm_scale.distributed.group import Group
-from colm_scale.distributed.observer import Observer
+from colm_scale.estimators.estimators import Estimator
 from colm_scale.selection.coverage import Coverage
-from colm_scale.selection.recent import RecentSources
+from colm_scale.selection.kept_sources import RecentSources
+from colm_scale.step.source_state import SourceState
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by file stem and name."""
 
 
 class SelectionState:
-    """Collects and puts back what an estimator (None where the method does not sketch) and an observer know."""
+    """Collects and puts back what the estimator has learned and what is known of the sources."""
 
-    def __init__(self, estimator: Estimator | None, observer: Observer, group: Group):
-        self._estimator, self._observer, self._group = estimator, observer, group
-
-    @property
-    def kept(self) -> Tensor:
-        """``[Q]`` bool, the sources that are kept in the next step."""
-        return self._observer.recent.kept
+    def __init__(self, estimator: Estimator, sources: SourceState, group: Group):
+        self._estimator, self._known, self._group = estimator, sources, group
 
     @property
-    def moment_steps(self) -> int | None:
+    def moment_steps(self) -> int:
         """From how many steps the moments have learned."""
-        return None if self._estimator is None else self._estimator.moments.step
+        return self._estimator.moments.step
 
     def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
         """All of it after ``step``; equal on every rank."""
-        found = {"sources": self._sources()}
-        if self._estimator is not None:
-            found["moments"] = self._estimator.moments.tensors()
-            if self._estimator.store is not None:
-                found["sketches"] = self._estimator.store.state(step)
-        return found
+        found = {"sources": self._sources(), "moments": self._estimator.moments.tensors()}
+        if self._estimator.store is not None:
+            found["sketches"] = self._estimator.store.state(step)
+        return {name: tensors for name, tensors in found.items() if tensors}
 
-    def put_back(self, moment_steps: int | None, saved: Files | None) -> None:
+    def put_back(self, moment_steps: int, saved: Files | None) -> None:
         """Go on from what `tensors` has returned: ``saved`` on the first rank; the others pass None. All ranks call it
         together.
 
         Raises:
             KeyError: Something is not in it.
         """
-        if self._estimator is not None:
-            assert moment_steps is not None
-            moments = self._estimator.moments
+        moments = self._estimator.moments
+        if moments.tensors():
             of_moments = self._shared(moments.tensors(), None if saved is None else saved["moments"])
             self._estimator.moments = moments.with_tensors(of_moments, moment_steps)
-            if self._estimator.store is not None:
-                self._estimator.store.keep(**self._sketches(None if saved is None else saved["sketches"]))
+        if self._estimator.store is not None:
+            self._estimator.store.keep(**self._sketches(None if saved is None else saved["sketches"]))
         of_sources = self._shared(self._sources(), None if saved is None else saved["sources"])
         of_sources = {name: value.cpu() for name, value in of_sources.items()}
-        self._observer.recent = RecentSources(kept=of_sources["kept"], seen=of_sources["seen"])
-        self._observer.coverage = Coverage(of_sources["owed"])
+        self._known.recent = RecentSources(kept=of_sources["kept"], seen=of_sources["seen"])
+        self._known.coverage = Coverage(of_sources["owed"])
 
     def _sources(self) -> dict[str, Tensor]:
-        parts = [dataclasses.asdict(part) for part in (self._observer.recent, self._observer.coverage)]
+        parts = [dataclasses.asdict(part) for part in (self._known.recent, self._known.coverage)]
         return {name: value for part in parts for name, value in part.items()}
 
     def _sketches(self, saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

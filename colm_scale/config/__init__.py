@@ -15,10 +15,10 @@ from typing import Literal
 import yaml
 
 from colm_scale.config.checks import require
-from colm_scale.config.own import is_own
 from colm_scale.config.selection import SelectionConfig as SelectionConfig  # whoever needs it has it from here
 from colm_scale.config.sources import SourcesConfig as SourcesConfig
 from colm_scale.config.track import TrackConfig
+from colm_scale.config.user_functions import is_own
 from colm_scale.errors import UserError
 
 COLUMN_ROLES = ("source", "protected", "instruction", "input", "output", "prompt", "completion", "messages")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from colm_scale.config import own
+from colm_scale.config import user_functions as own
 from colm_scale.config.checks import require
 from colm_scale.config.shares import Shares, is_file, parse_shares, read_shares
 from colm_scale.errors import UserError
@@ -144,6 +144,11 @@ class SelectionConfig:
                 f"--selection.candidates {self.candidates} are too many to compare each with each other, as "
                 f"--selection.ranking matching does: give at most {MOST_COMPARED}, or --selection.ranking facility"
             )
+
+    @property
+    def sketches(self) -> bool:
+        """Whether the method compares candidates by sketches."""
+        return self.method == "colm"
 
     def check_own(self) -> None:
         """Load the functions of the user's that the method uses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,22 +26,30 @@ def collate(
     return make_batch([row.long() for row in rows], labelled, positions, pad_id, device, packed=packed)
 
 
-def collate_share(
-    examples: Examples,
-    candidates: Candidates,
-    share: Sequence[tuple[int, ...]],
-    pad_id: int,
-    device: torch.device,
-    *,
-    packed: bool = False,
-) -> list[Batch]:
-    """A rank's micro-batches, tuples of positions; an empty one holds the shortest candidate, at no position."""
-    batches = []
-    shortest = candidates.indices[candidates.lengths.argmin().view(1)]
-    for positions in map(long_tensor, share):
-        indices = candidates.indices[positions] if len(positions) else shortest
-        batches.append(collate(examples, indices, positions, pad_id, device, packed=packed))
-    return batches
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How the examples of a step become micro-batches.
+
+    Attributes:
+        pad_id: Token that padding is made of.
+        token_budget: Most tokens of a micro-batch, padding included; a longer example forms one of its own.
+        packed: Whether examples are put one after the other rather than padded.
+        device: Where micro-batches are computed.
+    """
+
+    pad_id: int
+    token_budget: int
+    packed: bool
+    device: torch.device
+
+    def share(self, examples: Examples, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
+        """A rank's micro-batches, tuples of positions; an empty one holds the shortest candidate, at no position."""
+        batches = []
+        shortest = candidates.indices[candidates.lengths.argmin().view(1)]
+        for positions in map(long_tensor, share):
+            indices = candidates.indices[positions] if len(positions) else shortest
+            batches.append(collate(examples, indices, positions, self.pad_id, self.device, packed=self.packed))
+        return batches
 
 
 def make_batch(
@@ -113,16 +122,16 @@ class _Mover:
 
 
 def weighted(
-    batches: Sequence[Batch], shares: Tensor, device: torch.device, replayed: int = 0
+    batches: Sequence[Batch], shares: Tensor, device: torch.device, reused: int = 0
 ) -> list[MicroBatch]:
     """Micro-batches to train on.
 
     Args:
         shares: ``[n]`` what each candidate's loss counts for.
-        replayed: How many of the first ones start from what the sketch has kept.
+        reused: How many of the first ones start from block inputs that the sketch holds.
     """
     found = []
     for number, batch in enumerate(batches):
         of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
-        found.append(MicroBatch(batch, of_batch.to(device), number < replayed))
+        found.append(MicroBatch(batch, of_batch.to(device), number < reused))
     return found

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from colm_scale.data.examples import Examples
+from colm_scale.data.recorded_selection import SelectionRecord, index_of
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates
-from colm_scale.selection.recorded import SelectionRecord, index_of
 
 
 class Sampler(Protocol):

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import DataConfig
 from colm_scale.data.examples import Examples, check_tokenizer, joined, none_left, read_chat_template, tokenise_block
-from colm_scale.data.labels import labelled
 from colm_scale.data.readers import Row, stream_rows
+from colm_scale.data.source_labels import labelled
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.randomness import generator
 from colm_scale.records import long_tensor

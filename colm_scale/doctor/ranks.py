@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from colm_scale.distributed.connectivity import Reach, try_ranks
 from colm_scale.distributed.group import launched
-from colm_scale.distributed.reach import Reach, try_ranks
 from colm_scale.doctor.finding import Finding
 
 _ROOT = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """The first half of a step, for a training loop that is not colm_scale's: candidates in, micro-batches to train on out.
 
-The parts, and so ids and losses, are those of `colm_scale.step`; what differs is who trains.
+The parts, and so ids and losses, are those of `colm_scale.step.step`; what differs is who trains.
 """
 
 from __future__ import annotations
@@ -10,35 +10,39 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.config import RunConfig, SelectionConfig
-from colm_scale.data.batching import collate_share, weighted
+from colm_scale.data.batching import Batching
 from colm_scale.data.examples import Examples
-from colm_scale.distributed.estimators import make_estimator
-from colm_scale.distributed.exchange import share_selection
+from colm_scale.distributed.examples import gather_examples
 from colm_scale.distributed.group import Group, connect
-from colm_scale.distributed.observer import Observer
-from colm_scale.distributed.reuse import reusing
-from colm_scale.distributed.rows import gather_examples
-from colm_scale.finite import check_sketches
+from colm_scale.engines.base import Update
+from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.reuse import reusing
 from colm_scale.integrations.candidates import Columns, as_examples, rows_of
 from colm_scale.integrations.model import prepare
 from colm_scale.integrations.options import LOOP, as_run
 from colm_scale.modeling.causal import CausalModel
+from colm_scale.modeling.forward_reuse import NoBlockInputs
 from colm_scale.profiling.memory import memory_meter
-from colm_scale.profiling.spans import Spans, over_ranks
-from colm_scale.randomness import generator
-from colm_scale.records import CandidateMatrix, Candidates, MicroBatch, Quota, Route, Selection, StepReport, long_tensor
-from colm_scale.selection import telemetry
-from colm_scale.selection.allocation import check_shares, source_shares
+from colm_scale.profiling.spans import Spans
+from colm_scale.records import Candidates, MicroBatch, Route, Selection, StepReport, long_tensor
 from colm_scale.selection.quota import kept_sources
-from colm_scale.selection.route import route
-from colm_scale.selection.rule import SelectionRule, loss_shares
-from colm_scale.sketch.plan import plan_sketch
+from colm_scale.selection.rule import SelectionRule
+from colm_scale.selection.shares import check_shares, source_shares
+from colm_scale.sketch.tap import Tap
+from colm_scale.step.checks import check_losses
+from colm_scale.step.measure import Measurement, Trained
+from colm_scale.step.select import Chosen, SelectionStage
+from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
+from colm_scale.step.source_refresh import FixedSources
+from colm_scale.step.source_state import SourceState
+from colm_scale.step.train import Routed, route_coreset
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +95,21 @@ class CoresetSelector:
         self.names = tuple(sorted(sources))
         self.columns = Columns(config.data.column("source"), config.data.column("protected"), self.names)
         self.sizes = long_tensor([sources[name] for name in self.names])
-        selection = config.selection
+        selection, refreshed = config.selection, config.sources.refresh_every > 0
         kept = kept_sources(self.sizes, self.names, selection.kept_sources)
-        check_shares(selection, self.names, kept, refreshed=config.sources.refresh_every > 0)
+        check_shares(selection, self.names, kept, refreshed=refreshed)
         shares = source_shares(selection.shares, self.names, self.sizes)
-        self._rule = SelectionRule(selection, kept, config.train.seed, shares)
         self._module, tap = prepare(model, config, self.group.device)
-        self._estimator = None
-        if tap is not None:
-            estimator = make_estimator(tap, selection, config.train, self.group)
-            self._estimator = reusing(estimator, selection, int(self.sizes.sum()))
-        self._observer = Observer(kept, config)
-        self.state = SelectionState(self._estimator, self._observer, self.group)
+        pad_id = self._module.causal_model.config.get_text_config().pad_token_id or 0
+        self._batching = Batching(pad_id, config.train.micro_batch_tokens, self._module.packs, self.group.device)
         self.meter = memory_meter(self.group.device)
         self._spans, self._training = Spans(self.group.device, self.meter), ExitStack()
-        self._pad_id = self._module.causal_model.config.get_text_config().pad_token_id or 0
+        rule = SelectionRule(selection, kept, config.train.seed, shares)
+        state = SourceState(kept, shares, config)
+        self._select = SelectionStage(rule, self._sketch_stage(tap), state, self.group, self._spans)
+        self.state = SelectionState(self._select.sketch.estimator, state, self.group)
+        seed, packed = config.train.seed, self._batching.packed
+        self._measure = Measurement(self.group, self._spans, seed, packed=packed, audits=config.audit)
         self._open: _Open | None = None
         self.step = 0
 
@@ -136,29 +140,16 @@ class CoresetSelector:
         """
         self.finish()
         self.step = self.step + 1 if step is None else step
-        spans, group = self._spans, self.group
-        group.take_traffic()
-        with spans("sample"):
-            examples = gather_examples(self._parts(batch), group)
-            candidates = self._candidates(examples)
-            rule = self._rule_for(len(candidates))
-            quota = rule.quota(candidates, self._observer.coverage)
-        matrix = self._sketch(examples, candidates, quota)
-        with spans("select"):
-            selection = rule.select(candidates, quota, matrix) if group.is_first else None
-        with spans("broadcast"):
-            selection = share_selection(selection, rule.most_selected, candidates, group)
-        if self._estimator is not None:
-            check_sketches(self._plan, selection, self.step)
-            with spans("learn"):
-                self._estimator.learn(selection)
-        with spans("route"):
-            coreset, shares = self._deal(examples, candidates, selection, micro_batches)
-            worth = self._worth(candidates, selection, matrix)
-        losses = torch.zeros(2, len(candidates), device=group.device)
-        self._open = _Open(coreset, shares, losses, learning_rate, worth)
-        self._training.enter_context(spans("train"))
-        return coreset
+        chosen = self._select(partial(self._draw, batch))
+        with self._spans("route"):
+            routed = route_coreset(
+                chosen, self._batching, self.config.train.loss, self.group, micro_batches=micro_batches
+            )
+        losses = torch.zeros(2, len(chosen.candidates), device=self.group.device)
+        self._open = _Open(chosen, routed, losses, learning_rate)
+        self._training.enter_context(self._spans("train"))
+        dropped = chosen.examples.dropped
+        return Coreset(chosen.candidates, chosen.selection, tuple(routed.micro_batches), routed.route, dropped)
 
     def loss(self, micro_batch: MicroBatch, through: nn.Module | None = None) -> Tensor:
         """A micro-batch's part of the loss of the step, which is the weighted mean over the coreset's examples; the sum
@@ -182,30 +173,32 @@ class CoresetSelector:
             return None
         self._training.close()
         done, self._open = self._open, None
-        candidates, selection = done.coreset.candidates, done.coreset.selection
+        chosen, selection = done.chosen, done.chosen.selection
         losses, known = self.group.all_reduce(done.losses, "report").cpu()
-        of_selected = losses[selection.positions]
-        told = bool(known[selection.positions].all()) and bool(of_selected.isfinite().all())
-        loss = float((losses * done.shares).sum()) if told else math.nan
-        renewed = self._observer.after(candidates, selection, applied=True)
-        if renewed and self._estimator is not None:
-            self._estimator.moments = self._estimator.moments.fresh()
-        seconds, peaks = over_ranks(*self._spans.finish(), self.group)
-        return StepReport(
-            step=candidates.step,
-            loss=loss,
-            learning_rate=done.learning_rate,
-            gradient_norm=math.nan,
-            candidates=candidates,
-            selection=selection,
-            seconds=seconds,
-            peak_bytes=next(iter(peaks.values()))["step"],
-            phase_peak_bytes=peaks,
-            exchanged_bytes=self.group.take_traffic(),
-            imbalance=done.coreset.route.imbalance,
-            padding_share={"train": _padding(done.coreset.route)},
-            telemetry=done.worth,
-        )
+        if known[selection.positions].all():
+            check_losses(chosen.candidates, selection, losses, updated=True)
+        else:
+            losses = torch.full_like(losses, math.nan)
+        self._select.conclude(chosen, applied=True)
+        update = Update(norm=math.nan, applied=True, loss_scale=1.0)
+        trained = Trained(done.routed, losses, update, done.learning_rate)
+        return self._measure(chosen, trained, self._select.facts(chosen))
+
+    def _sketch_stage(self, tap: Tap | None) -> SketchStage:
+        if tap is None:
+            return NoSketchStage(self.group.world_size)
+        selection, train = self.config.selection, self.config.train
+        estimator = make_estimator(tap, selection, train, self.group)
+        estimator = reusing(estimator, selection, int(self.sizes.sum()))
+        return EstimatorStage(estimator, self._batching, NoBlockInputs(), FixedSources(), self.group, self._spans)
+
+    def _draw(self, batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples]) -> tuple[Candidates, Examples]:
+        """The candidates of all ranks; ids that are not given count the candidates."""
+        examples = gather_examples(self._parts(batch), self.group)
+        number = torch.arange(len(examples))
+        ids = torch.where(examples.ids < 0, (self.step - 1) * self.config.selection.candidates + number, examples.ids)
+        protected = examples.protected if examples.protected.any() else None
+        return Candidates(self.step, number, ids, examples.sources, examples.lengths, protected), examples
 
     def _parts(self, batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples]) -> Sequence[Examples]:
         if not isinstance(batch, Mapping):
@@ -213,76 +206,12 @@ class CoresetSelector:
         rows = rows_of(batch)
         return [as_examples(rows, rows, self.columns)]
 
-    def _candidates(self, examples: Examples) -> Candidates:
-        """Ids that are not given count the candidates."""
-        number = torch.arange(len(examples))
-        ids = torch.where(examples.ids < 0, (self.step - 1) * self.config.selection.candidates + number, examples.ids)
-        protected = examples.protected if examples.protected.any() else None
-        return Candidates(self.step, number, ids, examples.sources, examples.lengths, protected)
-
-    def _rule_for(self, count: int) -> SelectionRule:
-        config = self._rule.config
-        budget = math.ceil(config.budget * min(1, count / config.candidates))
-        config = dataclasses.replace(config, candidates=count, budget=budget)
-        return dataclasses.replace(self._rule, config=config, kept=self._observer.recent.kept)
-
-    def _sketch(self, examples: Examples, candidates: Candidates, quota: Quota) -> CandidateMatrix | None:
-        if self._estimator is None:
-            return None
-        config, group, packed = self.config, self.group, self._module.packs
-        with self._spans("sketch"):
-            known, budget_tokens = self._estimator.known(candidates), config.train.micro_batch_tokens
-            self._plan = plan_sketch(candidates, quota, group.world_size, budget_tokens, known, packed)
-            share = self._plan.shares[group.rank]
-            batches = collate_share(examples, candidates, share, self._pad_id, group.device, packed=packed)
-            self._estimator.sketch(self._plan, batches)
-        with self._spans("gather"):
-            return self._estimator.gather()
-
-    def _deal(
-        self, examples: Examples, candidates: Candidates, selection: Selection, count: int | None
-    ) -> tuple[Coreset, Tensor]:
-        """The coreset, and ``[n]`` what each candidate's loss counts for."""
-        group, train, packed = self.group, self.config.train, self._module.packs
-        shares = torch.zeros(len(candidates))
-        label_tokens = examples.label_counts(selection.positions)
-        shares[selection.positions] = loss_shares(selection, label_tokens, train.loss)
-        routed = route(
-            candidates.lengths,
-            selection.positions,
-            group.world_size,
-            train.micro_batch_tokens,
-            packed=packed,
-            count=count,
-        )
-        own = routed.micro_batches[group.rank]
-        batches = collate_share(examples, candidates, own, self._pad_id, group.device, packed=packed)
-        micro_batches = tuple(weighted(batches, shares, group.device))
-        return Coreset(candidates, selection, micro_batches, routed, examples.dropped), shares
-
-    def _worth(
-        self, candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None
-    ) -> dict[str, float]:
-        """As in a run: on the first rank, what the selection was worth beside a random draw with its quotas."""
-        if not self.group.is_first:
-            return {}
-        draws = generator(self.config.train.seed, "telemetry", candidates.step)
-        eligible = telemetry.could_be_picked(candidates, selection, matrix)
-        draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
-        found = telemetry.worth(candidates, selection, matrix, draw)
-        return found if self._estimator is None else found | dict(self._estimator.facts)
-
 
 @dataclass(frozen=True, slots=True)
 class _Open:
     """A step that is under way; ``losses`` ``[2, n]`` are those known on this rank, and which they are."""
 
-    coreset: Coreset
-    shares: Tensor
+    chosen: Chosen
+    routed: Routed
     losses: Tensor
     learning_rate: float
-    worth: dict[str, float]
-
-
-def _padding(routed: Route) -> float:
-    return 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from colm_scale.config import RunConfig, SelectionConfig
-from colm_scale.distributed.follow import Drift
+from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.selection.quota import expected_share
-from colm_scale.selection.recorded import SelectionRecord
 from colm_scale.sketch.zeroth_order import PERTURBATION
+from colm_scale.step.source_refresh import Drift
 
 
 def method_fact(selection: SelectionConfig, record: SelectionRecord | None) -> str:

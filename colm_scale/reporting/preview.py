@@ -9,7 +9,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from colm_scale.step import Preview
+from colm_scale.step.preview import Preview
 
 
 def by_source(preview: Preview, names: Sequence[str]) -> Table:
@@ -44,7 +44,7 @@ def arithmetic(preview: Preview) -> str:
 
 
 def _sketched(preview: Preview) -> str:
-    if preview.plan is None:
+    if not len(preview.plan.positions):
         return "nothing is sketched"
     shares = preview.plan.shares
     forwarded = [*chain.from_iterable(chain.from_iterable(shares))]

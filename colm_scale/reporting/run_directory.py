@@ -14,11 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from colm_scale.data.examples import Examples
-from colm_scale.distributed.follow import Drift
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.audit import AuditWriter, cut, write_examples
 from colm_scale.reporting.summary import Evaluation
+from colm_scale.step.source_refresh import Drift
 
 FACTS = "run.json"
 """The file with what is known of a run before its first step."""

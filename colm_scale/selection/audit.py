@@ -19,8 +19,8 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.records import REASONS, Audit, CandidateMatrix, Candidates, Quota, Selection
-from colm_scale.selection.ranking import along_the_mean
-from colm_scale.selection.similarity import nearest
+from colm_scale.selection.ranking.rank import along_the_mean
+from colm_scale.selection.ranking.similarity import nearest
 
 _CODE = {reason: code for code, reason in enumerate(REASONS)}
 
@@ -29,22 +29,21 @@ def audit(
     candidates: Candidates,
     quota: Quota,
     selection: Selection,
-    matrix: CandidateMatrix | None,
+    matrix: CandidateMatrix,
     kept: Tensor,
     config: SelectionConfig,
 ) -> Audit:
     """A step's candidates, each with its reason, score and loss.
 
     Args:
-        matrix: None where nothing was sketched; then scores and losses are unknown.
+        matrix: Without rows where nobody was sketched; then scores and losses are unknown.
         kept: ``[Q]`` bool, the sources that were kept in this step.
     """
     scores, losses = torch.full((2, len(candidates)), torch.nan).unbind()
-    if matrix is not None:
-        valid = matrix.valid.cpu()
-        scores[matrix.positions[valid]] = _scores(matrix, candidates.sources, selection, config)[valid]
-        if config.estimator != "length":
-            losses[matrix.positions] = matrix.losses.float().cpu()
+    valid = matrix.valid.cpu()
+    scores[matrix.positions[valid]] = _scores(matrix, candidates.sources, selection, config)[valid]
+    if config.estimator != "length":
+        losses[matrix.positions] = matrix.losses.float().cpu()
     return Audit(_reasons(candidates, quota, selection, matrix, kept, config), scores, losses)
 
 
@@ -52,7 +51,7 @@ def _reasons(
     candidates: Candidates,
     quota: Quota,
     selection: Selection,
-    matrix: CandidateMatrix | None,
+    matrix: CandidateMatrix,
     kept: Tensor,
     config: SelectionConfig,
 ) -> Tensor:
@@ -63,8 +62,7 @@ def _reasons(
     if config.method in ("colm", "stratified"):
         found[quota.per_source[candidates.sources] == 0] = _CODE["no quota"]
         found[kept[candidates.sources] | protected] = _CODE["overflow"]
-    if matrix is not None:
-        found[matrix.positions[~matrix.valid.cpu()]] = _CODE["invalid"]
+    found[matrix.positions[~matrix.valid.cpu()]] = _CODE["invalid"]
     found[selection.picked] = _CODE["selected"]
     entered = selection.positions[: selection.kept]
     found[entered] = torch.where(protected[entered], _CODE["protected"], _CODE["kept"]).to(torch.uint8)

@@ -22,9 +22,9 @@ Shares = tuple[tuple[MicroBatch, ...], ...]
 
 _MOST_EVEN = 8
 """Ranks, at most, among which a number of micro-batches is made to go up evenly."""
-REPLAYED = 0.75
-"""Work of a replayed token: with activation checkpointing one that is not takes two forwards and a backward of about
-two more, and this one saves the first."""
+REUSED = 0.75
+"""Work of a token whose forward is reused: with activation checkpointing any other takes two forwards and a backward of
+about two more, and this one saves the first."""
 _SWAPS = 4
 """Swaps, at most, for each part that examples are shared out to."""
 
@@ -78,7 +78,7 @@ def route(
     token_budget: int,
     *,
     packed: bool = False,
-    kept_on: Tensor | None = None,
+    held_on: Tensor | None = None,
     count: int | None = None,
 ) -> Route:
     """Deal the coreset to ranks, each as much work as can be.
@@ -90,16 +90,16 @@ def route(
         lengths: ``[n]`` tokens of each candidate.
         positions: ``[b]`` candidates to train on.
         token_budget, packed: As in `form_micro_batches`.
-        kept_on: ``[n]`` the rank that has kept a candidate's block inputs, where it is replayed; -1 where none has.
+        held_on: ``[n]`` the rank that holds a candidate's block inputs, from which it is trained; -1 where none does.
             Those examples stay where they are, in micro-batches of their own, and the others even the work out.
-        count: So many micro-batches for every rank, whatever the budget; not with ``kept_on``.
+        count: So many micro-batches for every rank, whatever the budget; not where inputs are held.
     """
     tokens = lengths.tolist()
     costs = _Costs(tokens, packed)
     order = costs.longest_first(positions.tolist())
-    at = [-1] * len(tokens) if kept_on is None else kept_on.tolist()
+    at: list[int] = [-1] * len(tokens) if held_on is None else held_on.tolist()
     local = [[position for position in order if at[position] == rank] for rank in range(world_size)]
-    saved = [REPLAYED * sum(tokens[position] for position in of_rank) for of_rank in local]
+    saved = [REUSED * sum(tokens[position] for position in of_rank) for of_rank in local]
     dealt = _share_out([position for position in order if at[position] < 0], tokens, world_size, saved)
 
     def grouped(orders: list[list[int]]) -> list[list[list[int]]]:
@@ -108,12 +108,12 @@ def route(
 
     if count:
         token_budget = len(tokens) * max(tokens)
-    replayed = grouped(local) if kept_on is not None else [[] for _ in range(world_size)]
-    shares = [[*first, *rest] for first, rest in zip(replayed, grouped(dealt))]
+    reused: list[list[list[int]]] = grouped(local) if any(local) else [[] for _ in local]
+    shares = [[*first, *rest] for first, rest in zip(reused, grouped(dealt))]
     own = [[*first, *rest] for first, rest in zip(local, dealt)]
     return Route(
         micro_batches=tuple(tuple(map(tuple, share)) for share in shares),
-        replayed=len(replayed[0]),
+        reused=len(reused[0]),
         work=tuple(less + sum(tokens[position] for position in rest) for less, rest in zip(saved, dealt)),
         tokens=tuple(sum(tokens[position] for position in order) for order in own),
         padded_tokens=tuple(sum(map(costs, share)) for share in shares),

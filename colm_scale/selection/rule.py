@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
+from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
 from colm_scale.selection import baselines
-from colm_scale.selection.allocation import quotas
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import Share, allocate, proportional
-from colm_scale.selection.recorded import SelectionRecord
 from colm_scale.selection.select import select_coreset
+from colm_scale.selection.shares import quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,16 @@ class SelectionRule:
 
     @property
     def sketches(self) -> bool:
-        """Whether the method looks at gradients; if not, nothing is forwarded before training."""
-        return self.config.method == "colm"
+        """Whether the method sketches candidates; if not, nothing is forwarded before training."""
+        return self.config.sketches
+
+    def now(self, count: int, kept: Tensor, shares: Tensor | None) -> SelectionRule:
+        """The method with what the sources are now, and for ``count`` candidates a budget in proportion to them."""
+        config = self.config
+        if count != config.candidates and self.record is None:
+            budget = math.ceil(config.budget * min(1, count / config.candidates))
+            config = replace(config, candidates=count, budget=budget)
+        return replace(self, config=config, kept=kept, shares=shares)
 
     @property
     def most_selected(self) -> int:
@@ -74,11 +83,10 @@ class SelectionRule:
             self._check(quota, candidates.step)
         return quota
 
-    def select(self, candidates: Candidates, quota: Quota, matrix: CandidateMatrix | None) -> Selection:
-        """The coreset. ``matrix`` is needed exactly if `sketches`."""
+    def select(self, candidates: Candidates, quota: Quota, matrix: CandidateMatrix) -> Selection:
+        """The coreset; only a method that `sketches` looks at the ``matrix``."""
         match self.config.method:
             case "colm":
-                assert matrix is not None
                 draws = partial(generator, self.seed, self.config.ranking.rpartition(":")[2], candidates.step)
                 return select_coreset(matrix, candidates.sources, quota, self.config, draws)
             case "stratified":

@@ -10,7 +10,7 @@ from torch import Tensor
 from colm_scale.config import SelectionConfig
 from colm_scale.records import CandidateMatrix, Quota, Selection
 from colm_scale.selection.quota import reallocate
-from colm_scale.selection.ranking import Ranked, rank
+from colm_scale.selection.ranking.rank import Ranked, rank
 
 Draws = Callable[[int], torch.Generator]
 """Gives the generator for what is drawn of one source; rank-equal."""

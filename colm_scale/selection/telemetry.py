@@ -20,12 +20,10 @@ COMPARED = ("", "_stratified")
 """What is compared with the candidates, as the ends of names: the selection, and its draw with the same quotas."""
 
 
-def could_be_picked(candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None) -> Tensor:
+def could_be_picked(candidates: Candidates, selection: Selection, matrix: CandidateMatrix) -> Tensor:
     """``[n]`` bool, the candidates that the selection could have picked: not kept and, where sketched, valid."""
-    found = torch.ones(len(candidates), dtype=torch.bool)
-    if matrix is not None:
-        found[:] = False
-        found[matrix.positions[matrix.valid.cpu()]] = True
+    found = torch.full((len(candidates),), len(matrix.positions) == 0)
+    found[matrix.positions[matrix.valid.cpu()]] = True
     found[selection.positions[: selection.kept]] = False
     return found
 
@@ -52,11 +50,11 @@ def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, gen
 
 
 def worth(
-    candidates: Candidates, selection: Selection, matrix: CandidateMatrix | None, draw: Selection
+    candidates: Candidates, selection: Selection, matrix: CandidateMatrix, draw: Selection
 ) -> dict[str, float]:
     """`composition` and, where candidates were sketched, `ranking` of one step's selection beside a ``draw``."""
     found = composition(candidates.sources, selection)
-    if matrix is None:
+    if not len(matrix.positions):
         return found
     eligible = could_be_picked(candidates, selection, matrix)
     return found | ranking(matrix, candidates.sources, eligible, selection, draw)

@@ -13,14 +13,14 @@ from colm_scale.records import Candidates, Quota, SketchPlan
 from colm_scale.selection.route import deal, form_micro_batches
 
 
-def kept_on(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
-    """Whose block inputs each rank keeps: of its first micro-batches, as many as stay within ``most_tokens``.
+def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
+    """Decide whose block inputs each rank holds: of its first micro-batches, as many as stay within ``most_tokens``.
 
     Args:
         lengths: ``[n]`` tokens of each candidate; those of a micro-batch are reckoned as padded, packed or not.
 
     Returns:
-        ``[n]`` the rank that keeps a candidate's inputs, -1 where none does; how many micro-batches each rank keeps.
+        ``[n]`` the rank that holds a candidate's inputs, -1 where none does; how many micro-batches each rank holds.
     """
     found = torch.full_like(lengths, -1)
     counts = []

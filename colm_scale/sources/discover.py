@@ -22,13 +22,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from colm_scale.data.labels import label_line
+from colm_scale.clustering.cluster import MOST_COMPARED, Clusters, check_installed, hdbscan, kmeans, one_thread
+from colm_scale.config.find_sources import SourcesOptions
 from colm_scale.data.readers import Row, each_row
+from colm_scale.data.source_labels import label_line
 from colm_scale.errors import UserError
 from colm_scale.sources.agreement import Agreement, agreement, small
-from colm_scale.sources.cluster import MOST_COMPARED, Clusters, check_installed, hdbscan, kmeans, one_thread
 from colm_scale.sources.embedders import Embedder, States, Words, term_weights, text_of
-from colm_scale.sources.options import SourcesOptions
 from colm_scale.sources.report import Cluster, Example, Report, draw_map, write_report
 
 BLOCK = 4096

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from colm_scale.config import LoraConfig
+from colm_scale.config.find_sources import SourcesOptions
 from colm_scale.data.examples import encode
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 from colm_scale.modeling.causal import CausalModel, base_of
 from colm_scale.modeling.embedding import embed
 from colm_scale.modeling.load import add_adapters, check_model, context_length, load_model, load_tokenizer
-from colm_scale.sources.options import SourcesOptions
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer

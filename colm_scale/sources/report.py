@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colm_scale.data.readers import Row
-from colm_scale.drawing import verbatim_text
+from colm_scale.reporting.drawing import verbatim_text
 from colm_scale.sources.agreement import Agreement
 
 if TYPE_CHECKING:  # matplotlib comes with an extra

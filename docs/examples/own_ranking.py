@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_scale.selection.ranking import Ranked
+from colm_scale.selection.ranking.rank import Ranked
 
 
 def farthest_first(ranked: Ranked) -> tuple[Tensor, Tensor | None]:

@@ -7,12 +7,12 @@ import pytest
 LIKE = {
     "compiled": "plain",
     "compiled_padded": "plain",
-    "compiled_replayed": "plain",
+    "compiled_forward_reused": "plain",
     "compiled_stratified": "stratified_3",
 }
 CASES = [*LIKE, *dict.fromkeys(LIKE.values())]
 ENGINES = ("auto", "zero2", "fsdp", "zero3")
-PAIRS = [*[(engine, "compiled") for engine in ENGINES], ("auto", "compiled_replayed")]
+PAIRS = [*[(engine, "compiled") for engine in ENGINES], ("auto", "compiled_forward_reused")]
 
 
 def assert_alike(compiled, plain):

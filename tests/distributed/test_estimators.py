@@ -7,7 +7,7 @@ import torch
 from support import worker
 
 from colm_scale.data.batching import collate
-from colm_scale.selection.line import medoids_on_line
+from colm_scale.selection.ranking.line import medoids_on_line
 from colm_scale.sketch.zeroth_order import probes
 
 CPU = torch.device("cpu")

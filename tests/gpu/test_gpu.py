@@ -18,8 +18,8 @@ from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.records import Batch
-from colm_scale.selection.facility import greedy_with_gains
-from colm_scale.selection.similarity import similarities
+from colm_scale.selection.ranking.facility import greedy_with_gains
+from colm_scale.selection.ranking.similarity import similarities
 from colm_scale.sketch.tap import Tap
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def runs(tmp_path_factory) -> dict[str, Path]:
     """The same short run on the GPU and on the CPU."""
     out = tmp_path_factory.mktemp("runs")
-    options = ["--train.steps", "3", "--eval.generate", "0", "--profile.floor_every", "3"]
+    options = ["--train.steps", "3", "--eval.every", "0", "--eval.generate", "0", "--profile.floor_every", "3"]
     for name, visible in (("gpu", None), ("cpu", "")):
         command = [sys.executable, str(ROOT / "launchers" / "train.py"), *options, "--output_dir", str(out / name)]
         environment = None if visible is None else {"CUDA_VISIBLE_DEVICES": visible, "PATH": "/usr/bin:/bin"}
@@ -66,7 +66,8 @@ def test_memory_is_the_allocators_and_nvmls(runs):
 def test_engines_train_on_a_gpu_and_go_on(tmp_path, engine, dtype):
     """One rank is enough for every engine: the first step selects what one process without an engine does."""
     script = str(ROOT / "launchers" / "train.py")
-    small = ["--train.steps", "4", "--eval.generate", "0", "--checkpoint.every", "2", "--train.dtype", dtype]
+    small = ["--train.steps", "4", "--eval.every", "0", "--eval.generate", "0"]
+    small += ["--checkpoint.every", "2", "--train.dtype", dtype]
     sharded = ["--engine", "fsdp"] if engine == "fsdp" else ["--ds_config", str(ROOT / f"ds_configs/{engine}.json")]
     for name, options in (("alone", []), ("engine", sharded)):
         subprocess.run([sys.executable, script, *small, *options, "--output_dir", str(tmp_path / name)], check=True)
@@ -79,7 +80,8 @@ def test_engines_train_on_a_gpu_and_go_on(tmp_path, engine, dtype):
 
 def test_a_base_in_4_bits_trains_on_a_gpu(tmp_path):
     pytest.importorskip("bitsandbytes")
-    options = ["--train.steps", "3", "--eval.generate", "0", "--train.dtype", "bfloat16", "--model.quantize", "nf4"]
+    options = ["--train.steps", "3", "--eval.every", "0", "--eval.generate", "0"]
+    options += ["--train.dtype", "bfloat16", "--model.quantize", "nf4"]
     command = [sys.executable, str(ROOT / "launchers" / "train.py"), *options, "--output_dir", str(tmp_path / "run")]
     subprocess.run(command, check=True)
     assert rows(tmp_path / "run", "metrics.jsonl")[-1]["loss"] > 0
@@ -87,7 +89,8 @@ def test_a_base_in_4_bits_trains_on_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("engine", ["single", "fsdp", "zero3"])
 def test_sketches_of_the_gpu_are_kept_on_the_cpu_and_used_again(tmp_path, engine):
-    options = ["--train.steps", "3", "--eval.generate", "0", "--train.dtype", "bfloat16", "--train.seed", "1"]
+    options = ["--train.steps", "3", "--eval.every", "0", "--eval.generate", "0"]
+    options += ["--train.dtype", "bfloat16", "--train.seed", "1"]
     options += ["--selection.estimator", "zeroth_order", "--selection.reuse", "9"]
     if engine != "single":
         sharded = {"fsdp": ["--engine", "fsdp"], "zero3": ["--ds_config", str(ROOT / "ds_configs/zero3.json")]}

@@ -22,9 +22,9 @@ import pytest
 import yaml
 from support.commands import LAUNCHER, ROOT, SMALL, Outcome, deepspeed, python, run, torchrun
 
-from colm_scale.arguments import option_types, parse
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import RunConfig, as_yaml
+from colm_scale.config.command_line import option_types, parse
 from colm_scale.errors import UserError
 
 GOOD = [{"instruction": f"What is {i} + {i}?", "output": f"{2 * i}", "source": "ab"[i % 2]} for i in range(16)]
@@ -286,7 +286,7 @@ def test_the_launcher_runs_from_anywhere(folder, tmp_path):
     ],
 )
 def test_the_console_command(arguments, words, folder):
-    called = f"from colm_scale.cli import main; main({arguments!r})"
+    called = f"from colm_scale.cli.main import main; main({arguments!r})"
     outcome = run([sys.executable, "-c", called], folder / "console")
     assert_one_error(outcome, *words)
     assert outcome.code == 2

@@ -23,9 +23,9 @@ from support.commands import (
 from support.families import batch_of_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from colm_scale.arguments import parse
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import DataConfig
+from colm_scale.config.command_line import parse
 from colm_scale.data.examples import tokenise
 from colm_scale.data.readers import read_rows
 from colm_scale.modeling.losses import ExampleLoss
@@ -99,7 +99,8 @@ def test_a_deepspeed_file_that_shards_and_offloads(forked, folder):
 
 
 def test_the_documented_line_and_a_file_with_options(folder):
-    options = "train: {steps: 2, threads: 1}\nselection: {candidates: 16, budget: 8}\neval: {generate: 0, limit: 2}\n"
+    options = "train: {steps: 2, threads: 1}\nselection: {candidates: 16, budget: 8}\n"
+    options += "eval: {every: 0, generate: 0, limit: 2}\n"
     directory = folder / "documented"
     (folder / "options.yaml").write_text(f"{options}output_dir: {directory}\n", "utf-8")
     line = "deepspeed launchers/train.py --ds_config ds_configs/zero2.json"

@@ -19,12 +19,12 @@ from torch import Tensor
 from colm_scale.config import SelectionConfig
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Quota
-from colm_scale.selection.facility import cluster_sizes, objective
 from colm_scale.selection.mask import source_sums, top_columns
 from colm_scale.selection.moments import AdamMoments
 from colm_scale.selection.quota import allocate
+from colm_scale.selection.ranking.facility import cluster_sizes, objective
+from colm_scale.selection.ranking.similarity import similarities
 from colm_scale.selection.select import select_coreset
-from colm_scale.selection.similarity import similarities
 
 CASES = sorted((Path(__file__).parent / "cases").glob("case_*.npz"))
 METRICS = {"l1": "l1", "euclidean": "l2", "cosine": "cosine"}

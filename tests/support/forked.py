@@ -26,7 +26,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line does before i
 import deepspeed  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
-import colm_scale.trainer  # noqa: E402, F401
+import colm_scale.run.train  # noqa: E402, F401
 from colm_scale import cli  # noqa: E402
 from support import sabotage  # noqa: E402
 

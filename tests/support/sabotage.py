@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from colm_scale import cli
 from colm_scale.checkpoint import store
+from colm_scale.cli.main import main as cli
 from colm_scale.data.sampler import CandidateSampler
-from colm_scale.distributed import estimators
-from colm_scale.distributed.engine import TorchEngine
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
+from colm_scale.engines.base import TorchEngine
+from colm_scale.estimators import estimators
 from colm_scale.records import Batch, Candidates
 from colm_scale.sketch.tap import Tap
 

@@ -139,7 +139,7 @@ def main() -> None:
     if "deepspeed" in options:
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see `colm_scale.distributed.zero`
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see `colm_scale.engines.zero`
     of_trainer = {"resume": json.loads(resume), **json.loads(options)}
     found = train(kind, worker.CASES[name], Path(folder), int(steps), int(ranks), **of_trainer)
     if torch.distributed.get_rank() == 0:

@@ -27,7 +27,6 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from colm_scale.assembly import build_step
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import (
@@ -41,14 +40,13 @@ from colm_scale.config import (
 )
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
-from colm_scale.distributed.ds_config import read_ds_config
-from colm_scale.distributed.engine import collect
-from colm_scale.distributed.engines import make_engine
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
-from colm_scale.distributed.shards import held_bytes
+from colm_scale.engines.base import collect
+from colm_scale.engines.choose import make_engine
+from colm_scale.engines.ds_config import read_ds_config
+from colm_scale.engines.shards import held_bytes
 from colm_scale.errors import TrainingError, UserError
-from colm_scale.inputs import Inputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -57,10 +55,13 @@ from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
+from colm_scale.run.assemble import build_step
+from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
-from colm_scale.step import CoresetStep
+from colm_scale.step.floor import bare_floor_seconds
+from colm_scale.step.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy
 
@@ -119,7 +120,7 @@ CASES = {
     "plain": Case(_selection(), 3, {"activation_checkpointing": True}),
     "compiled": Case(_selection(), 3, {"activation_checkpointing": True, "compile": True}),
     "compiled_padded": Case(_selection(), 3, {"packing": "off", "compile": True}),
-    "compiled_replayed": Case(
+    "compiled_forward_reused": Case(
         _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "device", "compile": True}
     ),
     "compiled_stratified": Case(_selection(method="stratified"), 3, {"compile": True}),
@@ -128,28 +129,28 @@ CASES = {
         f"{what}{name}": Case(
             _selection(**options), 3, {"activation_checkpointing": True, "forward_reuse": where, **train}
         )
-        for what, where in (("replayed", "device"), ("not_replayed", "off"))
+        for what, where in (("forward_reused", "device"), ("not_forward_reused", "off"))
         for name, options, train in (
             ("", {}, {}),
             ("_branched", {"estimator": "zeroth_order", "num_probes": 2}, {}),
             ("_padded", {}, {"packing": "off"}),
         )
     },
-    "replayed_offloaded": Case(
+    "forward_reused_offloaded": Case(
         _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "cpu"}
     ),
     # As much as two micro-batches need.
-    "replayed_bounded": Case(
+    "forward_reused_bounded": Case(
         _selection(), 3,
         {"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 2 * 96 * 4 * 32 * 4 / 2**30},
     ),
     "broken": Case(_selection(), break_after=3),
-    "followed": Case(_selection(), refresh_sources=2),
-    "followed_broken": Case(_selection(), refresh_sources=2, break_after=3),
-    "followed_broken_after": Case(_selection(), refresh_sources=2, break_after=4),
-    "followed_branched": Case(_selection(estimator="zeroth_order", num_probes=2), 4, refresh_sources=2),
-    "followed_stratified": Case(_selection(method="stratified"), 4, refresh_sources=2),
-    "followed_replayed": Case(
+    "reclustered": Case(_selection(), refresh_sources=2),
+    "reclustered_broken": Case(_selection(), refresh_sources=2, break_after=3),
+    "reclustered_broken_after": Case(_selection(), refresh_sources=2, break_after=4),
+    "reclustered_branched": Case(_selection(estimator="zeroth_order", num_probes=2), 4, refresh_sources=2),
+    "reclustered_stratified": Case(_selection(method="stratified"), 4, refresh_sources=2),
+    "reclustered_forward_reused": Case(
         _selection(), 4, {"activation_checkpointing": True, "forward_reuse": "device"}, refresh_sources=2
     ),
     **{name: Case(_selection(), 3, {"optimizer": name}) for name in ("sgd", "lion", "adafactor", "muon")},
@@ -314,19 +315,21 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     step = build_step(config, inputs, engine, tap, spans, group)
     spy = None
     if sketches and not config.train.compile:  # it looks at every operation, and nothing is compiled under such a look
-        spy = step.estimator = EstimatorSpy(step.estimator, group)
+        spy = step.select.sketch.estimator = EstimatorSpy(step.select.sketch.estimator, group)
     nothing = SimpleNamespace(state=dict, load=lambda _: None)
+    # What is saved is what the spies look at.
+    estimator = step.select.sketch.estimator if spy is None else spy.inner
+    sketch = SimpleNamespace(estimator=estimator)
+    select = SimpleNamespace(sketch=sketch, sources=step.select.sources)
+    train = SimpleNamespace(engine=engine.inner)
+    watched = SimpleNamespace(sampler=inputs.sampler, refresh=step.refresh, select=select, train=train)
     state = RunState(
         folder=CheckpointFolder(folder, keep=1) if group.is_first else None,
         identity={"config": {}, "data": "", "model": ""},
         facts={},
-        sampler=inputs.sampler,
-        engine=engine.inner,
-        estimator=step.estimator if spy is None else spy.inner,
-        observer=step.observer,
+        step=watched,
         session=nothing,
         group=group,
-        follower=step.follower,
     )
     return Parts(module, engine, step, spy, state, held)
 
@@ -365,19 +368,19 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
         steps[-1]["sketched_batches"] = len(work.sketched)
-        steps[-1]["owed"] = step.observer.coverage.owed
+        steps[-1]["owed"] = step.select.sources.coverage.owed
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
         steps[-1]["sources"] = report.candidates.sources
-        drift = step.follow(number)
+        drift = step.refresh_sources(number)
         steps[-1]["drift"] = None if drift is None else asdict(drift) | {"seconds": drift.seconds > 0}
-        steps[-1]["moved"] = step.follower.state()["moved"] if step.follower is not None else None
-        steps[-1]["kept_sources"] = step.observer.recent.kept
+        steps[-1]["moved"] = step.refresh.state().get("moved")
+        steps[-1]["kept_sources"] = step.select.sources.kept
         if spy is not None:
             steps[-1] |= spy.steps[-1]
         forwards.clear()
         if case.floor and number == FLOOR_AFTER:
             before = engine.state()
-            seconds = step.bare_floor_seconds(work)
+            seconds = bare_floor_seconds(work, engine, group, run_config(case).train.seed)
             floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
             forwards.clear()
     gradients = engine.gradients[0]

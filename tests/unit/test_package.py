@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from colm_scale.config import RunConfig
-from colm_scale.distributed import ds_config
+from colm_scale.engines import ds_config
 from colm_scale.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("wheel")  # one worker builds it
@@ -81,10 +81,10 @@ def test_the_wheel_names_its_extras_and_its_command(wheel):
     assert {"torch", "transformers", "peft"} <= {re.match(r"[\w-]+", line)[0] for line in needed}
     assert not [line for line in needed if re.match(r"deepspeed|flash|bitsandbytes|matplotlib", line)]
     (points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "colm-scale = colm_scale.cli:main" in wheel.read(points).decode()
+    assert "colm-scale = colm_scale.cli.main:main" in wheel.read(points).decode()
 
 
-@pytest.mark.parametrize("imported", ["colm_scale", "colm_scale.cli", "colm_scale.arguments"])
+@pytest.mark.parametrize("imported", ["colm_scale", "colm_scale.cli.main", "colm_scale.config.command_line"])
 def test_importing_it_imports_nothing_heavy(imported):
     """So that a mistyped option is answered at once, and so that it works where an extra is not installed."""
     code = f"import sys, {imported}; print(*(name for name in {HEAVY} if name in sys.modules))"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from colm_scale.arguments import option_types
-from colm_scale.planning.config import PlanConfig
+from colm_scale.config.command_line import option_types
+from colm_scale.config.plan import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

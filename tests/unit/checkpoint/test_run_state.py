@@ -13,14 +13,15 @@ from support.families import adapted_model, batch_of
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import TrainConfig
-from colm_scale.distributed.engine import LossScale, TorchEngine, collect
 from colm_scale.distributed.group import Group
+from colm_scale.engines.base import LossScale, TorchEngine, collect
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
+from colm_scale.selection.kept_sources import RecentSources
 from colm_scale.selection.moments import AdamMoments
-from colm_scale.selection.recent import RecentSources
 from colm_scale.sketch.store import SketchStore
+from colm_scale.step.source_refresh import FixedSources
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 IDENTITY = {"config": {"train.seed": 0}, "data": "d", "model": "m"}
@@ -46,10 +47,13 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     estimator = SimpleNamespace(moments=moments, store=None)
     sampler, session = Part(number), Part(number)
     recent = RecentSources(torch.tensor([number > 3, False]), torch.tensor([number, 2]))
-    observer = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
-    state = RunState(CheckpointFolder(folder, 1), identity, {}, sampler, engine, estimator, observer, session, GROUP)
+    sources = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
+    select = SimpleNamespace(sketch=SimpleNamespace(estimator=estimator), sources=sources)
+    train = SimpleNamespace(engine=engine)
+    step = SimpleNamespace(sampler=sampler, refresh=FixedSources(), select=select, train=train)
+    state = RunState(CheckpointFolder(folder, 1), identity, {}, step, session, GROUP)
     return SimpleNamespace(
-        engine=engine, estimator=estimator, observer=observer, sampler=sampler, session=session, state=state
+        engine=engine, estimator=estimator, sources=sources, sampler=sampler, session=session, state=state
     )
 
 
@@ -84,9 +88,9 @@ def test_every_part_comes_back(saved, tmp_path):
     assert (run.sampler.number, run.session.number) == (7, 7)
     assert run.estimator.moments.step == 7
     assert run.estimator.moments.first.tolist() == [7.0] * 3
-    assert run.observer.recent.kept.tolist() == [True, False]
-    assert run.observer.recent.seen.tolist() == [7, 2]
-    assert run.observer.coverage.owed.tolist() == [250_000, 7]
+    assert run.sources.recent.kept.tolist() == [True, False]
+    assert run.sources.recent.seen.tolist() == [7, 2]
+    assert run.sources.coverage.owed.tolist() == [250_000, 7]
     run.engine.scale = saved.engine.scale = LossScale(1.0)
     for one in (saved, run):
         trained(one)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from colm_scale.arguments import option_types
 from colm_scale.config import SelectionConfig
+from colm_scale.config.command_line import option_types
 
 MOST = 80
 MOST_OF_THE_SELECTION = 18

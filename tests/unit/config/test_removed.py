@@ -9,9 +9,9 @@ from typing import get_type_hints
 
 import pytest
 
-from colm_scale.arguments import option_types, parse, read_trained
 from colm_scale.checkpoint.identity import check_same_run
 from colm_scale.config import SelectionConfig, removed
+from colm_scale.config.command_line import option_types, parse, read_trained
 from colm_scale.config.removed import Removed
 from colm_scale.errors import UserError
 

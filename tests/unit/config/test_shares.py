@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from colm_scale.arguments import parse
 from colm_scale.config import SelectionConfig, as_yaml
+from colm_scale.config.command_line import parse
 from colm_scale.config.shares import is_file, parse_shares, read_shares
 from colm_scale.errors import UserError
 

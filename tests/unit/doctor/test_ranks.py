@@ -10,7 +10,7 @@ import time
 
 from support.commands import ROOT, free_port
 
-from colm_scale.distributed.reach import Reach
+from colm_scale.distributed.connectivity import Reach
 from colm_scale.doctor import ranks as module
 from colm_scale.doctor.ranks import check_ranks, findings_of
 

@@ -133,7 +133,9 @@ def options_of(calls: list[tuple], name: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_run_has_a_project_and_a_name(tmp_path, calls, name):
-    trackers = following(tmp_path / "first try", name, project="maths")
+    folder = tmp_path / "first try"
+    folder.mkdir()
+    trackers = following(folder, name, project="maths")
     trackers.step(step(1))
     trackers.close()
     (given,) = options_of(calls, f"{name}.init")

@@ -28,7 +28,8 @@ MATRIX = CandidateMatrix(
 
 def audited(**options):
     config = dataclasses.replace(CONFIG, **options)
-    return audit(CANDIDATES, QUOTA, SELECTION, MATRIX if config.method == "colm" else None, KEPT, config)
+    matrix = MATRIX if config.sketches else CandidateMatrix.without_rows()
+    return audit(CANDIDATES, QUOTA, SELECTION, matrix, KEPT, config)
 
 
 def test_every_candidate_has_its_reason():

@@ -9,10 +9,10 @@ from colm_scale.config import SelectionConfig
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, long_tensor
-from colm_scale.selection.allocation import quotas
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import allocate, at_least
 from colm_scale.selection.rule import SelectionRule
+from colm_scale.selection.shares import quotas
 
 FLOOR = SelectionConfig(candidates=16, budget=8, coverage_floor=0.25)
 SHARES = (0.7, 0.2, 0.07, 0.03)

@@ -205,13 +205,13 @@ def test_ranks_get_equally_many_tokens(ranks, examples):
         assert max(loads) * ranks < 1.01 * sum(loads)
 
 
-def test_replayed_examples_stay_where_they_are_kept_and_the_others_even_it_out():
+def test_examples_stay_where_their_inputs_are_held_and_the_others_even_it_out():
     lengths, at = lognormal(64), torch.arange(64) % 3 - 1  # kept nowhere, on rank 0, on rank 1
-    routed = route(lengths, torch.arange(64), 2, 512, packed=True, kept_on=at)
+    routed = route(lengths, torch.arange(64), 2, 512, packed=True, held_on=at)
     assert sorted(chain(*chain(*routed.micro_batches))) == list(range(64))
     for rank, share in enumerate(routed.micro_batches):
-        assert {int(at[position]) for members in share[: routed.replayed] for position in members} == {rank}
-        assert {int(at[position]) for members in share[routed.replayed :] for position in members} == {-1}
+        assert {int(at[position]) for members in share[: routed.reused] for position in members} == {rank}
+        assert {int(at[position]) for members in share[routed.reused :] for position in members} == {-1}
     assert len({len(share) for share in routed.micro_batches}) == 1
     assert routed.imbalance < 1.01
     assert routed.work[0] < routed.tokens[0]
@@ -219,7 +219,7 @@ def test_replayed_examples_stay_where_they_are_kept_and_the_others_even_it_out()
 
 def test_where_all_that_is_picked_is_on_one_rank_the_imbalance_shows_it():
     lengths = lognormal(8)
-    routed = route(lengths, torch.arange(8), 2, 4096, packed=True, kept_on=torch.zeros(8, dtype=torch.int64))
+    routed = route(lengths, torch.arange(8), 2, 4096, packed=True, held_on=torch.zeros(8, dtype=torch.int64))
     assert routed.imbalance == 2
     assert routed.micro_batches[1] == ((),)
 

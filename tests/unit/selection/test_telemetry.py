@@ -60,7 +60,8 @@ def test_the_draw_takes_only_what_could_be_picked():
     sketched = matrix(torch.zeros(9, 1), invalid=[4, 7])  # rows 4 and 7 are positions 4 and 8
     eligible = telemetry.could_be_picked(candidates, selection(), sketched)
     assert eligible.nonzero().flatten().tolist() == [0, 1, 2, 3, 5, 7, 9]
-    assert telemetry.could_be_picked(candidates, selection(), None).tolist() == ELIGIBLE.tolist()
+    nobody = CandidateMatrix.without_rows()
+    assert telemetry.could_be_picked(candidates, selection(), nobody).tolist() == ELIGIBLE.tolist()
     drawn = [telemetry.stratified_like(selection(), SOURCES, eligible, generator(s, "test")) for s in range(30)]
     assert {position for draw in drawn for position in draw.picked.tolist()} == {0, 1, 2, 3, 5, 7, 9}
 

@@ -10,14 +10,14 @@ import torch
 from support.families import base_model
 
 from colm_scale.config import DataConfig, ModelConfig, RowConfig
+from colm_scale.config.find_sources import SourcesOptions
 from colm_scale.data.builtin import builtin_rows
-from colm_scale.data.labels import labelled
 from colm_scale.data.readers import read_rows
+from colm_scale.data.source_labels import labelled
 from colm_scale.errors import UserError
 from colm_scale.modeling.embedding import embed
 from colm_scale.sources import discover as discovering
 from colm_scale.sources.discover import discover
-from colm_scale.sources.options import SourcesOptions
 from colm_scale.sources.report import Cluster, Report, draw_map
 
 SIZES = {"sea": 90, "law": 60, "tea": 12}

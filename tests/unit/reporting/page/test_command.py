@@ -7,7 +7,7 @@ import sys
 import pytest
 from support.runs import write_run
 
-from colm_scale.cli import main
+from colm_scale.cli.main import main
 
 
 def report(capsys, *arguments: str) -> tuple[int, str, str]:

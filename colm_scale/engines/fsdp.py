@@ -1,0 +1,119 @@
+"""Training under FSDP2: every decoder block is a unit whose weights are gathered when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from colm_scale.config import FsdpConfig, TrainConfig
+from colm_scale.distributed.group import Group
+from colm_scale.engines.base import OptimizerEngine
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import decoder_blocks
+from colm_scale.records import Batch
+
+
+def units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
+    """What is gathered at a time: each decoder block, every other module with weights of its own (those that share one
+    together), and last the model.
+
+    A unit of embedding, norm and head together would be gathered for the backward when the gradient of the logits comes
+    by, and it never does: the loss is computed on the way into the head.
+    """
+    blocks = list(decoder_blocks(model)[1])
+    inside = {module for block in blocks for module in block.modules()} | {model}
+    sharing: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        weights = list(module.parameters(recurse=False))
+        if module not in inside and weights:
+            others = next((sharing[weight] for weight in weights if weight in sharing), [])
+            others.append(module)
+            sharing |= dict.fromkeys(weights, others)
+    groups = {id(modules): modules for modules in sharing.values()}
+    return [*blocks, *groups.values(), model]
+
+
+def mesh_of(group: Group) -> DeviceMesh:
+    """All ranks in a row."""
+    return init_device_mesh(group.device.type, (group.world_size,))
+
+
+@contextmanager
+def among_absent_ranks(world_size: int) -> Iterator[tuple[Group, DeviceMesh]]:
+    """The first of so many ranks, none of which is there: collectives return at once. For tracing memory."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    cpu = torch.device("cpu")
+    group = Group(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size, device=cpu)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield group, mesh_of(group)
+    finally:
+        dist.destroy_process_group()
+
+
+class FsdpEngine(OptimizerEngine):
+    """`fully_shard` behind the `Engine` protocol. The model comes on the CPU; block after block moves to the device.
+
+    The root is the causal language model itself, not the loss module around it, so that generating gathers too.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        module: ExampleLoss,
+        train: TrainConfig,
+        fsdp: FsdpConfig,
+        group: Group,
+        mesh: DeviceMesh | None = None,
+    ):
+        group.ensure_process_group()
+        self._device, self._ranks = group.device, group.world_size
+        mesh = mesh or mesh_of(group)
+        precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        offload = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
+        root = module.causal_model
+        for unit in units(root):
+            fully_shard(
+                unit,
+                mesh=mesh,
+                reshard_after_forward=fsdp.reshard_after_forward,
+                mp_policy=precision,
+                offload_policy=offload,
+            )
+        assert isinstance(root, FSDPModule)
+        self._root: FSDPModule = root
+        super().__init__(module, train)  # its optimizer is over the shards
+
+    def forward(self, batch: Batch) -> Tensor:
+        losses: Tensor = self.module(batch)
+        return losses
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._root.set_is_last_backward(last)
+        self._root.set_requires_gradient_sync(last)
+        (loss * (self._ranks * self.scale.scale)).backward()
+
+    def read(self, name: str, key: str) -> Tensor:
+        # Offloaded shards are on the CPU, where NCCL cannot gather.
+        return _as_sharded(self._tensor(name, key).detach().to(self._device)).full_tensor()
+
+    @torch.no_grad()
+    def write(self, name: str, key: str, value: Tensor) -> None:
+        tensor = _as_sharded(self._tensor(name, key))
+        value = value.to(self._device, tensor.dtype)
+        whole = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(whole.to_local())
+
+
+def _as_sharded(tensor: Tensor) -> DTensor:
+    assert isinstance(tensor, DTensor)
+    return tensor

@@ -1,0 +1,189 @@
+"""Training under DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from colm_scale.config import TrainConfig
+from colm_scale.distributed.group import Group
+from colm_scale.engines.base import (
+    WEIGHT,
+    LossScale,
+    Update,
+    optimizer_tensors,
+    remember,
+    set_updates_of,
+    trainable,
+    unscale,
+    updates_of,
+)
+from colm_scale.engines.shards import local_tensors
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.optimizers import begun_state, make_optimizer, state_keys
+from colm_scale.records import Batch, Json
+
+
+class ZeroEngine:
+    """DeepSpeed's engine behind the `Engine` protocol.
+
+    Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and keeps no second copy. Under
+    stage 3 the model comes on the CPU, and tensor after tensor is cut into shards.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: Json):
+        deepspeed = _import_deepspeed(group)
+        group.ensure_process_group()
+        self.module = module
+        self.scale = LossScale.of(config.dtype)
+        self._parameters = trainable(module)
+        self.optimizer = make_optimizer(self._parameters.values(), config)
+        self.state_keys = state_keys(self.optimizer)
+        self._ranks, self._rank = group.world_size, group.rank
+        self._stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self._max_norm = config.max_grad_norm or math.inf
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        losses: Tensor = self._engine(batch)
+        return losses
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)  # sticky, so said every time
+        if self._stage and self.scale.scale != 1.0:
+            self._engine.optimizer.override_loss_scale(self.scale.scale)
+        by_hand = 1.0 if self._stage else self.scale.scale
+        self._engine.backward(loss * (self._ranks * by_hand), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> Update:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        used = self.scale.scale
+        norm = self._sharded_step() if self._stage else self._plain_step()
+        finite = math.isfinite(norm)
+        self.scale.update(finite=finite)
+        return Update(norm, finite, used)
+
+    def _sharded_step(self) -> float:
+        self._engine.step()
+        return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
+
+    def _plain_step(self) -> float:
+        """Stage 0, where DeepSpeed neither scales losses nor minds a gradient that is not finite."""
+        unscale(self._parameters.values(), self.scale.scale)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
+
+    def snapshot(self) -> Callable[[], None]:
+        # The stages train float32 partitions and copy them into the module: both are put back.
+        module = [tensor for parameter in self._parameters.values() for tensor in local_tensors(parameter)]
+        return remember([*self._partitions(), *optimizer_tensors(self.optimizer), *module])
+
+    def read(self, name: str, key: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameter = self._parameters[name]
+        if not self._stage:
+            return self._whole(parameter, key).detach()
+        whole: Tensor
+        if key == WEIGHT:
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            self._begin_state()
+            whole = safe_get_full_optimizer_state(parameter, key)
+        return whole
+
+    @torch.no_grad()
+    def write(self, name: str, key: str, value: Tensor) -> None:
+        self._begin_state()
+        parameter = self._parameters[name]
+        if not self._stage:
+            self._whole(parameter, key).copy_(value)
+        elif self._stage < 3:
+            self._write_partition(parameter, key, value)
+        else:
+            self._write_shard(parameter, key, value)
+
+    @property
+    def updates(self) -> int:
+        return updates_of(self.optimizer, self._partitions()[0])
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        set_updates_of(self.optimizer, self._partitions(), count)
+
+    def _whole(self, parameter: Tensor, key: str) -> Tensor:
+        """Stage 0: nothing is cut."""
+        return parameter if key == WEIGHT else begun_state(self.optimizer, parameter)[key]
+
+    def _write_partition(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        """Stages 1 and 2: the module has the whole tensor, each rank trains a part of it in float32."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key == WEIGHT:
+            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _write_shard(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        """Stage 3: each rank has a shard, the last one padded."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        assert hasattr(parameter, "ds_tensor")
+        size = parameter.ds_tensor.numel()
+        padded = value.new_zeros(size * self._ranks)
+        padded[: value.numel()] = value.flatten()
+        own = padded[self._rank * size :][:size]
+        if key != WEIGHT:
+            safe_set_local_optimizer_state(parameter, own, key)
+            return
+        safe_set_local_fp32_param(parameter, own)
+        with GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    def _partitions(self) -> list[Tensor]:
+        """What the optimizer trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
+        found: list[Tensor]
+        match self._stage:
+            case 0:
+                found = [*self._parameters.values()]
+            case 3:
+                found = self._engine.optimizer.fp32_partitioned_groups_flat
+            case _:
+                found = self._engine.optimizer.single_partition_of_fp32_groups
+        return found
+
+    def _begin_state(self) -> None:
+        """Make the optimizer's averages, which it may make in its first step, and let DeepSpeed find them."""
+        for partition in self._partitions():
+            begun_state(self.optimizer, partition)
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _import_deepspeed(group: Group) -> ModuleType:
+    os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
+    if group.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and warns
+    import deepspeed
+
+    # Gloo does what its shared-memory kernel for CPUs does. That one would be compiled at the first run, and a run
+    # killed while it compiles leaves a lock behind that every later run waits for, for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    loaded: ModuleType = deepspeed
+    return loaded

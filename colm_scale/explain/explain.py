@@ -1,0 +1,270 @@
+"""What a run has done to its sources and examples, in numbers, from what it has written down.
+
+An example is favoured if it was trained on more often than chance explains, where chance is a draw with the same number
+of picks of its source in each step (what `stratified` does): the number of times it would have been is Poisson
+binomial, exactly. A source is favoured if more of it was trained on than by a uniform draw of as many from the step's
+candidates: hypergeometric in each step, normal in the sum of many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from colm_scale.data.recorded_selection import FILE, recorded_steps
+from colm_scale.errors import UserError
+from colm_scale.explain.chance import distribution, false_discovery, family_wise, most_extreme, two_sided
+from colm_scale.explain.tally import Floats, Ints, Tally, tally
+
+_BLOCK = 1 << 22
+"""Probabilities that are worked on at a time, 32 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """A source.
+
+    Attributes:
+        examples: Its training examples; None if the run has not written it down.
+        candidates, trained: Examples that were candidates, and trained on, at least once.
+        candidacies, selections, kept: Times that any was a candidate, trained on, and kept among those.
+        expected: Selections of a uniform draw from each step's candidates.
+        p_value: Of as large a difference by such draws, corrected for all sources (Holm).
+        favoured: 1 if it was trained on more than by such draws, -1 if less, 0 if that may be chance.
+        spread: Variance of how often its examples were trained on, over that of draws with the same number of picks; 1
+            by chance, more if the same ones come again and again, less if they take turns. None where all or none is
+            picked.
+        reasons: How many candidates had which reason, from the audit; empty without one.
+    """
+
+    name: str
+    examples: int | None
+    candidates: int
+    trained: int
+    candidacies: int
+    selections: int
+    kept: int
+    expected: float
+    p_value: float
+    favoured: int
+    spread: float | None
+    reasons: Mapping[str, int]
+
+    @property
+    def coverage(self) -> float:
+        """Share of its examples that were trained on; of those that were candidates if no more is known."""
+        known = self.candidates if self.examples is None else self.examples
+        return self.trained / known if known else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleFacts:
+    """All examples that are known, a column each: ``[N]``, by id.
+
+    Attributes:
+        sources: Numbers of `Explanation.sources`.
+        candidacies, selections: Times that each was a candidate, and trained on.
+        expected: Times that it would have been trained on by chance.
+        p_values: Of as large a difference, of both sides; 1 where chance had no say.
+        adjusted: The same, corrected for all examples (Benjamini and Hochberg).
+        testable: bool, whether any outcome could have told the example from chance by itself.
+    """
+
+    ids: Ints
+    sources: Ints
+    candidacies: Ints
+    selections: Ints
+    expected: Floats
+    p_values: Floats
+    adjusted: Floats
+    testable: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A run explained.
+
+    Attributes:
+        lists_all: Whether the examples that never were candidates are among ``examples``.
+        alpha: What was allowed to chance.
+        histogram: ``[2, most + 1]`` how many examples were trained on 0, 1, ... times, and would have been by chance.
+    """
+
+    run: Path
+    steps: int
+    alpha: float
+    sources: Sequence[SourceFacts]
+    examples: ExampleFacts
+    lists_all: bool
+    tally: Tally
+    histogram: Floats
+
+    @property
+    def never_candidates(self) -> Ints:
+        """Ids of the examples that were no candidates in any step; none of them is known unless ``lists_all``."""
+        found: Ints = self.examples.ids[self.examples.candidacies == 0]
+        return found
+
+    @property
+    def never_trained(self) -> Ints:
+        """Ids of the examples that were candidates, the most often first, and never trained on."""
+        found = (self.examples.candidacies > 0) & (self.examples.selections == 0)
+        order = np.argsort(-self.examples.candidacies[found], kind="stable")
+        ids: Ints = self.examples.ids[found][order]
+        return ids
+
+    def told_apart(self, sign: int) -> Ints:
+        """Places of the examples trained on more often (1) or less often (-1) than by chance, the surest first."""
+        examples = self.examples
+        found = (examples.adjusted <= self.alpha) & (np.sign(examples.selections - examples.expected) == sign)
+        places: Ints = found.nonzero()[0]
+        surest: Ints = places[np.argsort(examples.p_values[places], kind="stable")]
+        return surest
+
+
+def explain(run: Path, alpha: float) -> Explanation:
+    """Explain the run in a folder.
+
+    Raises:
+        UserError: There is none, or its record is damaged.
+    """
+    if not (run / FILE).is_file():
+        raise UserError(f"{run} holds no run that has made a step: there is no {FILE} in it")
+    counts = tally(recorded_steps(run / FILE))
+    known = _known(run / "examples.parquet")
+    sizes = _sizes(run) if known is None else Counter(known[1])
+    names = [*counts.names, *(name for name in sizes if name not in counts.names)]
+    examples, histogram = _examples(counts, names, known, alpha)
+    sources = _sources(counts, names, sizes, examples, _reasons(run / "audit"), alpha)
+    return Explanation(run, len(counts.candidates), alpha, sources, examples, known is not None, counts, histogram)
+
+
+def _examples(
+    counts: Tally, names: Sequence[str], known: tuple[Ints, Sequence[str]] | None, alpha: float
+) -> tuple[ExampleFacts, Floats]:
+    ids, first, inverse = np.unique(counts.ids, return_index=True, return_inverse=True)
+    candidacies = np.bincount(inverse)
+    selections = np.bincount(inverse, counts.chosen).astype(np.int64)
+    expected = np.bincount(inverse, counts.chances)
+    p_values, least, histogram = _tested(counts, inverse, candidacies, selections)
+    tested = least < 1
+    adjusted = np.ones(len(ids))
+    adjusted[tested] = false_discovery(p_values[tested])
+    testable = least * max(1, tested.sum()) <= alpha
+    columns = [ids, counts.sources[first], candidacies, selections, expected, p_values, adjusted, testable]
+    if known is not None:
+        absent = ~np.isin(known[0], ids)
+        number = {name: place for place, name in enumerate(names)}
+        of = np.array([number[name] for name in np.asarray(known[1], object)[absent]], np.int64)
+        fill = (0, 0, 0.0, 1.0, 1.0, False)
+        more = [known[0][absent], of, *(np.full(len(of), value) for value in fill)]
+        columns = [np.concatenate(pair) for pair in zip(columns, more)]
+        order = columns[0].argsort()
+        columns = [column[order] for column in columns]
+    return ExampleFacts(*columns), histogram
+
+
+def _tested(counts: Tally, inverse: Ints, candidacies: Ints, selections: Ints) -> tuple[Floats, Floats, Floats]:
+    """``[N]`` p-values, ``[N]`` the least that each could have come to, and the histogram of `Explanation`."""
+    p_values, least = np.ones(len(candidacies)), np.ones(len(candidacies))
+    by_example = np.argsort(inverse, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(candidacies)[:-1]])
+    histogram = np.zeros((2, int(candidacies.max()) + 1))
+    histogram[0] = np.bincount(selections, minlength=histogram.shape[1])
+    for times in np.unique(candidacies):
+        own = (candidacies == times).nonzero()[0]
+        for block in np.array_split(own, math.ceil(len(own) * (times + 1) / _BLOCK)):
+            of_block = by_example[starts[block][:, np.newaxis] + np.arange(times)]
+            found = distribution(counts.chances[of_block])
+            p_values[block], least[block] = two_sided(found, selections[block]), most_extreme(found)
+            histogram[1, : times + 1] += found.sum(0)
+    return p_values, least, histogram
+
+
+def _sources(
+    counts: Tally,
+    names: Sequence[str],
+    sizes: Mapping[str, int],
+    examples: ExampleFacts,
+    reasons: Mapping[str, Mapping[str, int]],
+    alpha: float,
+) -> list[SourceFacts]:
+    num = len(names)
+    expected, p_values = _uniform(counts)
+    adjusted, found = family_wise(p_values), []
+    variances = np.bincount(counts.sources, counts.chances * (1 - counts.chances), num)
+    squares = np.bincount(examples.sources, (examples.selections - examples.expected) ** 2, num)
+    seen = np.bincount(examples.sources[examples.candidacies > 0], minlength=num)
+    trained = np.bincount(examples.sources[examples.selections > 0], minlength=num)
+    for place, name in enumerate(names):
+        known = place < len(counts.names)  # the others never had a candidate
+        totals = [int(of[:, place].sum()) if known else 0 for of in (counts.candidates, counts.trained, counts.kept)]
+        hoped, p_value = (float(expected[place]), float(adjusted[place])) if known else (0.0, 1.0)
+        sign = int(np.sign(totals[1] - hoped)) if p_value <= alpha else 0
+        spread = float(squares[place] / variances[place]) if variances[place] > 0 else None
+        found.append(
+            SourceFacts(
+                name,
+                examples=sizes.get(name),
+                candidates=int(seen[place]),
+                trained=int(trained[place]),
+                candidacies=totals[0],
+                selections=totals[1],
+                kept=totals[2],
+                expected=hoped,
+                p_value=p_value,
+                favoured=sign,
+                spread=spread,
+                reasons=dict(reasons.get(name, {})),
+            )
+        )
+    return found
+
+
+def _uniform(counts: Tally) -> tuple[Floats, Floats]:
+    """``[Q]`` selections to be expected of uniform draws, and p-values of what there was."""
+    n, b = counts.candidates.sum(1, keepdims=True), counts.trained.sum(1, keepdims=True)
+    share = counts.candidates / n
+    variance = (b * share * (1 - share) * (n - b) / np.maximum(n - 1, 1)).sum(0)
+    expected = (b * share).sum(0)
+    apart = np.abs(counts.trained.sum(0) - expected) - 0.5  # of whole numbers
+    z = np.clip(apart, 0, None) / np.sqrt(np.where(variance > 0, variance, 1))
+    return expected, np.where(variance > 0, [math.erfc(of / math.sqrt(2)) for of in z], 1.0)
+
+
+def _sizes(run: Path) -> dict[str, int]:
+    """Training examples of each source, if the run has written them down."""
+    try:
+        found = json.loads((run / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {source["name"]: source["examples"] for source in found.get("sources", ())}
+
+
+def _known(file: Path) -> tuple[Ints, Sequence[str]] | None:
+    """Ids and sources of all training examples, if the run has written them down."""
+    if not file.is_file():
+        return None
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file, columns=["id", "source"])
+    return table["id"].to_numpy(), table["source"].to_pylist()
+
+
+def _reasons(folder: Path) -> dict[str, dict[str, int]]:
+    """How many candidates of each source had each reason."""
+    found: dict[str, dict[str, int]] = {}
+    for part in sorted(folder.glob("part-*.parquet")):
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(part, columns=["source", "reason"])
+        for row in table.group_by(["source", "reason"]).aggregate([([], "count_all")]).to_pylist():
+            of_source = found.setdefault(row["source"], {})
+            of_source[row["reason"]] = of_source.get(row["reason"], 0) + row["count_all"]
+    return found

@@ -1,0 +1,97 @@
+"""What a run's record adds up to, by example and by source. Read line by line; what is held is 34 bytes a candidate.
+
+    T  steps of the record        C  candidates of all steps        N  examples known        Q  sources known
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colm_scale.data.recorded_selection import RecordedStep
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Sums over the steps of a run.
+
+    Attributes:
+        names: ``[Q]`` sources that had a candidate, in the order in which they came.
+        candidates, trained, kept: ``[T, Q]`` candidates of each source and step, those trained on, and those kept.
+        ids, sources: ``[C]`` each time that an example was a candidate: its id and source.
+        chances: ``[C]`` with what chance it would have been trained on, had the picks of its source in that step been
+            drawn at random: picks over candidates, of those that were not kept; 1 for a kept one.
+        chosen: ``[C]`` bool, whether it was.
+    """
+
+    names: Sequence[str]
+    candidates: Ints
+    trained: Ints
+    kept: Ints
+    ids: Ints
+    sources: Ints
+    chances: Floats
+    chosen: NDArray[np.bool_]
+
+
+def tally(steps: Iterable[RecordedStep]) -> Tally:
+    """Add up all ``steps``."""
+    numbers: dict[str, int] = {}
+    ids, sources, numbered = array("q"), array("q"), array("q")
+    chances, kept, picked = array("d"), array("b"), array("b")
+    for step in steps:
+        of = [numbers.setdefault(name, len(numbers)) for name in step.sources]
+        were_kept = _taken(step.candidates, step.selected[: step.kept])
+        others = [None if is_kept else id_ for is_kept, id_ in zip(were_kept, step.candidates)]
+        were_picked = _taken(others, step.selected[step.kept :])
+        ids.extend(step.candidates)
+        sources.extend(of)
+        numbered.extend([step.step - 1] * len(of))
+        kept.extend(were_kept)
+        picked.extend(were_picked)
+        chances.extend(_chances(of, were_kept, were_picked))
+    source_of, step_of = np.frombuffer(sources, np.int64), np.frombuffer(numbered, np.int64)
+    kept_ones, others_picked = (np.frombuffer(column, np.int8).astype(bool) for column in (kept, picked))
+    chosen = kept_ones | others_picked
+    cells, shape = step_of * len(numbers) + source_of, (int(step_of[-1]) + 1, len(numbers))
+
+    def by_step(cells: Ints) -> Ints:
+        return np.bincount(cells, minlength=math.prod(shape)).reshape(shape)
+
+    return Tally(
+        names=list(numbers),
+        candidates=by_step(cells),
+        trained=by_step(cells[chosen]),
+        kept=by_step(cells[kept_ones]),
+        ids=np.frombuffer(ids, np.int64),
+        sources=source_of,
+        chances=np.frombuffer(chances, np.float64),
+        chosen=chosen,
+    )
+
+
+def _taken(ids: Sequence[int | None], selected: Sequence[int]) -> list[bool]:
+    """Whether each of the ``ids`` was selected. One that is there twice in a step, at the seam of two epochs, is taken
+    once for each time that it was."""
+    left: Counter[int | None] = Counter(selected)
+    found: list[bool] = []
+    for id_ in ids:
+        found.append(left[id_] > 0)
+        left[id_] -= found[-1]
+    return found
+
+
+def _chances(sources: Sequence[int], kept: Sequence[bool], picked: Sequence[bool]) -> list[float]:
+    """With which chance each candidate of a step would have been trained on, see `Tally`."""
+    eligible = Counter(source for source, is_kept in zip(sources, kept) if not is_kept)
+    picks = Counter(source for source, is_picked in zip(sources, picked) if is_picked)
+    return [1.0 if is_kept else picks[source] / eligible[source] for source, is_kept in zip(sources, kept)]

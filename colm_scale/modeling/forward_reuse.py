@@ -1,0 +1,285 @@
+"""Forward reuse: the coreset's backward starts from block inputs that the sketch of the candidates has held.
+
+With activation checkpointing a training step runs each block forward, holds its input, and runs it again in the
+backward pass. The sketch has run the same blocks on the same weights before, so their inputs are known: a micro-batch
+that *reuses* that forward skips the first of these two, and costs one recomputation and the backward (DESIGN 3).
+
+Only the blocks below the first *live* one are reused. From there on, where the sketch has branched or has computed in
+another precision, and in the head, such a micro-batch runs as any other.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from colm_scale.errors import UserError
+from colm_scale.modeling.causal import input_weight
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.probe import decoder_blocks
+from colm_scale.records import Batch
+
+_Found = Tensor | tuple[Tensor, ...]
+"""What a block returns."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """What went into the blocks with one micro-batch: of each block ``[tokens, hidden]``, padding included."""
+
+    batch: Batch
+    inputs: list[Tensor]
+
+
+class BlockInputs(Protocol):
+    """Holds what goes into a model's blocks, and lets micro-batches of the same examples start from it.
+
+    Attributes:
+        most_tokens: How many tokens of a rank can be held.
+    """
+
+    most_tokens: int
+
+    def holding(self, most: int) -> AbstractContextManager[None]:
+        """A block whose first ``most`` forwards hold what goes into the model's blocks."""
+
+    def arrange(self, batches: Sequence[Batch]) -> None:
+        """Lay out what is held for ``batches``, whose examples are held, and forget the rest.
+
+        A batch without positions, which only keeps step, starts from zeros.
+        """
+
+    def reusing(self, batch: Batch) -> AbstractContextManager[None]:
+        """A block in which one forward of an arranged batch skips the blocks below the live one; its backward makes up
+        for it."""
+
+
+class NoBlockInputs(BlockInputs):
+    """Holds nothing, so every micro-batch runs its own forward."""
+
+    most_tokens = 0
+
+    def holding(self, most: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def arrange(self, batches: Sequence[Batch]) -> None:
+        """Nothing is held."""
+
+    def reusing(self, batch: Batch) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class HeldBlockInputs(BlockInputs):
+    """Holds block inputs on the device or in CPU memory.
+
+    Args:
+        model: The loss module around the adapted model, sharded or not. Its blocks' forward is replaced by one that
+            does the same but inside `holding` and `reusing`.
+        live: The first block that a micro-batch runs that reuses the forward.
+        store: ``device`` or ``cpu``, where the inputs are held.
+        most_bytes: Most memory for them.
+
+    Raises:
+        UserError: The model draws at random while it trains, so that its forward is another each time.
+    """
+
+    def __init__(self, model: ExampleLoss, live: int, store: str = "device", most_bytes: float = math.inf):
+        _check_no_dropout(model)
+        self._model, self._store = model, store
+        self._blocks = decoder_blocks(model.causal_model)[1][: live + 1]
+        self._mode: str | None = None
+        self._most = 0
+        self._like = torch.empty(0)
+        self._in_tuples = False
+        self._held: list[_Held] = []
+        self._arranged: dict[int, list[Tensor]] = {}
+        self._reused: list[Tensor] = []
+        self.most_tokens = sys.maxsize if most_bytes == math.inf else int(most_bytes // self.bytes_per_token)
+        for number, block in enumerate(self._blocks):
+            block.forward = self._standing_in(number, block)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that are held of a token."""
+        model = self._model.causal_model
+        hidden: int = model.config.get_text_config().hidden_size
+        return len(self._blocks) * hidden * input_weight(model).element_size()
+
+    @contextmanager
+    def holding(self, most: int) -> Iterator[None]:
+        self._mode, self._most = "hold", most
+        try:
+            yield
+        finally:
+            self._mode = None
+
+    def arrange(self, batches: Sequence[Batch]) -> None:
+        places = [self._places(batch) for batch in batches]
+        self._arranged = {id(batch): [] for batch in batches}
+        for number in range(len(self._blocks)):
+            for batch, of_batch in zip(batches, places):
+                self._arranged[id(batch)].append(self._laid_out(batch, of_batch, number))
+            for held in self._held:
+                held.inputs[number] = torch.empty(0)  # block by block, so that hardly more is held than before
+        self._held = []
+
+    @contextmanager
+    def reusing(self, batch: Batch) -> Iterator[None]:
+        self._mode, self._reused = "reuse", self._arranged.pop(id(batch))
+        try:
+            with ExitStack() as stack:
+                for block in self._blocks[:-1]:
+                    stack.enter_context(_not_checkpointed(block))
+                yield
+        finally:
+            self._mode, self._reused = None, []
+
+    def _standing_in(self, number: int, block: nn.Module) -> Callable[..., _Found]:
+        live, forward = number == len(self._blocks) - 1, block.forward
+
+        def again(known: Tensor, *args: object, **kwargs: object) -> _Found:
+            with _not_checkpointed(block):
+                found: _Found = forward(known, *args, **kwargs)
+            return found
+
+        def stand_in(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
+            found: _Found
+            if self._mode == "hold":
+                self._hold(number, hidden_states)
+            if self._mode != "reuse":
+                found = forward(hidden_states, *args, **kwargs)
+                self._in_tuples = isinstance(found, tuple)
+                return found
+            inputs = self._reused
+            if live:
+                found = forward(_HeldInput.apply(hidden_states, inputs[number]), *args, **kwargs)
+                return found
+            anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
+            passed: Tensor = _ReusedBlock.apply(
+                hidden_states, anchor, inputs, number, lambda known: again(known, *args, **kwargs)
+            )
+            return (passed,) if self._in_tuples else passed
+
+        return stand_in
+
+    def _hold(self, number: int, hidden: Tensor) -> None:
+        batch = self._model.current_batch
+        if number == 0:
+            self._like = hidden.detach()[:0]
+            if len(self._held) < self._most:
+                self._held.append(_Held(batch, []))
+        if self._held and self._held[-1].batch is batch:
+            # A branched micro-batch begins with the examples as they are; one that is lifted to float32 was not yet.
+            hidden = hidden.detach()[: len(batch.input_ids)].flatten(0, 1).to(self._like.dtype)
+            self._held[-1].inputs.append(hidden.to("cpu", non_blocking=True) if self._store == "cpu" else hidden)
+
+    def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
+        """Of each micro-batch that is held: its number, tokens of it, and where in ``batch`` they belong."""
+        starts: dict[int, tuple[int, int]] = {}
+        found: list[tuple[int, Tensor, Tensor]] = []
+        for number, held in enumerate(self._held):
+            for position, start in zip(held.batch.positions.tolist(), held.batch.starts):
+                starts[position] = number, start
+        by_held: dict[int, list[tuple[int, int, int]]] = {}
+        for position, start, length in zip(batch.positions.tolist(), batch.starts, batch.lengths):
+            number, held_start = starts[position]
+            by_held.setdefault(number, []).append((held_start, start, length))
+        for number, spans in by_held.items():
+            tokens, targets = (torch.cat([torch.arange(span[i], span[i] + span[2]) for span in spans]) for i in (0, 1))
+            found.append((number, tokens, targets))
+        return found
+
+    def _laid_out(self, batch: Batch, places: list[tuple[int, Tensor, Tensor]], number: int) -> Tensor:
+        """``[tokens of batch, hidden]``; padding is zero."""
+        device = "cpu" if self._store == "cpu" else self._like.device
+        found = self._like.new_zeros(batch.input_ids.numel(), self._like.shape[-1], device=device)
+        for held, tokens, targets in places:
+            of_held = self._held[held].inputs[number]
+            found.index_copy_(0, targets.to(found.device), of_held.index_select(0, tokens.to(of_held.device)))
+        return found
+
+
+class _HeldInput(torch.autograd.Function):
+    """What goes into the live block, in place of what came out of the one before."""
+
+    @staticmethod
+    def forward(_ctx: object, hidden: Tensor, known: Tensor) -> Tensor:
+        return known.to(hidden.device).view_as(hidden).clone()
+
+    @staticmethod
+    def backward(_ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Context(Protocol):
+    """autograd's context, with what `_ReusedBlock` puts there."""
+
+    needs_input_grad: tuple[bool, ...]
+    inputs: list[Tensor]
+    number: int
+    block: Callable[[Tensor], _Found]
+    shape: torch.Size
+    device: torch.device
+
+
+class _ReusedBlock(torch.autograd.Function):
+    """A block that is not run: what goes in comes out. Its backward computes it, from the input that was held.
+
+    ``anchor`` requires a gradient where the first block's input does not, so that there is a backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        hidden: Tensor,
+        anchor: Tensor,
+        inputs: list[Tensor],
+        number: int,
+        block: Callable[[Tensor], _Found],
+    ) -> Tensor:
+        ctx.inputs, ctx.number, ctx.block, ctx.shape = inputs, number, block, hidden.shape
+        ctx.device = hidden.device
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        known = ctx.inputs[ctx.number].to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
+        ctx.inputs[ctx.number] = torch.empty(0)
+        with torch.enable_grad():
+            found = ctx.block(known)
+        found = found[0] if isinstance(found, tuple) else found
+        torch.autograd.backward(found, gradient)
+        return known.grad if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+@contextmanager
+def _not_checkpointed(block: nn.Module) -> Iterator[None]:
+    """A reused block is computed once, in the backward: to checkpoint it would be to compute it once more."""
+    if not isinstance(block, GradientCheckpointingLayer):
+        yield
+        return
+    before = block.gradient_checkpointing
+    block.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        block.gradient_checkpointing = before
+
+
+def _check_no_dropout(model: ExampleLoss) -> None:
+    drops = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    config = model.causal_model.config.get_text_config()
+    drops += [name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)]
+    if drops:
+        raise UserError(
+            f"--train.forward_reuse needs a model without dropout, and this one has it, the first at {drops[0]}: leave "
+            f"it out, or give --lora.dropout 0"
+        )

@@ -1,0 +1,170 @@
+"""What a run reads before it loads a model; whatever can be wrong with it is found out here, cheapest first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from colm_scale.clustering.cluster import check_installed
+from colm_scale.config import RunConfig
+from colm_scale.config.checks import check_even_shares
+from colm_scale.data.builtin import Split
+from colm_scale.data.examples import Examples, tokenise
+from colm_scale.data.readers import Row, builtin_as_rows, read_rows
+from colm_scale.data.recorded_selection import SelectionRecord
+from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
+from colm_scale.data.source_labels import labelled
+from colm_scale.data.stream import digest_of, survey
+from colm_scale.distributed.group import Group
+from colm_scale.engines.choose import check_optimizer, sharding
+from colm_scale.errors import UserError
+from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
+from colm_scale.records import Json
+from colm_scale.reporting.trackers import check_trackers
+from colm_scale.run.schedule import total_steps
+from colm_scale.run.streaming import StreamedSampler, share_survey
+from colm_scale.selection.quota import check_names, kept_sources
+from colm_scale.selection.shares import check_shares
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything but the model.
+
+    Attributes:
+        sampler: Draws the candidates.
+        source_names, sizes: ``[Q]`` names, and ``[Q]`` int64 training examples of each source.
+        kept: ``[Q]`` bool, sources all of whose candidates are trained on.
+        protected: ``[Q]`` int64, protected examples of each source.
+        digest: Of the training data, as it is tokenised.
+        eval: Held-out examples.
+        ds_config: What DeepSpeed is given; None under other engines.
+        rows_digest: Of the rows of the training data, before they are tokenised.
+        record: What a replay selects.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    sampler: Sampler
+    source_names: tuple[str, ...]
+    sizes: Tensor
+    kept: Tensor
+    protected: Tensor
+    digest: str
+    eval: Examples | None
+    ds_config: Json | None
+    rows_digest: str = ""
+    record: SelectionRecord | None = None
+
+    @property
+    def source_table(self) -> list[dict[str, object]]:
+        """Each source's name, training examples, and whether it is kept at the beginning."""
+        table = zip(self.source_names, self.sizes.tolist(), self.kept.tolist())
+        return [{"name": name, "examples": size, "kept": kept} for name, size, kept in table]
+
+
+def read_inputs(config: RunConfig, group: Group) -> Inputs:
+    """Read and check.
+
+    Raises:
+        UserError: On the rank that found it; see `Group.together`.
+    """
+    with group.together():
+        if group.is_first:
+            check_trackers(config.track)
+        ds_config = _check_ranks(config, group)
+        config.selection.check_own()
+        check_kernels(config.model, config.train, sharding(config, ds_config))
+        if config.reclusters:
+            check_installed("sklearn")
+        model = check_model(config.model)
+        check_adapter(config.lora)
+        tokenizer = load_tokenizer(config.model)
+        longest = config.data.max_length or context_length(model)
+        record = None if config.selection.replay is None else SelectionRecord(config.selection.replay)
+    if record is not None:
+        group.agree(record.digest, "record of selections (--selection.replay)")
+    group.agree(str(config.selection.shares), "shares of the sources (--selection.shares)")
+    training = _streamed if config.data.streaming else _held
+    sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)
+    with group.together():
+        check_names("data.protected_sources", config.data.protected_sources or (), names)
+        kept = kept_sources(sizes, names, config.selection.kept_sources)
+        check_shares(config.selection, names, kept, refreshed=config.sources.refresh_every > 0)
+        held_out = None
+        if config.data.has_held_out:
+            held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
+        if record is not None:
+            digest = f"{digest}, selected as in {record.digest}"
+            _check_record(record, rows_digest, total_steps(config, int(sizes.sum())))
+    return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest, record)
+
+
+_Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str, str]
+"""Sampler, source names, their sizes, how many of each are protected, and the digests of the data and of its rows."""
+
+
+def _held(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, record: SelectionRecord | None
+) -> _Training:
+    """Training data that every rank reads and holds."""
+    with group.together():
+        rows = _rows(config, "train")
+        train = tokenise(rows, tokenizer, config.data, longest)
+        if record is None:
+            sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
+        else:
+            sampler = RecordedSampler(train, record)
+    digest = train.digest()
+    group.agree(digest, "training data")
+    return sampler, train.source_names, train.sizes, train.protected_sizes, digest, digest_of(rows, config.data)
+
+
+def _streamed(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, _: SelectionRecord | None
+) -> _Training:
+    """Training data that the first rank reads as it is needed."""
+    assert config.data.train is not None  # the built-in mixture is no stream
+    with group.together():
+        surveyed = survey(config.data.train, config.data) if group.is_first else None
+    surveyed = share_survey(surveyed, group)
+    with group.together():
+        sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
+    digest = surveyed.digest
+    return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, digest, digest
+
+
+def _check_ranks(config: RunConfig, group: Group) -> Json | None:
+    """What depends on the number of ranks, and the configuration of DeepSpeed."""
+    from colm_scale.engines.ds_config import read_ds_config
+
+    if config.selection.method != "replay":
+        check_even_shares(config.selection.candidates, group.world_size)
+    if config.engine == "single" and group.world_size > 1:
+        raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
+    if config.engine == "ddp" and group.world_size == 1:
+        raise UserError("--engine ddp needs several processes: start it with torchrun, or leave --engine out")
+    ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
+    check_optimizer(config, ds_config)
+    return ds_config
+
+
+def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None:
+    """Refuse a replay of other data, or of more steps than there are."""
+    if steps > record.steps:
+        raise UserError(
+            f"the replay of {record.file} would make {steps} steps, but it holds {record.steps}: give --train.steps "
+            f"{record.steps}, or fewer"
+        )
+    if record.rows_digest not in (None, rows_digest):
+        raise UserError(
+            f"{record.file} was written by a run on other rows of data than these, though ids and sources are the "
+            f"same: give the data of that run (--data.train, and the same --data.template)"
+        )
+
+
+def _rows(config: RunConfig, split: Split) -> list[Row]:
+    specs = getattr(config.data, split)
+    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
+    return list(labelled(rows, config.data.sources)) if split == "train" else rows

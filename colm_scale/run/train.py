@@ -1,0 +1,74 @@
+"""A training run: evaluate, step, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from colm_scale.checkpoint.run_state import RunState
+from colm_scale.config import RunConfig
+from colm_scale.distributed.group import Group
+from colm_scale.distributed.watch import Watch
+from colm_scale.records import StepReport
+from colm_scale.run import process
+from colm_scale.run.prepare import Prepared, prepare
+from colm_scale.run.schedule import evaluation_period, learning_rate
+from colm_scale.run.session import Session
+from colm_scale.step.floor import Work, bare_floor_seconds
+
+
+def run(config: RunConfig) -> int:
+    """Train on this rank, and return the exit code of the process, see `process.run`."""
+    return process.run(config, train)
+
+
+def train(config: RunConfig, group: Group, watch: Watch) -> bool:
+    """Train; returns whether the run came to its end, rather than being told to stop. All ranks call it together."""
+    prepared = prepare(config, group, watch)
+    with prepared.session() as session:
+        state = prepared.state(session)
+        done = state.load(prepared.found)
+        prepared.claim(done)
+        session.reports.start(prepared.steps, prepared.facts(done), done)
+        return _run_steps(prepared, session, state, done)
+
+
+def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> bool:
+    """Make the steps after ``done``, and what happens every so many of them."""
+    config, watch, steps, reports = run.config, run.watch, run.steps, session.reports
+    evaluate_every = evaluation_period(config.eval, steps)
+    if not done:
+        session.evaluate(0, whole=True)
+    for number in range(done + 1, steps + 1):
+        watch.begin(number)
+        report, work = run.step(number, learning_rate(config.train, number, steps))
+        if _is_due(config.profile.floor_every, number):
+            watch.enter("floor")
+            report = _over_floor(run, report, work)
+        reports.step(report)
+        watch.enter("sources")
+        if drift := run.step.refresh_sources(number):
+            reports.drifted(drift)
+        if number == steps or _is_due(evaluate_every, number):
+            session.evaluate(number, whole=number == steps)
+        stopping = run.group.any(watch.stop_requested)
+        if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
+            watch.enter("checkpoint")
+            started = time.perf_counter()
+            reports.flush()
+            state.save(number)
+            reports.saved(number, time.perf_counter() - started)
+        if stopping and number < steps:
+            reports.stopped(number)
+            return False
+    session.finish(steps)
+    return True
+
+
+def _is_due(every: int, number: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _over_floor(run: Prepared, report: StepReport, work: Work) -> StepReport:
+    floor = bare_floor_seconds(work, run.engine, run.group, run.config.train.seed)
+    return dataclasses.replace(report, floor=report.seconds["step"] / floor)

@@ -1,0 +1,60 @@
+"""The bare floor of a step: the least any implementation must do with its tokens (DESIGN section 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from colm_scale.distributed.group import Group
+from colm_scale.engines.base import Engine
+from colm_scale.modeling.probe import without_dropout
+from colm_scale.randomness import global_draws
+from colm_scale.records import Batch, MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The batches of a step on this rank, so that the floor can run the same tokens again."""
+
+    sketched: list[Batch]
+    trained: list[MicroBatch]
+
+
+def bare_floor_seconds(
+    work: Work, engine: Engine, group: Group, seed: int, sketch: Callable[[Batch], object] | None = None
+) -> float:
+    """Measure the bare floor on the slowest rank, in seconds. All ranks call it together.
+
+    One forward of the sketched candidates, then forward, backward and optimizer of the coreset, without a hook of
+    ours; afterwards the adapters and the optimizer are as they were.
+
+    Args:
+        seed: Of the run, for dropout.
+        sketch: Runs a sketched micro-batch in place of the bare forward; an estimator's own gives its floor.
+    """
+    restore = engine.snapshot()
+    group.barrier()
+    started = _now(group.device)
+    with nullcontext() if sketch else torch.no_grad(), without_dropout(engine.module):
+        for batch in work.sketched:
+            (sketch or engine.module)(batch)
+    with global_draws(group.device, seed, "floor"):
+        for number, micro_batch in enumerate(work.trained, 1):
+            losses = engine.forward(micro_batch.batch)
+            engine.backward((losses * micro_batch.shares).sum(), last=number == len(work.trained))
+    engine.step(0.0)
+    seconds = torch.tensor([_now(group.device) - started], dtype=torch.float64, device=group.device)
+    restore()
+    slowest = group.all_reduce(seconds, "floor", largest=True)
+    group.take_traffic()
+    return float(slowest)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

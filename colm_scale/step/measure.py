@@ -1,0 +1,99 @@
+"""Reports: what a step has cost, and what its selection was worth. Nothing here decides anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from colm_scale.distributed.group import Group
+from colm_scale.engines.base import Update
+from colm_scale.profiling.spans import Spans, over_ranks
+from colm_scale.randomness import generator
+from colm_scale.records import Audit, Route, StepReport
+from colm_scale.selection import telemetry
+from colm_scale.selection.audit import audit
+from colm_scale.selection.route import padding_share
+from colm_scale.step.select import Chosen
+from colm_scale.step.train import Routed
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What became of a routed coreset.
+
+    Attributes:
+        losses: ``[n]`` of all ranks' examples, zero where not trained.
+        update: What the optimizer did.
+        learning_rate: Of the step.
+    """
+
+    routed: Routed
+    losses: Tensor
+    update: Update
+    learning_rate: float
+
+
+class Measurement:
+    """Ends a step with its report. All ranks call it together.
+
+    Args:
+        packed: Whether micro-batches are packed, so that there is no padding.
+        audits: Whether to say of every candidate why it was trained on or not.
+        seed: Of the run, for the random draw that a selection is compared with.
+    """
+
+    def __init__(self, group: Group, spans: Spans, seed: int, *, packed: bool, audits: bool):
+        self._group, self._spans, self._seed = group, spans, seed
+        self._packed, self._audits = packed, audits and group.is_first
+
+    def __call__(self, chosen: Chosen, trained: Trained, facts: Mapping[str, float]) -> StepReport:
+        """Report a step, with these ``facts`` about its selection."""
+        with self._spans("report"):
+            worth = {**self._worth(chosen), **facts}
+            audited = self._audit(chosen)
+        seconds, phase_peak_bytes = over_ranks(*self._spans.finish(), self._group)
+        routed, update = trained.routed, trained.update
+        return StepReport(
+            step=chosen.candidates.step,
+            loss=float((trained.losses * routed.shares).sum()),
+            learning_rate=trained.learning_rate,
+            gradient_norm=update.norm,
+            applied=update.applied,
+            loss_scale=update.loss_scale,
+            candidates=chosen.candidates,
+            selection=chosen.selection,
+            seconds=seconds,
+            peak_bytes=next(iter(phase_peak_bytes.values()))["step"],
+            phase_peak_bytes=phase_peak_bytes,
+            exchanged_bytes=self._group.take_traffic(),
+            imbalance=routed.route.imbalance,
+            padding_share=self._padding(chosen, routed.route),
+            telemetry=worth,
+            audit=audited,
+        )
+
+    def _worth(self, chosen: Chosen) -> dict[str, float]:
+        """What the selection was worth beside a random draw with its quotas; on the first rank only."""
+        if not self._group.is_first:
+            return {}
+        candidates, selection, matrix = chosen.candidates, chosen.selection, chosen.sketched.matrix
+        eligible = telemetry.could_be_picked(candidates, selection, matrix)
+        draws = generator(self._seed, "telemetry", candidates.step)
+        draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
+        return telemetry.worth(candidates, selection, matrix, draw)
+
+    def _audit(self, chosen: Chosen) -> Audit | None:
+        if not self._audits:
+            return None
+        rule, matrix = chosen.rule, chosen.sketched.matrix
+        return audit(chosen.candidates, chosen.quota, chosen.selection, matrix, rule.kept, rule.config)
+
+    def _padding(self, chosen: Chosen, routed: Route) -> dict[str, float]:
+        """Share of the computed tokens that is padding, by phase."""
+        found = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}
+        if len(chosen.sketched.plan.positions):
+            shares = chosen.sketched.plan.shares
+            found["sketch"] = 0.0 if self._packed else padding_share(chosen.candidates.lengths, shares)
+        return found

@@ -1,0 +1,84 @@
+"""The first half of a step, from sample to learn: which candidates enter the coreset (DESIGN 2.1 to 2.3).
+
+A run's own step and the trainers of other libraries both use it, so they select the same examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from colm_scale.data.examples import Examples
+from colm_scale.distributed.exchange import share_selection
+from colm_scale.distributed.group import Group
+from colm_scale.profiling.spans import Spans
+from colm_scale.records import Candidates, Quota, Selection
+from colm_scale.selection.rule import SelectionRule
+from colm_scale.step.sketch import Sketched, SketchStage
+from colm_scale.step.source_state import SourceState
+
+Draw = Callable[[], tuple[Candidates, Examples]]
+"""Returns the candidates of a step, equal on every rank, and the examples that their indices refer to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A coreset, and everything it was chosen from.
+
+    Attributes:
+        examples: What the indices of the candidates refer to.
+        rule: The method as it was in this step.
+    """
+
+    candidates: Candidates
+    examples: Examples
+    rule: SelectionRule
+    quota: Quota
+    sketched: Sketched
+    selection: Selection
+
+
+class SelectionStage:
+    """Chooses the coreset of each step. All ranks call it together.
+
+    Attributes:
+        sketch: Compares the candidates, or does nothing where the method does not.
+        sources: The kept sources, shares and coverage as they are before the next step.
+    """
+
+    def __init__(self, rule: SelectionRule, sketch: SketchStage, sources: SourceState, group: Group, spans: Spans):
+        self.sketch, self.sources = sketch, sources
+        self._rule, self._group, self._spans = rule, group, spans
+
+    def __call__(self, draw: Draw) -> Chosen:
+        """Choose among the candidates that ``draw`` returns.
+
+        Raises:
+            TrainingError: On every rank: ranks disagree, or no sketch is finite.
+        """
+        spans = self._spans
+        self._group.take_traffic()  # what was exchanged between steps is not the step's
+        with spans("sample"):
+            candidates, examples = draw()
+            rule = self.rule(candidates)
+            quota = rule.quota(candidates, self.sources.coverage)
+        sketched = self.sketch(candidates, examples, quota)
+        with spans("select"):
+            selection = rule.select(candidates, quota, sketched.matrix) if self._group.is_first else None
+        with spans("broadcast"):
+            selection = share_selection(selection, rule.most_selected, candidates, self._group)
+        self.sketch.learn(sketched, selection, candidates.step)
+        return Chosen(candidates, examples, rule, quota, sketched, selection)
+
+    def rule(self, candidates: Candidates) -> SelectionRule:
+        """The method as it is now, with a budget in proportion to the candidates."""
+        return self._rule.now(len(candidates), self.sources.kept, self.sources.shares)
+
+    def conclude(self, chosen: Chosen, *, applied: bool) -> None:
+        """Take in that the coreset was trained on; ``applied`` unless the step changed no weight."""
+        if self.sources.after(chosen.candidates, chosen.selection, applied):
+            self.sketch.estimator.restart_moments()
+
+    def facts(self, chosen: Chosen) -> dict[str, float]:
+        """Numbers about the selection for the step's report, by name."""
+        return self.sketch.facts(chosen.sketched, chosen.selection) | self.sources.facts
