@@ -19,6 +19,7 @@ settings.register_profile("quick", deadline=None, max_examples=15)
 settings.load_profile("full")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file that starts runs on one worker of ``--dist loadgroup``."""
     for item in items:
