@@ -81,7 +81,7 @@ def stream_rows(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
     return _rows(specs, config, streaming=True)
 
 
-def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row]:
+def builtin_as_rows(split: Split, config: DataConfig) -> list[Row]:
     """The built-in mixture as rows. Its columns are its own; of ``config`` template and protected sources count.
 
     Raises:
@@ -97,7 +97,7 @@ def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row
             where=f"built-in {split} data row {number + 1}",
             protected=row["source"] in (config.protected_sources or ()),
         )
-        for number, row in enumerate(builtin_rows(split, seed))
+        for number, row in enumerate(builtin_rows(split))
     ]
 
 

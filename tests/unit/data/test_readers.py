@@ -462,8 +462,8 @@ def test_a_spec_of_an_uppercase_suffix_is_a_file(in_tmp):
 
 
 def test_builtin_rows_are_templated_and_numbered():
-    records = builtin_rows("eval", 3)
-    rows = builtin_as_rows("eval", DataConfig(template="Q: {instruction}\nA: "), seed=3)
+    records = builtin_rows("eval")
+    rows = builtin_as_rows("eval", DataConfig(template="Q: {instruction}\nA: "))
     assert [row.id for row in rows] == list(range(len(records)))
     assert rows[5] == Row(
         5,
