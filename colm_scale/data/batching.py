@@ -1,4 +1,4 @@
-"""Examples into one micro-batch on the device, padded or packed."""
+"""Collation of examples into micro-batches on the device, padded or packed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Targets, 
 def collate(
     examples: Examples, indices: Tensor, positions: Tensor, pad_id: int, device: torch.device, *, packed: bool = False
 ) -> Batch:
-    """A micro-batch of some examples.
+    """Collate the examples at some indices.
 
     Args:
-        indices: ``[B]`` the examples, at least one.
-        positions: ``[B]`` their positions among the candidates; empty for a batch that only keeps the ranks in step.
+        indices: ``[B]``, at least one.
+        positions: ``[B]`` positions among the candidates; empty for a batch that only keeps the ranks in step.
     """
     rows, labelled = zip(*[examples.example(index) for index in indices.tolist()])
     return make_batch([row.long() for row in rows], labelled, positions, pad_id, device, packed=packed)
@@ -28,13 +28,13 @@ def collate(
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """How the examples of a step become micro-batches.
+    """Settings for collating the examples of a step.
 
     Attributes:
-        pad_id: Token that padding is made of.
-        token_budget: Most tokens of a micro-batch, padding included; a longer example forms one of its own.
-        packed: Whether examples are put one after the other rather than padded.
-        device: Where micro-batches are computed.
+        pad_id: Padding token.
+        token_budget: Most tokens of a micro-batch, including padding; a longer example gets a micro-batch to itself.
+        packed: Concatenate examples into one row instead of padding them.
+        device: Device of the micro-batches.
     """
 
     pad_id: int
@@ -43,7 +43,7 @@ class Batching:
     device: torch.device
 
     def share(self, examples: Examples, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
-        """A rank's micro-batches, tuples of positions; an empty one holds the shortest candidate, at no position."""
+        """Collate a rank's share, tuples of positions; for an empty one, the shortest candidate without a position."""
         batches = []
         shortest = candidates.indices[candidates.lengths.argmin().view(1)]
         for positions in map(long_tensor, share):
@@ -61,14 +61,13 @@ def make_batch(
     *,
     packed: bool = False,
 ) -> Batch:
-    """A micro-batch of tokens.
+    """Collate tokens.
 
     Args:
         rows: Tokens of each example, ``[length]`` int64 on the CPU.
-        labelled: ``[length]`` bool, which of them carry loss; an example's first token, which nothing predicts, never
-            does.
+        labelled: ``[length]`` bool, tokens that carry loss; never the first, which is not predicted.
         positions: As in `collate`.
-        packed: All in one row without padding, rather than a row each, padded on the right to the longest.
+        packed: Put all examples into one row without padding, instead of one row each, padded on the right.
     """
     lengths = [len(row) for row in rows]
     longest = max(lengths)
@@ -93,7 +92,7 @@ def make_batch(
 
 
 def _targets(rows: Sequence[Tensor], labelled: Sequence[Tensor], starts: Sequence[int]) -> Targets:
-    predicted = [mask[1:].nonzero().flatten() for mask in labelled]  # in terms of the token before
+    predicted = [mask[1:].nonzero().flatten() for mask in labelled]  # places of the tokens before the labels
     counts = torch.tensor([len(found) for found in predicted])
     most = max(1, int(counts.max()))
     return Targets(
@@ -106,7 +105,7 @@ def _targets(rows: Sequence[Tensor], labelled: Sequence[Tensor], starts: Sequenc
 
 
 class _Mover:
-    """Copies to the device; from pinned memory, so that the copy is queued and not waited for."""
+    """Copies tensors to the device; through pinned memory, so that the copy does not block."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -124,11 +123,11 @@ class _Mover:
 def weighted(
     batches: Sequence[Batch], shares: Tensor, device: torch.device, reused: int = 0
 ) -> list[MicroBatch]:
-    """Micro-batches to train on.
+    """Attach the weights of the losses to micro-batches.
 
     Args:
-        shares: ``[n]`` what each candidate's loss counts for.
-        reused: How many of the first ones start from block inputs that the sketch holds.
+        shares: ``[n]`` factor of each candidate's loss.
+        reused: Number of micro-batches, the first ones, that start from held block inputs.
     """
     found = []
     for number, batch in enumerate(batches):

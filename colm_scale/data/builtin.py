@@ -1,7 +1,7 @@
 """The built-in mixture: 14 sources of small maths problems whose answers can be checked without a model.
 
-It has what makes a mixture hard for a small coreset: sizes as skewed as those of large instruction mixtures, three
-answer styles, and sources that teach each other little, so that a source left out is a source not learned.
+It is hard for a small coreset: sizes are as skewed as those of large instruction mixtures, there are three answer
+styles, and sources teach each other little, so that a source left out is a source not learned.
 
 Styles: ``CoT/`` one or two sentences and a line ``The answer is 42``; ``PoT/`` a straight-line program that assigns
 ``answer``; ``EQ/`` one linear equation in x.
@@ -14,6 +14,8 @@ import json
 from typing import Literal
 
 from colm_scale.base import MIXTURE
+from colm_scale.config import RowConfig
+from colm_scale.data.readers import Row, protected_by_name, templated
 from colm_scale.errors import UserError
 
 Split = Literal["train", "eval"]
@@ -29,6 +31,26 @@ def builtin_rows(split: Split) -> list[dict[str, str]]:
         UserError: The split is neither "train" nor "eval".
     """
     if split not in ("train", "eval"):
-        raise UserError(f"split {split!r} of the built-in data: give 'train' or 'eval'")
+        raise UserError(f"the built-in data has no split {split!r}: use 'train' or 'eval'")
     with gzip.open(MIXTURE / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def builtin_as_rows(split: Split, config: RowConfig) -> list[Row]:
+    """Read one split with the template and the protected sources of ``config``; its column names do not apply.
+
+    Raises:
+        UserError: As `builtin_rows`.
+    """
+    return [
+        Row(
+            id=number,
+            source=row["source"],
+            messages=(),
+            prompt=templated(row["instruction"], config),
+            completion=row["output"],
+            where=f"built-in {split} data row {number + 1}",
+            protected=protected_by_name(row["source"], config),
+        )
+        for number, row in enumerate(builtin_rows(split))
+    ]

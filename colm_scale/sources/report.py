@@ -32,7 +32,7 @@ class Example:
     @classmethod
     def of(cls, row: Row) -> Example:
         """Its beginning, in one line."""
-        written = " | ".join(message.content for message in row.messages or ()) or f"{row.prompt} => {row.completion}"
+        written = " | ".join(message.content for message in row.messages) or f"{row.prompt} => {row.completion}"
         line = " ".join(written.split())
         return cls(row.id, row.where, line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS]}...")
 
