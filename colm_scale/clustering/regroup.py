@@ -1,6 +1,6 @@
-"""Clusters of a model that has changed meanwhile, under the numbers of those before.
+"""Re-clustering of sources: examples are clustered again as the model changes, and clusters keep their numbers.
 
-    m  examples        p  numbers of an example's state        Q  sources
+    m  examples        p  width of an example's state
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _COMPONENTS = 32
 """Most principal components that are clustered."""
 _STARTS = 5
 _BETTER = 0.95
-"""A clustering from scratch is taken if its inertia is below this share of that which goes on from the sources as they
-are: else many examples would move for little."""
+"""A clustering from scratch is used only if its inertia is below this share of the inertia of one that starts from the
+current sources, so that examples do not move for little gain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Regrouped:
-    """What has become of the sources.
+    """Re-clustered sources.
 
     Attributes:
-        sources: ``[m]`` int64 source of each example now.
-        new: Sources most of whose examples were of another one before.
+        sources: ``[m]`` int64 new source of each example.
+        new: Sources most of whose examples had another source before.
     """
 
     sources: np.ndarray
@@ -33,15 +33,15 @@ class Regrouped:
 
 
 def regroup(states: np.ndarray, sources: np.ndarray, seed: int) -> Regrouped:
-    """Cluster examples into as many groups as they have sources, and name each group after the source most like it.
+    """Cluster examples into as many groups as they have sources, and match each group with a source.
 
-    k-means goes on from the means of the sources as they are, and also begins from scratch. Groups are matched with
-    sources so that as many examples as can be keep theirs (Kuhn 1955: the assignment problem).
+    k-means starts from the means of the current sources, and also from scratch. Groups are matched with sources so that
+    as many examples as possible keep their source (the assignment problem, Kuhn 1955).
 
     Args:
         states: ``[m, p]`` float32.
-        sources: ``[m]`` source of each example so far.
-        seed: Of the start from scratch.
+        sources: ``[m]`` current source of each example.
+        seed: Seed of the start from scratch.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -58,7 +58,7 @@ def regroup(states: np.ndarray, sources: np.ndarray, seed: int) -> Regrouped:
 
 
 def _clustered(states: np.ndarray, before: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """``[m]`` group of each example, by the better of two starts."""
+    """Return ``[m]`` group of each example, from the better of the two starts."""
     with one_thread():
         from sklearn.cluster import KMeans
         from sklearn.decomposition import PCA

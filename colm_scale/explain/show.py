@@ -1,4 +1,4 @@
-"""An explanation for people, as tables, and for programs, as JSON and Parquet."""
+"""Tables of an explanation for the terminal, and its JSON and Parquet files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from colm_scale.explain.explain import Explanation, SourceFacts
 from colm_scale.records import REASONS
 
 _VERDICTS = {1: "more", -1: "less", 0: "as expected"}
-_NONE = "-"
 
 
 def tables(found: Explanation, top: int) -> Group:
-    """Everything, each list of examples at most ``top`` long."""
+    """Format the explanation, each list of examples at most ``top`` long."""
     parts = [_source_table(found)]
     if any(source.reasons for source in found.sources):
         parts.append(_reason_table(found.sources))
@@ -32,7 +31,7 @@ def tables(found: Explanation, top: int) -> Group:
 
 
 def sentences(found: Explanation, top: int) -> list[str]:
-    """What was never trained on, and what the tests can and cannot tell."""
+    """Summarise the examples that were never trained on, and the tests against chance."""
     examples = found.examples
     never, told = found.never_trained, [len(found.told_apart(sign)) for sign in (1, -1)]
     candidates = int((examples.candidacies > 0).sum())
@@ -42,18 +41,18 @@ def sentences(found: Explanation, top: int) -> list[str]:
     if found.lists_all:
         said.append(f"Never candidates: {len(found.never_candidates):,}{_some(found.never_candidates, top)}.")
     elif len(unseen) == len(found.sources):
-        said.append(f"Never candidates: {sum(unseen):,} (their ids were not written down).")
+        said.append(f"Never candidates: {sum(unseen):,} (their ids were not recorded).")
     else:
-        said.append("How many examples never were candidates was not written down.")
+        said.append("The run has not recorded how many examples never were candidates.")
     said.append(
         f"More often than by chance: {told[0]:,} examples; less often: {told[1]:,} (false discovery rate "
-        f"{found.alpha:g}). {int(examples.testable.sum()):,} could be told apart even alone."
+        f"{found.alpha:g}). {int(examples.testable.sum()):,} could be significant even alone."
     )
     return said
 
 
 def as_json(found: Explanation, top: int) -> dict[str, object]:
-    """The same as plain JSON."""
+    """Convert the explanation to plain JSON, each list of examples at most ``top`` long."""
     examples = found.examples
     sources = [
         {**dataclasses.asdict(source), "coverage": source.coverage, "favoured": _VERDICTS[source.favoured]}
@@ -82,7 +81,7 @@ def as_json(found: Explanation, top: int) -> dict[str, object]:
 
 
 def write(found: Explanation, top: int, folder: Path) -> None:
-    """``explain.json`` and ``examples.parquet``.
+    """Write ``explain.json`` and ``examples.parquet``.
 
     Raises:
         OSError: They cannot be written.
@@ -120,7 +119,7 @@ def _source_table(found: Explanation) -> Table:
         share = source.selections / source.candidacies if source.candidacies else 0.0
         table.add_row(
             Text(source.name),
-            _NONE if source.examples is None else f"{source.examples:,}",
+            _or_none(source.examples, ","),
             f"{source.candidates:,}",
             f"{source.trained:,}",
             f"{source.coverage:.1%}",
@@ -130,7 +129,7 @@ def _source_table(found: Explanation) -> Table:
             f"{source.expected:,.1f}",
             f"{source.p_value:.2g}",
             _VERDICTS[source.favoured],
-            _NONE if source.spread is None else f"{source.spread:.2f}",
+            _or_none(source.spread, ".2f"),
         )
     return table
 
@@ -162,6 +161,10 @@ def _example_table(found: Explanation, places: np.ndarray, top: int, title: str)
             f"{examples.adjusted[place]:.2g}",
         )
     return table
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _some(ids: np.ndarray, top: int) -> str:
