@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,12 +75,12 @@ def make_batch(
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + (length if packed else longest))
-    targets = _targets(rows, labelled, starts)
-    move = _Mover(device)
+    move = partial(_moved, device=device)
+    targets = _targets(rows, labelled, starts, move)
     if not packed:
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         tokens = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
-        return Batch(move(tokens), move(mask), move.targets(targets), positions, tuple(lengths))
+        return Batch(move(tokens), move(mask), targets, positions, tuple(lengths))
     within = [torch.arange(length) for length in lengths]
     packing = Packing(
         position_ids=move(torch.cat(within).unsqueeze(0)),
@@ -88,41 +89,32 @@ def make_batch(
         longest=longest,
     )
     tokens = move(torch.cat(list(rows)).unsqueeze(0))
-    return Batch(tokens, None, move.targets(targets), positions, tuple(lengths), packing)
+    return Batch(tokens, None, targets, positions, tuple(lengths), packing)
 
 
-def _targets(rows: Sequence[Tensor], labelled: Sequence[Tensor], starts: Sequence[int]) -> Targets:
+def _targets(
+    rows: Sequence[Tensor], labelled: Sequence[Tensor], starts: Sequence[int], move: Callable[[Tensor], Tensor]
+) -> Targets:
     predicted = [mask[1:].nonzero().flatten() for mask in labelled]  # places of the tokens before the labels
     counts = torch.tensor([len(found) for found in predicted])
     most = max(1, int(counts.max()))
     return Targets(
-        rows=torch.cat([found + start for found, start in zip(predicted, starts)]),
-        tokens=torch.cat([row[found + 1] for row, found in zip(rows, predicted)]),
-        slots=torch.cat([torch.arange(len(found)) + number * most for number, found in enumerate(predicted)]),
-        counts=counts,
+        rows=move(torch.cat([found + start for found, start in zip(predicted, starts)])),
+        tokens=move(torch.cat([row[found + 1] for row, found in zip(rows, predicted)])),
+        slots=move(torch.cat([torch.arange(len(found)) + number * most for number, found in enumerate(predicted)])),
+        counts=move(counts),
         most=most,
     )
 
 
-class _Mover:
-    """Copies tensors to the device; through pinned memory, so that the copy does not block."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
-
-    def targets(self, targets: Targets) -> Targets:
-        rows, tokens, slots, counts = map(self, (targets.rows, targets.tokens, targets.slots, targets.counts))
-        return Targets(rows, tokens, slots, counts, targets.most)
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device; through pinned memory, so that the copy does not block."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
-def weighted(
-    batches: Sequence[Batch], shares: Tensor, device: torch.device, reused: int = 0
-) -> list[MicroBatch]:
+def weighted(batches: Sequence[Batch], shares: Tensor, device: torch.device, reused: int) -> list[MicroBatch]:
     """Attach the weights of the losses to micro-batches.
 
     Args:

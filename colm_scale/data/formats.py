@@ -122,10 +122,12 @@ def _xlsx(path: Path) -> Iterator[Record]:
         titles = _in_one_line(", ".join(title for title, _ in filled))
         raise UserError(f"{path} has several sheets with content ({titles}): use one sheet per file")
     for _, rows in filled:
-        width = max(map(len, rows))  # the file may omit trailing empty cells
+        width = max(map(len, rows))
+        padded = ((*cells, *[None] * (width - len(cells))) for cells in rows)  # the file may omit trailing empty cells
         yield from _table(
-            (f"{path} row {number}", [_spreadsheet_cell(cell) for cell in cells] + [""] * (width - len(cells)))
-            for number, cells in enumerate(rows, 1)
+            # An empty cell is an empty text, as in CSV, so that a prompt can be empty.
+            (f"{path} row {number}", ["" if cell is None else _number_as_text(cell) for cell in cells])
+            for number, cells in enumerate(padded, 1)
             if _has_content(cells)
         )
 
@@ -151,11 +153,6 @@ def _sheet_rows(sheet: Any) -> list[tuple[object, ...]]:
     if len(rows) > _SHEET_ROWS:
         raise ValueError(f"a row is numbered above {_SHEET_ROWS}, the most that a sheet can have")
     return rows
-
-
-def _spreadsheet_cell(cell: Any) -> Any:
-    # An empty cell is an empty text, as in CSV, so that a prompt can be empty.
-    return "" if cell is None else _number_as_text(cell)
 
 
 def _has_content(cells: Sequence[Any]) -> bool:

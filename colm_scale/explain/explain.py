@@ -200,18 +200,17 @@ def _sources(
     reasons: Mapping[str, Mapping[str, int]],
     alpha: float,
 ) -> list[SourceFacts]:
-    num = len(names)
+    num, found = len(names), []
+    absent = num - len(counts.names)  # the last sources, which never had a candidate
     expected, p_values = _uniform(counts)
-    adjusted, found = family_wise(p_values), []
+    expected, p_values = np.pad(expected, (0, absent)), np.pad(family_wise(p_values), (0, absent), constant_values=1)
+    totals = [np.pad(of.sum(0), (0, absent)).tolist() for of in (counts.candidates, counts.trained, counts.kept)]
     variances = np.bincount(counts.sources, counts.chances * (1 - counts.chances), num)
     squares = np.bincount(examples.sources, (examples.selections - examples.expected) ** 2, num)
     seen = np.bincount(examples.sources[examples.candidacies > 0], minlength=num)
     trained = np.bincount(examples.sources[examples.selections > 0], minlength=num)
     for place, name in enumerate(names):
-        known = place < len(counts.names)  # the others never had a candidate
-        totals = [int(of[:, place].sum()) if known else 0 for of in (counts.candidates, counts.trained, counts.kept)]
-        hoped, p_value = (float(expected[place]), float(adjusted[place])) if known else (0.0, 1.0)
-        sign = int(np.sign(totals[1] - hoped)) if p_value <= alpha else 0
+        candidacies, selections, kept = (of[place] for of in totals)
         spread = float(squares[place] / variances[place]) if variances[place] > 0 else None
         found.append(
             SourceFacts(
@@ -219,12 +218,12 @@ def _sources(
                 examples=sizes.get(name),
                 candidates=int(seen[place]),
                 trained=int(trained[place]),
-                candidacies=totals[0],
-                selections=totals[1],
-                kept=totals[2],
-                expected=hoped,
-                p_value=p_value,
-                favoured=sign,
+                candidacies=candidacies,
+                selections=selections,
+                kept=kept,
+                expected=float(expected[place]),
+                p_value=float(p_values[place]),
+                favoured=int(np.sign(selections - expected[place])) if p_values[place] <= alpha else 0,
                 spread=spread,
                 reasons=dict(reasons.get(name, {})),
             )

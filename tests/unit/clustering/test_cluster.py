@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from colm_scale.clustering.cluster import check_installed, hdbscan, kmeans, one_thread
-from colm_scale.clustering.regroup import regroup
+from colm_scale.clustering.cluster import check_installed, hdbscan, kmeans, one_thread, regroup
 from colm_scale.errors import UserError
 from colm_scale.sources.report import Agreement, small
 
