@@ -150,7 +150,7 @@ class BlockStream:
         return joined(parts)
 
     def seek(self, position: Position) -> None:
-        """Go to an earlier `position` of this stream; the blocks before it are read, but not tokenised.
+        """Go to a `position` of this or an equal stream; the blocks before it are read, but not tokenised.
 
         Raises:
             UserError, TrainingError: As `draw`.
