@@ -144,7 +144,7 @@ def _examples(
     if specs is None and config.data.train:
         raise UserError(f"{options.run}: the run had no held-out data; give some with --data FILE")
     rows = read_rows(specs, config.data) if specs else builtin_as_rows("eval", config.data)
-    examples = tokenise(rows, tokenizer, config.data, longest, names or None)
+    examples = tokenise(rows, tokenizer, config.data, longest, names)
     return specs or ["built-in held-out split"], examples
 
 

@@ -19,7 +19,6 @@ from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import Candidates, Selection, long_tensor
 
 FILE = "selection.jsonl"
-_FACTS = "run.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,8 @@ def recorded_steps(file: Path) -> Iterator[RecordedStep]:
 
 def _step(line: bytes, number: int, where: str) -> RecordedStep:
     try:
-        found = RecordedStep(**{name: json.loads(line)[name] for name in RecordedStep.__dataclass_fields__})
+        written = json.loads(line)
+        found = RecordedStep(**{name: written[name] for name in RecordedStep.__dataclass_fields__})
         whole = len(found.candidates) == len(found.sources) and len(found.selected) == len(found.weights)
         whole = whole and 0 <= found.kept <= len(found.selected) > 0
         whole = whole and all(isinstance(each, int) for each in (*found.candidates, *found.selected))
@@ -118,7 +118,7 @@ class SelectionRecord:
         digest = hashlib.sha256(repr(self._names).encode())
         for column in (*columns, weights):
             digest.update(column.tobytes())
-        self.digest, self.rows_digest = digest.hexdigest(), _rows_digest(self.file.parent / _FACTS)
+        self.digest, self.rows_digest = digest.hexdigest(), _rows_digest(self.file.parent / "run.json")
 
     def candidates(self, step: int) -> Tensor:
         """Return ``[n]`` int64 ids of a step's candidates.

@@ -58,7 +58,11 @@ def as_json(found: Explanation, top: int) -> dict[str, object]:
         {**dataclasses.asdict(source), "coverage": source.coverage, "favoured": _VERDICTS[source.favoured]}
         for source in found.sources
     ]
-    never_candidates = len(found.never_candidates) if found.lists_all else None
+
+    def listed(name: str, ids: np.ndarray) -> dict[str, object]:
+        return {name: len(ids), f"{name}_first": ids[:top].tolist()}
+
+    never_candidates = listed("never_candidates", found.never_candidates)
     return {
         "run": str(found.run),
         "steps": found.steps,
@@ -67,15 +71,11 @@ def as_json(found: Explanation, top: int) -> dict[str, object]:
         "examples": {
             "candidates": int((examples.candidacies > 0).sum()),
             "trained": int((examples.selections > 0).sum()),
-            "never_trained": len(found.never_trained),
-            "never_trained_first": found.never_trained[:top].tolist(),
-            "never_candidates": never_candidates,
-            "never_candidates_first": found.never_candidates[:top].tolist(),
+            **listed("never_trained", found.never_trained),
+            **(never_candidates if found.lists_all else never_candidates | {"never_candidates": None}),
             "testable": int(examples.testable.sum()),
-            "favoured": len(found.told_apart(1)),
-            "favoured_first": examples.ids[found.told_apart(1)[:top]].tolist(),
-            "neglected": len(found.told_apart(-1)),
-            "neglected_first": examples.ids[found.told_apart(-1)[:top]].tolist(),
+            **listed("favoured", examples.ids[found.told_apart(1)]),
+            **listed("neglected", examples.ids[found.told_apart(-1)]),
         },
     }
 
