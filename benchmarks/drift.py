@@ -21,10 +21,9 @@ from random import Random
 import rows
 import runs
 from arms import ARMS
+from base_model.mixture import SOURCES, held_out, make_rows
 from learning import QUIET
 from learning_tables import SCORES, interval
-
-from colm_scale.data.builtin import SOURCES, builtin_rows, held_out
 
 STEPS, CANDIDATES, REFRESH = 120, 64, 20
 # Shares of the sources in each third of the run; "PoT/savings" changes what it is in the last third (it becomes another
@@ -58,7 +57,7 @@ def write(folder: Path, seed: int) -> tuple[Path, Path]:
                 instruction, output = maker(draw)
             taken.append({"source": source, "instruction": instruction, "output": output})
     names = {source for shares in PHASES for source in shares}
-    kept = [row for row in builtin_rows("eval", seed) if row["source"] in names | set(CHANGED.values())]
+    kept = [row for row in make_rows("eval", seed) if row["source"] in names | set(CHANGED.values())]
     renamed = {new: old for old, new in CHANGED.items()}
     kept = [row | {"source": renamed.get(row["source"], row["source"])} for row in kept]
     paths = folder / "train.jsonl", folder / "held_out.jsonl"

@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import psutil
 import rows
 import torch
+from base_model.mixture import SOURCES
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
-from colm_scale.data.builtin import SOURCES
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
 from colm_scale.estimators.estimators import Estimator, LastLayer, ZerothOrder

@@ -1,7 +1,7 @@
 """The synthetic, seeded pretraining corpus of the base model: ``document(rng)`` draws one short text.
 
-Nothing in it has the form of the built-in mixture: no ``The answer is``, no program that assigns ``answer``, and no
-instruction template of the mixture. It teaches arithmetic, assignments, equations and how to read word problems.
+The corpus teaches arithmetic, assignments, equations and word problems. It shares no form with the built-in mixture: it
+has no ``The answer is``, no program that assigns ``answer``, and no instruction template of the mixture.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PHRASES = {"+": ("plus", "and"), "-": ("minus", "less"), "*": ("times", "multip
 
 
 def documents(seed: int) -> Iterator[str]:
-    """An endless stream of documents; equal for equal seeds."""
+    """Draw an endless stream of documents, equal for equal seeds."""
     rng = Random(f"{seed}:corpus")
     while True:
         yield document(rng)
 
 
 def document(rng: Random) -> str:
-    """One document, of 5 to 120 tokens."""
+    """Draw one document of 5 to 120 tokens."""
     draw = rng.random()
     if draw < 0.16:
         return "\n".join(fact(rng) for _ in range(rng.randint(2, 6)))
@@ -45,7 +45,7 @@ def document(rng: Random) -> str:
 
 
 def operands(rng: Random, op: str) -> tuple[int, int, int]:
-    """``(left, right, result)`` of one operation, in the range in which the model is to be sure."""
+    """Draw ``(left, right, result)`` of one operation, in the range that the model should master."""
     if op == "+":
         left, right = rng.randint(1, 99), rng.randint(1, 99)
         return left, right, left + right
@@ -62,7 +62,7 @@ def operands(rng: Random, op: str) -> tuple[int, int, int]:
 
 
 def fact(rng: Random) -> str:
-    """One operation in one of several notations."""
+    """Draw one operation, in one of several notations."""
     op = rng.choice(_OPERATIONS)
     left, right, result = operands(rng, op)
     sign, phrase = ("/" if op == "//" and rng.random() < 0.5 else op), rng.choice(_PHRASES[op])
@@ -78,7 +78,7 @@ def fact(rng: Random) -> str:
 
 
 def chain(rng: Random) -> str:
-    """Two operations, the second on the result of the first."""
+    """Draw two operations, the second on the result of the first."""
     left, right, middle = operands(rng, rng.choice("+-*"))
     last = rng.randint(1, 30)
     sign, end = rng.choice((("+", middle + last), ("-", middle - last)) if middle >= last else (("+", middle + last),))
@@ -90,7 +90,7 @@ def chain(rng: Random) -> str:
 
 
 def assignments(rng: Random) -> str:
-    """Names that get values, and what the last one is."""
+    """Draw assignments to names, and the value of the last one."""
     names = rng.sample(("a", "b", "c", "n", "m", "cost", "total", "rest", "start", "first", "second", "sum"), 3)
     op = rng.choice(_OPERATIONS)
     left, right, middle = operands(rng, op)
@@ -106,7 +106,7 @@ def assignments(rng: Random) -> str:
 
 
 def equation(rng: Random) -> str:
-    """A linear equation and its solution."""
+    """Draw a linear equation and its solution."""
     x, k, d, kind = rng.randint(1, 20), rng.randint(2, 9), rng.randint(1, 30), rng.randrange(6)
     text = (f"{k} * x + {d} = {k * x + d}", f"{k} * x - {d} = {k * x - d}", f"x + {d} = {x + d}",
             f"{k} * (x + {d}) = {k * (x + d)}", f"{k * x + d} - {k} * x = {d}", f"{k * x + d} = {d} + {k} * x")[kind]
@@ -115,7 +115,7 @@ def equation(rng: Random) -> str:
 
 
 def told(rng: Random) -> str:
-    """A word problem with its answer in one of several forms."""
+    """Draw a word problem with its answer, in one of several forms."""
     story = rng.choice(STORIES)(rng)
     plain, values = worked(story)
     answer = values[-1]
@@ -142,7 +142,7 @@ def told(rng: Random) -> str:
 
 
 def riddle(rng: Random) -> str:
-    """A problem with an unknown, its equation and the solution, in one of several forms."""
+    """Draw a problem with an unknown, its equation and solution, in one of several forms."""
     drawn = rng.choice(RIDDLES)(rng)
     text, formula, x = drawn.text, drawn.equation, drawn.x
     return rng.choice((
@@ -163,7 +163,7 @@ class Same(dict):
 
 
 def worked(story: Story) -> tuple[list[str], list[int]]:
-    """Each step with numbers in the place of all names, and its value."""
+    """Return each step with all names replaced by numbers, and its value."""
     known: dict[str, int] = dict(story.given)
     texts, values = [], []
     for name, expression in story.steps:
@@ -177,7 +177,7 @@ def worked(story: Story) -> tuple[list[str], list[int]]:
 
 
 def half_named(story: Story) -> list[str]:
-    """Each step with the given numbers written out and computed values by name."""
+    """Return each step with given numbers written out and computed values by name."""
     known: dict[str, str | int] = dict(story.given)
     texts = []
     for name, expression in story.steps:

@@ -1,7 +1,7 @@
-"""Makes the base model again: ``python benchmarks/base_model/make.py [--out DIR] [--minutes N | --steps N]``.
+"""Make the base model again: ``python benchmarks/base_model/make.py [--out DIR] [--minutes N | --steps N]``.
 
-The corpus is drawn on the fly, so no data is needed. A run given ``--steps`` is reproducible on one machine with one
-number of threads; one given ``--minutes`` does as many steps as fit.
+The corpus is drawn on the fly, so that no data is needed. With ``--steps``, a run is reproducible on one machine and
+number of threads; with ``--minutes``, it makes as many steps as fit.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ ROWS, ROW_TOKENS = 32, 128
 PEAK_LR, WARMUP, FINAL_LR_FRACTION = 4e-3, 100, 0.02
 TOKENIZER_DOCUMENTS = 6_000
 LOG_EVERY = 50
-# Each turn on its own line; the end token closes the assistant's, so that an answer can end.
+# Each turn is on its own line; the end token closes turns of the assistant, so that an answer can end.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '' if loop.first else '\\n' }}{{ m['role'] }}: {{ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '' }}{% endfor %}"
     "{{ '\\nassistant: ' if add_generation_prompt else '' }}"
 )
-# Digits stand alone, so that a number is read place by place; an operator takes the spaces around it, which makes
-# arithmetic short; a word takes the space before it.
+# Every digit is a piece of its own, so that numbers are read digit by digit; an operator includes the spaces around it,
+# which shortens arithmetic; a word includes the space before it.
 PIECES = r"[0-9]| ?[=+\-*/%<>]+ ?| ?\p{L}+| ?[^\s\p{L}0-9=+\-*/%<>]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run did: optimizer steps, tokens, seconds, and the mean loss (nats per token) of its last 50 steps."""
+    """Result of a run: optimizer steps, tokens, seconds, and mean loss (nats per token) of the last 50 steps."""
 
     steps: int
     tokens: int
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 1,024 tokens that encodes any text and adds no special token by itself."""
+    """Train a byte-level BPE tokenizer of 1,024 tokens that encodes any text and adds no special tokens."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated"),
@@ -76,7 +76,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """The untrained model, 1.74 million parameters in float32."""
+    """Create the untrained model, 1.74 million parameters in float32."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=PAD,
@@ -87,10 +87,10 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
-    """An endless stream of ``[32, 128]`` token ids.
+    """Draw an endless stream of ``[32, 128]`` token ids.
 
-    Each row starts with the start of a document, as fine-tuning does, and is filled with documents that end in eos;
-    what is left of the last one is dropped.
+    Each row begins at the start of a document, as in fine-tuning, and is filled with documents that end in eos; the
+    rest of the last one is dropped.
     """
     source = documents(seed)
     ready: list[list[int]] = []
@@ -109,14 +109,14 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
 
 
 def learning_rate(progress: float, step: int) -> float:
-    """Warm-up over 100 steps, then a cosine; ``progress`` is the part of the run that is done, 0..1."""
+    """Compute the rate: warm-up over 100 steps, then a cosine; ``progress`` is the finished part of the run, 0..1."""
     warm = min(1.0, (step + 1) / WARMUP)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return PEAK_LR * warm * (FINAL_LR_FRACTION + (1 - FINAL_LR_FRACTION) * cosine)
 
 
 def train(model: LlamaForCausalLM, data: Iterator[Tensor], steps: int | None, minutes: float) -> Outcome:
-    """Trains ``model`` in place for ``steps`` steps or, without them, for ``minutes`` minutes."""
+    """Train ``model`` in place for ``steps`` steps or, if they are None, for ``minutes`` minutes."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
@@ -148,13 +148,13 @@ def train(model: LlamaForCausalLM, data: Iterator[Tensor], steps: int | None, mi
 
 @torch.no_grad()
 def fact_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, count: int = 200) -> float:
-    """The part of ``count`` facts in the notation ``17 + 25 = 42`` whose result the model completes greedily."""
+    """Measure the share of ``count`` facts such as ``17 + 25 = 42`` whose result greedy decoding completes."""
     rng, right = Random(f"{seed}:fact accuracy"), 0
     model.eval()
     facts = (text for text in iter(lambda: fact(rng), None) if text.count(" = ") == 1)
     for text in islice(facts, count):
         question, _, result = text.rpartition("= ")
-        # The document that is asked for starts like one in the corpus and ends with a line break or with eos.
+        # The prompt starts like a document of the corpus, in which a line break or eos follows the result.
         ids = tokenizer(question + "= ", return_tensors="pt")["input_ids"]
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(result) + 1, do_sample=False)
         completion = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
@@ -185,7 +185,7 @@ Made by `python benchmarks/base_model/make.py {arguments}`.
 
 
 def write(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, readme: str, out: Path) -> None:
-    """Writes the folder beside its place and renames it, so that ``out`` never holds half a model."""
+    """Write to a temporary folder and rename it, so that ``out`` never holds half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".base-") as scratch:
         folder, old = Path(scratch) / "new", Path(scratch) / "old"
@@ -198,7 +198,7 @@ def write(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, readme: s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     program = "python benchmarks/base_model/make.py"
     parser = argparse.ArgumentParser(prog=program, description="Makes the base model again.")
     parser.add_argument("--out", type=Path, default=BASE_MODEL, help="folder to write (default: the shipped one)")

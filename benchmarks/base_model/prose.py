@@ -1,4 +1,4 @@
-"""Plain English around everyday sums: what the tokenizer learns its words from, and a little pretraining text."""
+"""Plain English sentences about everyday sums, for the words of the tokenizer and a little pretraining text."""
 
 from __future__ import annotations
 

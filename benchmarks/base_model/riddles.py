@@ -1,4 +1,4 @@
-"""Problems with an unknown x for pretraining, told in other words than the equations of the built-in mixture."""
+"""Problems with an unknown x for pretraining, in other words than the equations of the built-in mixture."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def money(rng: Random) -> Riddle:
 
 
 def draining(rng: Random) -> Riddle:
-    """Something that gets less by the same amount every time."""
+    """Something that decreases by the same amount every time."""
     rate, x, left = rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 40)
     full = rate * x + left
     what, unit = rng.choice((("tank", "litres"), ("purse", "coins"), ("candle", "cm"), ("box", "sweets"),
@@ -77,7 +77,7 @@ def draining(rng: Random) -> Riddle:
 
 
 def filling(rng: Random) -> Riddle:
-    """Something that gets more by the same amount every time."""
+    """Something that increases by the same amount every time."""
     rate, x, start = rng.randint(2, 9), rng.randint(2, 12), rng.randint(1, 40)
     what, unit = rng.choice((("tank", "litres"), ("box", "coins"), ("tree", "cm"), ("bag", "stones")))
     text = rng.choice((f"A {what} starts with {start} {unit} and gets {rate} more each day until it has "

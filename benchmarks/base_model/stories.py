@@ -1,7 +1,7 @@
-"""Word problems for pretraining: told in other words, and answered in other forms, than the built-in mixture.
+"""Word problems for pretraining, in other words and with other forms of answers than the built-in mixture.
 
-A story is kept apart from the ways to answer it, so that one story can be answered by a number, by worked steps, by
-a small program or by an equation, and the base model learns what the forms have in common.
+A story is separate from the forms of its answer: a number, worked steps, a small program or an equation. The same
+stories appear in all forms, so that the base model learns what the forms have in common.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Story:
 
     Attributes:
         text: The problem.
-        given: Name -> number, as they stand in the text.
-        steps: ``(name, expression)``; the expression holds ``{name}`` of what is given or computed before.
-        unit: What the answer counts.
+        given: Numbers in the text, by name.
+        steps: ``(name, expression)``; the expression refers to given or computed values as ``{name}``.
+        unit: Unit of the answer.
     """
 
     text: str

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale.adapter.find import Trained, adapted, find
 from colm_scale.config import RunConfig
 from colm_scale.config.tools import ScoreConfig
+from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.examples import Examples, tokenise
-from colm_scale.data.readers import builtin_as_rows, read_rows
+from colm_scale.data.readers import read_rows
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
 from colm_scale.errors import UserError
@@ -143,7 +144,7 @@ def _examples(
     if specs is None and config.data.train:
         raise UserError(f"{options.run}: the run had no held-out data; give some with --data FILE")
     rows = read_rows(specs, config.data) if specs else builtin_as_rows("eval", config.data)
-    examples = tokenise(rows, tokenizer, config.data, longest, names or None)
+    examples = tokenise(rows, tokenizer, config.data, longest, names)
     return specs or ["built-in held-out split"], examples
 
 

@@ -1,7 +1,6 @@
-"""A small pretrained base model and its tokenizer, shipped with the package so that nothing has to be downloaded.
+"""A small pretrained base model, its tokenizer and a mixture of maths problems, so that nothing has to be downloaded.
 
-``weights/README.md`` says how they were made; ``python benchmarks/base_model/make.py`` of the source tree makes them
-again.
+The scripts in ``benchmarks/base_model`` of the source tree made them and can make them again.
 """
 
 from __future__ import annotations
@@ -10,3 +9,5 @@ from pathlib import Path
 
 BASE_MODEL: Path = Path(__file__).parent / "weights"
 """Folder for ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``."""
+MIXTURE: Path = Path(__file__).parent / "mixture"
+"""Folder with ``train.jsonl.gz`` and ``eval.jsonl.gz``."""

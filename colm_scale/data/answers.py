@@ -1,28 +1,37 @@
-"""What exact match compares: the final answer of a rationale, a small program or an equation.
+"""Exact match: compares the final answers of rationales, small programs and equations.
 
-Generated text is untrusted. A program is never run: it is parsed, and only integer arithmetic is walked, with every
-number and the length of the text bounded, so no text raises, hangs or grows.
+Generated text is untrusted. A program is parsed and never executed: only integer arithmetic is evaluated, and the size
+of numbers and of the text is bounded, so that no text can raise, hang or use up memory.
 """
 
 from __future__ import annotations
 
 import ast
+import operator
 import re
+from collections.abc import Callable
 
 _MARKER = "the answer is"
 _MAX_PROGRAM_CHARS = 2_000
 _MAX_ABS = 10**18
 _PROGRAM_CHARS = re.compile(r"[A-Za-z0-9_ \t\n+\-*/%()=]+")
-# A number glued to a letter ("1if") only makes Python's parser warn; no program of ours has one.
+# A number next to a letter ("1if") makes Python's parser warn; no valid program has one.
 _GLUED_NUMBER = re.compile(r"(?<![A-Za-z0-9_])[0-9]+[A-Za-z_]")
+_OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
 def final_answer(text: str) -> str:
-    """The answer in ``text``, normalised for comparison.
+    """Extract the answer of a text, normalised for comparison.
 
-    In this order: what follows the last ``The answer is``; the value of ``answer`` (else of the last name) if the
-    text is a straight-line program; else the whole text, lower-case, with its whitespace collapsed.
+    It is the text after the last ``The answer is``; else, in a straight-line program, the value of ``answer`` or of the
+    last name; else the whole text in lower case, with whitespace collapsed.
     """
     _, marker, tail = text.lower().rpartition(_MARKER)
     if marker:
@@ -32,36 +41,29 @@ def final_answer(text: str) -> str:
 
 
 def is_correct(generated: str, reference: str) -> bool:
-    """Whether both texts end in the same final answer."""
+    """Tell whether both texts have the same final answer."""
     return final_answer(generated) == final_answer(reference)
 
 
 def program_value(text: str) -> int | None:
-    """The value that a straight-line program assigns to ``answer``, else to its last name; None if it is no program.
+    """Evaluate a straight-line program: the value of ``answer``, else of its last name; None if it is not a program.
 
     A program has one ``name = expression`` on each non-empty line, over integers, ``+ - * // %``, unary minus,
     parentheses and the names assigned above.
     """
-    lines = _program_lines(text)
-    if not lines:
+    if len(text) > _MAX_PROGRAM_CHARS or not _PROGRAM_CHARS.fullmatch(text) or _GLUED_NUMBER.search(text):
         return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     try:
         statements = ast.parse("\n".join(lines)).body
-        # Fewer statements than lines means that an expression runs over a line break.
+        # Fewer statements than lines: an expression spans several lines.
         return _run(statements) if len(statements) == len(lines) else None
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None
 
 
-def _program_lines(text: str) -> list[str]:
-    """The non-empty lines, stripped; [] if the text is too long, or has a character that no program has."""
-    if len(text) > _MAX_PROGRAM_CHARS or not _PROGRAM_CHARS.fullmatch(text) or _GLUED_NUMBER.search(text):
-        return []
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def _run(statements: list[ast.stmt]) -> int | None:
-    """The value of ``answer``, else of the last name assigned. Raises ValueError for anything but assignments."""
+    """Evaluate assignments. Raises ValueError for any other statement."""
     names: dict[str, int] = {}
     last = None
     for statement in statements:
@@ -75,31 +77,17 @@ def _run(statements: list[ast.stmt]) -> int | None:
 
 
 def _value(node: ast.expr, names: dict[str, int]) -> int:
-    """The value of one expression. Raises ValueError for what a program may not contain, ArithmeticError for / 0."""
+    """Evaluate an expression. Raises ValueError for one that is not allowed, ArithmeticError for a division by 0."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return _bounded(node.value)
     if isinstance(node, ast.Name) and node.id in names:
         return names[node.id]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_value(node.operand, names)
-    if isinstance(node, ast.BinOp):
-        return _bounded(_apply(node.op, _value(node.left, names), _value(node.right, names)))
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        # Both sides are bounded, so that the result has at most twice their digits.
+        return _bounded(_OPERATIONS[type(node.op)](_value(node.left, names), _value(node.right, names)))
     raise ValueError("not an expression of a program")
-
-
-def _apply(op: ast.operator, left: int, right: int) -> int:
-    """One of the five operations. Both sides are bounded, so the result takes at most twice their digits."""
-    if isinstance(op, ast.Add):
-        return left + right
-    if isinstance(op, ast.Sub):
-        return left - right
-    if isinstance(op, ast.Mult):
-        return left * right
-    if isinstance(op, ast.FloorDiv):
-        return left // right
-    if isinstance(op, ast.Mod):
-        return left % right
-    raise ValueError("not an operation of a program")
 
 
 def _bounded(value: int) -> int:
@@ -109,7 +97,7 @@ def _bounded(value: int) -> int:
 
 
 def _normalised(answer: str) -> str:
-    """Whitespace collapsed, without a trailing period and thousands commas."""
+    """Collapse whitespace, and remove a trailing period and thousands commas."""
     return _THOUSANDS.sub("", _collapsed(answer).rstrip(".").rstrip())
 
 

@@ -1,8 +1,7 @@
-"""Rows into token ids, with a mark on every token that is learned (DESIGN 2.4).
+"""Tokenisation: rows to token ids, with a mark on every token that carries loss (DESIGN 2.4).
 
-A row is written as segments of text, each learned or not; every segment is tokenised by itself, so that no token
-straddles the border between prompt and completion; the segments are joined; what is too long is dropped or cut, and
-counted.
+A row is split into segments of text, with or without loss. Each segment is tokenised separately, so that no token
+straddles the border between prompt and completion. Examples that are too long are dropped or cut, and counted.
 
     N  examples that survived        Q  sources        total  tokens of all examples
 """
@@ -11,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -28,22 +27,22 @@ from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
 
 _ROWS_AT_ONCE = 4096
-"""Rows tokenised in one call: many enough to keep its threads busy, few enough to bound its lists of Python ints."""
+"""Rows tokenised in one call: enough to keep its threads busy, few enough to bound its lists of Python ints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Tokenised examples, one after the other. All tensors are on the CPU.
+    """Tokenised examples, concatenated. All tensors are on the CPU.
 
     Attributes:
         tokens: ``[total]`` int32.
-        labelled: ``[total]`` bool, True on tokens that carry loss; never on an example's first, which nothing predicts.
+        labelled: ``[total]`` bool, True on tokens that carry loss; never on an example's first, which is not predicted.
         offsets: ``[N + 1]`` int64, example i is ``tokens[offsets[i]:offsets[i + 1]]``.
         ids: ``[N]`` int64 rows of the user's data.
         sources: ``[N]`` int64, 0..Q-1.
         protected: ``[N]`` bool, trained on whenever they are candidates.
-        source_names: ``[Q]``, sorted by name, after those of the training data where they are given.
-        dropped: Examples left out per source (only sources with any): too long, or without a token to learn.
+        source_names: ``[Q]``, sorted by name; in held-out data, those of the training data first.
+        dropped: Examples left out per source (only sources with any): too long, or without a label token.
         cut: Examples cut to the longest length per source (only sources with any).
     """
 
@@ -54,8 +53,8 @@ class Examples:
     sources: Tensor
     protected: Tensor
     source_names: tuple[str, ...]
-    dropped: dict[str, int]
-    cut: dict[str, int]
+    dropped: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,7 +65,7 @@ class Examples:
         return self.offsets.diff()
 
     def label_counts(self, indices: Tensor) -> Tensor:
-        """``[n]`` int64 tokens of each of the examples ``indices`` that carry loss, at least 1."""
+        """Count the label tokens, ``[n]`` int64 and at least 1, of the examples at ``[n]`` ``indices``."""
         starts, ends = self.offsets[indices].tolist(), self.offsets[indices + 1].tolist()
         return long_tensor([int(self.labelled[start:end].sum()) for start, end in zip(starts, ends)])
 
@@ -81,19 +80,19 @@ class Examples:
         return torch.bincount(self.sources[self.protected], minlength=len(self.source_names))
 
     def example(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tokens ``[T]`` int32 and marks ``[T]`` bool of one example."""
+        """Return tokens ``[T]`` int32 and labelled ``[T]`` bool of one example."""
         start, end = self.offsets[index : index + 2].tolist()
         return self.tokens[start:end], self.labelled[start:end]
 
     def prompt_and_reference(self, index: int) -> tuple[list[int], list[int]]:
-        """The tokens of the last learned run (a completion, or a chat's last answer), and all those before it."""
+        """Split off the last labelled run (a completion, or a chat's last answer) from the tokens before it."""
         tokens, labelled = self.example(index)
         end = int(labelled.nonzero()[-1]) + 1
         start = int((~labelled[:end]).nonzero()[-1]) + 1
         return tokens[:start].tolist(), tokens[start:end].tolist()
 
     def take(self, indices: Tensor) -> Examples:
-        """A copy of the examples at ``[k]`` indices, at least one, in that order; it counts nothing as left out."""
+        """Copy the examples at ``[k]`` indices, at least one, in that order; `dropped` and `cut` are empty."""
         tokens, labelled = zip(*map(self.example, indices.tolist()))
         return Examples(
             tokens=torch.cat(tokens),
@@ -103,12 +102,10 @@ class Examples:
             sources=self.sources[indices],
             protected=self.protected[indices],
             source_names=self.source_names,
-            dropped={},
-            cut={},
         )
 
     def digest(self) -> str:
-        """SHA-256 of everything in it, in hexadecimal: equal on ranks that read the same data in the same way."""
+        """Return the SHA-256 of all contents, in hexadecimal: equal on ranks that read the same data the same way."""
         counts = sorted(self.dropped.items()), sorted(self.cut.items())
         digest = hashlib.sha256(repr((self.source_names, counts, len(self), len(self.tokens))).encode())
         for tensor in (self.tokens, self.labelled, self.offsets, self.ids, self.sources, self.protected):
@@ -117,12 +114,12 @@ class Examples:
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
-    """``[N + 1]`` where examples of ``[N]`` lengths begin, one after the other, and the last one ends."""
+    """Return ``[N + 1]`` int64 offsets of concatenated examples of ``[N]`` lengths."""
     return torch.cat([long_tensor([0]), lengths.cumsum(0)])
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
-    """At least one part, all of the same sources, one after the other; what they count as left out is not added up."""
+    """Concatenate one or more parts with the same sources; `dropped` and `cut` are empty."""
     return Examples(
         tokens=torch.cat([part.tokens for part in parts]),
         labelled=torch.cat([part.labelled for part in parts]),
@@ -131,20 +128,16 @@ def joined(parts: Sequence[Examples]) -> Examples:
         sources=torch.cat([part.sources for part in parts]),
         protected=torch.cat([part.protected for part in parts]),
         source_names=parts[0].source_names,
-        dropped={},
-        cut={},
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    text: str
-    labelled: bool
+_Segment = tuple[str, bool]
+"""A text, and whether it carries loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row's tokens ``[T]`` int32, and ``[T]`` bool marks of those that are learned."""
+    """One row's tokens ``[T]`` int32, and labelled ``[T]`` bool."""
 
     row: Row
     tokens: np.ndarray
@@ -156,21 +149,21 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     max_length: int,
-    source_names: Sequence[str] | None = None,
+    source_names: Sequence[str] = (),
 ) -> Examples:
-    """Tokenise rows, and drop or cut what is longer than ``max_length`` tokens.
+    """Tokenise rows, and drop or cut those longer than ``max_length`` tokens.
 
-    A prompt starts with the tokenizer's own leading special tokens, a completion ends with its end-of-sequence token;
-    a chat is what its template writes.
+    A prompt starts with the tokenizer's own leading special tokens, and a completion ends with its end-of-sequence
+    token; a chat is rendered by its template.
 
     Args:
         source_names: For held-out data, the sources of the training data; they keep their numbers, and others follow.
 
     Raises:
-        UserError: No example is left, the tokenizer has no end-of-sequence token, or a chat template is missing or does
-            not let the assistant's turns be found.
+        UserError: No example is left, the tokenizer has no end-of-sequence token, or a chat template is missing or
+            renders chats so that the assistant's turns cannot be located.
     """
-    examples = tokenise_block(rows, tokenizer, config, max_length, source_names or ())
+    examples = tokenise_block(rows, tokenizer, config, max_length, source_names)
     if not len(examples):
         shortest = min((len(encoded.tokens) for encoded in encode(rows, tokenizer, config)), default=0)
         raise UserError(f"{none_left(len(rows), max_length)}, and the shortest example has {shortest}")
@@ -184,6 +177,13 @@ def none_left(rows: int, max_length: int) -> str:
     )
 
 
+def too_few(count: int, usable: int, dropped: Mapping[str, int]) -> str:
+    return (
+        f"--selection.candidates is {count}, but there are only {usable} training examples "
+        f"({sum(dropped.values())} were dropped): use at most {usable}"
+    )
+
+
 def tokenise_block(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -191,8 +191,8 @@ def tokenise_block(
     max_length: int,
     source_names: Sequence[str],
 ) -> Examples:
-    """As `tokenise`, for some of all rows: it may be that none of them can be used."""
-    kept: list[Encoded] = []
+    """Tokenise a part of the rows as `tokenise` does, except that no example need be left."""
+    usable: list[Encoded] = []
     dropped: Counter[str] = Counter()
     cut: Counter[str] = Counter()
     for encoded in encode(rows, tokenizer, config):
@@ -204,66 +204,56 @@ def tokenise_block(
             continue
         if length > max_length:
             cut[encoded.row.source] += 1
-        kept.append(encoded)
-    return _packed(kept, source_names, dict(dropped), dict(cut))
-
-
-def _packed(kept: Sequence[Encoded], known: Sequence[str], dropped: dict[str, int], cut: dict[str, int]) -> Examples:
-    names = (*known, *sorted({encoded.row.source for encoded in kept}.difference(known)))
+        usable.append(encoded)
+    names = (*source_names, *sorted({encoded.row.source for encoded in usable}.difference(source_names)))
     number = {name: source for source, name in enumerate(names)}
     return Examples(
-        tokens=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *(encoded.tokens for encoded in kept)])),
-        labelled=torch.from_numpy(np.concatenate([np.empty(0, bool), *(encoded.labelled for encoded in kept)])),
-        offsets=offsets_of(long_tensor([len(encoded.tokens) for encoded in kept])),
-        ids=long_tensor([encoded.row.id for encoded in kept]),
-        sources=long_tensor([number[encoded.row.source] for encoded in kept]),
-        protected=torch.tensor([encoded.row.protected for encoded in kept], dtype=torch.bool),
+        tokens=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *(encoded.tokens for encoded in usable)])),
+        labelled=torch.from_numpy(np.concatenate([np.empty(0, bool), *(encoded.labelled for encoded in usable)])),
+        offsets=offsets_of(long_tensor([len(encoded.tokens) for encoded in usable])),
+        ids=long_tensor([encoded.row.id for encoded in usable]),
+        sources=long_tensor([number[encoded.row.source] for encoded in usable]),
+        protected=torch.tensor([encoded.row.protected for encoded in usable], dtype=torch.bool),
         source_names=names,
-        dropped=dropped,
-        cut=cut,
+        dropped=dict(dropped),
+        cut=dict(cut),
     )
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
-    """Every row as tokens, however long, in order.
+    """Tokenise every row, in order and whatever its length.
 
     Raises:
         UserError: As `tokenise`.
     """
-    first_chat = next((row.where for row in rows if row.messages), None)
+    first_chat = next((row.where for row in rows if row.messages), "")
     chats = _Chats(tokenizer, check_tokenizer(tokenizer, config, first_chat))
     leading, eos = _leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         batch = rows[start : start + _ROWS_AT_ONCE]
-        written = [chats.segments(row) if row.messages else _pair(row) for row in batch]
-        pieces = iter(_plain_ids(tokenizer, [segment.text for segments in written for segment in segments]))
+        written = [
+            chats.segments(row) if row.messages else [(row.prompt, False), (row.completion, True)] for row in batch
+        ]
+        pieces = iter(_plain_ids(tokenizer, [text for segments in written for text, _ in segments]))
         for row, segments in zip(batch, written):
-            parts = [(next(pieces), segment.labelled) for segment in segments]
+            parts = [(next(pieces), labelled) for _, labelled in segments]
             if not row.messages:
                 parts = [(leading, False), *parts, (eos, True)]
-            yield _encoded(row, parts)
-
-
-def _pair(row: Row) -> list[_Segment]:
-    return [_Segment(row.prompt, False), _Segment(row.completion, True)]
-
-
-def _encoded(row: Row, parts: Sequence[tuple[list[int], bool]]) -> Encoded:
-    tokens = np.fromiter(chain.from_iterable(ids for ids, _ in parts), dtype=np.int32)
-    labelled = np.repeat([labelled for _, labelled in parts], [len(ids) for ids, _ in parts])
-    labelled[:1] = False
-    return Encoded(row, tokens, labelled)
+            tokens = np.fromiter(chain.from_iterable(ids for ids, _ in parts), dtype=np.int32)
+            marks = np.repeat([labelled for _, labelled in parts], [len(ids) for ids, _ in parts])
+            marks[:1] = False
+            yield Encoded(row, tokens, marks)
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose: no warning about texts above the model's context, which are counted here.
+    # Not verbose: texts above the model's context are counted here, and need no warning.
     encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoding["input_ids"]
     return ids
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text (often a begin-of-sequence token); what it puts after is left out."""
+    """Return the tokens put before a text, often a begin-of-sequence token; those put after it are left out."""
     text = "a"
     whole: list[int] = tokenizer(text)["input_ids"]
     (plain,) = _plain_ids(tokenizer, [text])
@@ -271,11 +261,11 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[:start]
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first_chat: str | None) -> str | None:
-    """Check that a tokenizer can write all rows; the Jinja text that writes the chats among them.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first_chat: str) -> str:
+    """Check that a tokenizer can encode all rows, and return the Jinja template for chats; empty without chats.
 
     Args:
-        first_chat: Where the first chat stands; None without any, and then no template is needed.
+        first_chat: File and line of the first chat; empty without chats.
 
     Raises:
         UserError: There is no end-of-sequence token, or no chat template though there are chats.
@@ -283,10 +273,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first
     if tokenizer.eos_token_id is None:
         raise UserError("the model's tokenizer has no end-of-sequence token (eos_token), so no answer could ever end")
     given = read_chat_template(config)
-    if first_chat is None:
-        return None
+    if not first_chat:
+        return ""
     try:
-        return tokenizer.get_chat_template(given)
+        template: str = tokenizer.get_chat_template(given)
+        return template
     except ValueError as error:
         raise UserError(
             f"{first_chat} is a chat, but the model's tokenizer has no chat template: "
@@ -295,7 +286,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first
 
 
 def read_chat_template(config: RowConfig) -> str | None:
-    """What ``--data.chat_template`` holds, where it is given."""
+    """Read the file ``--data.chat_template``; None if the option is not given."""
     if config.chat_template is None:
         return None
     try:
@@ -305,19 +296,19 @@ def read_chat_template(config: RowConfig) -> str | None:
 
 
 class _Chats:
-    """Writes chats as segments, the assistant's turns (with the end of the turn) labelled."""
+    """Renders chats as segments; the assistant's turns, with the end of each turn, carry loss."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str):
         self._tokenizer, self._template = tokenizer, template
 
     def segments(self, row: Row) -> list[_Segment]:
-        """Segments whose texts together are the rendered chat.
+        """Cut the rendered chat into segments.
 
         Raises:
-            UserError: The template fails on this chat, or what it writes for its first messages is not how it begins to
-                write all of them, so that nobody can tell where a turn starts and ends.
+            UserError: The template fails on this chat, or renders its first messages to something other than a prefix
+                of the whole chat, so that the borders of turns cannot be located.
         """
-        messages = row.messages or ()
+        messages = row.messages
         whole, done = self._render(row, messages), ""
         segments: list[_Segment] = []
         for turn, message in enumerate(messages):
@@ -327,23 +318,23 @@ class _Chats:
             after = self._render(row, messages[: turn + 1])
             if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
                 raise UserError(
-                    f"{row.where}: the chat template writes message {turn + 1} of {len(messages)} otherwise when "
-                    "it is the last one than within the chat, so the assistant's turn cannot be told from the rest: "
-                    "give a template that only ever appends, with --data.chat_template FILE"
+                    f"{row.where}: the chat template renders message {turn + 1} of {len(messages)} differently when "
+                    "it is the last one, so the assistant's turn cannot be told from the rest: use a template that "
+                    "only appends, with --data.chat_template FILE"
                 )
-            segments += [_Segment(before[len(done) :], False), _Segment(after[len(before) :], True)]
+            segments += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
-        return [*segments, _Segment(whole[len(done) :], False)]
+        return [*segments, (whole[len(done) :], False)]
 
     def _render(self, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         chat = [asdict(message) for message in messages]
         render: Callable[..., object] = self._tokenizer.apply_chat_template
         try:
-            # As a batch of one: by itself, an empty chat (before an assistant that speaks first) is no chat.
+            # A batch of one: alone, an empty chat (before an assistant that speaks first) is taken for a batch.
             rendered = render(
                 [chat], chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # a template is a program, and fails in as many ways; its own errors are jinja2's
+        except Exception as error:  # a template is a program, and may raise anything, jinja2's errors among others
             raise UserError(
                 f"{row.where}: the chat template refuses these messages: {said(error)}. Correct the row, or give "
                 "another template with --data.chat_template FILE"

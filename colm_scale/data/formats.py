@@ -1,6 +1,6 @@
-"""Files and hub data sets of several kinds into one kind of record: a dict per row, and where it stands.
+"""Readers of every data format: each gives records, a dict per row with its place in the file.
 
-Whatever is in a file, it comes out as records or as one `UserError` of one line that names the file.
+Whatever a file contains, reading it gives records or raises one `UserError`, of one line, that names the file.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from colm_scale.errors import UserError
 
 _HUB_SPEC = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>.+))?")
 _SHEET_ROWS = 1_048_576
-"""Rows of the largest sheet there can be. A damaged file may number one higher, and all before it would be made up."""
+"""Rows of the largest possible sheet. A damaged file may number one higher, and all rows before it would be made up."""
 _UNPACKED_BYTES, _EXPANSION = 2**26, 100
-"""An archive that unpacks to more than both this and as many times its own size is no spreadsheet that anybody filled:
-their XML shrinks to a tenth or a twentieth, a bomb's to a thousandth."""
+"""Refuse an archive that unpacks to more than this many bytes and also more than this many times its own size: the XML
+of a real spreadsheet shrinks to a tenth or a twentieth, that of a zip bomb to a thousandth."""
 _SHOWN_CHARACTERS = 300
-"""Most of what a message repeats of the file, or of what a library says about it."""
+"""Most characters that a message quotes from a file, or from a library's error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as its format gives it."""
+    """One row as read, before it is checked."""
 
     where: str
     cells: dict[str, Any]
 
 
 def records_of(spec: str, *, streaming: bool) -> tuple[str, Iterable[Record]]:
-    """The source of a spec's rows unless they name one, and the rows, which are read as they are asked for."""
+    """Return the default source of a spec's rows, and an iterator that reads the rows one by one."""
     path = Path(spec)
     if path.suffix.lower() in _READERS or path.exists():
         reader = _file_reader(path)
         if streaming and reader is not _jsonl:
             raise UserError(
-                f"{path} cannot be streamed, only .jsonl files and hub data sets can: write it as .jsonl, or leave "
+                f"{path} cannot be streamed, only .jsonl files and hub data sets can: convert it to .jsonl, or leave "
                 "--data.streaming out"
             )
         return path.stem, reader(path)
@@ -58,21 +58,17 @@ def records_of(spec: str, *, streaming: bool) -> tuple[str, Iterable[Record]]:
 
 
 def _file_reader(path: Path) -> Callable[[Path], Iterable[Record]]:
-    """The reader of a file that is there."""
+    """Choose the reader of an existing file by its suffix."""
     if path.is_dir():
         raise UserError(f"{path} is a directory: name the data files in it")
-    if not path.exists():
-        raise UserError(f"{path} does not exist{_suggestion(path)}")
-    if path.suffix.lower() not in _READERS:
-        raise UserError(f"{path} has no suffix that tells its format: give one of {', '.join(_READERS)}")
-    return _READERS[path.suffix.lower()]
-
-
-def _suggestion(path: Path) -> str:
     if not path.parent.is_dir():
-        return f", nor does its folder {path.parent}"
-    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+        raise UserError(f"{path} does not exist, nor does its folder {path.parent}")
+    if not path.exists():
+        close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+        raise UserError(f"{path} does not exist" + (f"; did you mean {path.parent / close[0]}?" if close else ""))
+    if path.suffix.lower() not in _READERS:
+        raise UserError(f"{path} has no suffix of a known format: use one of {', '.join(_READERS)}")
+    return _READERS[path.suffix.lower()]
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -82,7 +78,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, read as they are asked for. Nothing but a line feed ends one."""
+    """Read a file line by line. Only a line feed ends a line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -104,7 +100,7 @@ def _csv(path: Path) -> Iterator[Record]:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
 
     def lines() -> Iterator[tuple[str, list[str]]]:
-        line = 1  # where the row starts; a quoted cell can go on for several lines
+        line = 1  # where the row starts; a quoted cell can span several lines
         for cells in reader:
             if cells:
                 yield f"{path} line {line}", cells
@@ -124,18 +120,20 @@ def _xlsx(path: Path) -> Iterator[Record]:
     filled = [(title, rows) for title, rows in sheets if any(map(_has_content, rows))]
     if len(filled) > 1:
         titles = _in_one_line(", ".join(title for title, _ in filled))
-        raise UserError(f"{path} has several sheets with content ({titles}): give one sheet per file")
+        raise UserError(f"{path} has several sheets with content ({titles}): use one sheet per file")
     for _, rows in filled:
-        width = max(map(len, rows))  # trailing empty cells need not be in the file
+        width = max(map(len, rows))
+        padded = ((*cells, *[None] * (width - len(cells))) for cells in rows)  # the file may omit trailing empty cells
         yield from _table(
-            (f"{path} row {number}", [_spreadsheet_cell(cell) for cell in cells] + [""] * (width - len(cells)))
-            for number, cells in enumerate(rows, 1)
+            # An empty cell is an empty text, as in CSV, so that a prompt can be empty.
+            (f"{path} row {number}", ["" if cell is None else _number_as_text(cell) for cell in cells])
+            for number, cells in enumerate(padded, 1)
             if _has_content(cells)
         )
 
 
 def _sheets(path: Path) -> list[tuple[str, list[tuple[object, ...]]]]:
-    """Title and rows of every sheet. Raises ValueError for a bomb, and whatever the libraries raise."""
+    """Read title and rows of every sheet. Raises ValueError for a zip bomb, and whatever the libraries raise."""
     import openpyxl
 
     with zipfile.ZipFile(path) as archive:
@@ -150,16 +148,11 @@ def _sheets(path: Path) -> list[tuple[str, list[tuple[object, ...]]]]:
 
 
 def _sheet_rows(sheet: Any) -> list[tuple[object, ...]]:
-    sheet.reset_dimensions()  # a file may state fewer rows and columns than it has, and the rest would not be read
+    sheet.reset_dimensions()  # a file may state fewer rows and columns than it has, and the rest would be skipped
     rows = list(islice(sheet.iter_rows(values_only=True), _SHEET_ROWS + 1))
     if len(rows) > _SHEET_ROWS:
-        raise ValueError(f"a row is numbered above {_SHEET_ROWS}, the last one that a sheet can have")
+        raise ValueError(f"a row is numbered above {_SHEET_ROWS}, the most that a sheet can have")
     return rows
-
-
-def _spreadsheet_cell(cell: Any) -> Any:
-    # An empty cell is an empty text, as in CSV: so a prompt can be empty.
-    return "" if cell is None else _number_as_text(cell)
 
 
 def _has_content(cells: Sequence[Any]) -> bool:
@@ -190,7 +183,7 @@ def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
         yield from _typed(datasets.load_dataset(name, split=split, streaming=streaming), f"{name}:{split}")
     except Exception as error:  # the hub, the network and the data set's own files each fail in their own way
         raise UserError(
-            f"{name} is no file here, and cannot be loaded from the hub as a data set with a split {split!r}: "
+            f"{name} is not a file, and cannot be loaded from the hub as a data set with a split {split!r}: "
             f"{said(error)}"
         ) from error
 
@@ -205,13 +198,13 @@ _READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
 
 
 def _typed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Record]:
-    """Records of a format with typed columns."""
+    """Make records of the rows of a format with typed columns; numbers become text."""
     for number, row in enumerate(rows, 1):
         yield Record(f"{name} row {number}", {column: _number_as_text(cell) for column, cell in row.items()})
 
 
 def _table(lines: Iterator[tuple[str, list[Any]]]) -> Iterator[Record]:
-    """Records of a format whose first line names the columns; trailing columns without a name and a cell are none."""
+    """Make records of lines, the first of which names the columns; trailing unnamed and empty columns are dropped."""
     where, header = next(lines, ("", []))
     while header and not header[-1]:
         header.pop()
@@ -223,9 +216,9 @@ def _table(lines: Iterator[tuple[str, list[Any]]]) -> Iterator[Record]:
 
 
 def _check_names(names: Sequence[Any], where: str) -> None:
-    """Raise a UserError if two columns have one name: one of them would be lost."""
+    """Raise a UserError if two columns have the same name, since one of them would be lost."""
     if twice := _repeated(names):
-        raise UserError(f"{where}: a column name stands twice: {shown(twice[0])}")
+        raise UserError(f"{where}: a column name appears twice: {shown(twice[0])}")
 
 
 def _repeated(names: Iterable[Any]) -> list[Any]:
@@ -244,7 +237,7 @@ def _text(path: Path) -> str:
 
 
 def _decoded(path: Path, content: bytes, first_line: int) -> str:
-    """The text of a file or of a line of it, without the byte order mark that some editors begin a file with."""
+    """Decode a file, or a line of it, without the byte order mark that some editors put at its start."""
     try:
         return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -260,15 +253,15 @@ def _parsed(path: Path, text: str, first_line: int) -> Any:
             f"{path} line {first_line + error.lineno - 1}, column {error.colno}: invalid JSON: {error.msg} "
             "(a .jsonl file has one object on each line, a .json file is one list of objects)"
         ) from error
-    except (ValueError, RecursionError) as error:  # JSON by its grammar, but not to be had: too deep, too many digits
+    except (ValueError, RecursionError) as error:  # valid JSON that cannot be loaded: too deep, too many digits
         raise UserError(f"{path}, in the JSON that begins on line {first_line}: {said(error)}") from error
 
 
 def _named(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError if two of its values have one name: one of them would be lost."""
+    """Build a JSON object. Raises ValueError if a name is repeated, since one of the values would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"{shown(_repeated(name for name, _ in pairs)[0])} stands twice in one object")
+        raise ValueError(f"{shown(_repeated(name for name, _ in pairs)[0])} appears twice in one object")
     return found
 
 
@@ -279,7 +272,7 @@ def _object(value: Any, where: str) -> Record:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON has it, shortened; of a large one, or one nested deeply, only the beginning is written."""
+    """Write a value as JSON, shortened; only the beginning of a large or deeply nested one is ever written."""
     text = ""
     for piece in json.JSONEncoder(default=str).iterencode(value):
         text += piece
@@ -289,12 +282,12 @@ def shown(value: Any) -> str:
 
 
 def said(error: Exception) -> str:
-    """What a library says, in one line."""
+    """Put a library's error into one line."""
     return _in_one_line(str(error)) or type(error).__name__
 
 
 def _in_one_line(text: str) -> str:
-    """Text that stands in a file, or of a library that may quote one: no line break, no control of the terminal."""
+    """Remove line breaks and terminal control characters from text that comes from a file."""
     return shortened("".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split())))
 
 

@@ -1,8 +1,7 @@
-"""Data as the user has it, files and hub data sets of several kinds, into one kind of row.
+"""Files and hub data sets to rows of one kind.
 
-Every format becomes records (a dict per row, and where it stands), one after the other; from there on one path checks
-them, whether the rows are held or streamed. What is wrong with a row is said with its file and line, and nothing is
-skipped but empty lines.
+Every format is read as records (a dict per row, and its place in the file), one after the other. The rows are then
+checked the same way whether they are held or streamed. Errors name the file and line, and only empty lines are skipped.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colm_scale.config import COLUMN_ROLES, DataConfig, RowConfig
-from colm_scale.data.builtin import Split, builtin_rows
+from colm_scale.config import COLUMN_ROLES, RowConfig
 from colm_scale.data.formats import Record, records_of, shortened, shown
 from colm_scale.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
-_FLAGS = {"true": True, "1": True, "false": False, "0": False, "": False}
+_FLAGS = {"true": True, "1": True, 1: True, "false": False, "0": False, "": False, 0: False, None: False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,77 +29,47 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the user's data, checked. Either ``messages`` or ``completion`` is there.
+    """One checked row of the user's data, with either ``messages`` or a ``completion``.
 
     Attributes:
         id: Position in the data as given, counted over all files in their order.
         source: The sub-population that the row belongs to.
-        messages: A chat with an assistant's turn in it; None for a prompt and its completion.
-        prompt: Text before the completion, with the template already around it; may be empty.
+        messages: A chat with at least one assistant turn; empty for a prompt and its completion.
+        prompt: Text before the completion, with the template applied; may be empty.
         completion: Text to learn, verbatim.
         where: File and line, for error messages: ``train.jsonl line 12``.
-        protected: Whether it is trained on whenever it is a candidate.
+        protected: True if the row is trained on whenever it is a candidate.
     """
 
     id: int
     source: str
-    messages: tuple[Message, ...] | None
+    messages: tuple[Message, ...]
     prompt: str
     completion: str
     where: str
     protected: bool = False
 
 
-def read_rows(specs: Sequence[str], config: DataConfig) -> list[Row]:
-    """All rows of some files and hub data sets (``ORG/NAME`` or ``ORG/NAME:SPLIT``), in their order.
+def read_rows(specs: Sequence[str], config: RowConfig) -> list[Row]:
+    """Read all rows of files and hub data sets (``ORG/NAME`` or ``ORG/NAME:SPLIT``), in their order.
 
     Raises:
-        UserError: A spec is neither, a file cannot be read or is empty, or a row is not what DataConfig describes.
+        UserError: A spec is neither, a file cannot be read or is empty, or a row is not what RowConfig describes.
     """
-    return list(_rows(specs, config, streaming=False))
+    return list(each_row(specs, config))
 
 
-def each_row(specs: Sequence[str], config: RowConfig) -> Iterator[Row]:
-    """The same rows, one at a time: of .jsonl and .parquet files and of hub data sets, little more than one is held.
+def each_row(specs: Sequence[str], config: RowConfig, *, streaming: bool = False) -> Iterator[Row]:
+    """Iterate over the rows of `read_rows`. Of .jsonl and .parquet files and hub data sets, few are held at a time.
+
+    A file in which only some rows name a source is refused at its end.
+
+    Args:
+        streaming: Accept only what can be read row by row, .jsonl files and hub data sets, and hold no rows.
 
     Raises:
-        UserError: As `read_rows`.
+        UserError: As `read_rows`; or, with ``streaming``, a file is of another kind.
     """
-    return _rows(specs, config, streaming=False)
-
-
-def stream_rows(specs: Sequence[str], config: DataConfig) -> Iterator[Row]:
-    """The same rows of .jsonl files and hub data sets, each read when it is asked for, and none held.
-
-    That only some rows of a file name a source comes out at the file's end.
-
-    Raises:
-        UserError: As `read_rows`, or a file is of another kind.
-    """
-    return _rows(specs, config, streaming=True)
-
-
-def builtin_as_rows(split: Split, config: DataConfig, seed: int = 0) -> list[Row]:
-    """The built-in mixture as rows. Its columns are its own; of ``config`` template and protected sources count.
-
-    Raises:
-        UserError: The split is neither "train" nor "eval".
-    """
-    return [
-        Row(
-            id=number,
-            source=row["source"],
-            messages=None,
-            prompt=_templated(row["instruction"], config),
-            completion=row["output"],
-            where=f"built-in {split} data row {number + 1}",
-            protected=row["source"] in (config.protected_sources or ()),
-        )
-        for number, row in enumerate(builtin_rows(split, seed))
-    ]
-
-
-def _rows(specs: Sequence[str], config: RowConfig, *, streaming: bool) -> Iterator[Row]:
     opened = [records_of(spec, streaming=streaming) for spec in specs]
     number = 0
     for spec, (default_source, records) in zip(specs, opened):
@@ -114,7 +82,7 @@ def _rows(specs: Sequence[str], config: RowConfig, *, streaming: bool) -> Iterat
 
 @dataclass(slots=True)
 class _FileSources:
-    """Tells the source of each row of one file: all of them name it, or none does."""
+    """Finds the source of each row of one file, in which either all rows name it or none does."""
 
     default: str
     column: str
@@ -132,7 +100,7 @@ class _FileSources:
         return self.default
 
     def check(self, spec: str) -> None:
-        """Raise a UserError unless the file, read to its end, has rows that are alike."""
+        """Raise a UserError if the file, read to its end, has no rows, or only some of them name a source."""
         if not self.rows:
             raise UserError(f"{spec} has no rows")
         if 0 < self.lacking < self.rows:
@@ -144,36 +112,42 @@ class _FileSources:
 
 
 def _row(number: int, source: str, record: Record, config: RowConfig) -> Row:
-    """A record as a row, by the first of the three kinds whose columns it has."""
+    """Make a row of the first of the three kinds whose columns the record has."""
     cells, where = record.cells, record.where
     column = {role: config.column(role) for role in COLUMN_ROLES}
     there = {role for role, name in column.items() if name in cells}
-    messages, prompt, completion = None, "", ""
+    messages: tuple[Message, ...] = ()
+    prompt = completion = ""
     if "messages" in there:
         messages = _messages(cells[column["messages"]], column["messages"], where)
     elif {"prompt", "completion"} <= there:
         prompt = _string(cells[column["prompt"]], column["prompt"], where)
         completion = _filled(cells[column["completion"]], column["completion"], where)
     elif {"instruction", "output"} <= there:
-        prompt = _templated(_instruction(cells, column, where), config)
+        prompt = templated(_instruction(cells, column, where), config)
         completion = _filled(cells[column["output"]], column["output"], where)
     else:
         raise UserError(_missing_columns(record, column))
-    protected = _flag(cells.get(column["protected"]), column["protected"], where)
-    protected = protected or source in (config.protected_sources or ())
+    protected = _flag(cells.get(column["protected"]), column["protected"], where) or protected_by_name(source, config)
     return Row(number, source, messages, prompt, completion, where, protected)
 
 
 def _instruction(cells: Mapping[str, Any], column: Mapping[str, str], where: str) -> str:
-    """The instruction and, on a new line, the input that a row may have."""
+    """Join the instruction and, on a new line, the optional input."""
     instruction = _string(cells[column["instruction"]], column["instruction"], where)
     more = cells.get(column["input"])
     return f"{instruction}\n{_string(more, column['input'], where)}" if more else instruction
 
 
-def _templated(instruction: str, config: RowConfig) -> str:
+def templated(instruction: str, config: RowConfig) -> str:
+    """Put an instruction into ``--data.template``."""
     # Not str.format: a template may hold braces of its own.
     return config.template.replace("{instruction}", instruction)
+
+
+def protected_by_name(source: str, config: RowConfig) -> bool:
+    """Tell whether ``--data.protected_sources`` names the source."""
+    return source in (config.protected_sources or ())
 
 
 def _missing_columns(record: Record, column: Mapping[str, str]) -> str:
@@ -181,7 +155,7 @@ def _missing_columns(record: Record, column: Mapping[str, str]) -> str:
     return (
         f"{record.where} has the columns {there}, but needs "
         f"{column['messages']!r}, or {column['prompt']!r} and {column['completion']!r}, or "
-        f"{column['instruction']!r} and {column['output']!r}. Columns of other names can be given with --data.columns, "
+        f"{column['instruction']!r} and {column['output']!r}. Map columns of other names with --data.columns, "
         "for instance --data.columns '{instruction: question, output: answer}'"
     )
 
@@ -191,7 +165,7 @@ def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
         raise UserError(f"{where}: {column!r} is {shown(value)}, but must be a list of {{role, content}}")
     messages = tuple(_message(turn, f"{column}[{number}]", where) for number, turn in enumerate(value))
     if not any(message.role == "assistant" for message in messages):
-        raise UserError(f"{where}: no turn of {column!r} is the assistant's, so there is nothing to learn")
+        raise UserError(f"{where}: {column!r} has no turn of the assistant, so there is nothing to learn")
     return messages
 
 
@@ -206,15 +180,14 @@ def _message(turn: Any, name: str, where: str) -> Message:
 
 
 def _flag(value: Any, column: str, where: str) -> bool:
-    """Formats without truth values or numbers write them as text; an empty cell, or none, is false."""
-    known = isinstance(value, str | int | None)
-    flag = _FLAGS.get("" if value is None else str(value).lower()) if known else None
-    if flag is None:
+    """Read a truth value, a number or, in formats without them, a text; an empty cell is false."""
+    key = value.lower() if isinstance(value, str) else value
+    if not isinstance(key, str | int | None) or key not in _FLAGS:
         raise UserError(
             f"{where}: {column!r} is {shown(value)}, but must be true or false (or 1 or 0): it marks examples that are "
             "always trained on (--data.columns.protected names the column)"
         )
-    return flag
+    return _FLAGS[key]
 
 
 def _filled(value: Any, name: str, where: str) -> str:
@@ -231,5 +204,5 @@ def _string(value: Any, name: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         half = value[error.start]
-        raise UserError(f"{where}: {name!r} holds half a character, {half!r}, which is no text") from error
+        raise UserError(f"{where}: {name!r} holds half a character, {half!r}, which is not valid text") from error
     return value

@@ -1,4 +1,4 @@
-"""What a run wrote down of its selections (``selection.jsonl``), read back and checked: what a replay trains on."""
+"""A run's recorded selections (``selection.jsonl``), read back and checked for a replay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import Candidates, Selection, long_tensor
 
 FILE = "selection.jsonl"
-_FACTS = "run.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +26,9 @@ class RecordedStep:
     """A line of ``selection.jsonl``.
 
     Attributes:
-        candidates, sources: Id of each candidate, and the name of its source.
-        selected, weights: Ids of the coreset, the kept ones first, and what each counted for.
-        kept: How many of the selected were kept.
+        candidates, sources: Id and source name of each candidate.
+        selected, weights: Ids and weights of the coreset, the kept ones first.
+        kept: Number of kept ones.
     """
 
     step: int
@@ -41,10 +40,10 @@ class RecordedStep:
 
 
 def recorded_steps(file: Path) -> Iterator[RecordedStep]:
-    """The steps of a file in their order, from 1. A last line that was not written to its end is left out.
+    """Read the steps of a file in their order, from 1. An incomplete last line is skipped.
 
     Raises:
-        UserError: It cannot be read, or a line is no step, or not the next one. Names the line.
+        UserError: The file cannot be read, or a line is not a step, or not the next one. Names the line.
     """
     count = 0
     try:
@@ -62,36 +61,38 @@ def recorded_steps(file: Path) -> Iterator[RecordedStep]:
 
 def _step(line: bytes, number: int, where: str) -> RecordedStep:
     try:
-        found = RecordedStep(**{name: json.loads(line)[name] for name in RecordedStep.__dataclass_fields__})
+        written = json.loads(line)
+        found = RecordedStep(**{name: written[name] for name in RecordedStep.__dataclass_fields__})
         whole = len(found.candidates) == len(found.sources) and len(found.selected) == len(found.weights)
         whole = whole and 0 <= found.kept <= len(found.selected) > 0
         whole = whole and all(isinstance(each, int) for each in (*found.candidates, *found.selected))
         whole = whole and all(isinstance(each, str) for each in found.sources)
         whole = whole and all(math.isfinite(weight) and weight > 0 for weight in found.weights)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where} is no step of a selection.jsonl: {type(error).__name__}: {error}") from None
+        raise UserError(f"{where} is not a step of a selection.jsonl: {type(error).__name__}: {error}") from None
     if not whole:
-        raise UserError(f"{where} is no step of a selection.jsonl: its lists do not fit together")
+        raise UserError(f"{where} is not a step of a selection.jsonl: its lists do not fit together")
     if found.step != number:
         raise UserError(f"{where} is step {found.step}, but must be step {number}")
     strangers = Counter(found.selected) - Counter(found.candidates)
     if strangers:
-        raise UserError(f"{where}: step {number} has selected id {min(strangers)}, which was no candidate")
+        raise UserError(f"{where}: step {number} has selected id {min(strangers)}, which was not a candidate")
     return found
 
 
 class SelectionRecord:
-    """All steps of a record, in memory: 16 bytes per candidate and per selected example.
+    """A record in memory: 16 bytes per candidate and per selected example.
 
     Args:
-        path: A run's folder, or its ``selection.jsonl``.
+        path: A run directory, or its ``selection.jsonl``.
 
     Attributes:
-        steps: How many it holds.
-        most_selected: The largest coreset.
-        digest: SHA-256 of all of it, in hexadecimal.
-        rows_digest: Of the rows that were trained on, if the run has written it down.
-        ids: ``[all candidates]`` int64, step after step.
+        file: The ``selection.jsonl``.
+        steps: Number of steps.
+        most_selected: Size of the largest coreset.
+        digest: SHA-256 of the record, in hexadecimal.
+        rows_digest: SHA-256 of the rows that the run trained on; None if the run has not recorded it.
+        ids: ``[C]`` int64 ids of the candidates of all steps.
 
     Raises:
         UserError: See `recorded_steps`.
@@ -117,10 +118,10 @@ class SelectionRecord:
         digest = hashlib.sha256(repr(self._names).encode())
         for column in (*columns, weights):
             digest.update(column.tobytes())
-        self.digest, self.rows_digest = digest.hexdigest(), _rows_digest(self.file.parent / _FACTS)
+        self.digest, self.rows_digest = digest.hexdigest(), _rows_digest(self.file.parent / "run.json")
 
     def candidates(self, step: int) -> Tensor:
-        """``[n]`` int64 ids of a step's candidates.
+        """Return ``[n]`` int64 ids of a step's candidates.
 
         Raises:
             TrainingError: There is no such step.
@@ -130,18 +131,18 @@ class SelectionRecord:
         return self.ids[self._ends[step - 1] : self._ends[step]]
 
     def selection(self, candidates: Candidates) -> Selection:
-        """What was selected of a step's candidates.
+        """Return the recorded selection from a step's candidates.
 
         Raises:
-            TrainingError: They are not those of the record. Names the first that differs.
+            TrainingError: The candidates differ from the recorded ones. Names the first difference.
         """
         step, recorded = candidates.step, self.candidates(candidates.step)
         if len(recorded) != len(candidates) or not torch.equal(recorded, candidates.ids):
             pairs = zip(candidates.ids.tolist(), recorded.tolist())
             here, there = next(((a, b) for a, b in pairs if a != b), (f"{len(candidates)} in all", len(recorded)))
             raise TrainingError(
-                f"step {step}: its candidates are not those of {self.file}: id {here} in place of {there}. Give the "
-                f"same data, in the same order, and the same --train.seed"
+                f"step {step}: the candidates differ from those in {self.file}: id {here} in place of {there}. Use "
+                f"the same data, in the same order, and the same --train.seed"
             )
         places: dict[int, deque[int]] = {}
         for position, id_ in enumerate(recorded.tolist()):
@@ -151,27 +152,27 @@ class SelectionRecord:
         return Selection(positions, self._weights[own].float(), kept=int(self._kept[step - 1]))
 
     def check(self, ids: Tensor, sources: Tensor, names: Sequence[str]) -> None:
-        """Check that the record is one of these training examples.
+        """Check that the record was made from these training examples.
 
         Args:
             ids, sources: ``[N]`` of all examples.
-            names: ``[Q]`` of the sources.
+            names: ``[Q]`` names of the sources.
 
         Raises:
-            UserError: A candidate is not among them, or belongs to another source. Names the first.
+            UserError: A candidate is not among the examples, or has another source. Names the first.
         """
         places = index_of(self.ids, ids)
         if len(absent := (places < 0).nonzero().flatten()):
             raise UserError(
-                f"{self._where(absent[0])} is not among the training examples: the record is one of other data, or the "
-                f"example is too long here (--data.max_length, --data.overlong)"
+                f"{self._where(absent[0])} is not among the training examples: the record was made from other data, or "
+                f"the example is too long here (--data.max_length, --data.overlong)"
             )
         numbers = {name: number for number, name in enumerate(names)}
         recorded = long_tensor([numbers.get(name, -1) for name in self._names])[self._sources]
         if len(other := (recorded != sources[places]).nonzero().flatten()):
             there = self._names[int(self._sources[other[0]])]
             here = names[int(sources[places[other[0]]])]
-            raise UserError(f"{self._where(other[0])} is of source {there!r}, but here of {here!r}: other data")
+            raise UserError(f"{self._where(other[0])} has source {there!r}, but {here!r} in this data")
 
     def _where(self, place: Tensor) -> str:
         step = int(torch.searchsorted(self._ends, place, right=True))
@@ -179,7 +180,7 @@ class SelectionRecord:
 
 
 def index_of(wanted: Tensor, ids: Tensor) -> Tensor:
-    """Where in ``ids`` ``[N]``, all different, each of the ``wanted`` ``[m]`` stands; -1 where it does not."""
+    """Find each of the ``wanted`` ``[m]`` in the distinct ``ids`` ``[N]``: ``[m]`` int64 places, -1 if absent."""
     order = ids.argsort()
     places = order[torch.searchsorted(ids[order], wanted).clamp(max=len(ids) - 1)]
     return torch.where(ids[places] == wanted, places, -1)
@@ -193,5 +194,5 @@ def _rows_digest(facts: Path) -> str | None:
     try:
         found: Mapping[str, str] = json.loads(facts.read_text("utf-8"))
     except (OSError, ValueError):
-        return None  # a record by itself, or of a version that did not write it: ids and sources are checked
+        return None  # a record without its run, or of an older version: ids and sources are still checked
     return found.get("rows_digest")

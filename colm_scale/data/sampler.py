@@ -1,25 +1,25 @@
-"""Which examples are the candidates of a step: a pure function of the step, so that a run resumes anywhere."""
+"""Samplers of candidates: a step's candidates are a function of its number alone, so that a run can resume anywhere."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from colm_scale.data.examples import Examples
+from colm_scale.data.examples import Examples, too_few
 from colm_scale.data.recorded_selection import SelectionRecord, index_of
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
-from colm_scale.records import Candidates
+from colm_scale.records import Candidates, Json
 
 
 class Sampler(Protocol):
-    """Draws the candidates of each step in turn, the same ones on every rank.
+    """Draws the candidates of each step, the same ones on every rank.
 
     Attributes:
-        examples: What the indices of the candidates last drawn refer to.
-        dropped, cut: Examples per source that were too long and left out, or cut, so far.
+        examples: The examples that the indices of the last drawn candidates refer to.
+        dropped, cut: Examples per source that were left out or cut so far.
     """
 
     examples: Examples
@@ -27,20 +27,20 @@ class Sampler(Protocol):
     cut: dict[str, int]
 
     def __call__(self, step: int) -> Candidates:
-        """The candidates of a step, from 1; steps are asked for in turn."""
+        """Draw the candidates of a step; steps count from 1 and come in order."""
 
-    def state(self) -> dict[str, Any]:
-        """Where the next step begins, as plain JSON."""
+    def state(self) -> Json:
+        """Return the position of the next step, as plain JSON."""
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+    def load(self, state: Json) -> None:
+        """Continue from the position of a `state`."""
 
 
 class CandidateSampler:
-    """Cuts an endless stream of examples, one seeded permutation after the other, into steps of ``count``.
+    """Cuts an endless stream of examples, one seeded permutation per epoch, into steps of ``count``.
 
-    Every example is a candidate once per epoch, whatever ``count`` is; a step across the end of an epoch may hold an
-    example twice. Rank-equal.
+    Every example is a candidate once per epoch, whatever ``count`` is; a step that crosses the end of an epoch may
+    contain an example twice. Steps can be drawn in any order. Rank-equal.
 
     Raises:
         UserError: There are fewer than ``count`` examples.
@@ -48,18 +48,13 @@ class CandidateSampler:
 
     def __init__(self, examples: Examples, count: int, seed: int):
         if count > len(examples):
-            raise UserError(
-                f"--selection.candidates is {count}, but only {len(examples)} training examples are there "
-                f"({sum(examples.dropped.values())} were dropped): give at most {len(examples)}"
-            )
+            raise UserError(too_few(count, len(examples), examples.dropped))
         self.examples, self.dropped, self.cut = examples, examples.dropped, examples.cut
-        self._ids, self._sources, self._lengths = examples.ids, examples.sources, examples.lengths
-        self._protected = examples.protected if examples.protected.any() else None
+        self._lengths, self._protects = examples.lengths, bool(examples.protected.any())
         self._size, self._count, self._seed = len(examples), count, seed
         self._permutations: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Candidates:
-        """The candidates of a step, from 1."""
         start = (step - 1) * self._count
         first, last = start // self._size, (start + self._count - 1) // self._size
         self._permutations = {epoch: self._permutation(epoch) for epoch in range(first, last + 1)}
@@ -67,27 +62,28 @@ class CandidateSampler:
         return self._at(step, stream[start - first * self._size :][: self._count])
 
     def _at(self, step: int, indices: Tensor) -> Candidates:
-        protected = None if self._protected is None else self._protected[indices]
-        return Candidates(step, indices, self._ids[indices], self._sources[indices], self._lengths[indices], protected)
+        ids, sources = self.examples.ids[indices], self.examples.sources[indices]
+        protected = self.examples.protected[indices] if self._protects else None
+        return Candidates(step, indices, ids, sources, self._lengths[indices], protected)
 
-    def state(self) -> dict[str, Any]:
-        return {}  # all there is to know is the step
+    def state(self) -> Json:
+        return {}  # the step's number says it all
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Nothing to do: any step can be asked for."""
+    def load(self, state: Json) -> None:
+        pass
 
     def _permutation(self, epoch: int) -> Tensor:
-        """``[N]``, drawn unless the step before has used it too."""
+        """Return ``[N]``, drawn unless the previous step used it too."""
         if epoch in self._permutations:
             return self._permutations[epoch]
         return torch.randperm(self._size, generator=generator(self._seed, "shuffle", epoch))
 
 
 class RecordedSampler(CandidateSampler):
-    """Gives each step the candidates that a record has for it.
+    """Gives each step its recorded candidates, for a replay.
 
     Raises:
-        UserError: The record is not one of these examples, see `SelectionRecord.check`.
+        UserError: The record does not fit these examples, see `SelectionRecord.check`.
     """
 
     def __init__(self, examples: Examples, record: SelectionRecord):
@@ -96,4 +92,4 @@ class RecordedSampler(CandidateSampler):
         self._record = record
 
     def __call__(self, step: int) -> Candidates:
-        return self._at(step, index_of(self._record.candidates(step), self._ids))
+        return self._at(step, index_of(self._record.candidates(step), self.examples.ids))

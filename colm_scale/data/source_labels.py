@@ -1,7 +1,7 @@
-"""The sources of rows, in a file beside the data: what `colm-scale sources` writes and ``--data.sources`` reads.
+"""The file of sources that `colm-scale sources` writes and ``--data.sources`` reads.
 
-A line per row of the data, in its order: ``{"source": NAME, "row": DIGEST}``. The digest, of what the row says, is what
-tells that the line is that row's; who writes such a file by hand can leave it out.
+It has one line per row of the data, in the same order: ``{"source": NAME, "row": DIGEST}``. The digest of the row's
+content shows that line and row belong together; a file written by hand can omit it.
 """
 
 from __future__ import annotations
@@ -19,52 +19,48 @@ from colm_scale.errors import UserError
 
 
 def row_digest(row: Row) -> str:
-    """32 bits, in hexadecimal, of a SHA-256 of what is written in a row; not of its source."""
-    messages = [(message.role, message.content) for message in row.messages or ()]
+    """Return 32 bits, in hexadecimal, of the SHA-256 of a row's content without its source."""
+    messages = [(message.role, message.content) for message in row.messages]
     written = json.dumps([messages, row.prompt, row.completion])
     return hashlib.sha256(written.encode()).hexdigest()[:8]
 
 
 def label_line(row: Row, source: str) -> str:
-    """A row's line of the file."""
+    """Write a row's line of the file."""
     return json.dumps({"source": source, "row": row_digest(row)}, ensure_ascii=False) + "\n"
 
 
 def labelled(rows: Iterable[Row], path: str | None) -> Iterator[Row]:
-    """The rows with the sources that a file gives them; as they are without one.
+    """Replace the sources of rows by those in a file; without a file, return the rows unchanged.
 
     Raises:
-        UserError: The file cannot be read, a line of it is not such a line or another row's, or it has fewer lines than
-            there are rows, or more.
+        UserError: The file cannot be read, a line is malformed or belongs to another row, or there are more or fewer
+            lines than rows.
     """
     if path is None:
         yield from rows
         return
-    for row, label in zip_longest(rows, _lines(path)):
+    if Path(path).suffix != ".jsonl":
+        raise UserError(f"--data.sources {path} is not a .jsonl file: use the one that colm-scale sources has written")
+    for row, label in zip_longest(rows, records_of(path, streaming=True)[1]):
         if label is None:
             raise UserError(f"--data.sources {path} ends before {row.where}: {_again(path)}")
         if row is None:
-            raise UserError(f"--data.sources {path} goes on after the last row of the data: {label.where} is left over")
+            raise UserError(f"--data.sources {path} has more lines than the data has rows: {label.where} is left over")
         yield replace(row, source=_source(row, label, path))
 
 
-def _lines(path: str) -> Iterable[Record]:
-    if Path(path).suffix != ".jsonl":
-        raise UserError(f"--data.sources {path} is no .jsonl file: give the one that colm-scale sources has written")
-    return records_of(path, streaming=True)[1]
-
-
 def _source(row: Row, label: Record, path: str) -> str:
-    source, digest = label.cells.get("source"), label.cells.get("row")
+    source, digest = label.cells.get("source"), row_digest(row)
     if not isinstance(source, str) or not source:
         raise UserError(f"{label.where}: source is {shown(source)}, but must be the name of a source")
-    if digest is not None and digest != row_digest(row):
-        raise UserError(f"{label.where} is not about {row.where}, which says something else: {_again(path)}")
+    if label.cells.get("row") not in (None, digest):
+        raise UserError(f"{label.where} does not belong to {row.where}, whose content differs: {_again(path)}")
     return source
 
 
 def _again(path: str) -> str:
     return (
-        f"the data or the options that say how it is read have changed since {Path(path).name} was made; make it again "
+        f"the data, or the options for reading it, have changed since {Path(path).name} was written; write it again "
         "with colm-scale sources"
     )

@@ -1,9 +1,9 @@
-"""Training data that is read as it is needed, in blocks of rows, one ahead, and never held as a whole.
+"""Streaming of training data: rows are read in blocks, one block ahead, and never held as a whole.
 
-One pass before the run checks every row, counts the sources and takes a digest; it tokenises nothing. After it, an
-epoch reads the rows again from the first one, a block at a time: the block is tokenised, what is too long is dropped or
-cut, and the rest is shuffled. What a step takes is a function of the data, the seed and a position, so a run goes on
-from a position as if it had never stopped. Nothing here knows of ranks.
+One pass before the run checks every row, counts the sources and computes a digest, without tokenising. Each epoch then
+reads the rows again, block by block: it tokenises the block, drops or cuts what is too long, and shuffles the rest. The
+examples of a step are a function of the data, the seed and a position, so that a run can resume from any position. This
+module knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import DataConfig
-from colm_scale.data.examples import Examples, check_tokenizer, joined, none_left, read_chat_template, tokenise_block
-from colm_scale.data.readers import Row, stream_rows
+from colm_scale.data.examples import (
+    Examples,
+    check_tokenizer,
+    joined,
+    none_left,
+    read_chat_template,
+    tokenise_block,
+    too_few,
+)
+from colm_scale.data.readers import Row, each_row
 from colm_scale.data.source_labels import labelled
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.randomness import generator
@@ -31,15 +39,15 @@ from colm_scale.records import long_tensor
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass over the rows has found.
+    """The result of one pass over the rows.
 
     Attributes:
         source_names: ``[Q]``, sorted by name.
-        sizes: ``[Q]`` int64 rows of each source, those included that will be too long.
-        protected_sizes: ``[Q]`` int64, how many of them are protected.
+        sizes: ``[Q]`` int64 rows of each source, including those that will be too long.
+        protected_sizes: ``[Q]`` int64 protected rows among them.
         rows: Rows of all sources.
-        digest: SHA-256, in hexadecimal, of the rows and of the chat template's file; not of where the rows lie.
-        first_chat: Where the first chat stands; None without any.
+        digest: SHA-256, in hexadecimal, of the rows and the chat template's file, but not of file names.
+        first_chat: File and line of the first chat; empty without chats.
     """
 
     source_names: tuple[str, ...]
@@ -47,12 +55,12 @@ class Survey:
     protected_sizes: Tensor
     rows: int
     digest: str
-    first_chat: str | None
+    first_chat: str
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the next example stands: in which epoch and block of rows, both from 0, after how many of its examples."""
+    """The place of the next example: epoch, block of rows and example within the block, each from 0."""
 
     epoch: int = 0
     block: int = 0
@@ -60,19 +68,19 @@ class Position:
 
 
 def survey(specs: Sequence[str], config: DataConfig) -> Survey:
-    """Read all rows once, and check each.
+    """Read and check all rows once.
 
     Raises:
-        UserError: As `stream_rows` and `labelled`, or the chat template cannot be read.
+        UserError: As `each_row` and `labelled`, or the chat template cannot be read.
     """
     sizes: Counter[str] = Counter()
     protected: Counter[str] = Counter()
-    digest, first_chat = _RowDigest(config), None
-    for row in labelled(stream_rows(specs, config), config.sources):
+    digest, first_chat = _RowDigest(config), ""
+    for row in labelled(each_row(specs, config, streaming=True), config.sources):
         digest.add(row)
         sizes[row.source] += 1
         protected[row.source] += row.protected
-        if first_chat is None and row.messages:
+        if row.messages and not first_chat:
             first_chat = row.where
     names = tuple(sorted(sizes))
     by_source, protected_sizes = (long_tensor([counted[name] for name in names]) for counted in (sizes, protected))
@@ -80,23 +88,22 @@ def survey(specs: Sequence[str], config: DataConfig) -> Survey:
 
 
 class BlockStream:
-    """An endless stream of examples; every usable one comes once per epoch.
+    """An endless stream of examples, in which every usable one comes once per epoch.
 
-    Of the data, one block is held at a time, and the next is read and tokenised meanwhile, in a thread of its own. The
-    first is read at once, so that much of what can be wrong with the rows or the tokenizer is known before a model is
-    loaded.
+    One block is held at a time, while a thread reads and tokenises the next. The first block is read in the
+    constructor, so that most errors in the rows or the tokenizer appear before a model is loaded.
 
     Attributes:
-        position: Of the next example.
-        dropped, cut: Examples per source that were left out or cut, of the blocks that the first epoch has begun.
+        position: Place of the next example.
+        dropped, cut: Examples per source that were left out or cut, counted over the blocks of the first epoch so far.
 
     Args:
-        specs: What was surveyed: .jsonl files and hub data sets.
+        specs: The surveyed .jsonl files and hub data sets.
         max_length: Longest example, in tokens.
 
     Raises:
-        UserError: The tokenizer cannot write the rows, see `tokenise`.
-        TrainingError: The rows are no longer those that were surveyed.
+        UserError: The tokenizer cannot encode the rows, see `tokenise`.
+        TrainingError: The rows have changed since they were surveyed.
     """
 
     def __init__(
@@ -114,16 +121,16 @@ class BlockStream:
         self._specs, self._config, self._surveyed = specs, config, surveyed
         self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="colm_scale-reader")
-        self._ahead: Future[Examples | None] | None = None
+        self._ahead: Future[Examples | None] = self._reader.submit(lambda: None)
         check_tokenizer(tokenizer, config, surveyed.first_chat)
         self.seek(self.position)
 
     def draw(self, count: int) -> Examples:
-        """The next ``count`` examples. They may come from several blocks, and from the next epoch.
+        """Return the next ``count`` examples, which may span several blocks and two epochs.
 
         Raises:
-            UserError: A whole epoch has fewer, or a chat template refuses a row.
-            TrainingError: The rows are no longer those that were surveyed.
+            UserError: A whole epoch has fewer, or the chat template fails on a row.
+            TrainingError: The rows have changed since they were surveyed.
         """
         begun, parts, missing = self.position, [], count
         while missing:
@@ -137,23 +144,23 @@ class BlockStream:
             else:
                 self._next_block()
                 if self.position == Position(begun.epoch + 1) and begun == Position(begun.epoch):
-                    raise UserError(self._too_few(count - missing, count))
+                    usable = count - missing
+                    nothing = none_left(self._surveyed.rows, self._max_length)
+                    raise UserError(too_few(count, usable, self.dropped) if usable else nothing)
         return joined(parts)
 
     def seek(self, position: Position) -> None:
-        """Go to a position that was one of this stream's; the blocks before it are read, but not tokenised.
+        """Go to a `position` of this or an equal stream; the blocks before it are read, but not tokenised.
 
         Raises:
             UserError, TrainingError: As `draw`.
         """
-        if self._ahead is not None:
-            wait([self._ahead])  # it reads from where this stream has been
+        wait([self._ahead])  # it still reads from the old position
         self.position, self._blocks = position, self._epoch()
         self._hold(self._tokenised(next(islice(self._blocks, position.block, None))))
 
     def _next_block(self) -> None:
-        del self._block, self._order  # or three blocks would be in memory
-        assert self._ahead is not None
+        del self._block, self._order  # to hold at most two blocks
         block = self._ahead.result()  # raises what reading has raised
         if block is not None:
             self.position = Position(self.position.epoch, self.position.block + 1)
@@ -167,21 +174,21 @@ class BlockStream:
         self._ahead = self._reader.submit(self._read_ahead)
 
     def _read_ahead(self) -> Examples | None:
-        """The block after the one that is held; None at the end of an epoch."""
-        rows = next(self._blocks, None)
-        return None if rows is None else self._tokenised(rows)
+        """Read the next block; None at the end of an epoch."""
+        rows = next(self._blocks, [])
+        return self._tokenised(rows) if rows else None
 
     def _tokenised(self, rows: list[Row]) -> Examples:
         names = self._surveyed.source_names
         return tokenise_block(rows, self._tokenizer, self._config, self._max_length, names)
 
     def _epoch(self) -> Iterator[list[Row]]:
-        """The blocks of rows of one epoch. The last one is given away only if all were as surveyed."""
+        """Iterate over one epoch's blocks of rows; the last block comes only if all rows were as surveyed."""
         digest = _RowDigest(self._config)
         block: list[Row] = []
         for row in self._rows():
             if digest.rows == self._surveyed.rows or row.source not in self._surveyed.source_names:
-                raise _changed(f"{row.where} was not there before")
+                raise _changed(f"{row.where} is new")
             if len(block) == self._config.shuffle_rows:
                 yield block
                 block = []
@@ -195,27 +202,19 @@ class BlockStream:
 
     def _rows(self) -> Iterator[Row]:
         try:
-            yield from labelled(stream_rows(self._specs, self._config), self._config.sources)
+            yield from labelled(each_row(self._specs, self._config, streaming=True), self._config.sources)
         except UserError as error:  # the survey has found none
             raise _changed(str(error)) from error
 
     def _count_left_out(self) -> None:
-        """Count what the block that begins has left out; each row once."""
+        """Add what the current block has dropped and cut, in the first epoch only, so that each row counts once."""
         if self.position.epoch == 0:
             for counts, more in ((self.dropped, self._block.dropped), (self.cut, self._block.cut)):
                 counts.update(Counter(counts) + Counter(more))
 
-    def _too_few(self, usable: int, count: int) -> str:
-        if usable == 0:
-            return none_left(self._surveyed.rows, self._max_length)
-        return (
-            f"--selection.candidates is {count}, but only {usable} training examples are there "
-            f"({sum(self.dropped.values())} were dropped): give at most {usable}"
-        )
-
 
 def digest_of(rows: Iterable[Row], config: DataConfig) -> str:
-    """SHA-256 of rows that are held: that of `Survey` for the same rows."""
+    """Return the SHA-256 of rows in memory, equal to that of a `Survey` of the same rows."""
     digest = _RowDigest(config)
     for row in rows:
         digest.add(row)
@@ -223,7 +222,7 @@ def digest_of(rows: Iterable[Row], config: DataConfig) -> str:
 
 
 class _RowDigest:
-    """SHA-256 of rows one after the other, and of the chat template that writes them."""
+    """SHA-256 of the chat template and the rows, in their order."""
 
     def __init__(self, config: DataConfig):
         self.rows = 0
@@ -231,7 +230,7 @@ class _RowDigest:
 
     def add(self, row: Row) -> None:
         self.rows += 1
-        messages = [(message.role, message.content) for message in row.messages or ()]
+        messages = [(message.role, message.content) for message in row.messages]
         self._digest.update(json.dumps([row.source, messages, row.prompt, row.completion, row.protected]).encode())
 
     def hexadecimal(self) -> str:
@@ -239,6 +238,4 @@ class _RowDigest:
 
 
 def _changed(how: str) -> TrainingError:
-    return TrainingError(
-        f"the training data, which must stay as it is while it is streamed, is no longer what it was at first: {how}"
-    )
+    return TrainingError(f"the training data has changed since the run first read it to stream it: {how}")

@@ -1,9 +1,11 @@
-"""What a run has done to its sources and examples, in numbers, from what it has written down.
+"""Explanation of a run from its record: how its selection treated sources and examples.
 
-An example is favoured if it was trained on more often than chance explains, where chance is a draw with the same number
-of picks of its source in each step (what `stratified` does): the number of times it would have been is Poisson
-binomial, exactly. A source is favoured if more of it was trained on than by a uniform draw of as many from the step's
-candidates: hypergeometric in each step, normal in the sum of many.
+An example is favoured if it was trained on more often than chance explains. Chance draws the same number of picks of
+its source in each step at random, as `stratified` does, so that the count follows a Poisson binomial distribution. A
+source is favoured if more of it was trained on than by a uniform draw of the same size from each step's candidates:
+hypergeometric in each step, approximately normal in the sum.
+
+    N  examples        Q  sources
 """
 
 from __future__ import annotations
@@ -23,24 +25,23 @@ from colm_scale.explain.chance import distribution, false_discovery, family_wise
 from colm_scale.explain.tally import Floats, Ints, Tally, tally
 
 _BLOCK = 1 << 22
-"""Probabilities that are worked on at a time, 32 MB."""
+"""Probabilities computed at a time, 32 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """A source.
+    """Numbers of one source.
 
     Attributes:
-        examples: Its training examples; None if the run has not written it down.
+        examples: Training examples of the source; None if the run has not recorded it.
         candidates, trained: Examples that were candidates, and trained on, at least once.
-        candidacies, selections, kept: Times that any was a candidate, trained on, and kept among those.
-        expected: Selections of a uniform draw from each step's candidates.
-        p_value: Of as large a difference by such draws, corrected for all sources (Holm).
-        favoured: 1 if it was trained on more than by such draws, -1 if less, 0 if that may be chance.
-        spread: Variance of how often its examples were trained on, over that of draws with the same number of picks; 1
-            by chance, more if the same ones come again and again, less if they take turns. None where all or none is
-            picked.
-        reasons: How many candidates had which reason, from the audit; empty without one.
+        candidacies, selections, kept: Total times that its examples were candidates, trained on, and kept.
+        expected: Expected selections of a uniform draw from each step's candidates.
+        p_value: Probability of as large a difference by such draws, corrected for all sources (Holm).
+        favoured: 1 if significantly more was trained on than by such draws, -1 if significantly less, else 0.
+        spread: Variance of the examples' selections over that of random picks of the same number: 1 by chance, more if
+            the same examples are picked repeatedly, less if they take turns. None if always all or none are picked.
+        reasons: Number of candidates by reason, from the audit; empty without one.
     """
 
     name: str
@@ -57,23 +58,27 @@ class SourceFacts:
     reasons: Mapping[str, int]
 
     @property
+    def known(self) -> int:
+        """Training examples of the source; if not recorded, those that were candidates."""
+        return self.candidates if self.examples is None else self.examples
+
+    @property
     def coverage(self) -> float:
-        """Share of its examples that were trained on; of those that were candidates if no more is known."""
-        known = self.candidates if self.examples is None else self.examples
-        return self.trained / known if known else 0.0
+        """Share of its `known` examples that were trained on."""
+        return self.trained / self.known if self.known else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleFacts:
-    """All examples that are known, a column each: ``[N]``, by id.
+    """Columns ``[N]`` of all known examples, sorted by id.
 
     Attributes:
-        sources: Numbers of `Explanation.sources`.
+        sources: Indices into `Explanation.sources`.
         candidacies, selections: Times that each was a candidate, and trained on.
-        expected: Times that it would have been trained on by chance.
-        p_values: Of as large a difference, of both sides; 1 where chance had no say.
+        expected: Expected selections by chance.
+        p_values: Two-sided p-values of the selections; 1 if chance allows only one outcome.
         adjusted: The same, corrected for all examples (Benjamini and Hochberg).
-        testable: bool, whether any outcome could have told the example from chance by itself.
+        testable: bool, examples for which some outcome would be significant even alone.
     """
 
     ids: Ints
@@ -88,12 +93,12 @@ class ExampleFacts:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A run explained.
+    """The explanation of a run.
 
     Attributes:
-        lists_all: Whether the examples that never were candidates are among ``examples``.
-        alpha: What was allowed to chance.
-        histogram: ``[2, most + 1]`` how many examples were trained on 0, 1, ... times, and would have been by chance.
+        alpha: Significance level.
+        lists_all: True if ``examples`` includes those that never were candidates.
+        histogram: ``[2, most + 1]`` number of examples trained on 0, 1, ... times: in the run, and expected by chance.
     """
 
     run: Path
@@ -107,47 +112,49 @@ class Explanation:
 
     @property
     def never_candidates(self) -> Ints:
-        """Ids of the examples that were no candidates in any step; none of them is known unless ``lists_all``."""
+        """Ids of the examples that never were candidates; empty unless ``lists_all``."""
         found: Ints = self.examples.ids[self.examples.candidacies == 0]
         return found
 
     @property
     def never_trained(self) -> Ints:
-        """Ids of the examples that were candidates, the most often first, and never trained on."""
+        """Ids of the candidates that were never trained on, those with the most candidacies first."""
         found = (self.examples.candidacies > 0) & (self.examples.selections == 0)
         order = np.argsort(-self.examples.candidacies[found], kind="stable")
         ids: Ints = self.examples.ids[found][order]
         return ids
 
     def told_apart(self, sign: int) -> Ints:
-        """Places of the examples trained on more often (1) or less often (-1) than by chance, the surest first."""
+        """Find the examples trained on more often (1) or less often (-1) than by chance, by ascending p-value."""
         examples = self.examples
         found = (examples.adjusted <= self.alpha) & (np.sign(examples.selections - examples.expected) == sign)
         places: Ints = found.nonzero()[0]
-        surest: Ints = places[np.argsort(examples.p_values[places], kind="stable")]
-        return surest
+        ordered: Ints = places[np.argsort(examples.p_values[places], kind="stable")]
+        return ordered
 
 
 def explain(run: Path, alpha: float) -> Explanation:
-    """Explain the run in a folder.
+    """Explain the run in a run directory.
 
     Raises:
-        UserError: There is none, or its record is damaged.
+        UserError: It is not a run directory, or its record is damaged.
     """
     if not (run / FILE).is_file():
-        raise UserError(f"{run} holds no run that has made a step: there is no {FILE} in it")
+        raise UserError(f"{run} is not the directory of a run that has made a step: there is no {FILE} in it")
     counts = tally(recorded_steps(run / FILE))
-    known = _known(run / "examples.parquet")
-    sizes = _sizes(run) if known is None else Counter(known[1])
+    lists_all = (run / "examples.parquet").is_file()
+    known = _known(run / "examples.parquet") if lists_all else (np.zeros(0, np.int64), ())
+    sizes = Counter(known[1]) if lists_all else _sizes(run)
     names = [*counts.names, *(name for name in sizes if name not in counts.names)]
     examples, histogram = _examples(counts, names, known, alpha)
     sources = _sources(counts, names, sizes, examples, _reasons(run / "audit"), alpha)
-    return Explanation(run, len(counts.candidates), alpha, sources, examples, known is not None, counts, histogram)
+    return Explanation(run, len(counts.candidates), alpha, sources, examples, lists_all, counts, histogram)
 
 
 def _examples(
-    counts: Tally, names: Sequence[str], known: tuple[Ints, Sequence[str]] | None, alpha: float
+    counts: Tally, names: Sequence[str], known: tuple[Ints, Sequence[str]], alpha: float
 ) -> tuple[ExampleFacts, Floats]:
+    """Build the columns of all examples, with those of the ``known`` ones that never were candidates; a histogram."""
     ids, first, inverse = np.unique(counts.ids, return_index=True, return_inverse=True)
     candidacies = np.bincount(inverse)
     selections = np.bincount(inverse, counts.chosen).astype(np.int64)
@@ -158,20 +165,18 @@ def _examples(
     adjusted[tested] = false_discovery(p_values[tested])
     testable = least * max(1, tested.sum()) <= alpha
     columns = [ids, counts.sources[first], candidacies, selections, expected, p_values, adjusted, testable]
-    if known is not None:
-        absent = ~np.isin(known[0], ids)
-        number = {name: place for place, name in enumerate(names)}
-        of = np.array([number[name] for name in np.asarray(known[1], object)[absent]], np.int64)
-        fill = (0, 0, 0.0, 1.0, 1.0, False)
-        more = [known[0][absent], of, *(np.full(len(of), value) for value in fill)]
-        columns = [np.concatenate(pair) for pair in zip(columns, more)]
-        order = columns[0].argsort()
-        columns = [column[order] for column in columns]
-    return ExampleFacts(*columns), histogram
+    absent = ~np.isin(known[0], ids)
+    number = {name: place for place, name in enumerate(names)}
+    of = np.array([number[name] for name in np.asarray(known[1], object)[absent]], np.int64)
+    fill = (0, 0, 0.0, 1.0, 1.0, False)
+    more = [known[0][absent], of, *(np.full(len(of), value) for value in fill)]
+    columns = [np.concatenate(pair) for pair in zip(columns, more)]
+    order = columns[0].argsort()
+    return ExampleFacts(*(column[order] for column in columns)), histogram
 
 
 def _tested(counts: Tally, inverse: Ints, candidacies: Ints, selections: Ints) -> tuple[Floats, Floats, Floats]:
-    """``[N]`` p-values, ``[N]`` the least that each could have come to, and the histogram of `Explanation`."""
+    """Compute ``[N]`` p-values, ``[N]`` the smallest possible ones, and the histogram of `Explanation`."""
     p_values, least = np.ones(len(candidacies)), np.ones(len(candidacies))
     by_example = np.argsort(inverse, kind="stable")
     starts = np.concatenate([[0], np.cumsum(candidacies)[:-1]])
@@ -195,18 +200,17 @@ def _sources(
     reasons: Mapping[str, Mapping[str, int]],
     alpha: float,
 ) -> list[SourceFacts]:
-    num = len(names)
+    num, found = len(names), []
+    absent = num - len(counts.names)  # the last sources, which never had a candidate
     expected, p_values = _uniform(counts)
-    adjusted, found = family_wise(p_values), []
+    expected, p_values = np.pad(expected, (0, absent)), np.pad(family_wise(p_values), (0, absent), constant_values=1)
+    totals = [np.pad(of.sum(0), (0, absent)).tolist() for of in (counts.candidates, counts.trained, counts.kept)]
     variances = np.bincount(counts.sources, counts.chances * (1 - counts.chances), num)
     squares = np.bincount(examples.sources, (examples.selections - examples.expected) ** 2, num)
     seen = np.bincount(examples.sources[examples.candidacies > 0], minlength=num)
     trained = np.bincount(examples.sources[examples.selections > 0], minlength=num)
     for place, name in enumerate(names):
-        known = place < len(counts.names)  # the others never had a candidate
-        totals = [int(of[:, place].sum()) if known else 0 for of in (counts.candidates, counts.trained, counts.kept)]
-        hoped, p_value = (float(expected[place]), float(adjusted[place])) if known else (0.0, 1.0)
-        sign = int(np.sign(totals[1] - hoped)) if p_value <= alpha else 0
+        candidacies, selections, kept = (of[place] for of in totals)
         spread = float(squares[place] / variances[place]) if variances[place] > 0 else None
         found.append(
             SourceFacts(
@@ -214,12 +218,12 @@ def _sources(
                 examples=sizes.get(name),
                 candidates=int(seen[place]),
                 trained=int(trained[place]),
-                candidacies=totals[0],
-                selections=totals[1],
-                kept=totals[2],
-                expected=hoped,
-                p_value=p_value,
-                favoured=sign,
+                candidacies=candidacies,
+                selections=selections,
+                kept=kept,
+                expected=float(expected[place]),
+                p_value=float(p_values[place]),
+                favoured=int(np.sign(selections - expected[place])) if p_values[place] <= alpha else 0,
                 spread=spread,
                 reasons=dict(reasons.get(name, {})),
             )
@@ -228,18 +232,18 @@ def _sources(
 
 
 def _uniform(counts: Tally) -> tuple[Floats, Floats]:
-    """``[Q]`` selections to be expected of uniform draws, and p-values of what there was."""
+    """Compute ``[Q]`` expected selections of uniform draws, and ``[Q]`` p-values of the actual ones."""
     n, b = counts.candidates.sum(1, keepdims=True), counts.trained.sum(1, keepdims=True)
     share = counts.candidates / n
     variance = (b * share * (1 - share) * (n - b) / np.maximum(n - 1, 1)).sum(0)
     expected = (b * share).sum(0)
-    apart = np.abs(counts.trained.sum(0) - expected) - 0.5  # of whole numbers
+    apart = np.abs(counts.trained.sum(0) - expected) - 0.5  # continuity correction
     z = np.clip(apart, 0, None) / np.sqrt(np.where(variance > 0, variance, 1))
     return expected, np.where(variance > 0, [math.erfc(of / math.sqrt(2)) for of in z], 1.0)
 
 
 def _sizes(run: Path) -> dict[str, int]:
-    """Training examples of each source, if the run has written them down."""
+    """Read the number of training examples of each source from ``run.json``; empty if it has none."""
     try:
         found = json.loads((run / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -247,10 +251,8 @@ def _sizes(run: Path) -> dict[str, int]:
     return {source["name"]: source["examples"] for source in found.get("sources", ())}
 
 
-def _known(file: Path) -> tuple[Ints, Sequence[str]] | None:
-    """Ids and sources of all training examples, if the run has written them down."""
-    if not file.is_file():
-        return None
+def _known(file: Path) -> tuple[Ints, Sequence[str]]:
+    """Read ids and sources of all training examples."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(file, columns=["id", "source"])
@@ -258,7 +260,7 @@ def _known(file: Path) -> tuple[Ints, Sequence[str]] | None:
 
 
 def _reasons(folder: Path) -> dict[str, dict[str, int]]:
-    """How many candidates of each source had each reason."""
+    """Count the candidates of each source by reason."""
     found: dict[str, dict[str, int]] = {}
     for part in sorted(folder.glob("part-*.parquet")):
         import pyarrow.parquet as pq

@@ -1,7 +1,8 @@
-"""An explanation as plots."""
+"""Plots of an explanation."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,26 +16,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_LINES = 8
-"""Sources that have a line of their own over time, the largest."""
+"""Most sources drawn over time, the largest ones."""
 _POINTS = 60
 
 
 def check_drawable() -> None:
-    """Refuse to go on without matplotlib.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    """Raise a UserError if matplotlib is not installed."""
+    if not importlib.util.find_spec("matplotlib"):
         raise UserError(
             "the plots need matplotlib: pip install 'colm_scale[report]', or leave them out with --plots false"
-        ) from None
+        )
 
 
 def draw(found: Explanation, folder: Path) -> list[Path]:
-    """Write all plots; their files.
+    """Write all plots; return their files.
 
     Raises:
         OSError: They cannot be written.
@@ -59,7 +54,7 @@ def draw(found: Explanation, folder: Path) -> list[Path]:
 def _coverage(found: Explanation, axes: Axes) -> None:
     sources = found.sources[::-1]
     names = [source.name for source in sources]
-    known = [source.examples or source.candidates or 1 for source in sources]
+    known = [source.known or 1 for source in sources]
     candidates = [100 * source.candidates / size for source, size in zip(sources, known)]
     axes.barh(names, candidates, color="lightgrey", label="were candidates")
     axes.barh(names, [100 * source.trained / size for source, size in zip(sources, known)], label="were trained on")
@@ -81,7 +76,7 @@ def _times_trained(found: Explanation, axes: Axes) -> None:
 
 
 def _over_time(found: Explanation, axes: Axes) -> None:
-    """Each source's share of the coreset, and dotted of the candidates, over equal stretches of steps."""
+    """Draw each source's share of the coreset, and dotted of the candidates, over equal stretches of steps."""
     stretches = np.array_split(np.arange(found.steps), min(_POINTS, found.steps))
     centres = [float(stretch.mean()) + 1 for stretch in stretches]
     for place in np.argsort(-found.tally.candidates.sum(0), kind="stable")[:_MOST_LINES]:

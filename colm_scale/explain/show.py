@@ -1,4 +1,4 @@
-"""An explanation for people, as tables, and for programs, as JSON and Parquet."""
+"""Tables of an explanation for the terminal, and its JSON and Parquet files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from colm_scale.explain.explain import Explanation, SourceFacts
 from colm_scale.records import REASONS
 
 _VERDICTS = {1: "more", -1: "less", 0: "as expected"}
-_NONE = "-"
 
 
 def tables(found: Explanation, top: int) -> Group:
-    """Everything, each list of examples at most ``top`` long."""
+    """Format the explanation, each list of examples at most ``top`` long."""
     parts = [_source_table(found)]
     if any(source.reasons for source in found.sources):
         parts.append(_reason_table(found.sources))
@@ -32,7 +31,7 @@ def tables(found: Explanation, top: int) -> Group:
 
 
 def sentences(found: Explanation, top: int) -> list[str]:
-    """What was never trained on, and what the tests can and cannot tell."""
+    """Summarise the examples that were never trained on, and the tests against chance."""
     examples = found.examples
     never, told = found.never_trained, [len(found.told_apart(sign)) for sign in (1, -1)]
     candidates = int((examples.candidacies > 0).sum())
@@ -42,24 +41,28 @@ def sentences(found: Explanation, top: int) -> list[str]:
     if found.lists_all:
         said.append(f"Never candidates: {len(found.never_candidates):,}{_some(found.never_candidates, top)}.")
     elif len(unseen) == len(found.sources):
-        said.append(f"Never candidates: {sum(unseen):,} (their ids were not written down).")
+        said.append(f"Never candidates: {sum(unseen):,} (their ids were not recorded).")
     else:
-        said.append("How many examples never were candidates was not written down.")
+        said.append("The run has not recorded how many examples never were candidates.")
     said.append(
         f"More often than by chance: {told[0]:,} examples; less often: {told[1]:,} (false discovery rate "
-        f"{found.alpha:g}). {int(examples.testable.sum()):,} could be told apart even alone."
+        f"{found.alpha:g}). {int(examples.testable.sum()):,} could be significant even alone."
     )
     return said
 
 
 def as_json(found: Explanation, top: int) -> dict[str, object]:
-    """The same as plain JSON."""
+    """Convert the explanation to plain JSON, each list of examples at most ``top`` long."""
     examples = found.examples
     sources = [
         {**dataclasses.asdict(source), "coverage": source.coverage, "favoured": _VERDICTS[source.favoured]}
         for source in found.sources
     ]
-    never_candidates = len(found.never_candidates) if found.lists_all else None
+
+    def listed(name: str, ids: np.ndarray) -> dict[str, object]:
+        return {name: len(ids), f"{name}_first": ids[:top].tolist()}
+
+    never_candidates = listed("never_candidates", found.never_candidates)
     return {
         "run": str(found.run),
         "steps": found.steps,
@@ -68,21 +71,17 @@ def as_json(found: Explanation, top: int) -> dict[str, object]:
         "examples": {
             "candidates": int((examples.candidacies > 0).sum()),
             "trained": int((examples.selections > 0).sum()),
-            "never_trained": len(found.never_trained),
-            "never_trained_first": found.never_trained[:top].tolist(),
-            "never_candidates": never_candidates,
-            "never_candidates_first": found.never_candidates[:top].tolist(),
+            **listed("never_trained", found.never_trained),
+            **(never_candidates if found.lists_all else never_candidates | {"never_candidates": None}),
             "testable": int(examples.testable.sum()),
-            "favoured": len(found.told_apart(1)),
-            "favoured_first": examples.ids[found.told_apart(1)[:top]].tolist(),
-            "neglected": len(found.told_apart(-1)),
-            "neglected_first": examples.ids[found.told_apart(-1)[:top]].tolist(),
+            **listed("favoured", examples.ids[found.told_apart(1)]),
+            **listed("neglected", examples.ids[found.told_apart(-1)]),
         },
     }
 
 
 def write(found: Explanation, top: int, folder: Path) -> None:
-    """``explain.json`` and ``examples.parquet``.
+    """Write ``explain.json`` and ``examples.parquet``.
 
     Raises:
         OSError: They cannot be written.
@@ -120,7 +119,7 @@ def _source_table(found: Explanation) -> Table:
         share = source.selections / source.candidacies if source.candidacies else 0.0
         table.add_row(
             Text(source.name),
-            _NONE if source.examples is None else f"{source.examples:,}",
+            _or_none(source.examples, ","),
             f"{source.candidates:,}",
             f"{source.trained:,}",
             f"{source.coverage:.1%}",
@@ -130,7 +129,7 @@ def _source_table(found: Explanation) -> Table:
             f"{source.expected:,.1f}",
             f"{source.p_value:.2g}",
             _VERDICTS[source.favoured],
-            _NONE if source.spread is None else f"{source.spread:.2f}",
+            _or_none(source.spread, ".2f"),
         )
     return table
 
@@ -162,6 +161,10 @@ def _example_table(found: Explanation, places: np.ndarray, top: int, title: str)
             f"{examples.adjusted[place]:.2g}",
         )
     return table
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _some(ids: np.ndarray, top: int) -> str:

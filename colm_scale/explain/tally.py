@@ -1,6 +1,6 @@
-"""What a run's record adds up to, by example and by source. Read line by line; what is held is 34 bytes a candidate.
+"""Totals of a run's record by example and by source, read line by line into 34 bytes per candidate.
 
-    T  steps of the record        C  candidates of all steps        N  examples known        Q  sources known
+    T  steps of the record        C  candidates of all steps        Q  sources with a candidate
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Sums over the steps of a run.
+    """Totals over the steps of a run.
 
     Attributes:
-        names: ``[Q]`` sources that had a candidate, in the order in which they came.
-        candidates, trained, kept: ``[T, Q]`` candidates of each source and step, those trained on, and those kept.
-        ids, sources: ``[C]`` each time that an example was a candidate: its id and source.
-        chances: ``[C]`` with what chance it would have been trained on, had the picks of its source in that step been
-            drawn at random: picks over candidates, of those that were not kept; 1 for a kept one.
-        chosen: ``[C]`` bool, whether it was.
+        names: ``[Q]`` sources, in the order of their first candidates.
+        candidates, trained, kept: ``[T, Q]`` counts of candidates, of those trained on, and of those kept.
+        ids, sources: ``[C]`` id and source of each candidate of each step.
+        chances: ``[C]`` probability that the candidate is trained on if the picks of its source in that step are drawn
+            at random: picks over candidates, among those that were not kept; 1 for a kept one.
+        chosen: ``[C]`` bool, candidates that were trained on.
     """
 
     names: Sequence[str]
@@ -44,7 +44,7 @@ class Tally:
 
 
 def tally(steps: Iterable[RecordedStep]) -> Tally:
-    """Add up all ``steps``."""
+    """Sum over all ``steps``."""
     numbers: dict[str, int] = {}
     ids, sources, numbered = array("q"), array("q"), array("q")
     chances, kept, picked = array("d"), array("b"), array("b")
@@ -80,8 +80,7 @@ def tally(steps: Iterable[RecordedStep]) -> Tally:
 
 
 def _taken(ids: Sequence[int | None], selected: Sequence[int]) -> list[bool]:
-    """Whether each of the ``ids`` was selected. One that is there twice in a step, at the seam of two epochs, is taken
-    once for each time that it was."""
+    """Mark the selected ``ids``. An id that occurs twice, at the seam of two epochs, is marked as often as selected."""
     left: Counter[int | None] = Counter(selected)
     found: list[bool] = []
     for id_ in ids:
@@ -91,7 +90,7 @@ def _taken(ids: Sequence[int | None], selected: Sequence[int]) -> list[bool]:
 
 
 def _chances(sources: Sequence[int], kept: Sequence[bool], picked: Sequence[bool]) -> list[float]:
-    """With which chance each candidate of a step would have been trained on, see `Tally`."""
+    """Compute the chance of each candidate of a step, see `Tally`."""
     eligible = Counter(source for source, is_kept in zip(sources, kept) if not is_kept)
     picks = Counter(source for source, is_picked in zip(sources, picked) if is_picked)
     return [1.0 if is_kept else picks[source] / eligible[source] for source, is_kept in zip(sources, kept)]

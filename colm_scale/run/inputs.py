@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale.clustering.cluster import check_installed
 from colm_scale.config import RunConfig
 from colm_scale.config.checks import check_even_shares
-from colm_scale.data.builtin import Split
+from colm_scale.data.builtin import Split, builtin_as_rows
 from colm_scale.data.examples import Examples, tokenise
-from colm_scale.data.readers import Row, builtin_as_rows, read_rows
+from colm_scale.data.readers import Row, read_rows
 from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
 from colm_scale.data.source_labels import labelled

@@ -50,8 +50,8 @@ class StreamedSampler:
         self._protects = bool(surveyed.protected_sizes.any())
         if self._count > surveyed.rows:
             raise UserError(
-                f"--selection.candidates is {self._count}, but only {surveyed.rows} training examples are there: "
-                f"give at most {surveyed.rows}"
+                f"--selection.candidates is {self._count}, but there are only {surveyed.rows} training "
+                f"examples: use at most {surveyed.rows}"
             )
         self._stream: BlockStream | None = None
         self.dropped: dict[str, int] = {}

@@ -1,10 +1,10 @@
-"""Sub-populations where no labels are: rows in blocks to points on disk, points to clusters, and what is said of them.
+"""Discovery of sources in unlabelled data: embed every row, cluster the embeddings, and report on the clusters.
 
-Nothing that grows with the data is in memory but some 30 bytes a row: rows pass by in blocks, a file without a name
-holds their embeddings, and what is fitted is fitted to a sample. The rows are read twice, or three times with
-``--embedding words``, which learns its words first.
+Memory grows by only some 30 bytes per row: rows are read in blocks, their embeddings are in a temporary file, and
+everything fitted is fitted to a sample. The rows are read twice, or three times with ``--embedding words``, which
+learns its words first.
 
-    N  rows        n  of them, a sample        c  numbers of an embedding        p  of a point
+    N  rows        n  rows of a sample        c  width of an embedding        p  width of a point
 """
 
 from __future__ import annotations
@@ -27,25 +27,24 @@ from colm_scale.config.find_sources import SourcesOptions
 from colm_scale.data.readers import Row, each_row
 from colm_scale.data.source_labels import label_line
 from colm_scale.errors import UserError
-from colm_scale.sources.agreement import Agreement, agreement, small
 from colm_scale.sources.embedders import Embedder, States, Words, term_weights, text_of
-from colm_scale.sources.report import Cluster, Example, Report, draw_map, write_report
+from colm_scale.sources.report import Agreement, Cluster, Example, Report, draw_map, small, write_report
 
 BLOCK = 4096
-"""Rows that are held at a time."""
+"""Rows held at a time."""
 _FITTED = 100_000
-"""Points, at most, to which k-means is fitted."""
+"""Most points to which k-means is fitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """All rows as points.
+    """The embeddings of all rows.
 
     Attributes:
-        file: Their embeddings, float32, one after the other.
-        width: Numbers of an embedding, c.
-        names: The sources that the data names, in the order in which they came.
-        sources: ``[N]`` int32, which of them a row has.
+        file: ``[N, c]`` float32 embeddings.
+        width: c.
+        names: Sources that the data names, in the order of their first rows.
+        sources: ``[N]`` int32 source of each row.
     """
 
     file: BinaryIO
@@ -54,33 +53,33 @@ class Embedded:
     sources: np.ndarray
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """``[4096, c]`` embeddings at a time; of the last rows, as many as there are."""
+        """Iterate over blocks of ``[4096, c]`` embeddings; the last block may be shorter."""
         self.file.seek(0)
         while block := self.file.read(4 * self.width * BLOCK):
             yield np.frombuffer(block, np.float32).reshape(-1, self.width)
 
     def sample(self, count: int, seed: int) -> np.ndarray:
-        """Rows ``[n]``, drawn at random, ascending."""
+        """Draw ``[n]`` rows, ascending."""
         rows = len(self.sources)
         return np.sort(np.random.default_rng([seed, rows]).choice(rows, min(count, rows), replace=False))
 
     def picked(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """The embeddings of some rows, which ascend, a block of all rows at a time."""
+        """Iterate over the embeddings of some rows, ascending, in the order of blocks."""
         for number, block in enumerate(self.blocks()):
             start, end = np.searchsorted(rows, [number * BLOCK, (number + 1) * BLOCK])
             yield block[rows[start:end] - number * BLOCK]
 
 
 def discover(options: SourcesOptions) -> str:
-    """Write sources.jsonl, report.json, report.txt and map.png; returns what report.txt says.
+    """Write sources.jsonl, report.json, report.txt and map.png; return the text of report.txt.
 
     Raises:
-        UserError: Wrong input, or the folder holds what was found before.
+        UserError: Wrong input, or the folder has a sources.jsonl already.
     """
     check_installed("sklearn", "matplotlib")
     folder = Path(options.output_dir)
     if (folder / "sources.jsonl").exists():
-        raise UserError(f"--output_dir {folder} holds sources.jsonl already: give another folder, or remove it")
+        raise UserError(f"--output_dir {folder} holds sources.jsonl already: use another folder, or remove it")
     if options.threads:
         torch.set_num_threads(options.threads)
     started = time.perf_counter()
@@ -93,8 +92,9 @@ def discover(options: SourcesOptions) -> str:
             labels, distances = _assign(embedded, space, clusters)
         nearest = _nearest(labels, distances, options.nearest)
         sample = embedded.sample(MOST_COMPARED, options.seed)
-        shown, texts = _write_labels(options, folder, labels, nearest, sample, compared=len(embedded.names) > 1)
-        found, baseline = _agreement(embedded, labels, sample, texts, options.seed)
+        compared = sample if len(embedded.names) > 1 else sample[:0]
+        shown, texts = _write_labels(options, folder, labels, nearest, compared)
+        found, baseline = _agreement(embedded, labels, sample, texts, options.seed) if texts else (None, None)
         report = Report(
             rows=len(labels),
             embedding=embedder.name,
@@ -113,7 +113,7 @@ def discover(options: SourcesOptions) -> str:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Make a folder, for a block that writes to it; raises a UserError if that cannot be done."""
+    """Create a folder and turn errors of writing to it, within the block, into a UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -125,24 +125,23 @@ def _embedder(options: SourcesOptions) -> Embedder:
     rows = each_row(options.files, options.data)
     if options.by_words:
         return Words(_drawn(rows, MOST_COMPARED, options.seed), options.seed)
-    next(rows)  # what is wrong with the first row is said before a model is loaded
+    next(rows)  # report an error in the first row before a model is loaded
     return States(options)
 
 
 def _drawn(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
-    """As many rows, drawn at random from all (reservoir sampling)."""
-    draws, kept = np.random.default_rng(seed), []
+    """Draw up to ``count`` rows at random (reservoir sampling)."""
+    draws, drawn = np.random.default_rng(seed), []
     for number, row in enumerate(rows):
-        place = number if number < count else int(draws.integers(number + 1))
         if number < count:
-            kept.append(row)
-        elif place < count:
-            kept[place] = row
-    return kept
+            drawn.append(row)
+        elif (place := int(draws.integers(number + 1))) < count:
+            drawn[place] = row
+    return drawn
 
 
 def _embed(options: SourcesOptions, embedder: Embedder, file: BinaryIO) -> Embedded:
-    """Every row's embedding, written to ``file`` block by block."""
+    """Embed every row, and write the embeddings to ``file`` block by block."""
     number: dict[str, int] = {}
     sources, rows, started = [np.zeros(0, np.int32)], 0, time.perf_counter()
     passing = each_row(options.files, options.data)
@@ -159,7 +158,7 @@ def _embed(options: SourcesOptions, embedder: Embedder, file: BinaryIO) -> Embed
 
 
 def _space(embedded: Embedded, options: SourcesOptions, *, scaled: bool) -> Any:
-    """Principal components, of numbers each of which counts alike if they are to be scaled; fitted to a sample."""
+    """Fit principal components to a sample, after standardising each dimension if ``scaled``."""
     from sklearn.decomposition import PCA
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -178,12 +177,12 @@ def _cluster(embedded: Embedded, space: Any, options: SourcesOptions) -> Cluster
 
 
 def _points(embedded: Embedded, rows: np.ndarray, space: Any) -> np.ndarray:
-    """``[n, p]`` the points of some rows, which ascend."""
+    """Return ``[n, p]`` the points of some rows, ascending."""
     return np.concatenate([space.transform(some) for some in embedded.picked(rows) if len(some)])
 
 
 def _assign(embedded: Embedded, space: Any, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
-    """``[N]`` cluster of every row, the largest first, and ``[N]`` its distance to the centre."""
+    """Return ``[N]`` cluster of every row, numbered by size, the largest first, and ``[N]`` distance to its centre."""
     found = [clusters.assign(space.transform(block)) for block in embedded.blocks()]
     labels, distances = (np.concatenate(parts) for parts in zip(*found))
     by_size = np.bincount(labels, minlength=len(clusters.centres)).argsort(kind="stable")[::-1]
@@ -193,7 +192,7 @@ def _assign(embedded: Embedded, space: Any, clusters: Clusters) -> tuple[np.ndar
 
 
 def _nearest(labels: np.ndarray, distances: np.ndarray, count: int) -> list[list[int]]:
-    """The ``count`` rows nearest to the centre of each cluster."""
+    """Find the ``count`` rows nearest to the centre of each cluster."""
     order = np.lexsort((distances, labels))
     starts = np.searchsorted(labels[order], np.arange(labels.max() + 2))
     return [order[start:end][:count].tolist() for start, end in pairwise(starts)]
@@ -208,18 +207,14 @@ def _write_labels(
     folder: Path,
     labels: np.ndarray,
     nearest: Sequence[Sequence[int]],
-    sample: np.ndarray,
-    *,
-    compared: bool,
+    compared: np.ndarray,
 ) -> tuple[dict[int, Example], list[str]]:
-    """Write sources.jsonl while the rows pass by again; the nearest of them, and the texts of a sample if they are
-    compared with something.
+    """Write sources.jsonl while reading the rows again; return the nearest rows, and the texts of the compared ones.
 
     Raises:
-        UserError: There are more rows than there were, or fewer.
+        UserError: There are more or fewer rows than before.
     """
-    wanted = {row for rows in nearest for row in rows}
-    sampled = set(sample.tolist()) if compared else set()
+    wanted, sampled = {row for rows in nearest for row in rows}, set(compared.tolist())
     shown: dict[int, Example] = {}
     texts, count, new = [], 0, folder / ".sources.jsonl.new"
     with new.open("w", encoding="utf-8") as file:
@@ -241,18 +236,15 @@ def _write_labels(
 
 def _agreement(
     embedded: Embedded, labels: np.ndarray, sample: np.ndarray, texts: list[str], seed: int
-) -> tuple[Agreement | None, Agreement | None]:
-    """With the sources that the data names, of the clusters, and of as many that k-means finds on TF-IDF; both on the
-    same sample. None where the data names one source only."""
-    if not texts:
-        return None, None
+) -> tuple[Agreement, Agreement]:
+    """Compare the named sources with the clusters, and with as many clusters of k-means on TF-IDF, on one sample."""
     from sklearn.cluster import KMeans
 
     names, sources = embedded.names, embedded.sources[sample]
     weights = term_weights().fit_transform(texts)
     with one_thread():
         by_words = KMeans(int(labels.max()) + 1, n_init=3, random_state=seed).fit_predict(weights)
-    return agreement(names, sources, labels[sample]), agreement(names, sources, by_words)
+    return Agreement.of(names, sources, labels[sample]), Agreement.of(names, sources, by_words)
 
 
 def _described(labels: np.ndarray, embedded: Embedded, shown: dict[int, Example]) -> list[Cluster]:

@@ -1,6 +1,6 @@
-"""Rows as points: by what a model makes of them, or by their words.
+"""Embeddings of rows: hidden states of a model, or TF-IDF of their words.
 
-    n  rows        c  numbers of a row
+    n  rows        c  width of an embedding
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
 _SVD = 128
-"""Dimensions that TF-IDF is reduced to."""
+"""Dimensions to which TF-IDF is reduced."""
 _WORDS = 20_000
-"""Most words that TF-IDF knows, the most frequent."""
+"""Words of TF-IDF, the most frequent."""
 
 
 class States:
-    """The mean of a model's last hidden states over the tokens of a row.
+    """Embeds a row as the mean of a model's last hidden states over its tokens.
 
     Attributes:
-        cut: Rows, so far, of which only the first ``--data.max_length`` tokens were looked at.
-        scaled: Whether each number of a state is to count alike: in many models a few are larger than all others.
+        cut: Rows, so far, of which only the first ``--data.max_length`` tokens were embedded.
+        scaled: True: dimensions are to be standardised, since in many models a few are larger than all others.
 
     Raises:
         UserError: There is no such model or adapter.
@@ -48,16 +48,19 @@ class States:
         self._data, self._budget = options.data, options.batch_tokens
         self._longest = options.data.max_length or context_length(config)
         self._tokenizer = load_tokenizer(options.model)
-        self._model = _load(options)
         self.name = options.model.name or "the built-in base"
-        if options.adapter is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: CausalModel = load_model(options.model, getattr(torch, options.dtype), device)
+        if options.adapter:
             self.name += f" with {options.adapter}"
+            self._model = _adapted(self._model, options.adapter, options.seed)
+        self._model.eval()
 
     def __call__(self, rows: Sequence[Row]) -> np.ndarray:
-        """``[n, c]`` float32.
+        """Embed rows, ``[n, c]`` float32.
 
         Raises:
-            UserError: The tokenizer cannot write a row, see `data.examples.tokenise`.
+            UserError: The tokenizer cannot encode a row, see `data.examples.tokenise`.
         """
         tokens = [encoded.tokens for encoded in encode(rows, self._tokenizer, self._data)]
         self.cut += sum(len(row) > self._longest for row in tokens)
@@ -66,14 +69,14 @@ class States:
 
 
 class Words:
-    """TF-IDF of a row's words, reduced to at most 128 numbers by a singular value decomposition, of length 1.
+    """Embeds a row as TF-IDF of its words, reduced to at most 128 dimensions by SVD and scaled to length 1.
 
     Args:
         some: Rows from which the words and their weights are learned.
     """
 
     name, cut = "TF-IDF", 0
-    scaled = False  # a component says how much by its size
+    scaled = False  # larger components matter more
 
     def __init__(self, some: Iterable[Row], seed: int):
         from sklearn.decomposition import TruncatedSVD
@@ -86,20 +89,20 @@ class Words:
         self._pipeline = make_pipeline(tf_idf, svd, Normalizer())
 
     def __call__(self, rows: Sequence[Row]) -> np.ndarray:
-        """``[n, c]`` float32."""
+        """Embed rows, ``[n, c]`` float32."""
         found: np.ndarray = self._pipeline.transform([text_of(row) for row in rows]).astype(np.float32)
         return found
 
 
 def term_weights() -> TfidfVectorizer:
-    """TF-IDF of single words; also where another clustering is to be compared with the usual one."""
+    """Create TF-IDF of single words and punctuation marks."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(max_features=_WORDS, sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]", dtype=np.float32)
 
 
 def text_of(row: Row) -> str:
-    """All that is written in a row."""
+    """Join all text of a row."""
     if row.messages:
         return "\n".join(message.content for message in row.messages)
     return row.prompt + row.completion
@@ -108,13 +111,8 @@ def text_of(row: Row) -> str:
 Embedder = States | Words
 
 
-def _load(options: SourcesOptions) -> CausalModel:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: CausalModel = load_model(options.model, getattr(torch, options.dtype), device)
-    if options.adapter is not None:
-        try:
-            model = add_adapters(base_of(model), LoraConfig(adapter=options.adapter), options.seed)
-        except UserError as error:
-            raise UserError(str(error).replace("--lora.adapter", "--adapter")) from None
-    model.eval()
-    return model
+def _adapted(model: CausalModel, adapter: str, seed: int) -> CausalModel:
+    try:
+        return add_adapters(base_of(model), LoraConfig(adapter=adapter), seed)
+    except UserError as error:
+        raise UserError(str(error).replace("--lora.adapter", "--adapter")) from None

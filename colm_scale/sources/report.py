@@ -1,29 +1,61 @@
-"""What was found, as text, JSON and a picture."""
+"""The report on discovered sources: agreement with known sources, text, JSON and a map."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from colm_scale.data.readers import Row
 from colm_scale.reporting.drawing import verbatim_text
-from colm_scale.sources.agreement import Agreement
+from colm_scale.selection.quota import kept_sources
 
 if TYPE_CHECKING:  # matplotlib comes with an extra
     from matplotlib.axes import Axes
 
 _CHARACTERS = 240
-"""Most that is shown of an example."""
+"""Most characters that the report shows of an example."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Agreement of clusters with known sources.
+
+    Attributes:
+        adjusted_rand: Adjusted Rand index: 1 for equal groups, about 0 for unrelated ones.
+        recovered: For each small known source, the share of its rows in clusters that the small-source rule keeps.
+        kept_share: The share of all rows in kept clusters: the expected value of `recovered` by chance.
+    """
+
+    adjusted_rand: float
+    recovered: dict[str, float]
+    kept_share: float
+
+    @classmethod
+    def of(cls, names: Sequence[str], sources: np.ndarray, labels: np.ndarray) -> Agreement:
+        """Compare ``[n]`` clusters with ``[n]`` known sources, numbers of ``names``."""
+        from sklearn.metrics import adjusted_rand_score
+
+        in_kept, small_sources = small(labels)[labels], small(sources).nonzero()[0].tolist()
+        recovered = {names[source]: float(in_kept[sources == source].mean()) for source in small_sources}
+        return cls(float(adjusted_rand_score(sources, labels)), recovered, float(in_kept.mean()))
+
+
+def small(labels: np.ndarray) -> np.ndarray:
+    """Apply the small-source rule to ``[n]`` group of each row: ``[k]`` bool, groups that it keeps."""
+    sizes = np.bincount(labels)
+    return kept_sources(torch.from_numpy(sizes), [], None).numpy() & (sizes > 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row, for people to look at."""
+    """A row to show."""
 
     id: int
     where: str
@@ -31,20 +63,20 @@ class Example:
 
     @classmethod
     def of(cls, row: Row) -> Example:
-        """Its beginning, in one line."""
-        written = " | ".join(message.content for message in row.messages or ()) or f"{row.prompt} => {row.completion}"
+        """Take the beginning of a row, in one line."""
+        written = " | ".join(message.content for message in row.messages) or f"{row.prompt} => {row.completion}"
         line = " ".join(written.split())
         return cls(row.id, row.where, line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS]}...")
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A source that was found.
+    """A discovered source.
 
     Attributes:
-        kept: Whether the small-source rule keeps it.
+        kept: True if the small-source rule keeps it.
         nearest: The rows nearest to its centre.
-        named: How many of its rows have which source by the data itself, the most frequent first.
+        named: Number of its rows by the source that the data names, the most frequent first.
     """
 
     name: str
@@ -56,65 +88,70 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that is said; `agreement` and `baseline` only where the data names several sources."""
+    """Contents of the report.
+
+    Attributes:
+        cut: Rows of which only the first tokens were embedded.
+        stability: Agreement of halves (adjusted Rand index) for each number of clusters that was tried.
+        noise: With hdbscan, the share of sampled rows that were in no dense cluster, and were assigned to the nearest.
+        agreement: Agreement with the sources that the data names; None if it names only one.
+        baseline: The same for k-means with as many clusters on TF-IDF.
+    """
 
     rows: int
     embedding: str
     cut: int
-    """Rows of which only the first tokens were looked at."""
     seconds: float
     method: str
     stability: dict[int, float]
-    """For each number of clusters that was tried, how well clusterings of halves agree (adjusted Rand index)."""
     noise: float
-    """hdbscan: share of the rows looked at that were in no dense cluster, and went to the nearest."""
     clusters: list[Cluster]
     agreement: Agreement | None
     baseline: Agreement | None
-    """Of k-means with as many clusters on TF-IDF."""
 
 
 def write_report(report: Report, folder: Path) -> str:
-    """Write report.json and report.txt; returns the latter."""
-    text = said(report) + f"\nwritten to {folder}: train with --data.sources {folder / 'sources.jsonl'}\n"
+    """Write report.json and report.txt; return the text."""
+    text = as_text(report) + f"\nwritten to {folder}: train with --data.sources {folder / 'sources.jsonl'}\n"
     plain = json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(plain + "\n", encoding="utf-8")
     (folder / "report.txt").write_text(text, encoding="utf-8")
     return text
 
 
-def said(report: Report) -> str:
-    """The report as text."""
-    several = report.agreement is not None
+def as_text(report: Report) -> str:
+    """Format the report."""
+    comparison = _comparison(report)
     lines = [
         f"{report.rows:,} rows, embedded by {report.embedding}, {report.method}: {len(report.clusters)} clusters "
         f"({report.seconds:,.0f} s)"
     ]
     if report.cut:
-        lines.append(f"{report.cut:,} rows are longer than --data.max_length: only their beginning was looked at")
+        lines.append(f"{report.cut:,} rows are longer than --data.max_length: only their beginning was embedded")
     if report.stability:
         tried = ", ".join(f"{number}: {agreement:.2f}" for number, agreement in report.stability.items())
         lines.append(f"stability by number of clusters: {tried}")
     if report.noise:
-        lines.append(f"{report.noise:.1%} of the rows that were looked at are in no dense cluster: put to the nearest")
+        lines.append(f"{report.noise:.1%} of the sampled rows are in no dense cluster: assigned to the nearest")
     lines += ["", "kept: fewer rows than the average cluster, so that a run trains on all of its candidates"]
     for cluster in report.clusters:
         lines += ["", f"{cluster.name}  {cluster.size:,} rows{', kept' if cluster.kept else ''}"]
-        if several:
+        if comparison:
             mixed = ", ".join(f"{name} {count:,}" for name, count in list(cluster.named.items())[:4])
             more = len(cluster.named) - 4
             lines.append(f"  by its column: {mixed}{f', and {more} more' if more > 0 else ''}")
         lines += [f"  {example.where}: {example.text}" for example in cluster.nearest]
-    return "\n".join([*lines, *_agreement_lines(report), ""])
+    return "\n".join([*lines, *comparison, ""])
 
 
-def _agreement_lines(report: Report) -> list[str]:
-    ours, theirs = report.agreement, report.baseline
-    if ours is None or theirs is None:
+def _comparison(report: Report) -> list[str]:
+    """Format the agreement of the clusters and of the baseline; nothing if the data names only one source."""
+    if not report.agreement or not report.baseline:
         return []
+    ours, theirs = report.agreement, report.baseline
     names = [*ours.recovered]
     width = max(map(len, [*names, "adjusted Rand index"]))
-    lines = ["", "beside the sources that the data names, and beside k-means on TF-IDF with as many clusters:"]
+    lines = ["", "agreement with the sources that the data names, next to k-means on TF-IDF with as many clusters:"]
     lines.append(f"  {'':{width}}  {'clusters':>9} {'TF-IDF':>9}")
     lines.append(f"  {'adjusted Rand index':{width}}  {ours.adjusted_rand:9.2f} {theirs.adjusted_rand:9.2f}")
     lines.append("  share of each small source that is in kept clusters:")
@@ -125,7 +162,7 @@ def _agreement_lines(report: Report) -> list[str]:
 
 
 def draw_map(points: np.ndarray, labels: np.ndarray, report: Report, path: Path) -> None:
-    """A picture of ``[n, p]`` points by their first two principal components, coloured by ``[n]`` cluster."""
+    """Draw ``[n, p]`` points by their first two principal components, coloured by ``[n]`` cluster."""
     from matplotlib.figure import Figure
 
     with verbatim_text():

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from colm_scale.clustering.regroup import regroup
+from colm_scale.clustering.cluster import regroup
 from colm_scale.config import RunConfig
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.embedding import mean_states

@@ -135,7 +135,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], tuple[str, ...]]] = {
     "a model's code": (model_code, ("brings its own code", "--model.trust_remote_code true")),
     "a tokenizer's code": (tokenizer_code, ("brings its own code", "--model.trust_remote_code true")),
     "a loading script": (loading_script("set"), ("set is a directory",)),
-    "a loading script by name": (loading_script("set/set.py"), ("set.py has no suffix that tells its format",)),
+    "a loading script by name": (loading_script("set/set.py"), ("set.py has no suffix of a known format",)),
 }
 
 

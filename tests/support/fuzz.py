@@ -120,7 +120,7 @@ def is_clear(message: str, path: Path) -> bool:
 
 def is_well_formed(row: Row, number: int, path: Path) -> bool:
     """Whether a row is what `Row` says."""
-    if row.messages is None:
+    if not row.messages:
         answers, texts = [row.completion], [row.prompt]
     else:
         answers = [message.content for message in row.messages if message.role == "assistant"]

@@ -64,9 +64,9 @@ def _metadata(wheel: zipfile.ZipFile) -> Message:
 def test_the_wheel_has_every_file_of_the_package_and_none_beside_it(wheel):
     there = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    data = {f"colm_scale/base/weights/{path.name}" for path in (PACKAGE / "base" / "weights").iterdir()}
+    data = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "base").glob("*/*")}
     configs = {f"colm_scale/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
-    assert "colm_scale/base/weights/model.safetensors" in data
+    assert {"colm_scale/base/weights/model.safetensors", "colm_scale/base/mixture/train.jsonl.gz"} <= data
     assert len(configs) == 5
     assert modules | data | configs | {"colm_scale/py.typed"} <= there
     assert {name for name in there if name.endswith(".py")} == modules

@@ -3,10 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from colm_scale.clustering.cluster import check_installed, hdbscan, kmeans, one_thread
-from colm_scale.clustering.regroup import regroup
+from colm_scale.clustering.cluster import check_installed, hdbscan, kmeans, one_thread, regroup
 from colm_scale.errors import UserError
-from colm_scale.sources.agreement import agreement, small
+from colm_scale.sources.report import Agreement, small
 
 
 def blobs(sizes, spread=0.3, seed=0) -> tuple[np.ndarray, np.ndarray]:
@@ -63,14 +62,14 @@ def test_dense_groups_are_found_and_the_rest_goes_to_the_nearest():
 
 def test_agreement_with_known_sources():
     truth = np.repeat([0, 1, 2], [80, 15, 5])
-    same = agreement(("large", "small", "tiny"), truth, truth[::1])
+    same = Agreement.of(("large", "small", "tiny"), truth, truth[::1])
     assert same.adjusted_rand == 1
     assert same.recovered == {"small": 1, "tiny": 1}
     assert same.kept_share == pytest.approx(0.2)
     # "small" has a cluster of its own but for three rows, "tiny" is in the large one's.
     labels = np.where(truth == 1, 1, 0)
     labels[80:83] = 0
-    mixed = agreement(("large", "small", "tiny"), truth, labels)
+    mixed = Agreement.of(("large", "small", "tiny"), truth, labels)
     assert mixed.recovered == {"small": 12 / 15, "tiny": 0}
 
 

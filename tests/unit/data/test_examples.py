@@ -10,8 +10,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from colm_scale.config import DataConfig
+from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.examples import Examples, joined, tokenise
-from colm_scale.data.readers import Message, Row, builtin_as_rows
+from colm_scale.data.readers import Message, Row
 from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
 
@@ -50,7 +51,7 @@ CHAT = character_tokenizer(special=True, chat_template=APPENDING)
 
 
 def pair(prompt: str, completion: str, source: str = "s", number: int = 0) -> Row:
-    return Row(number, source, None, prompt, completion, f"a.jsonl line {number + 1}")
+    return Row(number, source, (), prompt, completion, f"a.jsonl line {number + 1}")
 
 
 def chat(*turns: tuple[str, str], source: str = "s", number: int = 0) -> Row:

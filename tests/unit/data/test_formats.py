@@ -85,7 +85,7 @@ def test_a_number_with_more_digits_than_python_reads_is_refused():
 
 def test_a_name_that_stands_twice_in_an_object_is_refused():
     message = error_of("a.jsonl", '{"prompt": "a", "completion": "b", "completion": "c"}')
-    assert message == 'a.jsonl, in the JSON that begins on line 1: "completion" stands twice in one object'
+    assert message == 'a.jsonl, in the JSON that begins on line 1: "completion" appears twice in one object'
 
 
 def test_only_the_beginning_of_a_value_is_shown():
@@ -103,8 +103,8 @@ def test_only_the_beginning_of_a_value_is_shown():
 def test_long_and_odd_column_names_are_shortened_and_escaped():
     error_of("a.csv", "x" * 100_000 + ",b\n1,2\n")
     error_of("b.csv", ",".join(f"column {number}" for number in range(20_000)) + "\n" + "1," * 19_999 + "1\n")
-    assert 'stands twice: "line\\nbreak"' in error_of("c.csv", '"line\nbreak","line\nbreak"\n1,2\n')
-    assert 'stands twice: "\\u001b[31m"' in error_of("d.csv", "\x1b[31m,\x1b[31m\n1,2\n")
+    assert 'appears twice: "line\\nbreak"' in error_of("c.csv", '"line\nbreak","line\nbreak"\n1,2\n')
+    assert 'appears twice: "\\u001b[31m"' in error_of("d.csv", "\x1b[31m,\x1b[31m\n1,2\n")
 
 
 def test_many_empty_names_take_no_time():
@@ -174,7 +174,7 @@ def test_cells_that_python_cannot_hold_are_an_error_of_the_file(column):
 def test_a_column_name_that_stands_twice_is_refused():
     table, sink = pa.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "completion"]), io.BytesIO()
     pq.write_table(table, sink)
-    assert error_of("a.parquet", sink.getvalue()) == 'a.parquet: a column name stands twice: "completion"'
+    assert error_of("a.parquet", sink.getvalue()) == 'a.parquet: a column name appears twice: "completion"'
 
 
 def test_a_footer_that_is_no_footer_is_said_in_one_line():

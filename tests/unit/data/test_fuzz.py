@@ -69,13 +69,13 @@ def test_another_exception_is_a_failure(path, monkeypatch):
 
 def test_a_row_that_is_not_what_it_should_be_is_a_failure(path):
     chat = (Message("user", "a"), Message("assistant", "b"))
-    good = [Row(0, "s", None, "", "b", f"{path} line 1"), Row(0, "s", chat, "", "", f"{path} line 1")]
+    good = [Row(0, "s", (), "", "b", f"{path} line 1"), Row(0, "s", chat, "", "", f"{path} line 1")]
     bad = [
-        Row(1, "s", None, "", "b", f"{path} line 1"),
-        Row(0, "", None, "", "b", f"{path} line 1"),
-        Row(0, 5, None, "", "b", f"{path} line 1"),
-        Row(0, "s", None, "", " ", f"{path} line 1"),
-        Row(0, "s", None, "", "b", "line 1"),
+        Row(1, "s", (), "", "b", f"{path} line 1"),
+        Row(0, "", (), "", "b", f"{path} line 1"),
+        Row(0, 5, (), "", "b", f"{path} line 1"),
+        Row(0, "s", (), "", " ", f"{path} line 1"),
+        Row(0, "s", (), "", "b", "line 1"),
         Row(0, "s", chat[:1], "", "", f"{path} line 1"),
         Row(0, "s", (*chat, Message("bot", "c")), "", "", f"{path} line 1"),
     ]

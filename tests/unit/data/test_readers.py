@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from colm_scale.config import DataConfig
-from colm_scale.data.builtin import builtin_rows
-from colm_scale.data.readers import Message, Row, builtin_as_rows, read_rows, stream_rows
+from colm_scale.data.builtin import builtin_as_rows, builtin_rows
+from colm_scale.data.readers import Message, Row, each_row, read_rows
 from colm_scale.errors import UserError
 
 CONFIG = DataConfig()
@@ -91,7 +91,7 @@ def test_every_format_gives_the_same_rows_and_says_where_they_stand(in_tmp, suff
     assert [(row.source, row.prompt, row.completion) for row in rows] == READ
     assert [row.where for row in rows] == [f"sheet{suffix} {place}" for place in PLACES[suffix]]
     assert [row.id for row in rows] == [0, 1, 2]
-    assert all(row.messages is None for row in rows)
+    assert all(row.messages == () for row in rows)
 
 
 def test_ids_count_on_over_files_in_the_order_given(in_tmp):
@@ -130,7 +130,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(in_tmp, suffix):
 def test_numbers_in_cells_become_text(in_tmp, suffix):
     WRITERS[suffix](Path(f"n{suffix}"), [{"source": 7, "prompt": 12, "completion": 2.5}])
     assert read_rows([f"n{suffix}"], CONFIG) == [
-        Row(0, "7", None, "12", "2.5", f"n{suffix} {'line 2' if suffix == '.csv' else PLACES[suffix][0]}")
+        Row(0, "7", (), "12", "2.5", f"n{suffix} {'line 2' if suffix == '.csv' else PLACES[suffix][0]}")
     ]
 
 
@@ -275,13 +275,13 @@ def hub(monkeypatch):
 def test_hub_data_sets_are_loaded_by_name_and_split(in_tmp, hub):
     rows = read_rows(["org/set.v1", "org/set.v1:test[:2]"], CONFIG)
     assert hub == [("org/set.v1", "train"), ("org/set.v1", "test[:2]")]
-    assert rows[1] == Row(1, "org/set.v1", None, "b", "2", "org/set.v1:train row 2")
-    assert rows[3] == Row(3, "org/set.v1", None, "b", "2", "org/set.v1:test[:2] row 2")
+    assert rows[1] == Row(1, "org/set.v1", (), "b", "2", "org/set.v1:train row 2")
+    assert rows[3] == Row(3, "org/set.v1", (), "b", "2", "org/set.v1:test[:2] row 2")
 
 
 def test_what_the_hub_says_is_passed_on(in_tmp, hub):
     message = error_of(["org/other:dev"])
-    assert "org/other is no file here" in message
+    assert "org/other is not a file" in message
     assert "split 'dev'" in message
     assert "Dataset 'org/other' doesn't exist on the Hub" in message
 
@@ -364,7 +364,7 @@ def test_text_that_is_not_utf8_is_named_with_its_line(in_tmp, suffix):
         ("a.csv", "prompt,completion\na,b\nc\n", "a.csv line 3 has 1 cells, but 2 columns are named"),
         ("a.csv", "prompt,completion\na,b,c\n", "a.csv line 2 has 3 cells, but 2 columns are named"),
         ("a.csv", 'prompt,completion\na,b\n"c,d\n', "a.csv line 3: invalid CSV: unexpected end of data"),
-        ("a.csv", "prompt,completion,prompt\na,b,c\n", "a.csv line 1: a column name stands twice"),
+        ("a.csv", "prompt,completion,prompt\na,b,c\n", "a.csv line 1: a column name appears twice"),
     ],
 )
 def test_malformed_files_are_named_with_line_and_column(in_tmp, name, text, expected):
@@ -418,14 +418,14 @@ def chat(*turns: tuple[str, object]) -> dict:
         ({"source": ["s"], "prompt": "a", "completion": "b"}, "'source' is [\"s\"], but must be text"),
         ({"messages": "hi"}, "'messages' is \"hi\", but must be a list"),
         ({"messages": None}, "'messages' is null, but must be a list"),
-        ({"messages": []}, "no turn of 'messages' is the assistant's"),
+        ({"messages": []}, "'messages' has no turn of the assistant"),
         ({"messages": ["hi"]}, 'messages[0] is "hi", but must be an object'),
         ({"messages": [{"content": "hi"}]}, "the role of messages[0] is null"),
         (chat(("user", "a"), ("bot", "b")), "the role of messages[1] is \"bot\", but must be one of system, user"),
         (chat(("user", None), ("assistant", "b")), "'messages[0].content' is null, but must be text"),
         (chat(("user", "a"), ("assistant", [1])), "'messages[1].content' is [1], but must be text"),
         (chat(("user", "a"), ("assistant", " ")), "'messages[1].content' is empty"),
-        (chat(("system", "a"), ("user", "b")), "no turn of 'messages' is the assistant's"),
+        (chat(("system", "a"), ("user", "b")), "'messages' has no turn of the assistant"),
     ],
 )
 def test_bad_rows_are_named_with_their_line(in_tmp, record, expected):
@@ -462,13 +462,13 @@ def test_a_spec_of_an_uppercase_suffix_is_a_file(in_tmp):
 
 
 def test_builtin_rows_are_templated_and_numbered():
-    records = builtin_rows("eval", 3)
-    rows = builtin_as_rows("eval", DataConfig(template="Q: {instruction}\nA: "), seed=3)
+    records = builtin_rows("eval")
+    rows = builtin_as_rows("eval", DataConfig(template="Q: {instruction}\nA: "))
     assert [row.id for row in rows] == list(range(len(records)))
     assert rows[5] == Row(
         5,
         records[5]["source"],
-        None,
+        (),
         f"Q: {records[5]['instruction']}\nA: ",
         records[5]["output"],
         "built-in eval data row 6",
@@ -481,7 +481,7 @@ def test_sources_are_protected_by_name(in_tmp):
     write_jsonl(Path("a.jsonl"), [pair | {"source": "rare"}, pair | {"source": "other"}, pair | marked])
     config = DataConfig(protected_sources=["rare"])
     assert [row.protected for row in read_rows(["a.jsonl"], config)] == [True, False, True]
-    assert [row.protected for row in stream_rows(["a.jsonl"], config)] == [True, False, True]
+    assert [row.protected for row in each_row(["a.jsonl"], config, streaming=True)] == [True, False, True]
     built_in = builtin_as_rows("train", DataConfig(protected_sources=["EQ/tank"]))
     assert {row.source for row in built_in if row.protected} == {"EQ/tank"}
     assert sum(row.protected for row in built_in) == 20

@@ -67,7 +67,7 @@ def test_data_that_it_fits_is_accepted(tmp_path):
     ("ids", "sources", "words"),
     [
         ([3, 7, 8], [0, 1, 0], ["step 1: id 9", "not among the training examples"]),
-        ([7, 3, 9], [1, 0, 0], ["step 1: id 9", "source 'a', but here of 'b'"]),
+        ([7, 3, 9], [1, 0, 0], ["step 1: id 9", "source 'a', but 'b' in this data"]),
     ],
 )
 def test_data_that_it_does_not_fit_is_refused_with_step_and_id(tmp_path, ids, sources, words):
@@ -85,14 +85,14 @@ def test_a_line_that_was_not_written_to_its_end_is_left_out(tmp_path):
     ("steps", "words"),
     [
         (changed(2, step=3), "line 2 is step 3, but must be step 2"),
-        (changed(2, selected=[9, 4]), "line 2: step 2 has selected id 4, which was no candidate"),
-        (changed(1, selected=[7, 7]), "line 1: step 1 has selected id 7, which was no candidate"),
-        (changed(1, weights=[1.0]), "line 1 is no step .* do not fit together"),
-        (changed(1, weights=[1.0, None]), "line 1 is no step"),
-        (changed(1, weights=[1.0, 0.0]), "line 1 is no step"),
-        (changed(1, kept=3), "line 1 is no step"),
-        (changed(1, candidates=["x", 3, 9]), "line 1 is no step"),
-        ([[1, 2]], "line 1 is no step"),
+        (changed(2, selected=[9, 4]), "line 2: step 2 has selected id 4, which was not a candidate"),
+        (changed(1, selected=[7, 7]), "line 1: step 1 has selected id 7, which was not a candidate"),
+        (changed(1, weights=[1.0]), "line 1 is not a step .* do not fit together"),
+        (changed(1, weights=[1.0, None]), "line 1 is not a step"),
+        (changed(1, weights=[1.0, 0.0]), "line 1 is not a step"),
+        (changed(1, kept=3), "line 1 is not a step"),
+        (changed(1, candidates=["x", 3, 9]), "line 1 is not a step"),
+        ([[1, 2]], "line 1 is not a step"),
         ([], "holds no step"),
     ],
 )

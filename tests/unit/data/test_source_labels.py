@@ -49,7 +49,7 @@ def test_a_line_without_a_digest_is_taken_at_its_word(rows):
 
 def test_the_line_of_another_row_is_named_with_the_row(rows):
     write([rows[0], rows[2], rows[1]])
-    assert error_of(rows).startswith("labels.jsonl line 2 is not about data.jsonl line 3, which says something else")
+    assert error_of(rows).startswith("labels.jsonl line 2 does not belong to data.jsonl line 3, whose content differs")
 
 
 def test_lines_that_are_missing_or_left_over_are_named(rows):
@@ -67,7 +67,7 @@ def test_a_source_is_a_name(rows, source):
 
 def test_other_files_and_no_file(rows):
     assert "missing.jsonl does not exist" in error_of(rows, "missing.jsonl")
-    assert "is no .jsonl file" in error_of(rows, "labels.csv")
+    assert "is not a .jsonl file" in error_of(rows, "labels.csv")
 
 
 def test_the_digest_is_of_what_is_written_and_of_nothing_else(rows):

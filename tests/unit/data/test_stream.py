@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from colm_scale.config import DataConfig, ModelConfig
 from colm_scale.data import stream
 from colm_scale.data.examples import Examples, tokenise, tokenise_block
-from colm_scale.data.readers import Row, read_rows, stream_rows
+from colm_scale.data.readers import Row, each_row, read_rows
 from colm_scale.data.stream import BlockStream, Position, digest_of, survey
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.modeling.load import load_tokenizer
@@ -99,13 +99,13 @@ def test_streamed_rows_are_the_rows_that_are_read(in_tmp, content):
     Path("a.jsonl").write_bytes(content)
     write("b.jsonl", RECORDS[:2])
     specs = ["a.jsonl", "b.jsonl", "a.jsonl"]
-    assert list(stream_rows(specs, DataConfig())) == read_rows(specs, DataConfig())
+    assert list(each_row(specs, DataConfig(), streaming=True)) == read_rows(specs, DataConfig())
     assert survey(specs, DataConfig()).digest == digest_of(read_rows(specs, DataConfig()), DataConfig())
 
 
 def test_a_row_is_read_when_it_is_asked_for(in_tmp):
     Path("a.jsonl").write_text(json.dumps(PAIR) + "\nno JSON\n")
-    rows = stream_rows(["a.jsonl"], DataConfig())
+    rows = each_row(["a.jsonl"], DataConfig(), streaming=True)
     assert next(rows).completion == "b"
     with pytest.raises(UserError, match=r"a\.jsonl line 2, column 1: invalid JSON"):
         next(rows)
@@ -154,7 +154,7 @@ def test_the_survey_counts_rows_and_sources(files):
     assert found.sizes.tolist() == [5, 11, 21]
     assert found.protected_sizes.tolist() == [0, 0, 0]
     assert found.rows == 37
-    assert found.first_chat is None
+    assert found.first_chat == ""
 
 
 def test_the_survey_finds_the_first_chat(in_tmp):
@@ -312,15 +312,15 @@ def alive(monkeypatch) -> list[int]:
     """How many rows were alive whenever another one had been read."""
     rows, counts = weakref.WeakValueDictionary(), []
 
-    def counted(specs, config) -> Iterator[Row]:
-        for row in stream_rows(specs, config):
+    def counted(specs, config, streaming) -> Iterator[Row]:
+        for row in each_row(specs, config, streaming=streaming):
             row = Counted(row.id, row.source, row.messages, row.prompt, row.completion, row.where)
             rows[id(row)] = row
             counts.append(len(rows))
             yield row
             del row
 
-    monkeypatch.setattr(stream, "stream_rows", counted)
+    monkeypatch.setattr(stream, "each_row", counted)
     return counts
 
 
@@ -362,9 +362,9 @@ def test_unchanged_data_passes_every_epoch(files, tokenizer):
     ("change", "expected"),
     [
         (lambda records: records[:-1], "it had 32 rows and now has 31"),
-        (lambda records: [*records, records[0]], "a.jsonl line 33 was not there before"),
+        (lambda records: [*records, records[0]], "a.jsonl line 33 is new"),
         (lambda records: [*records[:-1], {**records[-1], "prompt": "x"}], "as many rows as before, but not the same"),
-        (lambda records: [*records[:-1], {**records[-1], "source": "x"}], "a.jsonl line 32 was not there before"),
+        (lambda records: [*records[:-1], {**records[-1], "source": "x"}], "a.jsonl line 32 is new"),
         (lambda records: [*records[:-1], {"prompt": "a"}], "a.jsonl line 32 has the columns 'prompt'"),
     ],
 )
@@ -375,7 +375,7 @@ def test_changed_data_ends_the_run_before_the_last_block_of_an_epoch(files, toke
     Path("b.jsonl").replace("a.jsonl")  # the old file stays open where it is read
     streamed.seek(Position())
     drawn, message = until_it_fails(streamed)
-    assert f"is no longer what it was at first: {expected}" in message
+    assert f"has changed since the run first read it to stream it: {expected}" in message
     last = 31 // shuffle_rows * shuffle_rows
     assert sorted(drawn) == [number for number in range(last) if number % 7 != 6]
 
@@ -393,7 +393,7 @@ def test_a_file_that_is_gone_ends_the_run(files, tokenizer):
 
 def test_an_epoch_with_fewer_examples_than_asked_for_is_refused(files, tokenizer):
     assert len(block_stream(files, tokenizer, 8).draw(33)) == 33
-    with pytest.raises(UserError, match=r"candidates is 34, but only 33 .*\(4 were dropped\): give at most 33"):
+    with pytest.raises(UserError, match=r"is 34, but there are only 33 .*\(4 were dropped\): use at most 33"):
         block_stream(files, tokenizer, 8).draw(34)
 
 
@@ -443,7 +443,7 @@ def hub(in_tmp, monkeypatch):
 
 def test_hub_data_sets_are_streamed(hub, tokenizer):
     specs, config = ["org/set", "org/set:test"], DataConfig()
-    assert list(stream_rows(specs, config)) == read_rows(specs, config)
+    assert list(each_row(specs, config, streaming=True)) == read_rows(specs, config)
     assert [isinstance(rows, datasets.IterableDataset) for rows in hub] == [True, True, False, False]
     expected = tokenise(read_rows(specs, config), tokenizer, config, LONGEST)
     streamed = block_stream(specs, tokenizer, 8)
@@ -456,7 +456,7 @@ def test_hub_data_sets_are_streamed(hub, tokenizer):
 )
 def test_what_a_streamed_hub_says_is_passed_on(hub, spec, expected):
     message = error_of([spec])
-    assert f"{spec.partition(':')[0]} is no file here" in message
+    assert f"{spec.partition(':')[0]} is not a file" in message
     assert expected in message
 
 

@@ -111,7 +111,7 @@ def test_sizes_alone_tell_how_many_never_came(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"sources": sources}), "utf-8")
     found = explain(tmp_path, 0.05)
     assert {source.name: source.examples for source in found.sources}["never"] == 7
-    assert "Never candidates: 13 (their ids were not written down)." in shown(found)
+    assert "Never candidates: 13 (their ids were not recorded)." in shown(found)
 
 
 def test_a_histogram_of_random_picks_is_that_of_chance(tmp_path):

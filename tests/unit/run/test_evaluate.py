@@ -7,8 +7,8 @@ import torch
 from support.families import batch_of_rows
 
 from colm_scale.config import DataConfig, EvalConfig, ModelConfig
+from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.examples import tokenise
-from colm_scale.data.readers import builtin_as_rows
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.load import load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss

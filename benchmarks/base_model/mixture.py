@@ -1,11 +1,21 @@
-"""The problems of the built-in mixture: one function per source, ``Random -> (instruction, output)``.
+"""Generates the rows of the built-in mixture: ``python benchmarks/base_model/mixture.py`` writes them into the package.
 
-Numbers stay small on purpose: a model of 1.7 million parameters has to get them right.
+One function per source draws a problem, ``Random -> (instruction, output)``. Numbers stay small on purpose: a model of
+1.7 million parameters has to get them right.
 """
 
 from __future__ import annotations
 
+import argparse
+import gzip
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
 from random import Random
+from typing import Literal
+
+from colm_scale.base import MIXTURE
 
 NAMES = ("Tom", "Mia", "Ben", "Ana", "Leo", "Eva", "Sam", "Zoe", "Max", "Ida", "Jon", "Kim")
 GOODS = ("pens", "books", "cups", "balls", "hats", "maps", "toys", "bags", "plates", "lamps")
@@ -274,3 +284,69 @@ def tank(rng: Random) -> tuple[str, str]:
         f"A tank with {full} litres leaks {rate} litres every hour. After how many hours does it hold {left} litres?",
         f"{full} - {rate} * x = {left}",
     )
+
+
+EVAL_ROWS = 24
+# Source -> (rows of the train split, maker). A third of the rows come from one source; nine sources have fewer than
+# rows / 14, and three have fewer than one row in a hundred.
+SOURCES: dict[str, tuple[int, Callable[[Random], tuple[str, str]]]] = {
+    "CoT/shop": (2040, shop),
+    "PoT/farm": (1140, farm),
+    "CoT/trip": (660, trip),
+    "EQ/number": (540, number),
+    "PoT/savings": (450, savings),
+    "CoT/share": (320, share),
+    "EQ/age": (240, age),
+    "PoT/area": (180, area),
+    "CoT/compare": (150, compare),
+    "PoT/clock": (110, clock),
+    "EQ/coins": (80, coins),
+    "PoT/recipe": (48, recipe),
+    "CoT/weather": (32, weather),
+    "EQ/tank": (20, tank),
+}
+
+
+def make_rows(split: Literal["train", "eval"], seed: int) -> list[dict[str, str]]:
+    """The rows of one split, each with ``source``, ``instruction`` and ``output``; the package has those of seed 0.
+
+    Train rows are shuffled over the sources; eval has 24 rows of every source, source by source. Whatever the seeds,
+    no instruction is in both splits, and none is twice in a split.
+    """
+    rows = [row for source in SOURCES for row in _source_rows(split, seed, source)]
+    if split == "train":
+        Random(f"{seed}:{split}:order").shuffle(rows)
+    return rows
+
+
+def _source_rows(split: str, seed: int, source: str) -> list[dict[str, str]]:
+    """Draw rows of one source, without those of the other split and without repeats."""
+    train_rows, maker = SOURCES[source]
+    wanted = train_rows if split == "train" else EVAL_ROWS
+    rng = Random(f"{seed}:{split}:{source}")
+    rows: dict[str, str] = {}
+    while len(rows) < wanted:
+        instruction, output = maker(rng)
+        if held_out(instruction) == (split == "eval"):
+            rows.setdefault(instruction, output)
+    return [{"source": source, "instruction": text, "output": out} for text, out in rows.items()]
+
+
+def held_out(instruction: str) -> bool:
+    """True for the instructions that belong to eval, one in eight, told by their text: no seed can mix the splits."""
+    return hashlib.sha256(instruction.encode()).digest()[0] < 32
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Generates the built-in mixture.")
+    parser.add_argument("--out", type=Path, default=MIXTURE, help="folder to write (default: the package's)")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "eval"):
+        text = "".join(json.dumps(row) + "\n" for row in make_rows(split, seed=0))
+        (out / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+if __name__ == "__main__":
+    main()
