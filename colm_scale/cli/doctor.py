@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from colm_scale.config.command_line import parse_own
-from colm_scale.config.tools import DoctorConfig
+from colm_scale.config.commands import DoctorConfig
 
 
 def run(arguments: Sequence[str]) -> NoReturn:

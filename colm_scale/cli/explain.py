@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colm_scale.config.command_line import parse_own
-from colm_scale.config.explain import ExplainConfig
+from colm_scale.config.commands import ExplainConfig
 from colm_scale.errors import UserError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from colm_scale.config.command_line import parse_own
-from colm_scale.config.find_sources import SourcesOptions
+from colm_scale.config.commands import SourcesOptions
 
 
 def run(arguments: Sequence[str]) -> None:

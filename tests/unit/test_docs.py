@@ -12,7 +12,7 @@ import pytest
 
 from colm_scale.cli.main import main as cli
 from colm_scale.config.command_line import option_types, parse, parse_plan
-from colm_scale.config.plan import PlanConfig
+from colm_scale.config.commands import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
