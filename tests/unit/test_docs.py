@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from colm_scale.cli.main import main as cli
+from colm_scale.cli import main as cli
 from colm_scale.config.command_line import option_types, parse, parse_plan
 from colm_scale.config.commands import PlanConfig
 
