@@ -91,8 +91,8 @@ class SketchPlan:
 
     Attributes:
         positions: ``[s]`` candidates to sketch, ascending.
-        groups: ``[s]`` 0..num_groups-1, one group per ranked source: its candidates are compared with each other, in the
-            same columns. -1 if the source's quota takes all its candidates.
+        groups: ``[s]`` 0..num_groups-1, one group per ranked source: its candidates are compared with each other, in
+            the same columns. -1 if the source's quota takes all its candidates.
         num_groups: Number of groups that are ranked.
         shares: ``shares[rank][j]`` is a micro-batch, a tuple of positions; an empty one stands for a forward whose
             result is dropped, so that every rank runs the same number. A position in none of them is not forwarded,

@@ -55,7 +55,7 @@ def test_without_weights_each_counts_what_the_option_says(written):
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ("torch.tensor([0, 0]), None", r"returned picks \[0, 0\], but was to return 2 different rows of 4"),
+        ("torch.tensor([0, 0]), None", r"returned picks \[0, 0\], but must return 2 different rows of 4"),
         ("torch.tensor([0, 4]), None", r"picks \[0, 4\]"),
         ("torch.tensor([0, -1]), None", r"picks \[0, -1\]"),
         ("torch.tensor([1]), None", r"picks \[1\]"),
