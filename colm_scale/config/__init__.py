@@ -222,7 +222,7 @@ class FsdpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints in OUTPUT_DIR/checkpoints, from which a killed run resumes as if it had never stopped."""
+    """Checkpoints to resume a run from, in OUTPUT_DIR/checkpoints."""
 
     every: int = 50
     """Steps between checkpoints; one more is written at the end and when the run is told to stop. 0: no checkpoints."""
@@ -277,9 +277,9 @@ class SourcesConfig:
 
     refresh_every: int = 0
     """Steps between refreshes of the sources; 0: never. With --data.sources, the examples seen since the last refresh
-    are re-clustered by the model's hidden states, taken from the forwards of sketching and training. Without it, the
-    sources that were small among the candidates since then become the kept ones, and the moments restart: for a mixture
-    that drifts."""
+    are re-clustered by the model's hidden states, taken from the forwards of sketching and training. Without it (for a
+    mixture that drifts), the sources that were small among the candidates since then become the kept ones, and the
+    moments restart."""
 
     def __post_init__(self) -> None:
         require_least(self, "sources.", refresh_every=0)
