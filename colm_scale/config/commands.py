@@ -16,24 +16,30 @@ Dtype = Literal["run", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """Merge the adapter of a run into its base model, and write a model folder that does not need peft."""
+class AdapterConfig:
+    """An adapter and its base model."""
 
     run: str
     """Folder of a run, of an adapter, or of a checkpoint."""
-    output: str | None = None
-    """New folder to write. Default: RUN-merged, or RUN-adapter with --adapter_only."""
     adapter: Which = "best"
     """For a run: best is the adapter with the lowest held-out loss if the run was evaluated in training (--eval.every),
     else the one of the last step. last is always that of the last step."""
-    adapter_only: bool = False
-    """Write only the adapter, in PEFT format."""
     model: str | None = None
     """Base model, a hub id or a folder, in place of the one the run names (if it has moved)."""
     trust_remote_code: bool = False
     """Run code from the base model's repository, regardless of the run's own setting."""
     dtype: Dtype = "run"
     """Type of the weights. run: that of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(AdapterConfig):
+    """Merge the adapter of a run into its base model, and write a model folder that does not need peft."""
+
+    output: str | None = None
+    """New folder to write. Default: RUN-merged, or RUN-adapter with --adapter_only."""
+    adapter_only: bool = False
+    """Write only the adapter, in PEFT format."""
     device: str = "cpu"
     """Device for merging and comparing: cpu, cuda, cuda:1."""
     shard_size: str = "5GB"
@@ -45,26 +51,15 @@ class MergeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(AdapterConfig):
     """Evaluate a run's adapter: held-out loss and exact-match accuracy, source by source."""
 
-    run: str
-    """Folder of a run, of an adapter, or of a checkpoint."""
     data: list[str] | None = None
     """Files or hub data sets to evaluate on, with the columns of the run. Default: the run's own held-out data."""
-    adapter: Which = "best"
-    """For a run: best is the adapter with the lowest held-out loss if the run was evaluated in training (--eval.every),
-    else the one of the last step. last is always that of the last step."""
     base: bool = False
     """Also evaluate the base model without the adapter."""
     out: str | None = None
     """JSON file for the results."""
-    model: str | None = None
-    """Base model, a hub id or a folder, in place of the one the run names (if it has moved)."""
-    trust_remote_code: bool = False
-    """Run code from the base model's repository, regardless of the run's own setting."""
-    dtype: Dtype = "run"
-    """Type of the frozen weights and of the computation. run: that of the run."""
     generate: int | None = None
     """Examples per source whose answer is generated and compared. 0: loss only. Default: as in the run."""
     max_new_tokens: int | None = None
@@ -72,7 +67,7 @@ class ScoreConfig:
     limit: int | None = None
     """Most examples per source. The examples left out are counted. Default: as in the run."""
     micro_batch_tokens: int | None = None
-    """A quarter of the most tokens in one forward. Default: as in the run."""
+    """Forwards hold up to four times this number of tokens. Default: as in the run."""
     threads: int | None = None
     """CPU threads per rank. Default: the machine's cores divided by its ranks."""
     tasks: str = "gsm8k,hellaswag"

@@ -111,7 +111,7 @@ def make_moments(train: TrainConfig, shapes: Shapes, device: torch.device | str 
     first = torch.zeros(d, device=device)
     match train.optimizer:
         case "adamw":
-            return AdamMoments.zeros(d, train.betas, train.adam_epsilon, device)
+            return AdamMoments(first, torch.zeros_like(first), 0, train.betas, train.adam_epsilon)
         case "sgd":
             return SgdMoments(first, 0, train.betas[0])
         case "lion":
@@ -138,7 +138,18 @@ class NoMoments(Moments):
 
 
 @dataclass(frozen=True, slots=True)
-class AdamMoments(Moments):
+class _Averaged(Moments):
+    """Moments with a first moment ``[d]`` of all entries."""
+
+    first: Tensor
+
+    @property
+    def size(self) -> int:
+        return len(self.first)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamMoments(_Averaged):
     """Adam's first and second moment (Kingma and Ba 2015, algorithm 1; the paper's).
 
     Attributes:
@@ -149,22 +160,10 @@ class AdamMoments(Moments):
         epsilon: Term that keeps the division by sqrt(v) finite.
     """
 
-    first: Tensor
     second: Tensor
     step: int
     betas: tuple[float, float]
     epsilon: float
-
-    @classmethod
-    def zeros(
-        cls, d: int, betas: tuple[float, float], epsilon: float, device: torch.device | str = "cpu"
-    ) -> AdamMoments:
-        """Start before the first step, in float32."""
-        return cls(torch.zeros(d, device=device), torch.zeros(d, device=device), 0, betas, epsilon)
-
-    @property
-    def size(self) -> int:
-        return len(self.first)
 
     def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
         first, second = self._advance(rows, rows.square(), columns)
@@ -184,7 +183,7 @@ class AdamMoments(Moments):
 
 
 @dataclass(frozen=True, slots=True)
-class SgdMoments(Moments):
+class SgdMoments(_Averaged):
     """SGD's momentum. The update is ``b m + g``, of the arbitrary size of gradients.
 
     It is scaled by a power of two, the same for all rows of a step, which changes no comparison.
@@ -195,14 +194,9 @@ class SgdMoments(Moments):
         scale: The power of two, from `fitted`.
     """
 
-    first: Tensor
     step: int
     momentum: float
     scale: float = 1.0
-
-    @property
-    def size(self) -> int:
-        return len(self.first)
 
     def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
         return (self.momentum * self.first[columns] + rows) * self.scale
@@ -216,7 +210,7 @@ class SgdMoments(Moments):
 
 
 @dataclass(frozen=True, slots=True)
-class LionMoments(Moments):
+class LionMoments(_Averaged):
     """Lion's momentum (Chen et al. 2023, algorithm 2). The update is ``sign(b1 m + (1 - b1) g)``.
 
     L1 distances count the entries whose signs differ, and ties are common: in the columns with the largest mean, all
@@ -228,13 +222,8 @@ class LionMoments(Moments):
         betas: b1 and b2.
     """
 
-    first: Tensor
     step: int
     betas: tuple[float, float]
-
-    @property
-    def size(self) -> int:
-        return len(self.first)
 
     def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
         beta1 = self.betas[0]
@@ -299,7 +288,7 @@ class AdafactorMoments(Moments):
 
 
 @dataclass(frozen=True, slots=True)
-class MuonMoments(Moments):
+class MuonMoments(_Averaged):
     """Muon's momentum (Jordan et al. 2024): the update is the orthogonalised ``(1 - b) g + b (b m + (1 - b) g)``.
 
     Each example's matrix is orthogonalised by the iteration of torch.optim.Muon, in the type of the rows instead of
@@ -311,15 +300,10 @@ class MuonMoments(Moments):
         momentum: b.
     """
 
-    first: Tensor
     step: int
     shapes: Shapes
     momentum: float
     whole_rows = True
-
-    @property
-    def size(self) -> int:
-        return len(self.first)
 
     def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
         ahead = rows.lerp(self.first.to(rows).lerp(rows, 1 - self.momentum), self.momentum)

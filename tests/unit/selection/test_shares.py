@@ -142,7 +142,7 @@ def test_a_ratio_of_a_source_that_is_none_is_refused():
 
 
 def test_every_source_that_is_not_kept_needs_a_ratio():
-    with pytest.raises(UserError, match="gives no number for b, c: add one for each, or 0"):
+    with pytest.raises(UserError, match="gives no number for b, c: add one for each, 0 for no quota"):
         checked({"a": 1})
     checked({"a": 1, "b": 0, "c": 2})
     checked({"a": 1}, method="random")
