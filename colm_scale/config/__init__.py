@@ -99,7 +99,7 @@ class DataConfig(RowConfig):
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there is held-out data: the user's, or the built-in split with built-in training data."""
+        """True if there is held-out data: the user's, or the built-in split with built-in training data."""
         return bool(self.eval) or not self.train
 
     def __post_init__(self) -> None:
@@ -353,7 +353,7 @@ class RunConfig:
 
     @property
     def reclusters(self) -> bool:
-        """Whether a refresh re-clusters examples, rather than choosing the kept sources again."""
+        """True if a refresh re-clusters examples, rather than choosing the kept sources again."""
         return self.sources.refresh_every > 0 and self.data.sources is not None
 
     def _check_reusable(self) -> None:

@@ -207,5 +207,5 @@ class SourcesOptions:
 
     @property
     def by_words(self) -> bool:
-        """Whether rows are embedded without a model."""
+        """True if rows are embedded without a model."""
         return self.embedding == "words" or (self.embedding == "auto" and not (self.model.name or self.adapter))

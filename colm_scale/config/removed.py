@@ -86,5 +86,5 @@ def check_value(name: str, value: object) -> None:
 
 
 def is_harmless(name: str, value: object) -> bool:
-    """Whether this is a removed option at its default, as in the files of most older runs."""
+    """Return True for a removed option at its default, as in the files of most older runs."""
     return name in OPTIONS and OPTIONS[name].default == value

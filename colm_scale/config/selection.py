@@ -140,7 +140,7 @@ class SelectionConfig:
 
     @property
     def sketches(self) -> bool:
-        """Whether the method compares candidates by sketches."""
+        """True if the method compares candidates by sketches."""
         return self.method == "colm"
 
     def check_own(self) -> None:

@@ -41,7 +41,7 @@ def parse_shares(value: object) -> Shares:
 
 
 def is_file(shares: Shares) -> bool:
-    """Whether the ratios must still be read from a file."""
+    """Return True if the ratios must still be read from a file."""
     return isinstance(shares, str) and shares not in _NAMES
 
 

@@ -19,7 +19,7 @@ FORM = "FILE.py:FUNCTION or MODULE:FUNCTION"
 
 
 def is_own(name: str) -> bool:
-    """Whether an option's value names a function of the user rather than a part of the package."""
+    """Return True if an option's value names a function of the user rather than a part of the package."""
     module, colon, function = name.partition(":")
     return bool(module and colon) and function.isidentifier()
 

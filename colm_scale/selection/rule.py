@@ -40,7 +40,7 @@ class SelectionRule:
 
     @property
     def sketches(self) -> bool:
-        """Whether the method sketches candidates. If not, nothing is forwarded before training."""
+        """True if the method sketches candidates; if not, nothing is forwarded before training."""
         return self.config.sketches
 
     def now(self, count: int, kept: Tensor, shares: Tensor | None) -> SelectionRule:
