@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colm_scale.selection.ranking.exact import whole_numbers
+from colm_scale.selection.ranking.matching import whole_numbers
 from colm_scale.selection.ranking.rank import Ranked
 
 _RIDGE = 0.5

@@ -1,9 +1,9 @@
-"""The two ways a run ends early: the user's input was wrong, or training itself went wrong."""
+"""Errors that end a run."""
 
 
 class UserError(ValueError):
-    """Wrong input. The message names the offending value, where it stands, and the way out; exit code 2."""
+    """Wrong input; exit code 2. The message names the wrong value, its place, and the way out."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on (a NaN loss, ranks that disagree). Names the step and the examples; exit code 1."""
+    """Training cannot continue (a NaN loss, ranks that disagree); exit code 1. Names the step and the examples."""

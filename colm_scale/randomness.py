@@ -1,7 +1,7 @@
-"""Randomness is an argument: every draw comes from a private generator keyed by what it is for.
+"""Random generators keyed by seed and purpose.
 
-The global generators of torch, numpy and random are never touched by colm_scale, so a user's own randomness is
-unaffected, and a draw depends on nothing but its key: not on the rank, the device, or what was drawn before.
+colm_scale never draws from the global generators of torch, numpy and random. The user's own randomness is unaffected,
+and a draw depends only on its key, not on the rank, the device or earlier draws.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 
 
 def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
-    """A CPU generator for one purpose, e.g. ``generator(7, "shuffle", epoch)``; equal on every rank.
+    """Make a CPU generator for one purpose, e.g. ``generator(7, "shuffle", epoch)``; equal on every rank.
 
-    A rank-distinct draw puts the rank into ``index``. Draw on the CPU and move the result: the CPU generator gives the
-    same numbers whatever the device.
+    For a rank-distinct draw, put the rank into ``index``. Draw on the CPU and move the result, so that the numbers do
+    not depend on the device.
     """
     return torch.Generator(device="cpu").manual_seed(_key(seed, purpose, index))
 
 
 @contextmanager
 def global_draws(device: torch.device, seed: int, purpose: str, *index: int) -> Iterator[None]:
-    """A block in which torch's global generators draw what the key says; afterwards they are as they were.
+    """Seed torch's global generators with the key inside the block, and restore them afterwards.
 
-    For what can draw from nothing else: dropout, and peft when it makes adapters.
+    Only for code that cannot take a generator: dropout, and peft when it makes adapters.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_key(seed, purpose, index))  # noqa: TID251

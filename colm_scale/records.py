@@ -1,4 +1,4 @@
-"""What the stages of one step hand to each other: one frozen record per arrow.
+"""Frozen records that the stages of a step hand to each other.
 
 Shape legend, used in every file of the package:
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 Json = dict[str, Any]
-"""A JSON object: nested, and checked by whoever reads it."""
+"""A JSON object, not yet validated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Candidates:
         ids: ``[n]`` rows of the user's training data.
         sources: ``[n]`` source of each candidate, 0..Q-1.
         lengths: ``[n]`` tokens of each candidate.
-        protected: ``[n]`` bool, candidates that enter the coreset whatever their source; None if none does.
+        protected: ``[n]`` bool, candidates that enter the coreset whatever their source; None if there are none.
     """
 
     step: int
@@ -49,14 +49,19 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def protected_mask(self) -> Tensor:
+        """``[n]`` bool, `protected` even if there are none."""
+        return torch.zeros_like(self.sources, dtype=torch.bool) if self.protected is None else self.protected
+
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """How the budget is shared out before anything is ranked (DESIGN: kept sources, then quotas).
+    """Division of the budget before anything is ranked (DESIGN: kept sources, then quotas).
 
     Attributes:
-        kept: ``[k]`` positions that enter the coreset whatever their sketch says, ascending.
-        per_source: ``[Q]`` how many to pick from each source that is not kept.
+        kept: ``[k]`` positions that enter the coreset whatever their sketch, ascending.
+        per_source: ``[Q]`` number of candidates to pick from each source that is not kept.
         overflow: Kept candidates that did not fit into the budget.
     """
 
@@ -66,14 +71,14 @@ class Quota:
 
     @property
     def kept_weight(self) -> float:
-        """What a kept candidate counts for, if also for those that overflowed and have no other chance."""
+        """Weight of a kept candidate if it also represents the candidates that overflowed."""
         return 1 + self.overflow / max(1, len(self.kept))
 
     def to_sketch(self, sources: Tensor) -> Tensor:
-        """Positions ``[s]`` whose sketch can change the selection: not kept, and of a source with a quota.
+        """Find the positions ``[s]`` whose sketch can change the selection: not kept, and of a source with a quota.
 
-        A source whose quota equals the candidates it has needs no ranking, yet its rows still move the moments,
-        so it is sketched.
+        A source whose quota takes all its candidates needs no ranking, but its rows still update the moments, so it is
+        sketched too.
         """
         wanted = self.per_source[sources] > 0
         wanted[self.kept] = False
@@ -82,16 +87,16 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class SketchPlan:
-    """Who is sketched where. Equal on every rank.
+    """Assignment of the candidates to sketch to ranks and micro-batches. Equal on every rank.
 
     Attributes:
         positions: ``[s]`` candidates to sketch, ascending.
-        groups: ``[s]`` 0..num_groups-1, the same for candidates that are compared with each other, hence in the same
-            columns: those of a source. -1 where a source's quota takes all.
-        num_groups: How many groups are ranked.
+        groups: ``[s]`` 0..num_groups-1, one group per ranked source: its candidates are compared with each other, in
+            the same columns. -1 if the source's quota takes all its candidates.
+        num_groups: Number of groups that are ranked.
         shares: ``shares[rank][j]`` is a micro-batch, a tuple of positions; an empty one stands for a forward whose
-            result is dropped, so that every rank runs as many. A position in none of them is not forwarded: what is to
-            be known of it is known already.
+            result is dropped, so that every rank runs the same number. A position in none of them is not forwarded,
+            because its sketch is reused.
     """
 
     positions: Tensor
@@ -100,13 +105,13 @@ class SketchPlan:
     shares: tuple[tuple[tuple[int, ...], ...], ...]
 
     def rows_of(self, rank: int) -> Tensor:
-        """Rows of the candidate matrix that ``rank`` computes, in the order in which it does."""
+        """Rows of the candidate matrix that ``rank`` computes, in its order of computation."""
         mine = long_tensor([position for micro_batch in self.shares[rank] for position in micro_batch])
         return torch.searchsorted(self.positions, mine)
 
     @classmethod
     def of_nobody(cls, ranks: int) -> SketchPlan:
-        """The plan of a method that sketches no candidate."""
+        """Make the plan of a method that sketches no candidate."""
         return cls(long_tensor([]), long_tensor([]), 0, ((),) * ranks)
 
     @property
@@ -125,11 +130,11 @@ class SketchPlan:
 
 @dataclass(frozen=True, slots=True)
 class CandidateMatrix:
-    """The all-gathered sketches, in the coordinates that are compared: rows of the Adam-like update.
+    """The all-gathered sketches, in the compared coordinates: rows of the optimizer's update.
 
     Attributes:
         positions: ``[s]`` the candidate of each row, ascending.
-        rows: ``[s, h]`` float32; row i holds its source's h columns. Rows that are not ``valid`` are zero.
+        rows: ``[s, h]`` float32; each row has the h columns of its source. Rows that are not ``valid`` are zero.
         valid: ``[s]`` bool; False where a candidate's loss or sketch was not finite (it is never selected).
         losses: ``[s]`` float32 mean token loss of each sketched candidate.
     """
@@ -141,7 +146,7 @@ class CandidateMatrix:
 
     @classmethod
     def without_rows(cls) -> CandidateMatrix:
-        """The matrix of a step in which nobody was sketched."""
+        """Make the matrix of a step without sketches."""
         nothing = torch.zeros(0)
         return cls(long_tensor([]), nothing.view(0, 0), nothing.bool(), nothing)
 
@@ -152,8 +157,8 @@ class Selection:
 
     Attributes:
         positions: ``[b]`` int64 candidates to train on: kept ones first, then source by source.
-        weights: ``[b]`` float32, positive; what each one's loss counts for.
-        kept: How many of the leading positions were kept rather than picked.
+        weights: ``[b]`` float32, positive weights of their losses.
+        kept: Number of leading positions that were kept rather than picked.
         overflow: Kept-source candidates left out because they alone exceed the budget.
         invalid: Candidates left out because their loss or sketch was not finite.
     """
@@ -169,24 +174,24 @@ class Selection:
 
     @property
     def picked(self) -> Tensor:
-        """``[b - kept]`` positions that were selected rather than kept: the rows the moments learn from."""
+        """``[b - kept]`` positions that were picked rather than kept; the moments learn from their rows."""
         return self.positions[self.kept :]
 
 
 REASONS = ("kept", "protected", "selected", "passed over", "no quota", "overflow", "invalid")
-"""What can become of a candidate: trained on because its source is kept, because it is protected, or because it was
-picked; or not, though others of its source were picked, because its source had no picks, because there was no room for
-all that are kept or protected, or because its loss or sketch was not finite."""
+"""Outcomes of a candidate. Trained on: its source is kept, it is protected, or it was picked. Not trained on: others of
+its source were picked, its source had no quota, not all kept or protected candidates fitted into the budget, or its
+loss or sketch was not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Why each candidate of a step was trained on or not.
+    """The reason why each candidate of a step was trained on or not.
 
     Attributes:
-        reasons: ``[n]`` uint8, numbers of `REASONS`.
-        scores: ``[n]`` float32, what the selection compared it by (`colm_scale.selection.audit`); nan where nothing.
-        losses: ``[n]`` float32 mean token loss at its sketch; nan where it was not sketched.
+        reasons: ``[n]`` uint8, indices into `REASONS`.
+        scores: ``[n]`` float32, the selection's score of each (`colm_scale.selection.audit`); nan if it had none.
+        losses: ``[n]`` float32 mean token loss at its sketch; nan if it was not sketched.
     """
 
     reasons: Tensor
@@ -196,15 +201,15 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which rank trains which candidate, in which micro-batch. Equal on every rank.
+    """Assignment of the coreset to ranks and micro-batches. Equal on every rank.
 
     Attributes:
         micro_batches: ``micro_batches[rank][j]`` is a tuple of positions; every rank has the same number of
             micro-batches, and an empty tuple stands for a zero-weight one that only keeps the collectives in step.
-        reused: How many of each rank's micro-batches, the first ones, start from block inputs that the sketch holds.
-        work: ``work[rank]`` what each rank's share costs: its tokens, one that starts so counted as `REUSED`.
+        reused: Number of leading micro-batches of each rank that start from block inputs held by the sketch.
+        work: ``work[rank]`` cost of the rank's share in tokens, those with a reused forward counted as `REUSED`.
         tokens: ``tokens[rank]`` real tokens (without padding) each rank trains on.
-        padded_tokens: The same with padding, which is what is computed.
+        padded_tokens: The same with padding, the computed tokens.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
@@ -222,12 +227,12 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Which tokens of a micro-batch carry loss. Found on the CPU, so that a device is never asked how many there are.
+    """The label tokens of a micro-batch. Found on the CPU, so that their number needs no sync with the device.
 
     Attributes:
-        rows: ``[N]`` int64, the token before each: its place among the micro-batch's tokens, row by row.
-        tokens: ``[N]`` int64, what is to be predicted there.
-        slots: ``[N]`` int64, ``example * most + number``, where number counts the example's own targets from 0.
+        rows: ``[N]`` int64, index of the token before each among the micro-batch's tokens, row by row.
+        tokens: ``[N]`` int64, the label predicted there.
+        slots: ``[N]`` int64, ``example * most + number``, with number counting the targets of an example from 0.
         counts: ``[B]`` int64, targets of each example.
         most: The largest of ``counts``, at least 1.
     """
@@ -241,11 +246,11 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where the examples of a packed micro-batch are in its one row of tokens.
+    """Places of the examples in the single row of a packed micro-batch.
 
     Attributes:
-        position_ids: ``[1, T]`` int64, 0, 1, 2, ... anew for each example.
-        offsets: ``[B + 1]`` int32, where each example begins, and T.
+        position_ids: ``[1, T]`` int64, counted from 0 in each example.
+        offsets: ``[B + 1]`` int32, the start of each example, and T.
         places: ``[T]`` int64, ``example * longest + position`` of each token.
         longest: Tokens of the longest example.
     """
@@ -258,15 +263,16 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch of B examples on the device: a row for each, padded on the right, or all packed into one row.
+    """A micro-batch of B examples on the device: one row each, padded on the right, or all packed into one row.
 
     Attributes:
         input_ids: ``[B, T]`` int64, or ``[1, T]`` if packed.
         attention_mask: ``[B, T]`` int64, 1 on real tokens; None if packed.
-        targets: Where the loss is.
-        positions: ``[B]`` int64 on the CPU, the candidate of each example; empty in a batch that only keeps step.
+        targets: The label tokens.
+        positions: ``[B]`` int64 on the CPU, the candidate of each example; empty in a batch that only keeps the
+            collectives in step.
         lengths: Tokens of each example.
-        packing: Where the examples are, if they are packed.
+        packing: Places of the examples if they are packed.
     """
 
     input_ids: Tensor
@@ -278,13 +284,13 @@ class Batch:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where each example begins among all tokens, row by row."""
+        """The start of each example among all tokens, row by row."""
         if self.packing is None:
             return tuple(range(0, self.input_ids.numel(), self.input_ids.shape[1]))
         return (0, *accumulate(self.lengths[:-1]))
 
     def by_example(self, values: Tensor) -> Tensor:
-        """What belongs to the tokens, ``[..., c]`` in their order, as ``[B, longest, c]``; if packed, padding is 0."""
+        """Reshape values per token ``[..., c]``, in their order, to ``[B, longest, c]``; if packed, padding is 0."""
         if self.packing is None:
             return values.reshape(*self.input_ids.shape, -1)
         packing, values = self.packing, values.flatten(0, -2)
@@ -298,8 +304,8 @@ class MicroBatch:
     """A batch to train on.
 
     Attributes:
-        shares: ``[B]`` what each of its losses counts for; zero in one that only keeps step.
-        reuses_forward: Whether it starts from block inputs that the sketch holds.
+        shares: ``[B]`` weight of each loss; zero in a batch that only keeps the collectives in step.
+        reuses_forward: Whether it starts from block inputs held by the sketch.
     """
 
     batch: Batch
@@ -309,7 +315,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step leaves behind: one row of metrics.jsonl and one of selection.jsonl."""
+    """Results of a step: one row of metrics.jsonl and one of selection.jsonl."""
 
     step: int
     loss: float
@@ -322,23 +328,23 @@ class StepReport:
     peak_bytes: tuple[int, ...]
     """Peak memory of the step on each rank."""
     phase_peak_bytes: dict[str, dict[str, tuple[int, ...]]]
-    """Peak memory by kind (the headline's first: ``nvml``, ``allocator`` or ``resident``) and phase, on each rank."""
+    """Peak memory by kind (``nvml``, ``allocator`` or ``resident``; the headline's first) and phase, on each rank."""
     exchanged_bytes: dict[str, int]
-    """Bytes each collective of the selection put on the wire per rank, by phase; the gradient reduction excluded."""
+    """Bytes that the selection's collectives sent per rank, by phase; without the gradient reduction."""
     imbalance: float
     padding_share: dict[str, float] = field(default_factory=dict)
     """Share of computed tokens that are padding, by phase (sketch, train)."""
     applied: bool = True
-    """False where float16's loss scale was too large for the step: it has changed nothing but the scale."""
+    """False if float16's loss scale was too large: the step changed only the scale."""
     loss_scale: float = 1.0
     telemetry: dict[str, float] = field(default_factory=dict)
-    """What the selection was worth, by name (`colm_scale.selection.telemetry`)."""
+    """Measures of the selection's worth, by name (`colm_scale.selection.telemetry`)."""
     floor: float | None = None
-    """Measured step seconds / bare-floor seconds on the same tokens, on the steps where it was taken."""
+    """Step seconds / bare-floor seconds on the same tokens, in the steps that measure it."""
     audit: Audit | None = None
     """On the first rank, if the run keeps an audit."""
 
 
 def long_tensor(values: Tensor | Sequence[int]) -> Tensor:
-    """A CPU int64 tensor of ``values``."""
+    """Make a CPU int64 tensor of ``values``."""
     return torch.as_tensor(values, dtype=torch.int64)

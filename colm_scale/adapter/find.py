@@ -18,7 +18,7 @@ from colm_scale.base import BASE_MODEL
 from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig
 from colm_scale.config.command_line import read_trained
-from colm_scale.config.tools import Which
+from colm_scale.config.commands import Which
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, check_adapter
 from colm_scale.reporting.run_directory import FACTS

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from colm_scale.adapter.find import Trained, adapted, find
 from colm_scale.config import RunConfig
-from colm_scale.config.tools import ScoreConfig
+from colm_scale.config.commands import ScoreConfig
 from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.examples import Examples, tokenise
 from colm_scale.data.readers import read_rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from colm_scale.distributed.group import Group
 from colm_scale.estimators.estimators import Estimator
 from colm_scale.selection.coverage import Coverage
-from colm_scale.selection.kept_sources import RecentSources
+from colm_scale.selection.quota import RecentSources
 from colm_scale.step.source_state import SourceState
 
 Files = Mapping[str, Mapping[str, Tensor]]

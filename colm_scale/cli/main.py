@@ -1,33 +1,37 @@
-"""The ``colm-scale`` console command: finds the subcommand and turns what is wrong with its input into one line."""
+"""The ``colm-scale`` console command: runs the subcommand, and prints an error in its input as one line."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
+from colm_scale.cli import commands
 from colm_scale.errors import UserError
 
-COMMANDS = {
-    "train": "fine-tune a model with LoRA on mini-batch coresets",
-    "merge": "an adapter merged into its base model, as a folder that needs no peft; or the adapter alone",
-    "eval": "held-out loss and right answers of an adapter, source by source",
-    "doctor": "what would keep a run from working here: versions, devices, network, compiler, disk",
-    "replay": "train what another run has selected, without selecting: the same options",
-    "explain": "which sources and examples a run has trained on, left out, and favoured",
-    "plan": "what such a run will need, without a GPU and without weights: the same options, and --plan.*",
-    "report": "one HTML page about one or several runs",
-    "sources": "find the sub-populations of data that has no labels, for --data.sources of a run",
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
+    "train": (commands.train, "fine-tune a model with LoRA on mini-batch coresets"),
+    "merge": (commands.merge, "merge an adapter into its base model, or export the adapter alone"),
+    "eval": (commands.evaluate, "evaluate an adapter: held-out loss and exact match, source by source"),
+    "doctor": (commands.doctor, "check versions, devices, network, compiler and disk of this machine"),
+    "replay": (commands.replay, "train on the recorded selections of another run: the options of train"),
+    "explain": (commands.explain, "show the sources and examples a run trained on, left out, and favoured"),
+    "plan": (commands.plan, "estimate what a run needs, without GPU or weights: the options of train, and --plan.*"),
+    "report": (commands.report, "write an HTML page about one or several runs"),
+    "sources": (commands.sources, "find the sub-populations of data without labels, for --data.sources"),
 }
-"""Every command, a module of `colm_scale.cli` with a function ``run(arguments)``, and what it does."""
+"""Every subcommand: its function, which takes the arguments after its name, and its line in the help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 done, 2 wrong input; a command may have codes of its own."""
+    """Run a subcommand and exit: 0 done, 2 wrong input, other codes by subcommand.
+
+    Args:
+        arguments: The command line without the program's name; by default that of the process.
+    """
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if command in ("", "-h", "--help"):
         print(_usage(), end="")
@@ -41,30 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(command: str, arguments: Sequence[str]) -> NoReturn:
     """Run one of `COMMANDS` and exit."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises while it is imported, used or not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs advice when imported, even if unused
     try:
-        importlib.import_module(f"colm_scale.cli.{command}").run(arguments)
+        COMMANDS[command][0](arguments)
     except UserError as error:
         _fail(str(error))
     sys.exit(0)
 
 
 def train(arguments: Sequence[str] | None = None) -> NoReturn:
-    """``colm-scale train``, for launchers."""
+    """Run ``colm-scale train``; the entry point of the launchers."""
     run("train", sys.argv[1:] if arguments is None else arguments)
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
-    commands = "".join(f"  {name:{width}}  {text}\n" for name, text in COMMANDS.items())
+    lines = "".join(f"  {name:{width}}  {text}\n" for name, (_, text) in COMMANDS.items())
     return (
-        f"usage: colm-scale COMMAND [OPTIONS]\n\ncommands:\n{commands}\n"
+        f"usage: colm-scale COMMAND [OPTIONS]\n\ncommands:\n{lines}\n"
         f"colm-scale COMMAND --help explains a command's options.\n"
     )
 
 
 def _fail(message: str) -> NoReturn:
-    """Exit with 2; the first rank of each run says why."""
+    """Exit with 2; only rank 0 prints why."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

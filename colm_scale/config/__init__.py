@@ -1,6 +1,6 @@
-"""Every option of a run, with its unit and default. The tree is frozen: a run never changes its own configuration.
+"""Every option of a run, with its unit and default. The tree is frozen: a run never changes its configuration.
 
-Each class checks its own fields when it is made; `RunConfig` checks what fields mean together. A wrong value is a
+Each class checks its own fields at construction, and `RunConfig` checks combinations of them. A wrong value is a
 `UserError` that names the option as the user writes it.
 """
 
@@ -14,15 +14,14 @@ from typing import Literal
 
 import yaml
 
-from colm_scale.config.checks import require
-from colm_scale.config.selection import SelectionConfig as SelectionConfig  # whoever needs it has it from here
-from colm_scale.config.sources import SourcesConfig as SourcesConfig
-from colm_scale.config.track import TrackConfig
+from colm_scale.config.checks import require, require_least, require_positive
+from colm_scale.config.selection import SelectionConfig as SelectionConfig  # imported from here by the other rooms
 from colm_scale.config.user_functions import is_own
 from colm_scale.errors import UserError
 
 COLUMN_ROLES = ("source", "protected", "instruction", "input", "output", "prompt", "completion", "messages")
-"""What a column can be; without `RowConfig.columns` it has the name of its role."""
+"""Roles of columns; a column that `RowConfig.columns` does not rename has the name of its role."""
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
 
 
@@ -31,131 +30,128 @@ class ModelConfig:
     """The base model."""
 
     name: str | None = None
-    """Hub id or folder of a causal language model. Default: the small base model in the package."""
+    """Hub id or folder of a causal language model. Default: the small base model that ships with the package."""
     revision: str | None = None
     """Branch, tag or commit of the hub model."""
     trust_remote_code: bool = False
-    """Run code that a hub repository brings along. Off: such a model is refused."""
+    """Run code from the hub repository. Off: a model that needs it is refused."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation. auto: what the model picks (sdpa nearly everywhere, and only that takes packed
-    micro-batches: on a GPU in half precision by torch's own flash kernel); with --train.packing off, flash_attention_2
-    on a GPU in half precision where flash-attn or its hub kernel is installed."""
+    """Attention implementation. auto: the model's own choice, nearly always sdpa, which is also the only one that takes
+    packed micro-batches (with torch's flash kernel on a GPU in half precision). With --train.packing off, auto uses
+    flash_attention_2 on a GPU in half precision if flash-attn or its hub kernel is installed."""
     quantize: Literal["none", "nf4"] = "none"
-    """nf4: the frozen weights of the blocks in 4 bits, by bitsandbytes (QLoRA)."""
+    """nf4: store the frozen weights of the blocks in 4 bits, with bitsandbytes (QLoRA)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowConfig:
-    """How a row of the user's data becomes an example."""
+    """The columns and the format of the rows."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns that the files call something else, by role: '{instruction: question, output: answer}'. A row needs
-    instruction and output (an input, where there is one, follows the instruction on a new line), or prompt and
-    completion, or messages (a list of {role, content}; loss on the assistant's turns only). It may have a source (else
-    the file's name is one) and protected, which is true for an example that colm and stratified train on whenever it is
-    a candidate."""
+    """Columns whose names differ from their roles, e.g. '{instruction: question, output: answer}'. A row needs
+    instruction and output (an optional input follows the instruction on a new line), or prompt and completion, or
+    messages (a list of {role, content}; only the assistant's turns carry loss). Optional roles are source (default: the
+    file's name) and protected: true for an example that colm and stratified train on whenever it is a candidate."""
     protected_sources: list[str] | None = None
-    """Sources whose every example is protected, as if its row said so; whatever sources the selection keeps besides."""
+    """Sources whose examples are all protected, as if every row were marked so; independent of the kept sources."""
     chat_template: str | None = None
     """File with a Jinja chat template for `messages`. Default: the tokenizer's own."""
     template: str = "{instruction}\n"
-    """How a prompt is written before it is tokenised; `{instruction}` is the row's prompt."""
+    """Format of a prompt before it is tokenised; `{instruction}` is the row's prompt."""
     max_length: int | None = None
-    """Longest example in tokens. Default: the model's context, at most 2,048."""
+    """Longest example in tokens. Default: the model's context length, at most 2,048."""
 
     def __post_init__(self) -> None:
         for role in self.columns:
-            _check_role(role)
+            if role not in COLUMN_ROLES:
+                near = difflib.get_close_matches(role, COLUMN_ROLES, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else ":"
+                roles = ", ".join(COLUMN_ROLES)
+                raise UserError(f"--data.columns names a column for {role!r}{hint} The roles are {roles}")
         require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
-        require(self.max_length is None or self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        require_least(self, "data.", max_length=2)
 
     def column(self, role: str) -> str:
         """The column that has the role in the user's files."""
         return self.columns.get(role, role)
 
 
-def _check_role(role: str) -> None:
-    """Refuse a role that no column has."""
-    if role not in COLUMN_ROLES:
-        near = difflib.get_close_matches(role, COLUMN_ROLES, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ":"
-        raise UserError(f"--data.columns names a column for {role!r}{hint} The roles are {', '.join(COLUMN_ROLES)}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(RowConfig):
-    """Where the examples come from and how a row becomes tokens."""
+    """The training data and the held-out data."""
 
     train: list[str] | None = None
     """Files (.jsonl, .json, .parquet, .csv, .xlsx) or hub data sets (ORG/NAME or ORG/NAME:SPLIT), one or more.
     Default: the built-in mixture of maths problems."""
     eval: list[str] | None = None
-    """Held-out data, the same kinds. Default: the built-in held-out split with built-in training data, else none."""
+    """Held-out data, in the same forms. Default: the built-in held-out split if the training data is built in, else
+    none."""
     sources: str | None = None
-    """File with the source of each row of `train`, as `colm-scale sources` writes it; whatever the rows say."""
+    """File with the source of each row of `train`, as written by `colm-scale sources`; overrides the sources in the
+    rows."""
     overlong: Literal["drop", "cut"] = "drop"
-    """What happens to an example above `max_length`: dropped, or cut at the end. Both are counted per source."""
+    """Drop an example longer than `max_length`, or cut its end. Both are counted per source."""
     streaming: bool = False
-    """Read the training data (.jsonl files or hub data sets) as it is needed, on rank 0, instead of holding it in
-    memory. It is read once before, to check every row and count the sources."""
+    """Read the training data (.jsonl files or hub data sets) on rank 0 as it is needed, instead of holding it in
+    memory. A first pass checks every row and counts the sources."""
     shuffle_rows: int = 16384
-    """With `streaming`: rows that are held and shuffled at a time."""
+    """Size of the shuffle buffer with `streaming`, in rows."""
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there is held-out data: the user's, or the built-in with built-in training data."""
+        """True if there is held-out data: the user's, or the built-in split with built-in training data."""
         return bool(self.eval) or not self.train
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.shuffle_rows >= 1, "data.shuffle_rows", self.shuffle_rows, "at least 1")
+        require_least(self, "data.", shuffle_rows=1)
         if self.streaming and not self.train:
-            raise UserError("--data.streaming true streams what --data.train names: name it, or leave it out")
+            raise UserError("--data.streaming true requires --data.train: add it, or leave --data.streaming out")
         if self.sources and not self.train:
             raise UserError(
-                f"--data.sources {self.sources} says where the rows of --data.train come from: name that too, or leave "
-                "it out (the built-in data has sources)"
+                f"--data.sources {self.sources} requires --data.train: add it, or leave --data.sources out (the "
+                "built-in data has sources)"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The adapters (made by peft)."""
+    """The LoRA adapters, made by peft."""
 
     rank: int = 16
     """Rank r of every adapter."""
     alpha: float = 32.0
-    """Scale: an adapter's output is multiplied by alpha / rank."""
+    """Scale: the output of an adapter is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Dropout before every adapter, while training; the sketch never drops."""
+    """Dropout before every adapter in training; sketches use none."""
     targets: list[str] | None = None
     """Names of the linear layers that get adapters. Default: every linear layer of the blocks."""
     adapter: str | None = None
     """Folder or hub id of an existing adapter to start from; its own rank, alpha and targets are used."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        require_least(self, "lora.", rank=1)
+        require_positive(self, "lora.", "alpha")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimizer, schedule and batch arithmetic."""
+    """Optimizer, schedule, precision and micro-batches."""
 
     steps: int | None = None
-    """Optimizer steps. Default: `epochs` where given, else 80."""
+    """Optimizer steps. Default: the steps of `epochs` if that is given, else 80."""
     epochs: float | None = None
-    """Passes over the training data as candidates; instead of `steps`."""
+    """Passes over the training data, counted in candidates; an alternative to `steps`."""
     seed: int = 0
     """Seed of every random draw of the run."""
     optimizer: OptimizerName = "adamw"
-    """What updates the adapters; the selection compares candidates by the update that it would make of each."""
+    """Optimizer of the adapters; the selection compares candidates by the update it would make for each."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: with AdamW 1e-2 for the built-in base and 2e-4 for any other model; sgd 50 times,
-    muon 3 times, adafactor once, lion a fifth of that."""
+    """Peak learning rate. Default: with adamw and adafactor 1e-2 for the built-in base model and 2e-4 for any other;
+    with sgd 50 times, with muon 3 times, with lion a fifth of that."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     warmup_ratio: float = 0.03
     """Share of the steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.0
@@ -163,86 +159,80 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW and Lion; the first one is the momentum of SGD and Muon. The selection uses the same."""
     adam_epsilon: float = 1e-8
-    """Epsilon of AdamW and Adafactor; the selection's too."""
+    """Epsilon of AdamW and Adafactor. The selection uses the same."""
     max_grad_norm: float = 1.0
-    """Global gradient norm above which the gradient is scaled down. 0: no clipping."""
+    """Global norm to which larger gradients are clipped. 0: no clipping."""
     loss: Literal["example", "token"] = "example"
     """example: weighted mean of the examples' mean token losses (CoLM). token: weighted mean over all label tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen weights and of the computation; the adapters are float32. float16 scales the loss."""
+    """Type of the frozen weights and of the computation; the adapters are float32. float16 uses loss scaling."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of each block for the backward pass and compute the rest again: less memory, more time."""
+    """Save only the inputs of each block for the backward and recompute the rest: less memory, more time."""
     forward_reuse: Literal["off", "device", "cpu"] = "off"
-    """Keep what goes into each block while candidates are sketched, on the device or in CPU memory, and start the
-    coreset's backward from there instead of running its forward again. Selected candidates are then trained on the rank
-    that sketched them. Needs activation checkpointing and no dropout."""
+    """Hold the block inputs of sketched candidates, on the device or in CPU memory, and start the coreset's backward
+    from them instead of repeating its forward. Selected candidates are then trained on the rank that sketched them.
+    Requires activation checkpointing and no dropout."""
     forward_reuse_gib: float = 8.0
-    """With `forward_reuse`: most memory for what is kept, in GiB per rank. Candidates beyond it are trained as
-    usual."""
+    """Most memory for the block inputs held by `forward_reuse`, in GiB per rank. Candidates that do not fit are trained
+    as usual."""
     compile: bool = False
-    """Compile the decoder blocks below the one that the sketch looks into (all of them, where nothing is sketched) by
-    torch.compile. The first steps take longer, every other one less; rounding is another, and so ids may be."""
+    """Compile the decoder blocks below the probe's block with torch.compile (all blocks if nothing is sketched). The
+    first steps are slower and later ones faster; rounding differs, so selected ids may too."""
     packing: Literal["auto", "on", "off"] = "auto"
-    """Put the examples of a micro-batch one after the other, none of which sees another, instead of padding them to the
-    longest. auto: where the model computes the same with them; else, and with off, they are padded."""
+    """Concatenate the examples of a micro-batch, each attending only to itself, instead of padding them to the longest.
+    auto: pack if the model computes the same losses that way, else pad."""
     micro_batch_tokens: int = 1024
-    """Most tokens (padding included) of one micro-batch per rank, while sketching and training. A longer example forms
-    a micro-batch of its own."""
+    """Most tokens (padding included) of one micro-batch per rank, in sketching and in training. A longer example forms
+    a micro-batch alone."""
     threads: int | None = None
-    """CPU threads per rank. Default: the machine's cores shared out among its ranks."""
+    """CPU threads per rank. Default: the machine's cores divided by its ranks."""
     timeout: float = 600.0
     """Seconds after which a rank that is stuck in one phase of a step ends the run. Raise it for slower steps."""
 
     def __post_init__(self) -> None:
-        require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
-        require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "positive")
         if self.steps is not None and self.epochs is not None:
-            raise UserError(f"--train.steps {self.steps} and --train.epochs {self.epochs} exclude each other: give one")
-        require(
-            self.learning_rate is None or self.learning_rate > 0, "train.learning_rate", self.learning_rate, "positive"
+            raise UserError(
+                f"--train.steps {self.steps} and --train.epochs {self.epochs} exclude each other: leave one out"
+            )
+        require_least(
+            self, "train.", steps=1, weight_decay=0, max_grad_norm=0, micro_batch_tokens=1, threads=1
         )
+        require_positive(self, "train.", "epochs", "learning_rate", "adam_epsilon", "forward_reuse_gib", "timeout")
         require(0 <= self.warmup_ratio <= 1, "train.warmup_ratio", self.warmup_ratio, "in [0, 1]")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         require(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "two numbers in [0, 1)")
-        require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "positive")
         require(
             self.optimizer != "adafactor" or self.adam_epsilon >= 1e-15,
             "train.adam_epsilon",
             self.adam_epsilon,
             "at least 1e-15 with --train.optimizer adafactor, which divides by it",
         )
-        require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 or more")
-        require(self.forward_reuse_gib > 0, "train.forward_reuse_gib", self.forward_reuse_gib, "positive")
-        require(self.micro_batch_tokens >= 1, "train.micro_batch_tokens", self.micro_batch_tokens, "at least 1")
-        require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "at least 1")
-        require(self.timeout > 0, "train.timeout", self.timeout, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FsdpConfig:
-    """How FSDP2 shards, with --engine fsdp."""
+    """Sharding with FSDP2 (--engine fsdp)."""
 
     reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward and gather them again for the backward. false: keep them until
+    """Free a block's gathered weights after its forward and gather them again for the backward. false: hold them until
     the backward (more memory, less communication)."""
     cpu_offload: bool = False
-    """Keep each rank's shards, gradients and optimizer in CPU memory, and bring a block to the GPU when it runs."""
+    """Hold each rank's shards, gradients and optimizer state in CPU memory, and copy a block to the GPU when it
+    runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is saved so that a run that is killed goes on as if nothing had happened. Under OUTPUT_DIR/checkpoints."""
+    """Checkpoints to resume a run from, in OUTPUT_DIR/checkpoints."""
 
     every: int = 50
-    """Steps between checkpoints; one more is written at the end and when the run is told to stop. 0: none at all."""
+    """Steps between checkpoints; one more is written at the end and when the run is told to stop. 0: no checkpoints."""
     keep: int = 2
-    """How many checkpoints are kept, the newest."""
+    """Number of checkpoints that are retained, the newest ones."""
     fallback: bool = False
-    """With --resume auto: where the newest checkpoint is damaged, go on from the newest one that is not."""
+    """With --resume auto: if the newest checkpoint is damaged, resume from the newest intact one."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        require_least(self, "checkpoint.", every=0, keep=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,37 +241,65 @@ class EvalConfig:
 
     every: int | None = None
     """Steps between evaluations. Default: a fifth of the run, which makes six with the one before the first step. 0:
-    only before and after."""
+    only before and after training."""
     sample: int = 128
-    """Examples, as many of each source, whose loss an evaluation between the first and the last computes; it generates
-    nothing. The first and the last compute all examples, and say how these do too: curves and the best adapter compare
-    the same examples throughout."""
+    """Examples, equally many of each source, in an evaluation between the first and the last; it computes losses and
+    generates nothing. The first and the last cover all examples and report this sample too, so curves and the best
+    adapter always compare the same examples."""
     generate: int = 24
     """Examples per source whose answer is generated and compared. 0: loss only."""
     max_new_tokens: int = 64
     """Longest generated answer, in tokens."""
     limit: int = 1000
-    """Most held-out examples per source. What is left out is counted."""
+    """Most held-out examples per source. The examples left out are counted."""
 
     def __post_init__(self) -> None:
-        require(self.every is None or self.every >= 0, "eval.every", self.every, "0 or more")
-        require(self.sample >= 1, "eval.sample", self.sample, "at least 1")
-        require(self.generate >= 0, "eval.generate", self.generate, "0 or more")
-        require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "at least 1")
-        require(self.limit >= 1, "eval.limit", self.limit, "at least 1")
+        require_least(self, "eval.", every=0, sample=1, generate=0, max_new_tokens=1, limit=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """What a run measures about itself."""
+    """Timing and display."""
 
     floor_every: int = 20
-    """Steps between re-runs of the bare floor (costs one step each). 0: never."""
+    """Steps between measurements of the bare floor, a step on the same tokens without selection (each costs one such
+    step). 0: never."""
     display: Literal["auto", "live", "plain", "off"] = "auto"
-    """live: a display that updates in place. plain: a line per step. auto: live on a terminal, else plain."""
+    """live: a display that updates in place. plain: one line per step. auto: live on a terminal, else plain."""
 
     def __post_init__(self) -> None:
-        require(self.floor_every >= 0, "profile.floor_every", self.floor_every, "0 or more")
+        require_least(self, "profile.", floor_every=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcesConfig:
+    """Refreshing the sources during a run."""
+
+    refresh_every: int = 0
+    """Steps between refreshes of the sources; 0: never. With --data.sources, the examples seen since the last refresh
+    are re-clustered by the model's hidden states, taken from the forwards of sketching and training. Without it (for a
+    mixture that drifts), the sources that were small among the candidates since then become the kept ones, and the
+    moments restart."""
+
+    def __post_init__(self) -> None:
+        require_least(self, "sources.", refresh_every=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Experiment trackers that receive every step and evaluation from rank 0."""
+
+    to: list[str] = field(default_factory=list)
+    """Any of tensorboard (written to OUTPUT_DIR/tensorboard), wandb, mlflow and trackio. Each must be installed, and
+    takes its server and credentials from its own environment variables. Default: none."""
+    project: str = "colm_scale"
+    """Project (wandb, trackio) or experiment (mlflow) of the run."""
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            require(name in TRACKERS, "track.to", name, f"one or more of {', '.join(TRACKERS)}")
+        require(len(set(self.to)) == len(self.to), "track.to", self.to, "each tracker once")
+        require(bool(self.project), "track.project", self.project, "a name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,22 +318,23 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     audit: bool = True
-    """Write every candidate of every step, and what became of it and why, to OUTPUT_DIR/audit (Parquet)."""
+    """Write every candidate of every step, its outcome and the reason to OUTPUT_DIR/audit (Parquet)."""
     output_dir: str | None = None
-    """Folder of the run. Default: runs/ and the date and time."""
+    """Directory of the run. Default: runs/ and the date and time."""
     ds_config: str | None = None
-    """DeepSpeed configuration: ZeRO stage, offload, communication; nothing that the run decides. A JSON file, or zero1,
-    zero2, zero2_offload, zero3 or zero3_offload, which the package brings. Needs the extra colm_scale[deepspeed]."""
+    """DeepSpeed configuration: ZeRO stage, offload and communication, but nothing that the run decides. A JSON file, or
+    zero1, zero2, zero2_offload, zero3 or zero3_offload, which ship with the package. Requires the extra
+    colm_scale[deepspeed]."""
     engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
-    """What shards the model. auto: deepspeed with --ds_config, else ddp with several ranks, else single."""
+    """Engine that shards the model. auto: deepspeed with --ds_config, else ddp on several ranks, else single."""
     resume: str = "none"
-    """auto: go on from the newest checkpoint in OUTPUT_DIR, or begin where there is none. A folder: go on from that
-    checkpoint, or from the newest of that run. none: begin."""
+    """auto: resume from the newest checkpoint in OUTPUT_DIR, or start if there is none. A folder: resume from that
+    checkpoint, or from the newest one of that run. none: start from the beginning."""
 
     def __post_init__(self) -> None:
         if self.train.packing == "on" and self.model.attention in ("eager", "flash_attention_2"):
             raise UserError(
-                f"--train.packing on goes with attention sdpa only, not with --model.attention {self.model.attention}: "
+                f"--train.packing on requires attention sdpa and contradicts --model.attention {self.model.attention}: "
                 f"leave one out"
             )
         if self.train.forward_reuse != "off":
@@ -326,36 +345,36 @@ class RunConfig:
                 f"again, but --selection.kept_sources names them: leave one out"
             )
         if self.engine == "deepspeed" and self.ds_config is None:
-            raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config zero2")
+            raise UserError("--engine deepspeed requires --ds_config: add it, for instance --ds_config zero2")
         if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):
             raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
         if self.resume == "auto" and self.output_dir is None:
-            raise UserError("--resume auto looks for checkpoints in the run's folder: name it with --output_dir")
+            raise UserError("--resume auto looks for checkpoints in the run's directory: name it with --output_dir")
 
     @property
     def reclusters(self) -> bool:
-        """Whether a refresh of the sources clusters examples again, rather than choosing the kept sources again."""
+        """True if a refresh re-clusters examples, rather than choosing the kept sources again."""
         return self.sources.refresh_every > 0 and self.data.sources is not None
 
     def _check_reusable(self) -> None:
         selection, option = self.selection, f"--train.forward_reuse {self.train.forward_reuse}"
         if selection.method != "colm" or selection.estimator == "length":
             what = "estimator length" if selection.method == "colm" else f"method {selection.method}"
-            raise UserError(f"{option} uses the candidates' forward, and {what} has none: leave it out")
+            raise UserError(f"{option} reuses the candidates' forward, and {what} has none: leave it out")
         if is_own(selection.estimator):
             raise UserError(
-                f"{option} uses the candidates' forward, and whether --selection.estimator {selection.estimator} runs "
-                f"one is not known: leave it out"
+                f"{option} reuses the candidates' forward, and --selection.estimator {selection.estimator} may not run "
+                f"one: leave it out"
             )
         if not self.train.activation_checkpointing:
             raise UserError(
-                f"{option} saves what activation checkpointing computes twice: give "
-                f"--train.activation_checkpointing true, or leave it out"
+                f"{option} requires activation checkpointing: add --train.activation_checkpointing true, or leave it "
+                f"out"
             )
         if self.lora.dropout:
             raise UserError(
-                f"{option} needs forwards that are the same each time: give --lora.dropout 0 instead of "
-                f"{self.lora.dropout}, or leave it out"
+                f"{option} requires identical forwards each time, and --lora.dropout is {self.lora.dropout}: use 0, or "
+                f"leave it out"
             )
 
 

@@ -1,4 +1,4 @@
-"""How a wrong value is refused."""
+"""Checks of option values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ def require(condition: bool, option: str, value: object, expected: str) -> None:
         raise UserError(f"--{option} is {value!r}, but must be {expected}")
 
 
+def require_least(options: object, section: str, **least: int) -> None:
+    """Refuse an option of a ``section`` (``train.``) that is below its least; None passes."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        expected = f"at least {bound}" if bound else "0 or more"
+        require(value is None or value >= bound, f"{section}{name}", value, expected)
+
+
+def require_positive(options: object, section: str, *names: str) -> None:
+    """Refuse an option of a ``section`` that is 0 or below; None passes."""
+    for name in names:
+        value = getattr(options, name)
+        require(value is None or value > 0, f"{section}{name}", value, "positive")
+
+
 def check_even_shares(candidates: int, ranks: int) -> None:
     """Refuse candidates that ranks cannot share evenly.
 
@@ -19,6 +34,6 @@ def check_even_shares(candidates: int, ranks: int) -> None:
     """
     if candidates % ranks:
         raise UserError(
-            f"--selection.candidates is {candidates}, which {ranks} ranks cannot share evenly: "
-            f"give a multiple of {ranks}"
+            f"--selection.candidates is {candidates}, which {ranks} ranks cannot share evenly: use a multiple "
+            f"of {ranks}"
         )

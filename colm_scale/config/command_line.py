@@ -1,8 +1,8 @@
-"""What a command line asks for, or one line that says what is wrong with it.
+"""Parsing of command lines and configuration files; an error is one line that names the value and its place.
 
-Options come from dataclasses: their docstrings are the help, a YAML file sets any of those of a run
-(``--config FILE``), and what stands on the command line wins. jsonargparse makes the help and checks values; names,
-and where a name stands, are looked up here.
+Options come from dataclasses, whose docstrings are the help. A YAML file (``--config FILE``) sets any option of a run,
+and the command line overrides it. jsonargparse renders the help and checks values; this module checks names and tracks
+where each option was set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, set_parsing_settings
 
 from colm_scale.config import RunConfig, as_yaml
-from colm_scale.config.plan import PlanConfig
+from colm_scale.config.commands import PlanConfig
 from colm_scale.config.removed import check_option, check_value, is_harmless
 from colm_scale.errors import UserError
 
@@ -35,23 +35,23 @@ class Options(Protocol):
 T = TypeVar("T", bound=Options)
 
 _HINT = "see --help for all options"
-_DRY_RUN = "Do everything up to the first step, say what the run would do and what a rank will need, write nothing."
+_DRY_RUN = "Prepare the run up to its first step, print what it would do and what a rank needs, and write nothing."
 _NUMBER = re.compile(r"[-+]?[.\d]+([eE][-+]?\d+)?")
 _SELECTING = ("selection.", "sources.", "profile.")
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
-    """The configuration that a command line asks for.
+    """Parse the command line of a run.
 
     Raises:
-        UserError: An option is unknown (names the closest) or has a value it cannot have.
+        UserError: An option is unknown (the message names the closest one) or has a wrong value.
         SystemExit: After ``--help`` or ``--print_config``.
     """
     return _run(_run_parser("train"), arguments)[0]
 
 
 def parse_train(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
-    """The same for ``colm-scale train``, and whether only to say what the run would do (``--dry-run``)."""
+    """Parse ``colm-scale train``: as `parse`, and whether ``--dry-run`` is set."""
     parser = _run_parser("train")
     parser.add_extra("dry-run", action="store_true", help=_DRY_RUN)
     config, _ = _run(parser, ["--dry-run" if word == "--dry_run" else word for word in arguments])
@@ -59,7 +59,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
 
 
 def parse_plan(arguments: Sequence[str]) -> tuple[RunConfig, PlanConfig]:
-    """The same for ``colm-scale plan``."""
+    """Parse ``colm-scale plan``: as `parse`, and the options of the plan."""
     parser = _run_parser("plan")
     parser.add_class_arguments(PlanConfig, "plan")
     parser.types |= option_types(PlanConfig, "plan.")
@@ -68,13 +68,13 @@ def parse_plan(arguments: Sequence[str]) -> tuple[RunConfig, PlanConfig]:
 
 
 def parse_own(command: str, options: type[T], arguments: Sequence[str]) -> T:
-    """The options of a command that starts no run: those of the dataclass ``options``.
+    """Parse the options of a command that starts no run, the fields of the dataclass ``options``.
 
-    Its first field, if it has no default, is what the command is about, and written without its name: ``colm-scale
-    explain RUN``, or several words where it is a list.
+    A first field without a default is the command's subject, which is written without its name: ``colm-scale explain
+    RUN``, or several words if it is a list.
 
     Raises:
-        UserError: As `parse`; also if what the command is about is not given.
+        UserError: As `parse`; also if the subject is missing.
     """
     parser = _new_parser(command, options)
     first = dataclasses.fields(options)[0]
@@ -85,8 +85,9 @@ def parse_own(command: str, options: type[T], arguments: Sequence[str]) -> T:
 
 
 def read_trained(path: Path) -> RunConfig:
-    """The configuration that a run has saved, without how its examples were selected: nothing that is done with the
-    adapter depends on that, and an older version may have had other options for it.
+    """Read the configuration that a run has saved, except the options of its selection.
+
+    Work with the adapter does not depend on those, and older versions had others.
 
     Raises:
         UserError: The file cannot be read, or is not a configuration.
@@ -95,7 +96,7 @@ def read_trained(path: Path) -> RunConfig:
 
 
 def option_types(config_class: type[Options] = RunConfig, prefix: str = "") -> dict[str, str]:
-    """Every option (without dashes) and the type it takes, e.g. ``{"train.steps": "int | None"}``."""
+    """Return the type of every option by name, e.g. ``{"train.steps": "int | None"}``."""
     types: dict[str, str] = {}
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -110,28 +111,28 @@ def option_types(config_class: type[Options] = RunConfig, prefix: str = "") -> d
 
 
 class _Parser(ArgumentParser):
-    """Makes the help, and checks values that `_read` has found.
+    """Renders the help, and checks the values found by `_read`.
 
     Attributes:
-        types: Every option and the type it takes; empty for one that takes no word.
-        extras: Options that are no part of a configuration.
-        subject: The option that is written without its name.
-        stated: Where each option was set (empty: on the command line), and to what.
+        types: Type of every option; empty for an option without a value.
+        extras: Options that are not part of a configuration.
+        subject: The option that is written without its name; empty if there is none.
+        stated: Where each option was set (empty: on the command line), and its value.
     """
 
     types: dict[str, str]
     extras: set[str]
-    subject: str | None = None
+    subject: str = ""
     stated: dict[str, tuple[str, str]]
 
     def add_extra(self, name: str, **settings: Any) -> None:
-        """Declare an option that is no part of a configuration."""
+        """Declare an option that is not part of a configuration."""
         self.add_argument(f"--{name}", default=SUPPRESS, **settings)
         self.types[name] = "" if "action" in settings else "str"
         self.extras.add(name)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say in one line which value is wrong, and where it stands."""
+        """Report the wrong value and its place in one line."""
         found = re.search(r"(?:Parser|Validation) key \"?([\w.]+)\"?:", message)
         if found and found[1] in self.stated:
             place, value = self.stated[found[1]]
@@ -151,7 +152,7 @@ def _new_parser(command: str, options: type[Options]) -> _Parser:
 def _run_parser(command: str) -> _Parser:
     parser = _new_parser(command, RunConfig)
     parser.add_extra("config", help="YAML file with options; the command line overrides it.")
-    parser.add_extra("print_config", action="store_true", help="Print all options as such a file, and exit.")
+    parser.add_extra("print_config", action="store_true", help="Print all options as a file for --config, and exit.")
     parser.add_extra("local_rank", help=SUPPRESS)  # the DeepSpeed launcher passes it
     return parser
 
@@ -170,10 +171,10 @@ def _run(parser: _Parser, arguments: Sequence[str], leave_out: tuple[str, ...] =
 
 
 def _read(parser: _Parser, arguments: Sequence[str], leave_out: tuple[str, ...] = ()) -> Namespace:
-    """What files and the command line say.
+    """Read the files and the command line.
 
     Args:
-        leave_out: Beginnings of names in files that are of no interest.
+        leave_out: Prefixes of option names to ignore in files.
     """
     if {"-h", "--help"} & set(arguments):
         _show_help(parser)
@@ -192,7 +193,7 @@ def _read(parser: _Parser, arguments: Sequence[str], leave_out: tuple[str, ...] 
 
 
 def _show_help(parser: _Parser) -> NoReturn:
-    """Print the help, without what jsonargparse would read besides: a file for each group, and ``--name+``."""
+    """Print the help without jsonargparse's own additions: a file per group, and ``--name+``."""
     for action in parser._actions:
         action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
         if action.option_strings[-1].removeprefix("--") not in (*parser.types, "help"):
@@ -202,23 +203,23 @@ def _show_help(parser: _Parser) -> NoReturn:
 
 
 def _check_name(place: str, name: str, value: object, options: Collection[str]) -> None:
-    """Refuse an option that was removed, or that there never was."""
+    """Refuse an unknown or removed option, or a removed value."""
     try:
         check_value(name, value)
         if name not in options:
             check_option(name)
             near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-            written = name if place else f"--{name}"  # as it stands there
+            written = name if place else f"--{name}"  # as written there
             raise UserError(f"unknown option {written}{f': did you mean --{near[0]}?' if near else ''} ({_HINT})")
     except UserError as error:
         raise UserError(f"{place}{error}") from None
 
 
 def _split(parser: _Parser, arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Every option of a command line with its value; words that belong to none are what the command is about."""
+    """Split a command line into options with their values; words that belong to no option are the subject."""
     given: list[tuple[str, list[str]]] = []
     loose: list[str] = []
-    more, waiting = False, False  # whether the last option takes any number of words, and whether it still takes one
+    more, waiting = False, False  # whether the last option takes several words, and whether it still needs one
     for word in arguments:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
@@ -246,12 +247,12 @@ def _one(subject: str) -> str:
 
 
 def _joined(name: str, words: Sequence[str], kind: str) -> str:
-    """The words of an option as one: a list may be written ``a.jsonl b.jsonl`` or ``[a.jsonl, b.jsonl]``."""
+    """Join the words of an option: a list may be written ``a.jsonl b.jsonl`` or ``[a.jsonl, b.jsonl]``."""
     if not words and kind:
-        raise UserError(f"--{name} is given no value, but must be {_readable(kind)}")
+        raise UserError(f"--{name} has no value, but must be {_readable(kind)}")
     if not _takes_several(kind):
         if len(words) > 1:
-            raise UserError(f"there are {len(words)} where one {_one(name)} is taken: {' '.join(words)} ({_HINT})")
+            raise UserError(f"expected one {_one(name)}, but got {len(words)}: {' '.join(words)} ({_HINT})")
         return "".join(words)
     one = words[0] if len(words) == 1 else ""
     if one.startswith("[") or one == "null" or ("float" in kind and _NUMBER.fullmatch(one)):
@@ -260,14 +261,14 @@ def _joined(name: str, words: Sequence[str], kind: str) -> str:
 
 
 def _readable(kind: str) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     choices = re.sub(r"Literal\[(.*?)\]", r"one of \1", kind.replace(" | None", "").replace(" | ", " or "))
     return re.sub(r"\b(int|float|bool|str)\b(?!')", lambda name: words[name[0]], choices)
 
 
 def _entries(path: str, options: Container[str]) -> list[tuple[str, str, Any]]:
-    """Place, name and value of each option in a YAML file."""
+    """Read place, name and value of each option in a YAML file."""
     try:
         with open(path, encoding="utf-8") as file:
             loader = yaml.SafeLoader(file.read())
@@ -285,13 +286,13 @@ def _entries(path: str, options: Container[str]) -> list[tuple[str, str, Any]]:
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"--config {path}{line}: not YAML ({problem})") from None
     kind = "a list" if isinstance(root, yaml.SequenceNode) else "a value" if root else "nothing"
-    raise UserError(f"--config {path} holds {kind}, but must hold options, as --print_config shows them")
+    raise UserError(f"--config {path} contains {kind}, but must contain options in the format of --print_config")
 
 
 def _walk(
     loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str, options: Container[str]
 ) -> Iterator[tuple[int, str, Any]]:
-    """Line, name and value of each option below a node."""
+    """Yield line, name and value of each option below a node."""
     loader.flatten_mapping(node)
     for key, below in node.value:
         name = f"{prefix}{key.value}"

@@ -1,4 +1,4 @@
-"""Options and values that an earlier version had, and the way on from each."""
+"""Options and values of earlier versions, each with its replacement."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _KEPT = "use --selection.kept_sources with a number"
 
 
 class Removed(NamedTuple):
-    """An option that went.
+    """A removed option.
 
     Attributes:
-        default: Its default, which asks for what is done now: the file of an older run may say so.
-        way_out: Its successor, or the page that says why it went.
+        default: Its default, which matches today's behaviour; the files of older runs may contain it.
+        way_out: Its replacement, or the page that explains the removal.
     """
 
     default: object
@@ -35,7 +35,7 @@ OPTIONS = {
     "selection.allocation_floor": Removed(1, _SHARES),
     "selection.derivative": Removed("finite", "--selection.estimator last_layer is exact and cheaper"),
     "selection.float32_blocks": Removed(2, "it is 2 now"),
-    "selection.joint": Removed(False, "each source is ranked by itself"),
+    "selection.joint": Removed(False, "each source is ranked separately"),
     "selection.kept_cap": Removed(1.0, f"it starves small sources, {_NEGATIVE}"),
     "selection.kept_quantile": Removed(0.5, _KEPT),
     "selection.kept_rule": Removed("average", _KEPT),
@@ -48,7 +48,6 @@ OPTIONS = {
     "sources.dimensions": Removed(64, "it is 64 now"),
     "track.name": Removed(None, "trackers take the name of --output_dir"),
 }
-"""Options that went."""
 
 VALUES = {
     ("selection.allocation", "equal"): "use --selection.shares equal",
@@ -63,29 +62,29 @@ VALUES = {
         for name in ("importance", "pursuit", "top")
     },
 }
-"""Values that went: of options that stay, and of some that went as well, where a value has a successor of its own."""
+"""Removed values of current options, and values of removed options that have their own replacement."""
 
 
 def check_option(name: str) -> None:
-    """Refuse an option that went.
+    """Refuse a removed option.
 
     Raises:
-        UserError: It did; the message names the way on.
+        UserError: The option was removed; the message names the replacement.
     """
     if name in OPTIONS:
         raise UserError(f"--{name} was removed: {OPTIONS[name].way_out}")
 
 
 def check_value(name: str, value: object) -> None:
-    """Refuse a value that went.
+    """Refuse a removed value.
 
     Raises:
-        UserError: It did; the message names the way on.
+        UserError: The value was removed; the message names the replacement.
     """
     if isinstance(value, str) and (name, value) in VALUES:
         raise UserError(f"--{name} {value} was removed: {VALUES[name, value]}")
 
 
 def is_harmless(name: str, value: object) -> bool:
-    """Whether an option went and has its default, as in the files of most older runs."""
+    """Return True for a removed option at its default, as in the files of most older runs."""
     return name in OPTIONS and OPTIONS[name].default == value

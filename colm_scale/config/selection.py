@@ -1,4 +1,4 @@
-"""The options of the selection: which candidates are trained on."""
+"""The options of the selection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from colm_scale.config import user_functions as own
-from colm_scale.config.checks import require
+from colm_scale.config.checks import require, require_least
 from colm_scale.config.shares import Shares, is_file, parse_shares, read_shares
 from colm_scale.errors import UserError
 
@@ -18,108 +18,90 @@ Metric = Literal["l1", "l2", "cosine"]
 Weights = Literal["uniform", "cluster", "unbiased"]
 
 MOST_COMPARED = 8192
-"""Most candidates that are ever compared each with each other: the two float64 matrices that takes are 1 GiB."""
+"""Most candidates that are compared in pairs; the two float64 matrices take 1 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
-    """Which candidates are trained on."""
+    """Selection of the coreset."""
 
     method: Method = "colm"
-    """colm: kept sources, quotas, facility location on gradient sketches. stratified: the same kept sources and quotas,
-    random within. random: uniform. full: every candidate, in accumulated micro-batches. replay: what another run has
-    selected."""
+    """colm: kept sources, quotas, and facility location on gradient sketches. stratified: the same kept sources and
+    quotas, with random picks. random: a uniform draw. full: every candidate, in accumulated micro-batches. replay: the
+    selections that another run has recorded."""
     replay: str | None = None
-    """replay: that run's folder, or its selection.jsonl."""
+    """Folder of the run to replay, or its selection.jsonl."""
     preset: Literal["none", "paper"] = "none"
-    """paper: one zeroth-order probe, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580), whatever the options
-    below say."""
+    """paper: one zeroth-order probe, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580); overrides the options
+    below."""
     candidates: int = 64
     """Candidates per optimizer step, over all ranks (n)."""
     budget: int = 32
-    """Coreset per optimizer step, over all ranks (b)."""
+    """Size of the coreset per optimizer step, over all ranks (b)."""
     estimator: EstimatorName | str = "last_layer"
-    """What is known of a candidate. last_layer: exact gradient of the probe tensor. zeroth_order: its derivatives along
-    `num_probes` random directions. length: its tokens, for which nothing is forwarded. Or a function of your own,
+    """Sketch of a candidate. last_layer: exact gradient of the probe tensor. zeroth_order: its derivatives along
+    `num_probes` random directions. length: the number of tokens, without a forward. Or your own function,
     FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     ranking: Ranking | str = "facility"
-    """How a source's quota is picked. facility: medoids that stand for all (the paper's). matching: the subset whose
-    mean gradient is nearest the candidates', by swaps. systematic: sort by one number and take every n-th. Or a
-    function of your own, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
+    """Choice of the picks that fill a source's quota. facility: medoids that represent all candidates (the paper's).
+    matching: the subset whose mean gradient is nearest to the candidates', by swaps. systematic: sort by one score and
+    take every n-th. Or your own function, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     shares: Shares = "proportional"
-    """How colm and stratified share out the budget over the sources that are not kept. proportional: to their
-    candidates (the paper's). equal: the same to each. A number: to their training examples to that power (1: to their
-    size, 0: equal). Or ratios of your own, '{math: 3, code: 1}', or the .yaml or .json file that holds them; every
-    source that is not kept must have one, and with 0 it has no quota."""
+    """Division of the budget among the sources that are not kept, for colm and stratified. proportional: to their
+    candidates (the paper's). equal: the same for each. A number: to their training examples raised to that power (1:
+    their size, 0: equal). Or your own ratios, '{math: 3, code: 1}', or a .yaml or .json file with them; every source
+    that is not kept needs one, and 0 means no quota."""
     coverage_floor: float = 0.0
-    """colm and stratified: at least this share of each source's candidates is trained on, over any stretch of steps and
-    so in every pass over the data; what one step lacks the next ones make up. At most budget / candidates. 0: none."""
+    """colm and stratified: train on at least this share of each source's candidates, over any stretch of steps and so
+    in every pass over the data; later steps make up for what one step lacks. At most budget / candidates. 0: none."""
     num_probes: int = 1
     """Random directions of the zeroth-order estimator (K)."""
     columns: int = 512
-    """Numbers per candidate that are compared (h)."""
+    """Numbers compared per candidate (h)."""
     compression: Literal["columns", "countsketch"] = "columns"
-    """last_layer: how the gradient becomes `columns` numbers. columns: its most telling ones, per source (the paper's).
-    countsketch: a random projection of the update, one sign and place per number."""
+    """last_layer: reduction of the gradient to `columns` numbers. columns: the entries with the largest mean update,
+    per source (the paper's). countsketch: a random projection of the update, one sign and place per number."""
     metric: Metric = "l1"
     """Distance between sketches."""
     weights: Weights = "uniform"
-    """Weight of a coreset example. uniform: 1 (the paper's). cluster (facility): the number of candidates it stands
-    for. unbiased: a source's picks stand for its candidates, each for as many. With a draw (systematic, stratified) the
-    expected gradient is then that of all candidates, if every source has a quota. A kept example counts 1."""
+    """Weight of a coreset example. uniform: 1 (the paper's). cluster (facility only): the number of candidates it
+    represents. unbiased: a source's picks represent all its candidates, in equal parts. If the picks are drawn
+    (systematic, stratified) and every source has a quota, the expected gradient is then that of all candidates. A kept
+    example counts 1."""
     kept_sources: float | list[str] | None = None
     """Sources whose candidates are all trained on. Default: those with fewer examples than the average source (the
     paper's). A number in [0, 1]: that share of the sources, the smallest ones. Names: these; `[]`: none."""
     overflow: Literal["subset", "fail"] = "subset"
-    """If not all kept candidates fit into the budget: train on a uniform draw of them (subset), or end the run
-    (fail)."""
+    """If the kept candidates exceed the budget: train on a uniform draw of them (subset), or end the run (fail)."""
     probe: str = "v"
-    """Linear layer whose LoRA B matrix is the probe: v, q, k, o (of the attention) or mlp (its last layer), found by
-    what they do, or a layer's name."""
+    """Linear layer whose LoRA B matrix is the probe: v, q, k, o (of the attention) or mlp (its last layer), recognised
+    by their function, or a layer's name."""
     reuse: int = 0
-    """Most steps for which the sketch of an example counts when it is a candidate again; with as many as the run has,
-    later epochs forward nothing. 0: every sketch is new. last_layer: not with compression columns."""
+    """Reuse an example's sketch for up to this many steps; with as many as the run has, later epochs sketch nothing. 0:
+    every sketch is new. last_layer requires --selection.compression countsketch."""
 
     def __post_init__(self) -> None:
         _require_part("estimator", self.estimator, EstimatorName)
         _require_part("ranking", self.ranking, Ranking)
         if (self.method == "replay") != (self.replay is not None):
-            raise UserError("--selection.method replay and --selection.replay FILE belong together: give both")
-        require(self.candidates >= 1, "selection.candidates", self.candidates, "at least 1")
-        require(self.budget >= 1, "selection.budget", self.budget, "at least 1")
-        require(
-            self.budget <= self.candidates,
-            "selection.budget",
-            self.budget,
-            f"at most --selection.candidates ({self.candidates})",
-        )
-        require(self.num_probes >= 1, "selection.num_probes", self.num_probes, "at least 1")
-        require(self.columns >= 1, "selection.columns", self.columns, "at least 1")
+            raise UserError("--selection.method replay and --selection.replay FILE belong together: add the other")
+        require_least(self, "selection.", candidates=1, budget=1, num_probes=1, columns=1, reuse=0)
+        most = f"at most --selection.candidates ({self.candidates})"
+        require(self.budget <= self.candidates, "selection.budget", self.budget, most)
         object.__setattr__(self, "shares", parse_shares(self.shares))
         if self.coverage_floor:
             self._check_coverage()
         if isinstance(self.kept_sources, (int, float)):
             require(0 <= self.kept_sources <= 1, "selection.kept_sources", self.kept_sources, "in [0, 1], or names")
-        require(self.reuse >= 0, "selection.reuse", self.reuse, "0 or more")
-        if self.reuse and self.preset == "none" and (self.estimator, self.compression) == ("last_layer", "columns"):
-            raise UserError(
-                f"--selection.reuse {self.reuse} compares sketches of several steps, and the columns that "
-                f"--selection.estimator last_layer compares are others in each: add --selection.compression countsketch"
-            )
-        if self.reuse and self.preset == "none" and own.is_own(self.estimator):
-            raise UserError(
-                f"--selection.reuse {self.reuse} goes with the estimators of the package only, not with "
-                f"--selection.estimator {self.estimator}: leave it out"
-            )
         if self.preset == "none":
-            self._check_ranking()
+            self._check_parts()
 
     def _check_coverage(self) -> None:
-        """A floor that can be met, under a method that has quotas to meet it by."""
+        """Check that the floor can be met, and that the method has quotas."""
         option = f"--selection.coverage_floor {self.coverage_floor}"
         require(0 < self.coverage_floor <= 1, "selection.coverage_floor", self.coverage_floor, "in [0, 1]")
         if self.method == "random":
-            raise UserError(f"{option} needs quotas, which --selection.method random has not: give stratified")
+            raise UserError(f"{option} requires quotas, and --selection.method random has none; use stratified")
         if isinstance(self.shares, dict) and not all(self.shares.values()):
             without = ", ".join(name for name, ratio in self.shares.items() if not ratio)
             raise UserError(
@@ -129,32 +111,43 @@ class SelectionConfig:
         if self.method in ("colm", "stratified") and self.coverage_floor * self.candidates > self.budget:
             raise UserError(
                 f"{option} asks for more than --selection.budget {self.budget} of --selection.candidates "
-                f"{self.candidates} can give: give at most {self.budget / self.candidates:.6g}, or a larger budget"
+                f"{self.candidates} can give: use at most {self.budget / self.candidates:.6g}, or a larger budget"
             )
 
-    def _check_ranking(self) -> None:
-        """What goes with which ranking."""
+    def _check_parts(self) -> None:
+        """Check that estimator, ranking, weights and reuse go together."""
+        option = f"--selection.reuse {self.reuse}"
+        if self.reuse and (self.estimator, self.compression) == ("last_layer", "columns"):
+            raise UserError(
+                f"{option} compares sketches of several steps, and --selection.estimator last_layer compares other "
+                f"columns in each: add --selection.compression countsketch"
+            )
+        if self.reuse and own.is_own(self.estimator):
+            raise UserError(
+                f"{option} works only with the package's estimators, not with --selection.estimator {self.estimator}: "
+                f"leave it out"
+            )
         if self.weights == "cluster" and self.ranking != "facility":
             raise UserError(
-                f"--selection.weights cluster counts what a medoid stands for, and --selection.ranking {self.ranking} "
-                f"picks none: give --selection.ranking facility, or --selection.weights unbiased"
+                f"--selection.weights cluster counts the candidates a medoid represents, and --selection.ranking "
+                f"{self.ranking} picks no medoids: use --selection.ranking facility, or --selection.weights unbiased"
             )
         if self.candidates > MOST_COMPARED and self.ranking == "matching":
             raise UserError(
-                f"--selection.candidates {self.candidates} are too many to compare each with each other, as "
-                f"--selection.ranking matching does: give at most {MOST_COMPARED}, or --selection.ranking facility"
+                f"--selection.candidates {self.candidates} are too many to compare in pairs, as --selection.ranking "
+                f"matching does: use at most {MOST_COMPARED}, or --selection.ranking facility"
             )
 
     @property
     def sketches(self) -> bool:
-        """Whether the method compares candidates by sketches."""
+        """True if the method compares candidates by sketches."""
         return self.method == "colm"
 
     def check_own(self) -> None:
-        """Load the functions of the user's that the method uses.
+        """Load the user's own functions that the method uses.
 
         Raises:
-            UserError: One cannot be loaded, or is none.
+            UserError: One cannot be loaded, or is not a function.
         """
         if self.method == "colm":
             for option, name, parameters in (("estimator", self.estimator, 2), ("ranking", self.ranking, 1)):
@@ -162,10 +155,10 @@ class SelectionConfig:
                     own.load_own(f"selection.{option}", name, parameters)
 
     def resolved(self) -> SelectionConfig:
-        """With the preset written out, and a file of shares read.
+        """Expand the preset, and read a file of shares.
 
         Raises:
-            UserError: The file cannot be read, or does not hold ratios.
+            UserError: The file cannot be read, or does not contain ratios.
         """
         if self.preset == "none":
             return dataclasses.replace(self, shares=read_shares(str(self.shares))) if is_file(self.shares) else self
@@ -187,5 +180,5 @@ class SelectionConfig:
 
 def _require_part(option: str, name: str, parts: Any) -> None:
     known = get_args(parts)
-    expected = f"one of {', '.join(known)}, or a function of yours ({own.FORM})"
+    expected = f"one of {', '.join(known)}, or your own function ({own.FORM})"
     require(name in known or own.is_own(name), f"selection.{option}", name, expected)

@@ -1,7 +1,4 @@
-"""The value of ``--selection.shares``: a name, an exponent, ratios of one's own, or the file that holds them.
-
-One pure function takes all of them, as text or as what a parser made of it; another one reads the file.
-"""
+"""The value of ``--selection.shares``: a name, an exponent, ratios by source, or a file with such ratios."""
 
 from __future__ import annotations
 
@@ -21,15 +18,15 @@ _FILES = (".yaml", ".yml", ".json")
 _OPTION = "--selection.shares"
 _FORMS = (
     f"{', '.join(_NAMES)}, a number that is 0 or more, ratios like {{math: 3, code: 1}}, or a {', '.join(_FILES[:-1])} "
-    f"or {_FILES[-1]} file that holds some"
+    f"or {_FILES[-1]} file of ratios"
 )
 
 
 def parse_shares(value: object) -> Shares:
-    """A name, an exponent, ratios by source, or the path of a file with ratios; text may be any of them.
+    """Parse a name, an exponent, ratios by source, or the path of a file with ratios, any of them also as text.
 
     Raises:
-        UserError: It is none of them, or a number or ratio that has no meaning.
+        UserError: It is none of these, or a number or ratio is negative or not finite.
     """
     if isinstance(value, str):
         value = _from_text(value.strip())
@@ -44,15 +41,15 @@ def parse_shares(value: object) -> Shares:
 
 
 def is_file(shares: Shares) -> bool:
-    """Whether the ratios are still to be read from a file."""
+    """Return True if the ratios must still be read from a file."""
     return isinstance(shares, str) and shares not in _NAMES
 
 
 def read_shares(path: str) -> dict[str, float]:
-    """The ratios in a YAML or JSON file.
+    """Read the ratios in a YAML or JSON file.
 
     Raises:
-        UserError: It cannot be read, or does not hold ratios. Names the file, and the line of bad syntax.
+        UserError: It cannot be read, or does not contain ratios. Names the file, and the line of bad syntax.
     """
     where = f"{_OPTION} {path}"
     try:
@@ -79,7 +76,7 @@ _Entries = Iterable[tuple[object, object]]
 
 
 def _yaml(text: str, where: str) -> _Entries:
-    """The entries of a mapping, as they are written: a source may be called ``on`` or ``1``."""
+    """Entries of a mapping, exactly as written: a source may be called ``on`` or ``1``."""
     try:
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -87,7 +84,7 @@ def _yaml(text: str, where: str) -> _Entries:
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not YAML ({getattr(error, 'problem', None) or error})") from None
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{where} must hold a number for each source, NAME: NUMBER, and nothing else")
+        raise UserError(f"{where} must contain only a number for each source, NAME: NUMBER")
     return [(_written(key), _written(value)) for key, value in node.value]
 
 
@@ -101,7 +98,7 @@ def _json(text: str, where: str) -> _Entries:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} line {error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(found, tuple):
-        raise UserError(f"{where} must hold an object with a number for each source, and nothing else")
+        raise UserError(f"{where} must contain only an object with a number for each source")
     return found
 
 
@@ -122,7 +119,7 @@ def _ratios(entries: _Entries, where: str) -> dict[str, float]:
 
 
 def _number(value: object) -> float | None:
-    """A finite number that is not negative; None for anything else."""
+    """Parse a finite number that is not negative; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

@@ -1,5 +1,4 @@
-"""Parts of a selection that are not in the package: functions of the user's, named FILE.py:FUNCTION or
-MODULE:FUNCTION."""
+"""The user's own functions in a selection, named FILE.py:FUNCTION or MODULE:FUNCTION."""
 
 from __future__ import annotations
 
@@ -20,24 +19,24 @@ FORM = "FILE.py:FUNCTION or MODULE:FUNCTION"
 
 
 def is_own(name: str) -> bool:
-    """Whether an option's value names a function of the user's rather than a part of the package."""
+    """Return True if an option's value names a function of the user rather than a part of the package."""
     module, colon, function = name.partition(":")
     return bool(module and colon) and function.isidentifier()
 
 
 def load_own(option: str, name: str, parameters: int) -> Callable[..., Any]:
-    """The function that ``--option name`` names. Runs the code of its file, once per process.
+    """Load the function that ``--option name`` names; its file runs once per process.
 
     Args:
-        parameters: How many it must take.
+        parameters: Number of parameters it must take.
 
     Raises:
-        UserError: The file cannot be read or run, or holds no such function.
+        UserError: The file cannot be read or run, or has no such function.
     """
     place, _, called = name.partition(":")
     try:
         function = getattr(_module(place), called, None)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code can raise anything
         raise UserError(f"--{option} {name}: {place} cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"--{option} {name}: there is no function {called} in {place}")
@@ -59,9 +58,9 @@ def _module(place: str) -> ModuleType:
     path = Path(place)
     if not path.is_file():
         raise FileNotFoundError("no such file")
-    loader = SourceFileLoader(f"own:{place}", str(path))  # a name that no other module has
+    loader = SourceFileLoader(f"own:{place}", str(path))  # a unique module name
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
-    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
+    module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
     loader.exec_module(module)
     return module

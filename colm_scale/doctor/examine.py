@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colm_scale.config.tools import DoctorConfig
+from colm_scale.config.commands import DoctorConfig
 from colm_scale.doctor import machine
 from colm_scale.doctor.finding import Finding, guarded
 from colm_scale.doctor.hosts import check_hostfile

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.config.checks import check_even_shares
-from colm_scale.config.plan import PlanConfig
+from colm_scale.config.commands import PlanConfig
 from colm_scale.config.user_functions import is_own
 from colm_scale.engines.base import trainable
 from colm_scale.engines.choose import check_optimizer, sharding

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from colm_scale.config import RunConfig
-from colm_scale.config.track import TrackConfig
+from colm_scale.config import RunConfig, TrackConfig
 from colm_scale.errors import UserError
 from colm_scale.records import Json, StepReport
 from colm_scale.reporting.run_directory import metrics_row, writing

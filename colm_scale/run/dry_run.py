@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from colm_scale.config import RunConfig
-from colm_scale.config.plan import PlanConfig
+from colm_scale.config.commands import PlanConfig
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
 from colm_scale.errors import UserError

@@ -1,15 +1,15 @@
-"""Why each candidate of a step was trained on or not, and by what it was compared. Nothing here decides anything.
+"""The audit of a step: why each candidate was trained on or not, and its score. It influences no selection.
 
-The score is what the ranking goes by, where that is a number of each candidate, and for rankings that look at how
-candidates lie to each other, how well the coreset stands for it:
+The score is the number that the ranking uses, or, for rankings that compare candidates with each other, how well the
+coreset represents the candidate:
 
 | ranking | score |
 |---|---|
 | systematic | the product of the sketch with the mean sketch of the source |
-| every other | distance, in the metric, to the nearest picked candidate of those it was compared with |
+| every other | distance, in the metric, to the nearest picked candidate that it was compared with |
 
-In the last case a picked candidate has 0, and the one that the coreset stands for least the most; the cosine's distance
-is 1 minus it.
+In the last case a picked candidate scores 0, and the one that the coreset represents least scores highest; the cosine
+distance is 1 minus the cosine.
 """
 
 from __future__ import annotations
@@ -33,44 +33,30 @@ def audit(
     kept: Tensor,
     config: SelectionConfig,
 ) -> Audit:
-    """A step's candidates, each with its reason, score and loss.
+    """Find the reason, score and loss of each candidate of a step.
 
     Args:
-        matrix: Without rows where nobody was sketched; then scores and losses are unknown.
-        kept: ``[Q]`` bool, the sources that were kept in this step.
+        matrix: Without rows if nothing was sketched; scores and losses are then unknown.
+        kept: ``[Q]`` bool, the sources kept in this step.
     """
+    sources, protected, valid = candidates.sources, candidates.protected_mask, matrix.valid.cpu()
     scores, losses = torch.full((2, len(candidates)), torch.nan).unbind()
-    valid = matrix.valid.cpu()
-    scores[matrix.positions[valid]] = _scores(matrix, candidates.sources, selection, config)[valid]
+    scores[matrix.positions[valid]] = _scores(matrix, sources, selection, config)[valid]
     if config.estimator != "length":
         losses[matrix.positions] = matrix.losses.float().cpu()
-    return Audit(_reasons(candidates, quota, selection, matrix, kept, config), scores, losses)
-
-
-def _reasons(
-    candidates: Candidates,
-    quota: Quota,
-    selection: Selection,
-    matrix: CandidateMatrix,
-    kept: Tensor,
-    config: SelectionConfig,
-) -> Tensor:
-    """``[n]`` uint8, of `REASONS`."""
-    protected = candidates.protected
-    protected = torch.zeros(len(candidates), dtype=torch.bool) if protected is None else protected
-    found = torch.full((len(candidates),), _CODE["passed over"], dtype=torch.uint8)
+    reasons = torch.full((len(candidates),), _CODE["passed over"], dtype=torch.uint8)
     if config.method in ("colm", "stratified"):
-        found[quota.per_source[candidates.sources] == 0] = _CODE["no quota"]
-        found[kept[candidates.sources] | protected] = _CODE["overflow"]
-    found[matrix.positions[~matrix.valid.cpu()]] = _CODE["invalid"]
-    found[selection.picked] = _CODE["selected"]
+        reasons[quota.per_source[sources] == 0] = _CODE["no quota"]
+        reasons[kept[sources] | protected] = _CODE["overflow"]
+    reasons[matrix.positions[~valid]] = _CODE["invalid"]
+    reasons[selection.picked] = _CODE["selected"]
     entered = selection.positions[: selection.kept]
-    found[entered] = torch.where(protected[entered], _CODE["protected"], _CODE["kept"]).to(torch.uint8)
-    return found
+    reasons[entered] = torch.where(protected[entered], _CODE["protected"], _CODE["kept"]).to(torch.uint8)
+    return Audit(reasons, scores, losses)
 
 
 def _scores(matrix: CandidateMatrix, sources: Tensor, selection: Selection, config: SelectionConfig) -> Tensor:
-    """``[s]`` float32, of each row of the matrix; nan where there is nothing that it was compared with."""
+    """Score each row of the matrix: ``[s]`` float32; nan if it was compared with nothing."""
     found = torch.full((len(matrix.positions),), torch.nan)
     valid, picked = matrix.valid.cpu(), torch.isin(matrix.positions, selection.picked)
     groups = sources[matrix.positions]

@@ -1,7 +1,7 @@
-"""Which columns are compared: per source the h with the largest mean update (DESIGN 2.3, step 4).
+"""The compared columns: for each source, the h with the largest mean update (DESIGN 2.3, step 4).
 
-The sums are taken in fixed point. Integer addition does not depend on order, so the columns depend neither on how rows
-are spread over ranks nor on the device.
+Sums are in fixed point. Integer addition does not depend on order, so the columns depend neither on the distribution
+of rows over ranks nor on the device.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 LARGEST = 16.0
-"""Larger entries of an update count as this much. With Adam's usual betas an entry stays below 4."""
+"""Bound to which entries of an update are clamped. With Adam's usual betas they stay below 4."""
 
 
 def to_fixed(u: Tensor, count: int) -> Tensor:
-    """``u`` as int32 of the finest power-of-two unit in which ``count`` such numbers can be added without overflow."""
+    """Convert ``u`` to int32, in the finest power-of-two unit in which ``count`` numbers add up without overflow."""
     one = 2.0 ** (27 - count.bit_length())  # count * LARGEST * one < 2**31
     return (u.clamp(-LARGEST, LARGEST) * one).round().to(torch.int32)
 
 
 def source_sums(u: Tensor, groups: Tensor, num_groups: int, count: int) -> Tensor:
-    """Fixed-point sum of the updates of each source.
+    """Sum the updates of each source in fixed point.
 
     Args:
         u: ``[s, d]`` finite updates.
         groups: ``[s]`` 0..G-1, the source of each row.
         num_groups: G.
-        count: Rows over all calls and ranks whose results are added up; sets the unit.
+        count: Rows over all calls and ranks whose results are added; sets the unit.
 
     Returns:
         int32 ``[G, d]``.
@@ -36,7 +36,7 @@ def source_sums(u: Tensor, groups: Tensor, num_groups: int, count: int) -> Tenso
 
 
 def top_columns(sums: Tensor, h: int) -> Tensor:
-    """The ``h`` columns with the largest absolute sum of each source; the lowest column wins ties.
+    """Find the ``h`` columns with the largest absolute sum for each source; the lowest column wins ties.
 
     Args:
         sums: int32 ``[G, d]``.
@@ -48,11 +48,11 @@ def top_columns(sums: Tensor, h: int) -> Tensor:
 
 
 def merge_proposals(values: Tensor, columns: Tensor, h: int) -> Tensor:
-    """`top_columns` of the whole, from the best columns of each owner of a part.
+    """Find `top_columns` of the whole from the best columns of each part's owner.
 
     Args:
-        values: int32 ``[W, G, k]`` sums of the columns each of W owners proposes, k at least h or all it owns.
-        columns: int64 ``[W, G, k]`` their numbers in the whole.
+        values: int32 ``[W, G, k]`` sums of the columns proposed by each of W owners, k at least h or all it owns.
+        columns: int64 ``[W, G, k]`` their indices in the whole.
 
     Returns:
         int64 ``[G, min(h, W * k)]``, ascending.
@@ -61,7 +61,7 @@ def merge_proposals(values: Tensor, columns: Tensor, h: int) -> Tensor:
 
 
 def _best(values: Tensor, columns: Tensor, h: int) -> Tensor:
-    # One distinct key per column: a larger |value| outweighs any column number, a lower column decides between equals.
+    # One distinct key per column: the larger |value| wins, and the lower column among equals.
     keys = (values.abs().long() << 31) - columns
     best = keys.topk(min(h, keys.shape[1])).indices
     return columns.gather(1, best).sort().values

@@ -1,15 +1,15 @@
-"""Micro-batches under a token budget, and which rank computes which (DESIGN 2.1 and 2.4).
+"""Micro-batches under a token budget, and their assignment to ranks (DESIGN 2.1 and 2.4).
 
-What a micro-batch *costs* are the tokens that are computed: if its examples are padded to the longest, their count
-times its length, and if they are packed, their own. Padded micro-batches are runs of the examples in descending order
-of length, which keeps padding low; packed ones are made as equal as can be.
+The *cost* of a micro-batch is its number of computed tokens: count times longest length if padded, the sum of lengths
+if packed. Padded micro-batches are runs of the examples in descending order of length, which keeps padding low; packed
+ones are balanced.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heapify, heapreplace
 from itertools import pairwise
 
@@ -21,28 +21,28 @@ MicroBatch = tuple[int, ...]
 Shares = tuple[tuple[MicroBatch, ...], ...]
 
 _MOST_EVEN = 8
-"""Ranks, at most, among which a number of micro-batches is made to go up evenly."""
+"""Most ranks among which the number of micro-batches is made to divide evenly."""
 REUSED = 0.75
-"""Work of a token whose forward is reused: with activation checkpointing any other takes two forwards and a backward of
-about two more, and this one saves the first."""
+"""Work of a token with a reused forward, relative to any other: with activation checkpointing that takes two forwards
+and a backward of about two more, and reuse saves the first."""
 _SWAPS = 4
-"""Swaps, at most, for each part that examples are shared out to."""
+"""Most swaps per part when balancing."""
 
 
 def form_micro_batches(
     lengths: Tensor, positions: Tensor, token_budget: int, *, packed: bool = False, even: bool = False
 ) -> tuple[MicroBatch, ...]:
-    """The fewest micro-batches that the budget allows, of costs as equal as that number allows.
+    """Form the fewest micro-batches that the budget allows, with balanced costs.
 
     Args:
         lengths: ``[n]`` tokens of each candidate.
         positions: ``[s]`` candidates to group.
-        token_budget: Largest cost in tokens; a longer example forms a micro-batch of its own.
+        token_budget: Largest cost in tokens; a longer example forms a micro-batch alone.
         packed: Whether examples are packed rather than padded.
-        even: A few more where that lets 2, 4 or 8 ranks share them out evenly: 5 become 8, and 9 become 16.
+        even: Form a few more if 2, 4 or 8 ranks can then share them evenly: 5 become 8, and 9 become 16.
 
     Returns:
-        Tuples of positions, longest first; a function of the arguments alone.
+        Tuples of positions, longest first.
     """
     costs = _Costs(lengths.tolist(), packed)
     order = costs.longest_first(positions.tolist())
@@ -54,15 +54,15 @@ def form_micro_batches(
 
 
 def deal(micro_batches: Sequence[MicroBatch], lengths: Tensor, world_size: int, *, packed: bool = False) -> Shares:
-    """Deal whole micro-batches to ranks: the costliest first, onto the rank with the least so far.
+    """Deal whole micro-batches to ranks: the costliest first, each to the rank with the least work so far.
 
     Returns:
-        ``shares[rank]``, ``ceil(M / W)`` micro-batches for each rank, the last ones empty where there are not enough.
+        ``shares[rank]``, ``ceil(M / W)`` micro-batches for each rank, the last ones empty if there are not enough.
     """
     costs = _Costs(lengths.tolist(), packed)
     most = math.ceil(len(micro_batches) / world_size)
     shares: list[list[MicroBatch]] = [[] for _ in range(world_size)]
-    loads: list[tuple[float, int]] = [(0, rank) for rank in range(world_size)]  # a heap: the least loaded comes first
+    loads: list[tuple[float, int]] = [(0, rank) for rank in range(world_size)]  # a heap: the least loaded first
     for micro_batch in sorted(micro_batches, key=lambda members: -costs(members)):
         load, rank = loads[0]
         shares[rank].append(micro_batch)
@@ -79,63 +79,84 @@ def route(
     *,
     packed: bool = False,
     held_on: Tensor | None = None,
-    count: int | None = None,
 ) -> Route:
-    """Deal the coreset to ranks, each as much work as can be.
+    """Deal the coreset to ranks with balanced work.
 
-    Every rank gets as many micro-batches as the budget demands of the neediest. The others form smaller ones, and only
-    a rank with fewer examples than that gets empty ones.
+    Every rank gets the number of micro-batches that the budget demands of the neediest rank; the others form smaller
+    ones. Only a rank with fewer examples than that gets empty ones.
 
     Args:
         lengths: ``[n]`` tokens of each candidate.
         positions: ``[b]`` candidates to train on.
         token_budget, packed: As in `form_micro_batches`.
-        held_on: ``[n]`` the rank that holds a candidate's block inputs, from which it is trained; -1 where none does.
-            Those examples stay where they are, in micro-batches of their own, and the others even the work out.
-        count: So many micro-batches for every rank, whatever the budget; not where inputs are held.
+        held_on: ``[n]`` rank that holds the block inputs of a candidate, -1 if none does. Held candidates stay on their
+            rank, in separate micro-batches, and the others balance the work.
     """
-    tokens = lengths.tolist()
-    costs = _Costs(tokens, packed)
+    costs = _Costs(lengths.tolist(), packed)
     order = costs.longest_first(positions.tolist())
-    at: list[int] = [-1] * len(tokens) if held_on is None else held_on.tolist()
-    local = [[position for position in order if at[position] == rank] for rank in range(world_size)]
-    saved = [REUSED * sum(tokens[position] for position in of_rank) for of_rank in local]
-    dealt = _share_out([position for position in order if at[position] < 0], tokens, world_size, saved)
+    rank_of: list[int] = [-1] * len(lengths) if held_on is None else held_on.tolist()
+    held = [[position for position in order if rank_of[position] == rank] for rank in range(world_size)]
 
     def grouped(orders: list[list[int]]) -> list[list[list[int]]]:
-        most = count or max(costs.fewest(order, token_budget) for order in orders)
-        return [costs.group(order, token_budget, most) for order in orders]
+        count = max(costs.fewest(order, token_budget) for order in orders)
+        return [costs.group(order, token_budget, count) for order in orders]
 
-    if count:
-        token_budget = len(tokens) * max(tokens)
-    reused: list[list[list[int]]] = grouped(local) if any(local) else [[] for _ in local]
+    return _routed(costs, held, [position for position in order if rank_of[position] < 0], grouped)
+
+
+def route_evenly(
+    lengths: Tensor, positions: Tensor, world_size: int, count: int, *, packed: bool = False
+) -> Route:
+    """Deal the coreset to ranks as `route` does, but in ``count`` micro-batches per rank, regardless of their cost."""
+    costs = _Costs(lengths.tolist(), packed)
+    most = len(lengths) * int(lengths.max())
+
+    def grouped(orders: list[list[int]]) -> list[list[list[int]]]:
+        return [costs.group(order, most, count) for order in orders]
+
+    return _routed(costs, [[] for _ in range(world_size)], costs.longest_first(positions.tolist()), grouped)
+
+
+def _routed(
+    costs: _Costs, held: list[list[int]], free: list[int], grouped: Callable[[list[list[int]]], list[list[list[int]]]]
+) -> Route:
+    """Route candidates that are ``held`` by a rank, and deal out the ``free`` ones.
+
+    Args:
+        grouped: Cuts the candidates of each rank into micro-batches, the same number for all.
+    """
+    saved = [REUSED * costs.tokens_of(part) for part in held]
+    dealt = _share_out(free, costs.tokens, saved)
+    reused: list[list[list[int]]] = grouped(held) if any(held) else [[] for _ in held]
     shares = [[*first, *rest] for first, rest in zip(reused, grouped(dealt))]
-    own = [[*first, *rest] for first, rest in zip(local, dealt)]
     return Route(
         micro_batches=tuple(tuple(map(tuple, share)) for share in shares),
         reused=len(reused[0]),
-        work=tuple(less + sum(tokens[position] for position in rest) for less, rest in zip(saved, dealt)),
-        tokens=tuple(sum(tokens[position] for position in order) for order in own),
+        work=tuple(less + costs.tokens_of(rest) for less, rest in zip(saved, dealt)),
+        tokens=tuple(costs.tokens_of([*first, *rest]) for first, rest in zip(held, dealt)),
         padded_tokens=tuple(sum(map(costs, share)) for share in shares),
     )
 
 
 class _Costs:
-    """What micro-batches cost, longest example first, and how an order of examples is cut by it."""
+    """Costs of micro-batches whose longest example comes first, and cuts of an order of examples by cost."""
 
     def __init__(self, tokens: list[int], packed: bool):
-        self._tokens, self._packed = tokens, packed
+        self.tokens, self._packed = tokens, packed
 
     def __call__(self, members: Sequence[int]) -> int:
         if self._packed:
-            return sum(self._tokens[position] for position in members)
-        return len(members) * self._tokens[members[0]] if members else 0
+            return self.tokens_of(members)
+        return len(members) * self.tokens[members[0]] if members else 0
+
+    def tokens_of(self, members: Sequence[int]) -> int:
+        return sum(self.tokens[position] for position in members)
 
     def longest_first(self, positions: list[int]) -> list[int]:
-        return sorted(positions, key=lambda position: -self._tokens[position])
+        return sorted(positions, key=lambda position: -self.tokens[position])
 
     def fewest(self, order: list[int], token_budget: int) -> int:
-        """The least number of micro-batches into which `group` can cut ``order`` within the budget."""
+        """Find the least number of micro-batches into which `group` can cut ``order`` within the budget."""
         count = len(self.cut(order, token_budget))
         if self._packed:
             while count < len(order) and not self._fit(self.group(order, token_budget, count), token_budget):
@@ -146,12 +167,12 @@ class _Costs:
         return all(len(members) < 2 or self(members) <= token_budget for members in groups)
 
     def cut(self, order: list[int], limit: int) -> list[list[int]]:
-        """The fewest runs of ``order`` that cost at most ``limit`` each, or have one member."""
+        """Cut ``order`` into the fewest runs that cost at most ``limit`` each, or have one member."""
         runs: list[list[int]] = []
         cost = 0
         for position in order:
-            length = self._tokens[position]
-            grown = cost + (length if self._packed or not runs else self._tokens[runs[-1][0]])
+            length = self.tokens[position]
+            grown = cost + (length if self._packed or not runs else self.tokens[runs[-1][0]])
             if runs and grown <= limit:
                 runs[-1].append(position)
                 cost = grown
@@ -161,35 +182,33 @@ class _Costs:
         return runs
 
     def group(self, order: list[int], token_budget: int, count: int) -> list[list[int]]:
-        """``count`` parts of ``order``, of costs as equal as can be; ``count`` is at least what the budget demands."""
+        """Cut ``order`` into ``count`` parts with balanced costs; ``count`` is at least what the budget demands."""
         if self._packed:
-            return _share_out(order, self._tokens, count)
-        # The lowest limit that needs no more than count runs. The number of runs only falls as the limit rises.
+            return _share_out(order, self.tokens, [0] * count)
+        # The lowest limit that needs at most count runs; their number only falls as the limit rises.
         limit = bisect_left(range(token_budget), -count, key=lambda limit: -len(self.cut(order, limit)))
         runs = self.cut(order, limit)
         while len(runs) < min(count, len(order)):
             costliest = max((run for run in runs if len(run) > 1), key=self)
             at, half = runs.index(costliest), len(costliest) // 2
             runs[at : at + 1] = costliest[:half], costliest[half:]
-        # Cutting from the long end leaves the rest to the last run: hand members on while that lowers the larger cost.
+        # Cutting from the long end leaves the rest to the last run: move members on while that lowers the larger cost.
         for left, right in reversed(list(pairwise(runs))):
             while len(left) > 1 and self([left[-1], *right]) < self(left):
                 right.insert(0, left.pop())
         return runs + [[] for _ in range(count - len(runs))]
 
 
-def _share_out(
-    order: list[int], tokens: list[int], count: int, before: Sequence[float] | None = None
-) -> list[list[int]]:
-    """``count`` parts of ``order`` with as equal sums of tokens as can be, each longest first, empty ones last.
+def _share_out(order: list[int], tokens: list[int], before: Sequence[float]) -> list[list[int]]:
+    """Divide ``order`` into parts with balanced sums of tokens, each longest first, empty ones last.
 
-    ``before`` is what the parts have already.
+    The longest example first, to the part with the least so far (Graham 1969). Then the fullest and the emptiest part
+    swap the two examples that bring them closest, as long as that helps.
 
-    The longest first, onto the part with the least so far (Graham 1969); then, for as long as it helps, the fullest and
-    the emptiest part swap the two examples that bring them closest.
+    Args:
+        before: The load that each part already has.
     """
-    parts: list[list[int]] = [[] for _ in range(count)]
-    before = before or [0] * count
+    parts: list[list[int]] = [[] for _ in before]
     heap = [(load, part) for part, load in enumerate(before)]
     heapify(heap)
     for position in order:
@@ -197,7 +216,7 @@ def _share_out(
         parts[part].append(position)
         heapreplace(heap, (load + tokens[position], part))
     loads = [load + sum(tokens[position] for position in part) for load, part in zip(before, parts)]
-    for _ in range(_SWAPS * count):
+    for _ in range(_SWAPS * len(parts)):
         most, least = loads.index(max(loads)), loads.index(min(loads))
         swap = _best_swap(parts[most], parts[least], tokens, loads[most] - loads[least])
         if swap is None:
@@ -212,10 +231,10 @@ def _share_out(
 
 
 def _best_swap(full: list[int], empty: list[int], tokens: list[int], gap: float) -> tuple[int, int] | None:
-    """Which of two parts' examples, both longest first, are to change places to bring sums ``gap`` apart closest."""
+    """Find the swap between two parts, both longest first, that brings their sums, ``gap`` apart, closest."""
     best, found, other = gap, None, 0
     for at, position in enumerate(full):
-        # Of the other part, the two next to what would make it even.
+        # In the other part, the two candidates next to the length that would make the sums equal.
         wanted = tokens[position] - gap / 2
         while other < len(empty) and tokens[empty[other]] > wanted:
             other += 1
@@ -228,7 +247,7 @@ def _best_swap(full: list[int], empty: list[int], tokens: list[int], gap: float)
 
 
 def padding_share(lengths: Tensor, shares: Sequence[Sequence[tuple[int, ...]]]) -> float:
-    """Share of the tokens of some micro-batches that is padding."""
+    """Compute the share of padding among the tokens of micro-batches."""
     groups = [lengths[list(positions)] for share in shares for positions in share if positions]
     padded = sum(len(group) * int(group.max()) for group in groups)
     return 1 - sum(int(group.sum()) for group in groups) / padded if padded else 0.0

@@ -1,4 +1,4 @@
-"""The method of a run: which candidates enter the coreset. Pure functions of the step's candidates and sketches."""
+"""The selection method of a run, as pure functions of the step's candidates and sketches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
-from colm_scale.selection import baselines
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import Share, allocate, proportional
-from colm_scale.selection.select import select_coreset
+from colm_scale.selection.select import full, random, select_coreset, stratified
 from colm_scale.selection.shares import quotas
 
 
@@ -26,11 +25,11 @@ class SelectionRule:
     """CoLM or one of its baselines.
 
     Attributes:
-        config: The method, the budget, metric and weights.
-        kept: ``[Q]`` bool, the sources that are kept.
-        seed: Of the run; each step draws from its own generators, equal on every rank.
-        shares: ``[Q]`` what the quotas of the sources are in proportion to; None: their candidates.
-        record: What a replay selects.
+        config: Method, budget, metric and weights.
+        kept: ``[Q]`` bool, the kept sources.
+        seed: Seed of the run; each step draws from its own rank-equal generators.
+        shares: ``[Q]`` shares that quotas are in proportion to; None: in proportion to the candidates.
+        record: The selections to replay, with method replay.
     """
 
     config: SelectionConfig
@@ -41,11 +40,11 @@ class SelectionRule:
 
     @property
     def sketches(self) -> bool:
-        """Whether the method sketches candidates; if not, nothing is forwarded before training."""
+        """True if the method sketches candidates; if not, nothing is forwarded before training."""
         return self.config.sketches
 
     def now(self, count: int, kept: Tensor, shares: Tensor | None) -> SelectionRule:
-        """The method with what the sources are now, and for ``count`` candidates a budget in proportion to them."""
+        """Adapt the rule to the current sources, and the budget in proportion to ``count`` candidates."""
         config = self.config
         if count != config.candidates and self.record is None:
             budget = math.ceil(config.budget * min(1, count / config.candidates))
@@ -54,16 +53,16 @@ class SelectionRule:
 
     @property
     def most_selected(self) -> int:
-        """The largest coreset the method can return."""
+        """Size of the largest coreset the method can return."""
         if self.record is not None:
             return self.record.most_selected
         return self.config.candidates if self.config.method == "full" else self.config.budget
 
     def quota(self, candidates: Candidates, coverage: Coverage | None = None) -> Quota:
-        """Kept candidates and the shares of the other sources (DESIGN 2.3).
+        """Find the kept candidates and the quotas of the other sources (DESIGN 2.3).
 
         Args:
-            coverage: Of the steps before; only a floor under it needs it.
+            coverage: Coverage after the previous step; used only with a coverage floor.
 
         Raises:
             TrainingError: Not all kept candidates fit, and ``--selection.overflow`` is ``fail``; or there is nothing to
@@ -71,31 +70,30 @@ class SelectionRule:
         """
         config = self.config
         quota = allocate(
-            candidates.sources,
+            candidates,
             self.kept,
             config.budget,
             generator(self.seed, "kept", candidates.step),
             self._share(generator(self.seed, "allocation", candidates.step)),
-            protected=candidates.protected,
-            due=coverage.due(candidates.sources, config) if coverage is not None and config.coverage_floor else None,
+            coverage.due(candidates.sources, config) if coverage and config.coverage_floor else 0,
         )
         if config.method in ("colm", "stratified"):
             self._check(quota, candidates.step)
         return quota
 
     def select(self, candidates: Candidates, quota: Quota, matrix: CandidateMatrix) -> Selection:
-        """The coreset; only a method that `sketches` looks at the ``matrix``."""
+        """Select the coreset; only a method that `sketches` uses the ``matrix``."""
         match self.config.method:
             case "colm":
                 draws = partial(generator, self.seed, self.config.ranking.rpartition(":")[2], candidates.step)
                 return select_coreset(matrix, candidates.sources, quota, self.config, draws)
             case "stratified":
                 unbiased = self.config.weights == "unbiased"
-                return baselines.stratified(candidates.sources, quota, self._draw(candidates), unbiased)
+                return stratified(candidates.sources, quota, self._draw(candidates), unbiased)
             case "random":
-                return baselines.random(len(candidates), self.config.budget, self._draw(candidates))
+                return random(len(candidates), self.config.budget, self._draw(candidates))
             case "full":
-                return baselines.full(len(candidates))
+                return full(len(candidates))
             case "replay":
                 assert self.record is not None
                 return self.record.selection(candidates)
@@ -109,13 +107,13 @@ class SelectionRule:
         if quota.overflow and self.config.overflow == "fail":
             raise TrainingError(
                 f"step {step}: {quota.overflow} of {len(quota.kept) + quota.overflow} kept candidates do not fit into "
-                f"the coreset, and --selection.overflow is fail. Try a larger --selection.budget, fewer "
+                f"the coreset, and --selection.overflow is fail. Use a larger --selection.budget, fewer "
                 f"--selection.kept_sources or protected examples, or --selection.overflow subset"
             )
         if not len(quota.kept) and not quota.per_source.any():
             raise TrainingError(
-                f"step {step}: all candidates are of sources to which --selection.shares gives 0, so there is nothing "
-                f"to train on. Give one of them a share, or leave its rows out of the data"
+                f"step {step}: --selection.shares gives 0 to the sources of all candidates, so there is nothing to "
+                f"train on. Give one of them a share, or remove its rows from the data"
             )
 
     def _draw(self, candidates: Candidates) -> torch.Generator:
@@ -123,14 +121,14 @@ class SelectionRule:
 
 
 def loss_shares(selection: Selection, label_tokens: Tensor, per: str) -> Tensor:
-    """What each coreset example's mean token loss counts for in the loss of the step (DESIGN 2.4).
+    """Compute the weight of each coreset example's mean token loss in the loss of the step (DESIGN 2.4).
 
     Args:
         label_tokens: ``[b]`` label tokens of each selected example.
         per: ``example``: ``w_i / sum(w)``; ``token``: ``w_i n_i / sum(w n)``, the weighted mean over tokens.
 
     Returns:
-        ``[b]`` float32, adding up to 1.
+        ``[b]`` float32, with sum 1.
     """
     weights = selection.weights.double()
     if per == "token":

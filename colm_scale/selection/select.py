@@ -1,4 +1,4 @@
-"""From the candidate matrix to the coreset: a pure function, the same on every rank (DESIGN 2.3)."""
+"""The coreset of CoLM and of its baselines: pure functions, equal on every rank (DESIGN 2.3)."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from colm_scale.selection.quota import reallocate
 from colm_scale.selection.ranking.rank import Ranked, rank
 
 Draws = Callable[[int], torch.Generator]
-"""Gives the generator for what is drawn of one source; rank-equal."""
+"""Returns the rank-equal generator for the draws of one source."""
 
 
 def select_coreset(
     matrix: CandidateMatrix, sources: Tensor, quota: Quota, config: SelectionConfig, draws: Draws
 ) -> Selection:
-    """Kept candidates, then the picks of each source in ascending order of source, each in the order of picking.
+    """Return kept candidates, then the picks of each source in ascending order of source, in the order of picking.
 
-    A source of which all are picked enters whole; the others are ranked one by one. The kept take no part: they have no
-    sketch, so a pick may resemble them.
+    A source whose quota takes all its candidates enters whole; the others are ranked one by one. Kept candidates have
+    no sketch and take no part in the ranking, so a pick may resemble them.
 
-    Candidates whose row is not valid are never picked: their source picks among the others, and what it then lacks
-    goes to sources that have more (`reallocate`).
+    Candidates with an invalid row are never picked. Their source picks among its others, and the rest of its quota goes
+    to other sources (`reallocate`).
 
     Args:
-        matrix: On the device that is to do the work.
+        matrix: On the device that does the work.
         sources: ``[n]`` source of each candidate, on the CPU.
         quota: On the CPU.
         config: The ranking, and its metric and weights.
-        draws: Where the ranking is a draw.
+        draws: For a ranking that draws.
 
     Returns:
         The selection, on the CPU.
@@ -44,7 +44,12 @@ def select_coreset(
     picked, weights = [whole], [torch.ones(len(whole))]
     for source in ((quotas > 0) & (quotas < available)).nonzero().flatten().tolist():
         rows = (valid & (of_row == source)).nonzero().flatten()
-        picks, counts = rank(_ranked(matrix, rows, int(quotas[source]), config, draws(source)))
+        on_device, count = rows.to(matrix.rows.device), int(quotas[source])
+        represents = len(rows) / count if config.weights == "unbiased" else 1.0
+        ranked = Ranked(
+            matrix.rows[on_device], matrix.losses[on_device], count, represents, config, draws(source)
+        )
+        picks, counts = rank(ranked)
         picked.append(rows[picks])
         weights.append(counts.float())
     of_kept = quota.kept_weight if config.weights == "unbiased" else 1.0
@@ -59,10 +64,37 @@ def select_coreset(
     )
 
 
-def _ranked(
-    matrix: CandidateMatrix, rows: Tensor, count: int, config: SelectionConfig, draw: torch.Generator
-) -> Ranked:
-    """``count`` of some ``rows`` ``[m]`` of the matrix are to be picked."""
-    of_matrix = rows.to(matrix.rows.device)
-    stands_for = len(rows) / count if config.weights == "unbiased" else 1.0
-    return Ranked(matrix.rows[of_matrix], matrix.losses[of_matrix], count, stands_for, config, draw)
+def stratified(sources: Tensor, quota: Quota, generator: torch.Generator, unbiased: bool = False) -> Selection:
+    """Return the kept candidates and quotas of CoLM, with a uniform draw within each source.
+
+    Args:
+        sources: ``[n]`` source of each candidate.
+        generator: Rank-equal.
+        unbiased: Weight the picks of a source to represent all its candidates that are not kept, rather than 1 each.
+    """
+    positions, weights = [quota.kept], [torch.full((len(quota.kept),), quota.kept_weight if unbiased else 1.0)]
+    for source, count in enumerate(quota.per_source.tolist()):
+        # Shuffled even for 0, so that a source's quota changes no other draw.
+        shuffled = _shuffled((sources == source).nonzero().flatten(), generator)
+        others = shuffled[~torch.isin(shuffled, quota.kept)]
+        positions.append(others[:count].sort().values)
+        weights.append(torch.full((count,), len(others) / count if unbiased and count else 1.0))
+    return Selection(torch.cat(positions), torch.cat(weights), kept=len(quota.kept), overflow=quota.overflow)
+
+
+def random(n: int, budget: int, generator: torch.Generator) -> Selection:
+    """Draw ``budget`` of ``n`` candidates uniformly (or all of them if there are fewer)."""
+    return _equally_weighted(_shuffled(torch.arange(n), generator)[:budget].sort().values)
+
+
+def full(n: int) -> Selection:
+    """Return all ``n`` candidates."""
+    return _equally_weighted(torch.arange(n))
+
+
+def _shuffled(positions: Tensor, generator: torch.Generator) -> Tensor:
+    return positions[torch.randperm(len(positions), generator=generator)]
+
+
+def _equally_weighted(positions: Tensor) -> Selection:
+    return Selection(positions, torch.ones(len(positions)))

@@ -1,10 +1,10 @@
-"""How the budget is shared out over the sources that are not kept, where it is not in proportion to their candidates.
+"""Shares of the budget for the sources that are not kept, other than in proportion to their candidates.
 
 | ``--selection.shares`` | a source's share is in proportion to |
 |---|---|
 | equal | 1 |
 | a number | its training examples to the power of that number (Lample and Conneau, 2019, section 3.1) |
-| ratios | what the user gives it; with 0 it gets no quota |
+| ratios | the user's number for it; with 0 it gets no quota |
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from colm_scale.errors import UserError
 from colm_scale.selection.quota import check_names
 
 _GRID = 1e6
-"""Shares of examples are rounded to a millionth, so that the last bit of an estimate moves no example."""
+"""Fractions of examples are rounded to a millionth, so that the last bit of an estimate changes no quota."""
 
 
 def source_shares(shares: Shares, names: Sequence[str], sizes: Tensor) -> Tensor | None:
-    """``[Q]`` float64, not negative: what the quotas are to be in proportion to; None: the candidates of the step.
+    """Return the shares ``[Q]`` of the sources, float64 and not negative; None: in proportion to the candidates.
 
     Args:
-        names, sizes: ``[Q]`` of the sources, and their training examples.
+        names, sizes: ``[Q]`` names of the sources, and their training examples.
     """
     match shares:
         case "proportional":
@@ -42,14 +42,14 @@ def source_shares(shares: Shares, names: Sequence[str], sizes: Tensor) -> Tensor
 
 
 def check_shares(config: SelectionConfig, names: Sequence[str], kept: Tensor, *, refreshed: bool) -> None:
-    """Check that a user's ratios are those of the training data.
+    """Check the user's ratios against the sources of the training data.
 
     Args:
-        names, kept: ``[Q]`` of the sources, and whether each is kept.
-        refreshed: Whether kept sources can be others later in the run.
+        names, kept: ``[Q]`` names of the sources, and whether each is kept.
+        refreshed: Whether the kept sources may change during the run.
 
     Raises:
-        UserError: A name is no source, or a source that may need a ratio has none.
+        UserError: A name is not a source, or a source that may need a ratio has none.
     """
     if not isinstance(config.shares, dict) or config.method not in ("colm", "stratified"):
         return
@@ -58,16 +58,15 @@ def check_shares(config: SelectionConfig, names: Sequence[str], kept: Tensor, *,
     missing = [name for name, is_kept in pairs if name not in config.shares and (refreshed or not is_kept)]
     if missing:
         raise UserError(
-            f"--selection.shares gives no number for {', '.join(missing)}: add one for each, or 0 where a source is to "
-            f"have no quota"
+            f"--selection.shares gives no number for {', '.join(missing)}: add one for each, 0 for no quota"
         )
 
 
 def shares_facts(config: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor) -> list[str]:
-    """Lines about the mixture printed before the run, if it is not that of the candidates.
+    """Describe the trained mixture in lines for the banner, unless it is that of the candidates.
 
     Args:
-        names, sizes, kept: ``[Q]`` of each source.
+        names, sizes, kept: ``[Q]`` names of the sources, their training examples, and whether each is kept.
     """
     wanted = source_shares(config.shares, names, sizes)
     if wanted is None or config.method not in ("colm", "stratified") or kept.all():
@@ -87,16 +86,16 @@ def shares_facts(config: SelectionConfig, names: Sequence[str], sizes: Tensor, k
 
 
 def quotas(shares: Tensor, available: Tensor, total: int, generator: torch.Generator) -> Tensor:
-    """Quotas in proportion to shares, as far as there are candidates.
+    """Divide ``total`` in proportion to shares, within the available candidates.
 
-    Every source with a share gets one first, or, where the budget is too small for that, all have the same chance. What
-    a source cannot use goes to the others in proportion to their shares. A fraction of an example is given out by lot,
-    so that over the steps each source gets its share (Pareto sampling; Rosen, 1997).
+    Every source with a share first gets one candidate; if the budget is too small for that, all have the same chance.
+    Quota that a source cannot use goes to the others in proportion to their shares. Fractions of an example are drawn
+    by lot, so that over many steps each source gets its share (Pareto sampling; Rosen, 1997).
 
     Args:
         shares: ``[Q]``, not negative; a source with 0 gets nothing, even if the others cannot use all.
         available: ``[Q]`` candidates.
-        total: Sum of the quotas, unless that is more than there is; at most all candidates.
+        total: Sum of the quotas; reduced to the available candidates if there are fewer.
         generator: Draws the lots; rank-equal.
 
     Returns:
@@ -111,17 +110,17 @@ def quotas(shares: Tensor, available: Tensor, total: int, generator: torch.Gener
     aims = (aims * _GRID).round() / _GRID
     quota = aims.long()
     chance, lots = aims - quota, torch.rand(len(shares), dtype=torch.float64, generator=generator)
-    order = (lots / (1 - lots) * (1 - chance) / chance).argsort()  # without a fraction: infinity, the last
+    order = (lots / (1 - lots) * (1 - chance) / chance).argsort()  # infinity, the last, without a fraction
     quota[order[: total - int(quota.sum())]] += 1
     return quota
 
 
 def _fill(shares: Tensor, least: Tensor, most: Tensor, total: int) -> Tensor:
-    """``[Q]`` one level times the shares, but within ``least`` and ``most``: the level at which the sum is ``total``.
+    """Scale the shares ``[Q]``, clamped to ``least`` and ``most``, to the level at which their sum is ``total``.
 
-    The sum is linear in the level between those at which some source reaches a bound.
+    Between the levels at which a source reaches a bound, the sum is linear in the level.
     """
-    shares = (shares / shares.max()).nan_to_num(1.0).clamp(min=1e-9)  # infinite ones are alike
+    shares = (shares / shares.max()).nan_to_num(1.0).clamp(min=1e-9)  # infinite shares are equal
     bends = torch.cat([least / shares, most / shares]).sort().values
     sums = (bends.unsqueeze(1) * shares).clamp(least, most).sum(1)
     after = int(torch.searchsorted(sums, float(total)).clamp(1, len(sums) - 1))

@@ -1,7 +1,7 @@
-"""What a step's selection was worth, in numbers, each beside that of a random draw with the same quotas.
+"""Measures of a selection's worth, each compared with a random draw with the same quotas. They influence no selection.
 
-Nothing here decides anything. The draw picks as many of each source as the selection did, uniformly among those that it
-could have picked, and lets each source weigh as much in all: it has the selection's composition, but no ranking.
+The draw picks the same number of each source as the selection, uniformly among the candidates it could have picked, and
+gives each source the same total weight: the composition of the selection, without its ranking.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
-from colm_scale.selection import baselines
+from colm_scale.selection.select import stratified
 
 _RANKED_ROWS = 256
-"""Most rows of a source whose effective rank is taken: they come in random order, and the cost is cubic."""
+"""Most rows of a source for its effective rank, at cubic cost; rows come in random order."""
 COMPARED = ("", "_stratified")
-"""What is compared with the candidates, as the ends of names: the selection, and its draw with the same quotas."""
+"""Name suffixes of the sets compared with the candidates: the selection, and its draw with the same quotas."""
 
 
 def could_be_picked(candidates: Candidates, selection: Selection, matrix: CandidateMatrix) -> Tensor:
-    """``[n]`` bool, the candidates that the selection could have picked: not kept and, where sketched, valid."""
+    """Find the candidates that the selection could have picked, ``[n]`` bool: not kept and, if sketched, valid."""
     found = torch.full((len(candidates),), len(matrix.positions) == 0)
     found[matrix.positions[matrix.valid.cpu()]] = True
     found[selection.positions[: selection.kept]] = False
@@ -29,21 +29,21 @@ def could_be_picked(candidates: Candidates, selection: Selection, matrix: Candid
 
 
 def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, generator: torch.Generator) -> Selection:
-    """A random draw with the selection's quotas: its kept candidates, and as many picks of each source.
+    """Draw at random with the selection's quotas: its kept candidates, and the same number of picks of each source.
 
     Args:
         sources: ``[n]``.
-        eligible: ``[n]`` bool, what could be picked.
+        eligible: ``[n]`` bool, the candidates that could be picked.
         generator: Rank-equal.
 
     Returns:
-        Kept candidates with their weights, and picks with the mean weight that the selection gave their source.
+        Kept candidates with their weights, and picks with the selection's mean weight for their source.
     """
     nobody = int(sources.max()) + 1
     of_picks, weights = sources[selection.picked], selection.weights[selection.kept :].double()
     counts = torch.bincount(of_picks, minlength=nobody + 1)
     quota = Quota(selection.positions[: selection.kept], counts)
-    drawn = baselines.stratified(torch.where(eligible, sources, nobody), quota, generator)
+    drawn = stratified(torch.where(eligible, sources, nobody), quota, generator)
     means = torch.bincount(of_picks, weights, minlength=nobody + 1) / counts.clamp(min=1)
     own = [selection.weights[: selection.kept], means[sources[drawn.picked]].float()]
     return dataclasses.replace(drawn, weights=torch.cat(own))
@@ -52,7 +52,7 @@ def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, gen
 def worth(
     candidates: Candidates, selection: Selection, matrix: CandidateMatrix, draw: Selection
 ) -> dict[str, float]:
-    """`composition` and, where candidates were sketched, `ranking` of one step's selection beside a ``draw``."""
+    """Measure `composition` and, if candidates were sketched, `ranking` of a selection against a ``draw``."""
     found = composition(candidates.sources, selection)
     if not len(matrix.positions):
         return found
@@ -61,7 +61,7 @@ def worth(
 
 
 def composition(sources: Tensor, selection: Selection) -> dict[str, float]:
-    """Effective number of sources of the coreset, by weight, and of the candidates."""
+    """Compute the effective number of sources of the coreset, by weight, and of the candidates."""
     return {
         "effective_sources": effective_number(torch.bincount(sources[selection.positions], selection.weights)),
         "effective_sources_candidates": effective_number(torch.bincount(sources).double()),
@@ -71,20 +71,20 @@ def composition(sources: Tensor, selection: Selection) -> dict[str, float]:
 def ranking(
     matrix: CandidateMatrix, sources: Tensor, eligible: Tensor, selection: Selection, draw: Selection
 ) -> dict[str, float]:
-    """What ranking has made of the candidate matrix.
+    """Measure the effect of the ranking on the candidate matrix.
 
-    The columns of a source are its own, so everything is taken source by source, and a source counts by its candidates.
+    Sources have different columns, so everything is computed source by source, weighted by the number of candidates.
 
     Args:
         sources: ``[n]``.
-        eligible: ``[n]`` bool, what could be picked.
-        draw: Of `stratified_like`.
+        eligible: ``[n]`` bool, the candidates that could be picked.
+        draw: The draw of `stratified_like`.
 
     Returns:
-        ``rank``, the effective rank of the rows; ``overlap``, the share of picks that the draw has picked too, and
-        ``overlap_by_chance``, what that is on average; ``sketch_error`` and ``sketch_cosine``, between the mean of the
-        selected rows and of all, and with ``_stratified`` the same of the draw. Only sources that had to be ranked
-        count towards rank, error and cosine; without one these are missing.
+        ``rank``, the effective rank of the rows; ``overlap``, the share of picks that the draw also picked, and
+        ``overlap_by_chance``, its average; ``sketch_error`` and ``sketch_cosine`` between the mean of the selected rows
+        and of all, and the same with ``_stratified`` for the draw. Only ranked sources count towards rank, error and
+        cosine; without one these are missing.
     """
     counted = torch.bincount(sources[selection.picked], minlength=int(sources.max()) + 1).double()
     available = torch.bincount(sources[eligible], minlength=len(counted)).double().clamp(min=1)
@@ -114,13 +114,13 @@ def ranking(
 
 
 def nearness(products: Tensor) -> dict[str, float]:
-    """How near sketches are to the first of them: relative error ``|v - v0| / |v0|`` and cosine.
+    """Compare mean sketches with the first of them: relative error ``|v - v0| / |v0|`` and cosine.
 
     Args:
-        products: ``[3, 3]`` float64 inner products of the candidates' mean with those of what `COMPARED` names.
+        products: ``[3, 3]`` float64 inner products of the means of the candidates and of the sets in `COMPARED`.
 
     Returns:
-        Nothing if a product is not finite or a vector is zero.
+        Empty if a product is not finite or a vector is zero.
     """
     lengths = products.diagonal().sqrt()
     if not products.isfinite().all() or not lengths.all():
@@ -136,12 +136,12 @@ def nearness(products: Tensor) -> dict[str, float]:
 
 
 def effective_number(counts: Tensor) -> float:
-    """Exponential of the entropy of the shares of ``counts``: as many equal shares would have it."""
+    """Compute the number of equal shares with the entropy of ``counts``: the exponential of that entropy."""
     return float(torch.special.entr(counts / counts.sum()).sum().exp())
 
 
 def effective_rank(rows: Tensor) -> float:
-    """Effective number of the singular values of ``rows`` ``[s, h]`` (Roy and Vetterli, 2007); 0 if all are zero."""
+    """Compute the effective number of singular values of ``rows`` ``[s, h]`` (Roy and Vetterli, 2007); 0 for zeros."""
     rows = rows.double()
     products = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
     values = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()

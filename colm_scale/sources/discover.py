@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from colm_scale.clustering.cluster import MOST_COMPARED, Clusters, check_installed, hdbscan, kmeans, one_thread
-from colm_scale.config.find_sources import SourcesOptions
+from colm_scale.config.commands import SourcesOptions
 from colm_scale.data.readers import Row, each_row
 from colm_scale.data.source_labels import label_line
 from colm_scale.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from colm_scale.config import LoraConfig
-from colm_scale.config.find_sources import SourcesOptions
+from colm_scale.config.commands import SourcesOptions
 from colm_scale.data.examples import encode
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from colm_scale.data.batching import Batching
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Route, Selection, SketchPlan
-from colm_scale.selection import baselines
 from colm_scale.selection.route import route
+from colm_scale.selection.select import stratified
 from colm_scale.step.step import CoresetStep
 
 
@@ -36,7 +36,7 @@ def preview(step: CoresetStep, number: int, batching: Batching, ranks: int) -> P
     quota = rule.quota(candidates, step.select.sources.coverage)
     plan = step.select.sketch.plan(candidates, quota)
     if rule.sketches:
-        drawn = baselines.stratified(candidates.sources, quota, generator(rule.seed, "preview", number))
+        drawn = stratified(candidates.sources, quota, generator(rule.seed, "preview", number))
     else:
         drawn = rule.select(candidates, quota, CandidateMatrix.without_rows())
     routed = route(candidates.lengths, drawn.positions, ranks, batching.token_budget, packed=batching.packed)

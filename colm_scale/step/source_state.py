@@ -10,7 +10,7 @@ from torch import Tensor
 from colm_scale.config import RunConfig
 from colm_scale.records import Candidates, Selection
 from colm_scale.selection.coverage import Coverage
-from colm_scale.selection.kept_sources import RecentSources
+from colm_scale.selection.quota import RecentSources
 
 
 class SourceState:

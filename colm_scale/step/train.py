@@ -15,7 +15,7 @@ from colm_scale.engines.base import Engine
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.randomness import global_draws
 from colm_scale.records import MicroBatch, Route
-from colm_scale.selection.route import route
+from colm_scale.selection.route import route, route_evenly
 from colm_scale.selection.rule import loss_shares
 from colm_scale.step.checks import check_losses
 from colm_scale.step.select import Chosen
@@ -50,15 +50,12 @@ def route_coreset(
     label_tokens = chosen.examples.label_counts(candidates.indices[selection.positions])
     shares = torch.zeros(len(candidates))
     shares[selection.positions] = loss_shares(selection, label_tokens, loss)
-    routed = route(
-        candidates.lengths,
-        selection.positions,
-        group.world_size,
-        batching.token_budget,
-        packed=batching.packed,
-        held_on=chosen.sketched.held_on,
-        count=micro_batches,
-    )
+    to_deal = candidates.lengths, selection.positions, group.world_size
+    if micro_batches:
+        routed = route_evenly(*to_deal, micro_batches, packed=batching.packed)
+    else:
+        held_on = chosen.sketched.held_on
+        routed = route(*to_deal, batching.token_budget, packed=batching.packed, held_on=held_on)
     batches = batching.share(chosen.examples, candidates, routed.micro_batches[group.rank])
     return Routed(routed, shares, weighted(batches, shares, batching.device, routed.reused))
 

@@ -174,7 +174,7 @@ def test_a_protected_source_is_trained_on_whole_whatever_else_is_kept(forked, fo
     ("arguments", "words"),
     [
         (["replay"], ["RUN is missing"]),
-        (["replay", "nowhere"], ["nowhere holds no run"]),
+        (["replay", "nowhere"], ["nowhere is not a run directory"]),
         (["replay", "RUN", "--selection.budget", "4"], ["--selection.budget", "leave it out"]),
         (["replay", "RUN", "--train.setps", "4"], ["unknown option --train.setps", "--train.steps"]),
         (["replay", "RUN", "--train.steps", "7"], ["would make 7 steps", "holds 6: give --train.steps 6"]),

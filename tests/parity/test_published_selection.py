@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.runs import candidates_of
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
@@ -150,7 +151,7 @@ def case(request) -> Case:
 
 def test_quotas_are_the_reference_s(case):
     for step in case.steps:
-        quota = allocate(step.sources, case.kept_sources, case.meta["b"], generator(0, "overflow"))
+        quota = allocate(candidates_of(step.sources), case.kept_sources, case.meta["b"], generator(0, "overflow"))
         assert quota.kept.tolist() == step.kept.tolist()
         assert quota.overflow == 0
         others = torch.bincount(step.sources, minlength=case.meta["Q"]).masked_fill(case.kept_sources, 0)
@@ -165,7 +166,8 @@ def test_quotas_differ_from_the_reference_only_in_the_two_steps_where_floors_tie
     for path in CASES:
         loaded = load(path)
         for number, step in enumerate(loaded.steps, start=1):
-            quota = allocate(step.sources, loaded.kept_sources, loaded.meta["b"], generator(0, "overflow"))
+            candidates = candidates_of(step.sources)
+            quota = allocate(candidates, loaded.kept_sources, loaded.meta["b"], generator(0, "overflow"))
             if not torch.equal(quota.per_source, step.per_source):
                 different.append((path.stem, number))
     assert different == [("case_108", 3), ("case_110", 3)]

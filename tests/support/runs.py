@@ -54,6 +54,12 @@ def write_run(
     return path
 
 
+def candidates_of(sources: torch.Tensor, protected: torch.Tensor | None = None) -> Candidates:
+    """Candidates of these sources ``[n]``, of which only sources and protection matter."""
+    number = torch.arange(len(sources))
+    return Candidates(1, number, number, sources, number, protected)
+
+
 def report(
     step: int, sizes: Sequence[int], ranks: int, kinds: Sequence[str], faster: float, draws: torch.Generator
 ) -> StepReport:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.checkpoint import store
-from colm_scale.cli.main import main as cli
+from colm_scale.cli import main as cli
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from colm_scale.cli.main import main as cli
+from colm_scale.cli import main as cli
 from colm_scale.config.command_line import option_types, parse, parse_plan
-from colm_scale.config.plan import PlanConfig
+from colm_scale.config.commands import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

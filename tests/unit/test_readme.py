@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from colm_scale.config.command_line import option_types
-from colm_scale.config.plan import PlanConfig
+from colm_scale.config.commands import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,17 +1,17 @@
-"""Greedy facility location: medoids that stand for all candidates of a source (DESIGN 2.3, step 5).
+"""Greedy facility location: medoids that represent all candidates of a source (DESIGN 2.3, step 5).
 
 The value of a set of picks is the sum over candidates of the similarity to the most similar pick. Similarities are
-first rounded to whole multiples of one tiny unit, held in float64: then every sum is exact, gains can be updated
-instead of recomputed, ties are real ties, and the picks depend on no order of addition, device or number of threads.
+first rounded to multiples of one tiny unit, in float64. Every sum is then exact, gains can be updated instead of
+recomputed, ties are real ties, and the picks do not depend on the order of addition, the device or the threads.
 
-*Rounds.* A pick takes from another's gain only where it covers a candidate that the other would cover better too. So,
-in descending order of gain, a candidate that improves on nobody on whom an earlier one improves keeps its gain until
-it is picked. All such candidates are picks, found at once; sorted by gain they are in greedy's order. Half of 128
-candidates takes about 12 rounds of a few array operations each, half of 4,096 about 120.
+*Rounds.* A pick lowers another candidate's gain only if both improve the cover of the same candidate. In descending
+order of gain, a candidate that shares no improvement with an earlier one therefore retains its gain until it is picked.
+A round finds all such candidates at once; sorted by gain, they are in greedy's order. Picking half of 128 candidates
+takes about 12 rounds of a few array operations each, half of 4,096 about 120.
 
-*Lists.* After a few picks hardly any candidate is more similar to another than the pick that covers that one: 1 to 9 %
-of the pairs after 8 picks. Of many candidates only these pairs are listed, and only those of candidates that a round
-covers better are looked at. The first picks are found by lazy greedy (Minoux 1978).
+*Lists.* After a few picks, few candidates are more similar to another than its covering pick is: 1 to 9 % of the pairs
+after 8 picks. For large sources only these pairs are listed, and a round visits only the pairs of candidates it covers
+better. The first picks are found by lazy greedy (Minoux 1978).
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ import torch
 from torch import Tensor
 
 _WINDOW = 32
-"""Candidates that a round looks at."""
+"""Candidates examined in a round."""
 _WINDOW_ON_DEVICE = 128
 _FEW = 256
-"""Most candidates whose pairs are not listed: there rows are short, and the number of operations counts."""
+"""Most candidates whose pairs are not listed: rows are short, and the number of operations dominates."""
 _FIRST = 8
 """Picks before pairs are listed."""
 _BLOCK = 65536
-"""Similarities that are worked on at a time."""
+"""Similarities processed at a time."""
 _BLOCK_ROWS = 1024
 _RANK = np.arange(_WINDOW)[:, None]
 
 
 def greedy(similarity: Tensor, k: int) -> Tensor:
-    """The picks of `greedy_with_gains`."""
+    """Return the picks of `greedy_with_gains`."""
     return greedy_with_gains(similarity, k)[0]
 
 
 def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Pick ``k`` candidates, each the one that raises the value most; the lowest index wins ties.
 
-    On the CPU numpy does it, on one core: its small operations take a third of torch's time. Nothing else of size
-    ``n x n`` is held, but for a shifted copy where the smallest similarity is not 0, and 16 bytes per listed pair.
+    The CPU version uses numpy on one core, whose small operations take a third of torch's time. Besides the
+    similarities it holds a shifted copy if the smallest is not 0, and 16 bytes per listed pair.
 
     Args:
         similarity: ``[n, n]``, symmetric; may be negative.
         k: At most n.
 
     Returns:
-        int64 ``[k]`` in the order of picking, and float64 ``[k]`` by how much each raised the value, which never grows.
-        The first counts from the smallest similarity.
+        int64 ``[k]`` in the order of picking, and float64 ``[k]`` the gain of each, which never grows. The first gain
+        is measured from the smallest similarity.
     """
     if similarity.device.type != "cpu":
         return greedy_on_device(similarity, k)
@@ -64,7 +64,7 @@ def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if n <= _FEW:
         pairs: _AllPairs | _ListedPairs = _AllPairs(worth + lift - lift)
     else:
-        bounds = worth.sum(1) + n * lift / 2**50  # more than rounding takes off the sums
+        bounds = worth.sum(1) + n * lift / 2**50  # more than the rounding error of the sums
         picks, raised, covered = _first_picks(worth, lift, bounds, min(k, _FIRST))
         if len(picks) == k:
             return torch.from_numpy(picks), torch.from_numpy(raised)
@@ -76,9 +76,9 @@ def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def greedy_on_device(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`greedy_with_gains` by torch, for a GPU: the same rounds, but gains are lost by whole rows, without lists.
+    """Compute `greedy_with_gains` with torch on a GPU, in the same rounds but on whole rows, without lists.
 
-    Holds a second matrix. The host waits for the device a few times a round, not for each pick.
+    Holds a second matrix. The host waits for the device a few times per round, not for each pick.
     """
     shifted = similarity.double() - similarity.min()
     lift = _lift(float(shifted.max()), len(shifted))
@@ -108,14 +108,14 @@ def greedy_on_device(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def objective(similarity: Tensor, picks: Tensor) -> float:
-    """The facility-location value of one or more ``picks`` ``[k]``."""
+    """Compute the facility-location value of one or more ``picks`` ``[k]``."""
     return float(similarity[:, picks].double().amax(1).sum())
 
 
 def cluster_sizes(similarity: Tensor, picks: Tensor) -> Tensor:
-    """How many candidates each pick stands for, itself included: int64 ``[k]``, 1 or more, of sum n.
+    """Count the candidates that each pick represents, itself included: int64 ``[k]``, at least 1, with sum n.
 
-    A candidate belongs to the pick it is most similar to, the earlier one if two are equally similar.
+    A candidate belongs to its most similar pick, the earlier one in a tie.
     """
     owner = similarity[:, picks].argmax(1)
     owner[picks] = torch.arange(len(picks), device=picks.device)
@@ -123,9 +123,9 @@ def cluster_sizes(similarity: Tensor, picks: Tensor) -> Tensor:
 
 
 def _lift(largest: float, n: int) -> float:
-    """A number so large that adding it rounds what is at most ``largest`` to whole multiples of a unit.
+    """Return a number whose addition rounds values up to ``largest`` to multiples of a unit.
 
-    Next to it float64 has no finer numbers than the unit, of which sums of n have fewer than 2^53.
+    The unit is the spacing of float64 near that number; sums of n values are below 2^53 units.
     """
     return 1.5 * 2.0 ** (math.frexp(largest)[1] + n.bit_length())
 
@@ -133,12 +133,12 @@ def _lift(largest: float, n: int) -> float:
 def _rounds(
     pairs: _AllPairs | _ListedPairs, gains: np.ndarray, k: int, picks: list[np.ndarray], raised: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ``k`` picks, some of them given, and by how much each raised the value.
+    """Complete the ``k`` picks and their gains in rounds.
 
     Args:
-        gains: ``[n]`` of the candidates, -1 for those that are picked; overwritten.
-        picks: Arrays of picks that are known; extended.
-        raised: By how much each of them raised the value; extended.
+        gains: ``[n]`` gains of the candidates, -1 for picks; overwritten.
+        picks: Arrays of known picks; extended.
+        raised: Their gains; extended.
     """
     made = sum(map(len, picks))
     while (best := gains.max()) > 0 and (made < k or (np.concatenate(raised) > best).sum() < k):
@@ -157,7 +157,7 @@ def _rounds(
 
 
 def _best(gains: np.ndarray) -> np.ndarray:
-    """The candidates with the largest gains, in the order in which greedy would pick them."""
+    """Find the candidates with the largest gains, in greedy's order."""
     bar = max(0.0, np.partition(gains, -_WINDOW)[-_WINDOW]) if len(gains) > _WINDOW else 0.0
     top = (gains >= bar).nonzero()[0]
     return top[(-gains[top]).argsort(kind="stable")][:_WINDOW]
@@ -166,13 +166,13 @@ def _best(gains: np.ndarray) -> np.ndarray:
 def _first_picks(
     worth: np.ndarray, lift: float, bounds: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first picks, by lazy greedy: a gain never grows, so what it was is a bound.
+    """Find the first picks by lazy greedy: a gain never grows, so its earlier value is a bound.
 
     Args:
-        bounds: ``[n]`` not below the gains; overwritten.
+        bounds: ``[n]`` upper bounds of the gains; overwritten.
 
     Returns:
-        The picks, by how much each raised the value, and ``[n]`` how similar each candidate is to the nearest pick.
+        The picks, their gains, and ``[n]`` the similarity of each candidate to its nearest pick.
     """
     picks, raised, covered = np.empty(count, np.int64), np.empty(count), np.zeros(len(worth))
     made = 0
@@ -183,7 +183,7 @@ def _first_picks(
         if pick in top:
             picks[made], raised[made] = pick, bounds[pick]
             covered = np.maximum(covered, worth[pick])
-            if made == 0:  # it takes most from all others, so most would be looked at next
+            if made == 0:  # the first pick lowers most gains, so update all at once
                 bounds = np.concatenate([_gains(worth[rows], lift, covered) for rows in _blocks(len(worth))])
             bounds[pick] = -1
             made += 1
@@ -191,7 +191,7 @@ def _first_picks(
 
 
 def _gains(worth: np.ndarray, lift: float, covered: np.ndarray) -> np.ndarray:
-    """``[r]`` the gains of some candidates, from their rows ``[r, n]`` of similarities that are not rounded."""
+    """Compute the gains ``[r]`` of candidates from their rows ``[r, n]`` of similarities that are not rounded."""
     above = worth + lift
     above -= covered + lift
     gains: np.ndarray = np.maximum(above, 0, out=above).sum(1)
@@ -199,13 +199,13 @@ def _gains(worth: np.ndarray, lift: float, covered: np.ndarray) -> np.ndarray:
 
 
 def _blocks(n: int) -> list[slice]:
-    """All of ``n`` rows of ``n`` numbers, a block at a time that stays in the cache."""
+    """Divide ``n`` rows of ``n`` numbers into blocks that fit the cache."""
     rows = max(1, _BLOCK // n)
     return [slice(start, start + rows) for start in range(0, n, rows)]
 
 
 class _AllPairs:
-    """Every pair: ``worth`` ``[n, n]``, rounded."""
+    """All pairs, from rounded similarities ``worth`` ``[n, n]``."""
 
     def __init__(self, worth: np.ndarray):
         self._worth, self._covered = worth, np.zeros(len(worth))
@@ -215,7 +215,7 @@ class _AllPairs:
         return gains
 
     def cover(self, top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which of ``top`` are picks: bool ``[len(top)]``; and how much gain every candidate loses: ``[n]``."""
+        """Find the picks among ``top``, bool ``[len(top)]``, and the loss of gain of every candidate, ``[n]``."""
         better = self._worth[top] > self._covered
         free = ~(better & (better.argmax(0) < _RANK[: len(top)])).any(1)
         nearest = self._worth[top[free]].max(0)
@@ -228,9 +228,9 @@ class _AllPairs:
 
 
 class _ListedPairs:
-    """The pairs of which one is more similar to the other than the pick that covers that one, by the latter.
+    """The pairs in which one candidate is more similar to the other than the other's covering pick is.
 
-    ``worth`` ``[n, n]`` is not rounded, so what a pick covers is rounded where it is needed.
+    They are listed by that other candidate. ``worth`` ``[n, n]`` is not rounded; values are rounded on use.
     """
 
     def __init__(self, worth: np.ndarray, lift: float, covered: np.ndarray):
@@ -255,12 +255,12 @@ class _ListedPairs:
         return self._between(every, self._covered + self._lift, np.full(len(every), np.inf))
 
     def cover(self, top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `_AllPairs.cover`."""
+        """Do the same as `_AllPairs.cover`."""
         n = len(self._worth)
         rows = self._worth[top]
         at = (rows > self._covered).ravel().nonzero()[0]
         by, of = np.divmod(at, n)
-        self._first[of[::-1]] = by[::-1]  # of several the last is kept: the first of the candidates
+        self._first[of[::-1]] = by[::-1]  # the last write wins: the first candidate
         free = np.ones(len(top), bool)
         free[by[self._first[of] != by]] = False
         picked = free[by]
@@ -269,7 +269,7 @@ class _ListedPairs:
         return free, self._between(of, old + self._lift, new + self._lift)
 
     def _between(self, of: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """``[n]`` the sum over ``of`` of how far each candidate's value lies above ``low``, at most up to ``high``."""
+        """Sum, over ``of``, the part of each candidate's values between ``low`` and ``high``: ``[n]``."""
         counts = self._counts[of]
         ends = counts.cumsum()
         at = np.repeat(self._starts[of] - ends + counts, counts) + np.arange(counts.sum())

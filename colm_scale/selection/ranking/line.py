@@ -1,17 +1,17 @@
-"""Facility location on the line, solved exactly (DESIGN 2.2): what one probe per candidate amounts to.
+"""Exact facility location on the line, the case of one number per candidate (DESIGN 2.2).
 
-On the line the candidates that a medoid stands for lie side by side, so the best ``k`` medoids are the best cut of the
-sorted candidates into ``k`` segments, each stood for by its middle. That is a shortest path of ``k`` steps over nodes
-0..m, the places between distinct values, and the costs ``w(u, v)`` of steps obey the quadrangle inequality (they are
-Monge): ``w(a, c) + w(b, d) <= w(a, d) + w(b, c)`` for ``a <= b <= c <= d``. Values are whole numbers (`_Line`), so all
-sums are exact. Two ways:
+On the line, the candidates that a medoid represents are adjacent, so the best ``k`` medoids are the middles of the best
+cut of the sorted candidates into ``k`` segments. That cut is a shortest path of ``k`` steps over nodes 0..m, the places
+between distinct values. The costs ``w(u, v)`` of steps obey the quadrangle inequality (they are Monge):
+``w(a, c) + w(b, d) <= w(a, d) + w(b, c)`` for ``a <= b <= c <= d``. Values are integers (`_Line`), so all sums are
+exact. Two algorithms:
 
-*Layers*, where the steps are few or the nodes: the shortest paths of 1, 2, ..., k steps to every node. The best last
-steps move to the right with the node, so each needs to be looked for only between those of its neighbours.
+*Layers*, for few steps or few nodes: the shortest paths of 1, 2, ..., k steps to every node. The best last step moves
+to the right with the node, so the search for it is bounded by those of the neighbouring nodes.
 
-*A price per step*, else (Aggarwal, Schieber and Tokuyama 1994). The cost is convex in k, so at the right price the
-cheapest path has k steps; or one has fewer and another more, at the same price, and they can be joined to one of k.
-At a given price all parts of the line are worked on at once (`_steps_at_price`).
+*A price per step*, otherwise (Aggarwal, Schieber and Tokuyama 1994). The cost is convex in k, so at the right price the
+cheapest path has k steps, or two cheapest paths have fewer and more and can be joined to one of k steps. At a given
+price all parts of the line are processed at once (`_steps_at_price`).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ import torch
 from torch import Tensor
 
 _LAYERS = 2**15
-"""Square of the most layers that are always faster than prices."""
+"""Square of the number of layers up to which layers are always faster than prices."""
 _GUESSES = 8
-"""Most prices that are guessed before they are taken from the costs, which always ends."""
+"""Most guessed prices; later ones come from the costs, which is sure to end."""
 _CLOSE = 64
-"""Steps between two paths from which on they are."""
+"""Difference in steps between two paths below which prices come from the costs."""
 
 
 def medoids_on_line(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` candidates with the smallest sum of distances from each candidate to the nearest of them.
+    """Find the ``k`` candidates with the smallest sum of distances from each candidate to the nearest of them.
 
-    Distances are exact up to 2^-41 of the range of the values (65,536 of them; finer for fewer). Of the two middles of
-    a segment of even length the lower value is taken.
+    Distances are exact to 2^-41 of the range of the values for 65,536 values, and finer for fewer. A segment of even
+    length is represented by the lower of its two middles.
 
     Args:
         values: ``[n]`` finite, n at least k.
 
     Returns:
-        int64 ``[k]`` picks, in ascending order of value, and ``[k]`` how many candidates each stands for.
+        int64 ``[k]`` picks in ascending order of value, and ``[k]`` the number of candidates each represents.
     """
     x, order = values.double().cpu().sort(stable=True)
     line = _Line.of(x.numpy())
-    if k >= line.last:  # nothing but equal values need share a medoid
+    if k >= line.last:  # only equal values share a medoid
         equal = np.setdiff1d(np.arange(len(x)), line.starts, assume_unique=True)
         edges = np.union1d(line.starts, equal[: k - line.last])
     elif k * k <= 4 * line.last + _LAYERS:
@@ -58,11 +58,11 @@ def medoids_on_line(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """Sorted values as whole numbers.
+    """Sorted values as integers.
 
     Attributes:
-        starts: ``[m + 1]`` of each node, how many candidates lie before it.
-        sums: ``[n + 1]`` of each candidate, twice the sum of the values before it.
+        starts: ``[m + 1]`` number of candidates before each node.
+        sums: ``[n + 1]`` twice the sum of the values before each candidate.
     """
 
     starts: np.ndarray
@@ -70,7 +70,7 @@ class _Line:
 
     @classmethod
     def of(cls, x: np.ndarray) -> _Line:
-        """In units of which no sum of costs and prices reaches 2^62."""
+        """Convert to a unit in which no sum of costs and prices reaches 2^62."""
         bits = 58 - len(x).bit_length()
         whole = np.rint(np.ldexp(x - x[0], bits - math.frexp(x[-1] - x[0])[1])).astype(np.int64)
         starts = np.concatenate([[0], np.diff(whole).nonzero()[0] + 1, [len(x)]])
@@ -78,11 +78,11 @@ class _Line:
 
     @property
     def last(self) -> int:
-        """The last node."""
+        """Index of the last node."""
         return len(self.starts) - 1
 
     def cost(self, u: np.ndarray | int, v: np.ndarray | int) -> np.ndarray:
-        """Twice the sum of distances to the middle of what lies between nodes ``u`` and ``v``."""
+        """Compute twice the sum of distances to the middle of the segment between nodes ``u`` and ``v``."""
         begin, end = self.starts[u], self.starts[v]
         half = (end - begin) // 2
         upper = self.sums[end] - self.sums[end - half]
@@ -92,8 +92,8 @@ class _Line:
 
 
 def _by_layers(line: _Line, k: int) -> np.ndarray:
-    """Nodes ``[k + 1]`` of a shortest path of ``k`` steps."""
-    nodes = np.arange(1, line.last - k + 2)  # at which a path of one step can be, if k - 1 more reach the last
+    """Find the nodes ``[k + 1]`` of a shortest path of ``k`` steps."""
+    nodes = np.arange(1, line.last - k + 2)  # ends of a first step from which k - 1 more can reach the last node
     cost, before = line.cost(0, nodes), [np.zeros_like(nodes)]
     for layer in range(2, k + 1):
         cost, step = _with_one_step_more(line, layer, cost, before[-1])
@@ -105,17 +105,17 @@ def _by_layers(line: _Line, k: int) -> np.ndarray:
 
 
 def _with_one_step_more(line: _Line, layer: int, cost: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shortest paths of ``layer`` steps.
+    """Extend shortest paths to ``layer`` steps.
 
     Args:
-        cost: ``[r]`` of shortest paths of a step less, to the nodes ``layer - 1`` and up.
-        before: ``[r]`` the node before the last on each.
+        cost: ``[r]`` costs of the shortest paths with one step less, to the nodes from ``layer - 1``.
+        before: ``[r]`` the last node but one of each.
 
     Returns:
-        As ``cost`` and ``before``, to the nodes ``layer`` and up.
+        The same for the nodes from ``layer``.
     """
     count = len(cost)
-    branch = 16 if count < 4096 else 2  # of few rows the number of operations counts, of many that of their elements
+    branch = 16 if count < 4096 else 2  # few rows: fewer operations; many: fewer elements
     stride = branch ** math.ceil(math.log(count, branch))
     least, best = np.empty_like(cost), np.full(count + stride, count)  # best: counted from node layer - 1
     least[0], best[0] = cost[0] + line.cost(layer - 1, layer), 0
@@ -134,17 +134,17 @@ def _with_one_step_more(line: _Line, layer: int, cost: np.ndarray, before: np.nd
 
 
 def _by_price(line: _Line, k: int) -> np.ndarray:
-    """Nodes ``[k + 1]`` of a shortest path of ``k`` steps.
+    """Find the nodes ``[k + 1]`` of a shortest path of ``k`` steps.
 
     Costs are even and prices odd, so at each price all cheapest paths have the same number of steps.
     """
     few, many = _Path(line, np.array([0, line.last])), _Path(line, np.arange(line.last + 1))
-    high, low = few.cost + 1, 1  # prices of which these are the cheapest paths
+    high, low = few.cost + 1, 1  # prices at which these are the cheapest paths
     aim, guesses = float(k), 0
     while high - low > 2:
         guesses += 1
         if guesses > _GUESSES or many.steps - few.steps < _CLOSE:
-            saved = (few.cost - many.cost) // (many.steps - few.steps) // 2 * 2  # by each step more, on average
+            saved = (few.cost - many.cost) // (many.steps - few.steps) // 2 * 2  # per additional step, on average
             guess: float = saved + 1 if saved + 1 < high else saved - 1
         elif few.steps == 1 or many.steps == line.last:
             guess = _guess(line, aim)
@@ -158,15 +158,15 @@ def _by_price(line: _Line, k: int) -> np.ndarray:
             few, high = path, price
         else:
             many, low = path, price
-        aim *= (k / path.steps) ** 2  # to the other side
+        aim *= (k / path.steps) ** 2  # aim beyond k, on the other side
     return _joined(few.nodes, many.nodes, k)
 
 
 def _guess(line: _Line, steps: float) -> float:
-    """A price of which the cheapest path has about so many steps.
+    """Guess a price at which the cheapest path has about ``steps`` steps.
 
-    Where candidates are dense, steps are as dense as the square root of that (Zador 1982): a gap between candidates has
-    ``sqrt(gap / (2 price))`` steps. It has one at most, so the largest have one, and of the others the sum is the rest.
+    The density of steps is the square root of that of the candidates (Zador 1982): a gap between candidates has
+    ``sqrt(gap / (2 price))`` steps, at most one. The largest gaps have one, and the others sum to the rest.
     """
     values = line.sums[line.starts[:-1] + 1] - line.sums[line.starts[:-1]]
     roots = np.sort(np.sqrt(np.diff(values)))[::-1] / 2
@@ -177,7 +177,7 @@ def _guess(line: _Line, steps: float) -> float:
 
 
 class _Path:
-    """A path and its cost, without the price of its steps."""
+    """A path and its cost without the price of its steps."""
 
     def __init__(self, line: _Line, nodes: np.ndarray):
         self.nodes, self.steps = nodes, len(nodes) - 1
@@ -185,9 +185,9 @@ class _Path:
 
 
 def _joined(few: np.ndarray, many: np.ndarray, k: int) -> np.ndarray:
-    """A cheapest path of ``k`` steps from two, with fewer and with more, that are cheapest at the same price.
+    """Join two paths with fewer and more steps, cheapest at the same price, to a cheapest path of ``k`` steps.
 
-    Where a step of the second lies within one of the first, crossing over costs nothing (quadrangle inequality).
+    If a step of the second lies within one of the first, crossing over costs nothing (quadrangle inequality).
     """
     more = k + 1 - len(few)
     at = int((few[1:] >= many[more + 1 : more + len(few)]).argmax())
@@ -195,7 +195,7 @@ def _joined(few: np.ndarray, many: np.ndarray, k: int) -> np.ndarray:
 
 
 def _cheapest_path(line: _Line, price: int, k: int) -> np.ndarray:
-    """The nodes of a path whose cost is least if every step adds ``price``; about ``k`` steps are expected."""
+    """Find the nodes of a cheapest path if every step adds ``price``; about ``k`` steps are expected."""
     before = _steps_at_price(line, price, min(32 * -(-line.last // k), line.last)).tolist()
     path = [line.last]
     while path[-1]:
@@ -204,13 +204,13 @@ def _cheapest_path(line: _Line, price: int, k: int) -> np.ndarray:
 
 
 def _steps_at_price(line: _Line, price: int, reach: int) -> np.ndarray:
-    """``[m + 1]`` for each node, the node before it on the cheapest path.
+    """Find, for each node, the node before it on the cheapest path: ``[m + 1]``.
 
-    The line is cut into blocks of ``reach`` nodes, and all are worked on at once. Through which nodes the path comes is
-    not known; but it steps over no two nodes so far apart that a stop between them saves more than the price. Paths do
-    not cross, so it stays between the paths that begin at either. These two soon meet, and where their last steps
-    to every node of the block are the same, so is that of the cheapest path. Where they are not, it is done again with
-    blocks twice as long and nodes twice as far back.
+    The line is cut into blocks of ``reach`` nodes, which are processed at once. The nodes through which the path enters
+    a block are unknown, but it never steps over two nodes so far apart that a stop between them saves more than the
+    price. Paths do not cross, so it stays between the paths that start at these two nodes. They soon meet, and if their
+    last steps to every node of the block are equal, so is that of the cheapest path. Blocks where they are not are
+    repeated, twice as long and from nodes twice as far back.
     """
     before = np.full(line.last + 1, -1)
     before[0] = 0
@@ -231,9 +231,9 @@ def _steps_at_price(line: _Line, price: int, reach: int) -> np.ndarray:
 
 
 def _a_step_beyond(line: _Line, price: int, left: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes ``right``, at most ``most``, such that no cheapest path steps over both, and whether there is one.
+    """Find nodes ``right``, up to ``most``, such that no cheapest path steps over ``left`` and ``right``; and if found.
 
-    What a stop saves only grows with the step. Every path begins at node 0, so that one is its own.
+    The saving of a stop grows with the step. Every path starts at node 0, which serves as its own ``right``.
     """
     distance = np.full(len(left), 2)
     while True:
@@ -247,17 +247,17 @@ def _a_step_beyond(line: _Line, price: int, left: np.ndarray, most: np.ndarray) 
 
 
 def _paths_from(line: _Line, price: int, source: np.ndarray, length: int) -> np.ndarray:
-    """The last steps of the cheapest paths from each of some nodes to those after it: of equally good ones the longest.
+    """Find the last steps of the cheapest paths from nodes to those after them, the longest step in a tie.
 
     Args:
         source: ``[l]`` nodes.
 
     Returns:
-        ``[length + 1, l]`` the node before ``source + row`` on the path; any beyond the last node.
+        ``[length + 1, l]`` the node before ``source + row`` on the path; arbitrary beyond the last node.
     """
     cost = np.zeros((length + 1, len(source)), np.int64)
     steps = np.zeros_like(cost)
-    first = np.zeros(len(source), np.int64)  # the best last steps move to the right with the node
+    first = np.zeros(len(source), np.int64)  # the best last step moves to the right with the node
     for row in range(1, length + 1):
         node = np.minimum(source + row, line.last)
         run, place = _runs(row - first)
@@ -270,13 +270,13 @@ def _paths_from(line: _Line, price: int, source: np.ndarray, length: int) -> np.
 
 
 def _runs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of consecutive runs of 1 or more elements: each element's run, and its place in it."""
+    """Return the run of each element, and its place in it, for consecutive runs of 1 or more elements."""
     run = np.repeat(np.arange(len(counts)), counts)
     return run, np.arange(len(run)) - (counts.cumsum() - counts)[run]
 
 
 def _least(values: np.ndarray, run: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least value of each run, and the first of the places that hold it."""
+    """Find the least value of each run, and its first place."""
     begin = np.append(True, run[1:] != run[:-1]).nonzero()[0]
     least = np.minimum.reduceat(values, begin)
     at = (values == least[run]).nonzero()[0][::-1]

@@ -1,4 +1,4 @@
-"""Subsets whose mean row is the mean row of all candidates of a source, by swaps."""
+"""Subsets whose mean row matches the mean row of all candidates of a source, found by swaps."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from colm_scale.selection.ranking.exact import whole_numbers
-
 _MOST_SWEEPS = 20
 
 
 def match_by_swaps(rows: Tensor, k: int) -> Tensor:
-    """Pick ``k`` of the ``rows`` ``[n, h]`` so that no exchange of one of them brings their mean nearer (L2) to that of
-    all.
+    """Pick ``k`` of the ``rows`` ``[n, h]`` so that no single swap brings their mean nearer (L2) to that of all.
 
-    They are built one by one, each the one that leads nearest (herding, Welling 2009). Then each in turn is exchanged
-    for the best, while any is (at most 20 times round). The rows are seen through their scalar products only.
+    Rows are added one by one, each time the one that brings the mean nearest (herding, Welling 2009). Then each pick in
+    turn is swapped for the best other row, until a sweep swaps nothing (at most 20 sweeps).
 
     Returns:
         int64 ``[k]`` ascending, on the CPU; the lowest index wins ties.
     """
     rows = rows.double()
     deviations = rows - rows.mean(0)
-    gram = whole_numbers(deviations @ deviations.T).cpu()  # the target is where the picked deviations add up to 0
+    gram = whole_numbers(deviations @ deviations.T).cpu()  # the target: picked deviations that add up to 0
     own, sums = gram.diagonal(), gram.new_zeros(len(gram))
-    barred, picks = gram.new_zeros(len(gram)), []  # infinite for what is picked
+    barred, picks = gram.new_zeros(len(gram)), []  # infinite for picks
     for _ in range(k):
         pick = int((own + 2 * sums + barred).argmin())
         picks.append(pick)
@@ -35,7 +32,7 @@ def match_by_swaps(rows: Tensor, k: int) -> Tensor:
     for _ in range(_MOST_SWEEPS):
         before = list(picks)
         for slot, pick in enumerate(before):
-            # |s - x_i + x_j|^2 for the sum s of the picks, the pick i and every j, less what is the same for all j.
+            # |s - x_i + x_j|^2 for the sum s of the picks, the pick i and every j, without terms free of j.
             squares = own + 2 * (sums - gram[pick])
             best = int((squares + barred).argmin())
             if squares[best] < squares[pick]:
@@ -45,3 +42,12 @@ def match_by_swaps(rows: Tensor, k: int) -> Tensor:
         if picks == before:
             break
     return torch.tensor(picks).sort().values
+
+
+def whole_numbers(values: Tensor) -> Tensor:
+    """Round ``values`` ``[n, ...]`` float64 to multiples of a power of two, in which sums of 4 n of them are exact.
+
+    Values that differ only by rounding become equal, and every gain is a real one. The largest value sets the unit.
+    """
+    _, exponent = math.frexp(float(values.abs().max()))
+    return (values * 2.0 ** (50 - exponent - len(values).bit_length())).round_()

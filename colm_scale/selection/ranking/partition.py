@@ -1,13 +1,13 @@
-"""Facility location for a source too large to compare every candidate with every other.
+"""Facility location for a source too large to compare all its candidates in pairs.
 
-The source is cut into groups, each is ranked by greedy on its own, and of the union of the rankings the picks with the
-largest gains are taken. That is greedy on the whole, except that a candidate covers only its own group. So how many
-picks a group gets follows from how much its candidates differ, and the memory is that of one group's matrices.
+The source is cut into groups, greedy ranks each group, and the picks with the largest gains over all groups are taken.
+This equals greedy on the whole source, except that a candidate covers only its own group. A group whose candidates
+differ more gets more picks, and the memory is that of one group's matrices.
 
-A second greedy over the union of the groups' picks (GreeDi, Mirzasoleiman et al. 2013) is made for few picks: each
-group hands on as many as are wanted in all, so with half of the source wanted it hands on everything. What costs value
-is two candidates that are nearly alike but in different groups, both picked; so groups are regions, made by halving,
-and not every g-th candidate. benchmarks/README.md has the measured losses of all three.
+The usual second greedy over the union of the groups' picks (GreeDi, Mirzasoleiman et al. 2013) suits few picks: each
+group passes on the full number of picks, which is everything if half of the source is picked. The value lost here comes
+from similar candidates picked in different groups, so groups are regions, made by halving, rather than every g-th
+candidate. benchmarks/README.md has the measured losses of all three.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ from torch import Tensor
 
 from colm_scale.config.selection import MOST_COMPARED, Metric
 from colm_scale.selection.ranking.facility import greedy, greedy_with_gains
-from colm_scale.selection.ranking.similarity import similarities
+from colm_scale.selection.ranking.similarity import similarities, similarities_to
 
 LARGEST_GROUP = MOST_COMPARED
-"""Most rows of a source that are compared all with all; a larger source is cut into regions. The memory grows with the
-square: 1 GiB."""
+"""Most rows of a source that are compared in pairs (1 GiB of memory); a larger source is cut into regions."""
 _BLOCK_ROWS = 1024
 
 
 def partitioned_greedy(rows: Tensor, k: int, metric: Metric, largest: int) -> Tensor:
-    """Pick ``k`` of the ``rows`` ``[n, h]``; of equal gains the lowest index wins.
+    """Pick ``k`` of the ``rows`` ``[n, h]``; the lowest index wins ties of gain.
 
     Args:
         k: At most n.
         largest: Most rows of a group.
 
     Returns:
-        int64 ``[k]`` in descending order of gain, the first pick of every group before all others. With one group the
+        int64 ``[k]`` in descending order of gain, the first pick of every group before all others. With one group, the
         picks of `greedy`.
     """
     picks, gains = [], []
     groups = regions(rows, metric, largest)
     for group in groups:
         order, raised = greedy_with_gains(_compared(rows[group], metric), min(k, len(group)))
-        raised[:1] = torch.inf  # it counts from a zero that is the group's own
+        raised[:1] = torch.inf  # measured from the group's own zero
         picks.append(group[order])
         gains.append(raised)
     union, gain = torch.cat(picks), torch.cat(gains)
@@ -55,16 +54,16 @@ def partitioned_greedy(rows: Tensor, k: int, metric: Metric, largest: int) -> Te
 def regions(rows: Tensor, metric: Metric, largest: int) -> list[Tensor]:
     """Cut ``rows`` ``[n, h]`` into groups of neighbours, of at most ``largest``.
 
-    A group that is too large is halved between two rows that lie far apart, by which of them the others are more like.
+    A group that is too large is halved between two distant rows, by similarity to one or the other.
 
     Returns:
-        Their indices, ascending in each group.
+        The indices of each group, ascending.
     """
     if len(rows) <= largest:
         return [torch.arange(len(rows), device=rows.device)]
 
     def likeness(row: int | Tensor) -> Tensor:
-        return similarities(rows, metric, rows[row].unsqueeze(0)).flatten()
+        return similarities_to(rows, rows[row].unsqueeze(0), metric).flatten()
 
     like_one = likeness(likeness(0).argmin())
     like_other = likeness(like_one.argmin())
@@ -74,9 +73,9 @@ def regions(rows: Tensor, metric: Metric, largest: int) -> list[Tensor]:
 
 
 def cluster_sizes(rows: Tensor, picks: Tensor, metric: Metric) -> Tensor:
-    """As `facility.cluster_sizes`, over all of the ``rows``, whatever their groups, and a block of them at a time."""
+    """Count as `facility.cluster_sizes` does, over all groups, a block of ``rows`` at a time."""
     picked = rows[picks].double()
-    owner = torch.cat([similarities(block.double(), metric, picked).argmax(1) for block in rows.split(_BLOCK_ROWS)])
+    owner = torch.cat([similarities_to(block.double(), picked, metric).argmax(1) for block in rows.split(_BLOCK_ROWS)])
     owner[picks] = torch.arange(len(picks), device=picks.device)
     return torch.bincount(owner, minlength=len(picks))
 

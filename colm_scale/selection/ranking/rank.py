@@ -1,6 +1,6 @@
-"""The rankings: which of a source's candidates fill its quota. One function each, by the name of the option.
+"""The rankings, one function for each name of the option: they pick the candidates that fill a source's quota.
 
-A ranking of the user's (`colm_scale.config.user_functions`) has the same signature. Each ranks one source at a time.
+The user's own rankings (`colm_scale.config.user_functions`) have the same signature.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from colm_scale.selection.ranking import line, partition
 from colm_scale.selection.ranking.facility import cluster_sizes, greedy
 from colm_scale.selection.ranking.matching import match_by_swaps
 from colm_scale.selection.ranking.similarity import similarities
-from colm_scale.selection.ranking.systematic import systematic
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Candidates of one source that compete for places.
+    """Candidates of one source that compete for its quota.
 
     Attributes:
-        rows: ``[m, h]`` sketches, on the device that is to do the work.
+        rows: ``[m, h]`` sketches, on the device that does the work.
         losses: ``[m]`` losses, on the same device.
-        count: How many to pick, k: at least one, and fewer than there are.
-        stands_for: The weight of a pick, unless the ranking says otherwise.
-        config: The metric, and what the weights are to be.
-        draw: For a ranking that draws; equal on every rank.
+        count: Number of picks k, at least 1 and below m.
+        stands_for: Weight of a pick unless the ranking returns weights.
+        config: The metric and the kind of weights.
+        draw: For a ranking that draws; rank-equal.
     """
 
     rows: Tensor
@@ -43,41 +42,39 @@ class Ranked:
 
 
 Picks = tuple[Tensor, Tensor | None]
-"""``[k]`` rows of a `Ranked`, in the order of picking, and ``[k]`` what each counts for, on the CPU. None: each counts
-for `Ranked.stands_for`."""
+"""``[k]`` rows of a `Ranked`, in the order of picking, and their ``[k]`` weights, on the CPU. None: all weights are
+`Ranked.stands_for`."""
 
 
 def rank(ranked: Ranked) -> tuple[Tensor, Tensor]:
-    """``[k]`` picks and ``[k]`` their weights, on the CPU, by ``ranked.config.ranking``.
+    """Return ``[k]`` picks and their ``[k]`` weights, on the CPU, by ``ranked.config.ranking``.
 
     Raises:
-        TrainingError: A ranking of the user's returns no ``k`` different rows.
+        TrainingError: A ranking of the user does not return ``k`` different rows, or returns wrong weights.
     """
     name = ranked.config.ranking
-    if is_own(name):
-        picks, weights = _checked(load_own("selection.ranking", name, parameters=1)(ranked), ranked)
-    else:
-        picks, weights = RANKINGS[name](ranked)
-    return picks, torch.full((len(picks),), ranked.stands_for, dtype=torch.float64) if weights is None else weights
+    own = is_own(name)
+    ranking = load_own("selection.ranking", name, parameters=1) if own else RANKINGS[name]
+    picks, weights = ranking(ranked)
+    if weights is None:
+        weights = torch.full((ranked.count,), ranked.stands_for, dtype=torch.float64)
+    return _checked(picks, weights, ranked) if own else (picks, weights)
 
 
-def _checked(found: Picks, ranked: Ranked) -> Picks:
-    """What a ranking of the user's returned, if it is as it must be."""
-    picks, weights = found
+def _checked(picks: Tensor, weights: Tensor, ranked: Ranked) -> tuple[Tensor, Tensor]:
+    """Check the results of a user's ranking."""
+    returned = f"--selection.ranking {ranked.config.ranking} returned"
     picks = torch.as_tensor(picks, dtype=torch.int64, device="cpu")
     within = bool(((picks >= 0) & (picks < len(ranked.rows))).all())
     if picks.shape != (ranked.count,) or not within or len(picks.unique()) < len(picks):
         raise TrainingError(
-            f"--selection.ranking {ranked.config.ranking} returned picks {picks.tolist()}, but was to return "
-            f"{ranked.count} different rows of {len(ranked.rows)}"
+            f"{returned} picks {picks.tolist()}, but must return {ranked.count} different rows of {len(ranked.rows)}"
         )
-    if weights is None:
-        return picks, None
     weights = torch.as_tensor(weights, device="cpu")
     if weights.shape != picks.shape or not (weights.isfinite().all() and (weights > 0).all()):
         raise TrainingError(
-            f"--selection.ranking {ranked.config.ranking} returned weights {weights.tolist()}, but was to return "
-            f"None, or a positive number for each of {ranked.count} picks"
+            f"{returned} weights {weights.tolist()}, but must return None or a positive number for each of "
+            f"{ranked.count} picks"
         )
     return picks, weights
 
@@ -102,16 +99,31 @@ RANKINGS: dict[str, Callable[[Ranked], Picks]] = {
 }
 
 
+def systematic(values: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Take every n/k-th candidate in the order of ``values`` ``[n]``, from a random start: each with probability k/n.
+
+    Args:
+        k: At least 1, at most n.
+        generator: Rank-equal; draws the start.
+
+    Returns:
+        int64 ``[k]`` in ascending order of value; equal values by index.
+    """
+    n = len(values)
+    start = torch.randint(n, (), generator=generator)  # in steps of 1/k, so that the rest is integer arithmetic
+    return values.argsort(stable=True)[(start + n * torch.arange(k)) // k]
+
+
 def along_the_mean(rows: Tensor) -> Tensor:
-    """``[m]`` one number for each of the ``rows`` ``[m, h]``: its product with their mean, or its only entry."""
+    """Score each of the ``rows`` ``[m, h]`` by its product with their mean, or by its only entry: ``[m]`` float64."""
     rows = rows.double().cpu()
     return rows.flatten() if rows.shape[1] == 1 else (rows * rows.mean(0)).sum(1)
 
 
 def _medoids(ranked: Ranked) -> tuple[Tensor, Tensor]:
-    """``[k]`` medoids and how many rows each stands for, on the CPU.
+    """Return ``[k]`` medoids and the number of rows each represents, on the CPU.
 
-    Counting costs a large source as much as picking, so where weights do not count its counts may be 1.
+    In a large source, counting costs as much as picking; unless the weights need them, its counts are 1.
     """
     rows, k, config = ranked.rows, ranked.count, ranked.config
     metric = config.metric
@@ -122,8 +134,8 @@ def _medoids(ranked: Ranked) -> tuple[Tensor, Tensor]:
         counted = config.weights == "cluster"
         counts = partition.cluster_sizes(rows, picks, metric) if counted else torch.ones_like(picks)
         return picks.cpu(), counts.cpu()
-    # Where few directions make the rows, many candidates lie between two others in every column, and medoids tie. In
-    # float64 the distances between float32 rows show such ties, instead of deciding them by their own rounding.
+    # If the rows span few directions, many candidates lie between two others in every column, and medoids tie. In
+    # float64 the distances between float32 rows preserve such ties; float32 would break them by rounding.
     similarity = similarities(rows.double(), metric)
     picks = greedy(similarity, k)
     return picks.cpu(), cluster_sizes(similarity, picks).cpu()

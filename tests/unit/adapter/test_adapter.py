@@ -20,7 +20,7 @@ from colm_scale.adapter.score import harness_line
 from colm_scale.base import BASE_MODEL
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import DataConfig, EvalConfig, LoraConfig, ModelConfig, RunConfig, as_yaml
-from colm_scale.config.tools import MergeConfig
+from colm_scale.config.commands import MergeConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, load_model
 

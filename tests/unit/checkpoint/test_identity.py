@@ -19,9 +19,9 @@ from colm_scale.config import (
     ProfileConfig,
     RunConfig,
     SelectionConfig,
+    TrackConfig,
     TrainConfig,
 )
-from colm_scale.config.track import TrackConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss

@@ -18,8 +18,8 @@ from colm_scale.engines.base import LossScale, TorchEngine, collect
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
-from colm_scale.selection.kept_sources import RecentSources
 from colm_scale.selection.moments import AdamMoments
+from colm_scale.selection.quota import RecentSources
 from colm_scale.sketch.store import SketchStore
 from colm_scale.step.source_refresh import FixedSources
 

@@ -91,9 +91,9 @@ def test_a_file_of_ratios_is_read_when_options_are_resolved(tmp_path, name, cont
     [
         ("s.yaml", "math: 3\n code: ]", "s.yaml line 2: not YAML"),
         ("s.json", '{"math": 3,\n "code" 1}', "s.json line 2: not JSON"),
-        ("s.yaml", "- math\n", "s.yaml must hold a number for each source"),
-        ("s.yaml", "", "s.yaml must hold a number for each source"),
-        ("s.json", "[1]", "s.json must hold an object with a number for each source"),
+        ("s.yaml", "- math\n", "s.yaml must contain only a number for each source"),
+        ("s.yaml", "", "s.yaml must contain only a number for each source"),
+        ("s.json", "[1]", "s.json must contain only an object with a number for each source"),
         ("s.json", '{"a": 1, "a": 2}', "s.json names 'a' twice"),
         ("s.yaml", "a: 1\nb: -1\n", "s.yaml gives 'b' '-1', but must give a number that is 0 or more"),
         ("s.json", '{"a": NaN}', "s.json gives 'a' nan, but must give"),

@@ -55,7 +55,7 @@ def test_without_weights_each_counts_what_the_option_says(written):
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ("torch.tensor([0, 0]), None", r"returned picks \[0, 0\], but was to return 2 different rows of 4"),
+        ("torch.tensor([0, 0]), None", r"returned picks \[0, 0\], but must return 2 different rows of 4"),
         ("torch.tensor([0, 4]), None", r"picks \[0, 4\]"),
         ("torch.tensor([0, -1]), None", r"picks \[0, -1\]"),
         ("torch.tensor([1]), None", r"picks \[1\]"),
@@ -119,7 +119,7 @@ def test_a_misspelt_part_is_refused_with_what_there_is(option):
 
 
 def test_what_goes_with_the_estimators_of_the_package_only():
-    with pytest.raises(UserError, match=r"--selection.reuse 2 goes with the estimators of the package"):
+    with pytest.raises(UserError, match=r"--selection.reuse 2 works only with the package's estimators"):
         SelectionConfig(estimator="a.py:f", reuse=2)
     train = TrainConfig(forward_reuse="device", activation_checkpointing=True)
     with pytest.raises(UserError, match=r"--train.forward_reuse device .* --selection.estimator a.py:f"):

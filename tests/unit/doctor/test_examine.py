@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from colm_scale.config.tools import DoctorConfig
+from colm_scale.config.commands import DoctorConfig
 from colm_scale.doctor import machine
 from colm_scale.doctor.examine import as_json, examine, exit_code, show
 from colm_scale.doctor.finding import Finding, guarded

@@ -11,7 +11,7 @@ import torch
 from support.families import base_model, batch_of
 
 from colm_scale.config import FsdpConfig, LoraConfig, RunConfig, SelectionConfig, TrainConfig
-from colm_scale.config.plan import PlanConfig
+from colm_scale.config.commands import PlanConfig
 from colm_scale.engines.base import trainable
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only

@@ -13,8 +13,7 @@ import torch
 from support.runs import SIZES, SOURCES, evaluation, report
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from colm_scale.config import RunConfig
-from colm_scale.config.track import TrackConfig
+from colm_scale.config import RunConfig, TrackConfig
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import StepReport

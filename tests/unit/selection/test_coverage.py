@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.runs import candidates_of
 
 from colm_scale.config import SelectionConfig
 from colm_scale.errors import UserError
@@ -57,8 +58,8 @@ def test_every_source_has_its_share_over_every_stretch_of_steps(kept):
         sources = sources_of(step)
         draw = generator(step, "draw")
         due = coverage.due(sources, FLOOR)
-        quota = allocate(sources, is_kept, 8, draw, due=due, share=greedy)
-        without.append(allocate(sources, is_kept, 8, generator(step, "draw"), greedy).per_source)
+        quota = allocate(candidates_of(sources), is_kept, 8, draw, due=due, share=greedy)
+        without.append(allocate(candidates_of(sources), is_kept, 8, generator(step, "draw"), greedy).per_source)
         counts = torch.bincount(sources[quota.kept], minlength=4) + quota.per_source
         assert counts.sum() == 8
         picked = torch.cat([(sources == source).nonzero().flatten()[:count] for source, count in enumerate(counts)])
@@ -77,7 +78,7 @@ def test_every_source_has_its_share_over_every_stretch_of_steps(kept):
 
 def test_too_small_a_budget_is_shared_and_the_rest_is_carried_on():
     sources, due = long_tensor([0] * 6 + [1] * 6 + [2]), long_tensor([4, 4, 1])
-    quota = allocate(sources, torch.zeros(3, dtype=torch.bool), 5, generator(0, "draw"), due=due)
+    quota = allocate(candidates_of(sources), torch.zeros(3, dtype=torch.bool), 5, generator(0, "draw"), due=due)
     assert quota.per_source.tolist() == [2, 2, 1]
 
 
@@ -85,7 +86,7 @@ def test_the_protected_come_first_then_what_is_due_then_the_kept():
     sources = long_tensor([0, 0, 0, 0, 1, 1, 2, 2])
     protected = torch.tensor([True, True, *[False] * 6])
     kept = torch.tensor([False, True, False])
-    quota = allocate(sources, kept, 4, generator(0, "draw"), protected=protected, due=long_tensor([1, 0, 1]))
+    quota = allocate(candidates_of(sources, protected), kept, 4, generator(0, "draw"), due=long_tensor([1, 0, 1]))
     assert quota.per_source.tolist() == [0, 0, 1]  # what is due of the first source is among its protected ones
     assert sources[quota.kept].tolist() == [0, 0, 1]
     assert quota.overflow == 1
@@ -96,7 +97,7 @@ def test_what_is_due_of_kept_sources_is_among_those_that_fit():
     kept = torch.ones(2, dtype=torch.bool)
     for seed in range(20):
         draw = generator(seed, "draw")
-        quota = allocate(sources, kept, 3, draw, due=long_tensor([1, 1]))
+        quota = allocate(candidates_of(sources), kept, 3, draw, due=long_tensor([1, 1]))
         assert len(quota.kept) == 3
         assert 12 in quota.kept
 

@@ -42,7 +42,7 @@ def test_a_row_becomes_the_update_that_adam_makes_of_it():
 
 def test_the_first_update_is_the_sign():
     rows = torch.tensor([[2.0, -3.0, 0.0]])
-    moments = AdamMoments.zeros(3, BETAS, EPSILON)
+    moments = AdamMoments(*torch.zeros(2, 3), 0, BETAS, EPSILON)
     # 1 up to epsilon and float32 rounding; 0 stays 0.
     torch.testing.assert_close(moments.normalise(rows), torch.tensor([[1.0, -1.0, 0.0]]), rtol=0, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_a_step_without_picks_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_result_has_the_type_of_the_rows(dtype):
-    moments = AdamMoments.zeros(5, BETAS, EPSILON)
+    moments = AdamMoments(*torch.zeros(2, 5), 0, BETAS, EPSILON)
     assert moments.first.dtype == moments.second.dtype == torch.float32
     assert moments.normalise(normal(2, 5).to(dtype)).dtype == dtype
 

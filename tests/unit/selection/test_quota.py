@@ -4,11 +4,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.runs import candidates_of
 
 from colm_scale.errors import UserError
 from colm_scale.randomness import generator
 from colm_scale.records import Quota, long_tensor
-from colm_scale.selection.quota import allocate, check_names, expected_share, kept_sources, reallocate
+from colm_scale.selection.quota import (
+    RecentSources,
+    allocate,
+    check_names,
+    expected_share,
+    kept_sources,
+    reallocate,
+)
 
 NAMES = ["algebra", "geometry", "logic", "proofs"]
 
@@ -25,7 +33,7 @@ def draw() -> torch.Generator:
 
 def allocated(counts: list[int], kept: list[bool], budget: int) -> tuple[torch.Tensor, Quota]:
     sources = of_counts(*counts)
-    return sources, allocate(sources, torch.tensor(kept), budget, draw())
+    return sources, allocate(candidates_of(sources), torch.tensor(kept), budget, draw())
 
 
 def test_by_default_sources_below_the_average_size_are_kept():
@@ -102,7 +110,7 @@ def test_overflow_is_a_uniform_subset_of_the_kept():
     of_kept = set(kept[sources].nonzero().flatten().tolist())
     times = dict.fromkeys(of_kept, 0)
     for trial in range(900):
-        quota = allocate(sources, kept, 3, generator(trial, "overflow"))
+        quota = allocate(candidates_of(sources), kept, 3, generator(trial, "overflow"))
         assert quota.overflow == 6
         assert quota.per_source.tolist() == [0, 0, 0]
         assert quota.kept.tolist() == sorted(set(quota.kept.tolist()))
@@ -114,7 +122,8 @@ def test_overflow_is_a_uniform_subset_of_the_kept():
 
 def test_the_same_generator_draws_the_same_overflow():
     sources, kept = of_counts(8, 8), torch.tensor([True, False])
-    assert torch.equal(allocate(sources, kept, 3, draw()).kept, allocate(sources, kept, 3, draw()).kept)
+    candidates = candidates_of(sources)
+    assert torch.equal(allocate(candidates, kept, 3, draw()).kept, allocate(candidates, kept, 3, draw()).kept)
 
 
 def marked(n: int, *positions: int) -> torch.Tensor:
@@ -123,7 +132,7 @@ def marked(n: int, *positions: int) -> torch.Tensor:
 
 def test_protected_candidates_enter_whatever_their_source():
     sources = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2])
-    quota = allocate(sources, torch.tensor([False, False, True]), 6, draw(), protected=marked(10, 1, 4, 9))
+    quota = allocate(candidates_of(sources, marked(10, 1, 4, 9)), torch.tensor([False, False, True]), 6, draw())
     assert quota.kept.tolist() == [1, 4, 9]
     # 3 of the 4 and 3 that are left: floors 1 and 1, and one more to the first of them.
     assert quota.per_source.tolist() == [2, 1, 0]
@@ -135,20 +144,20 @@ def test_protected_candidates_come_before_those_of_kept_sources():
     sources, kept = torch.tensor([0, 1, 1, 1, 1, 0, 0, 2]), torch.tensor([False, True, False])
     protected = marked(8, 0, 4, 5)
     for budget, of_kept in ((5, 2), (4, 1), (3, 0)):
-        quota = allocate(sources, kept, budget, draw(), protected=protected)
+        quota = allocate(candidates_of(sources, protected), kept, budget, draw())
         assert {0, 4, 5} <= set(quota.kept.tolist()) <= {0, 1, 2, 3, 4, 5}
         assert len(quota.kept) == 3 + of_kept
         assert quota.overflow == 3 - of_kept
         assert not quota.per_source.any()
     # With room for two of three, the protected ones are drawn from, and who is left is ranked if there is a quota.
-    quota = allocate(sources, kept, 2, draw(), protected=protected)
+    quota = allocate(candidates_of(sources, protected), kept, 2, draw())
     assert len(quota.kept) == 2
     assert set(quota.kept.tolist()) < {0, 4, 5}
 
 
 def test_protected_candidates_that_do_not_fit_are_ranked_like_any_other():
     sources = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
-    quota = allocate(sources, torch.tensor([False, False]), 2, draw(), protected=marked(8, 0, 1, 2))
+    quota = allocate(candidates_of(sources, marked(8, 0, 1, 2)), torch.tensor([False, False]), 2, draw())
     assert len(quota.kept) == 2
     assert quota.overflow == 1
     assert set(quota.to_sketch(sources).tolist()) == set()
@@ -196,8 +205,8 @@ def test_the_budget_is_met_whatever_is_protected(described, budget, seed):
     sources = of_counts(*[count for count, _ in described])
     kept = torch.tensor([flag for _, flag in described])
     protected = torch.rand(len(sources), generator=generator(seed, "protected")) < 0.3
-    quota = allocate(sources, kept, budget, draw(), protected=protected)
-    assert torch.equal(quota.kept, allocate(sources, kept, budget, draw(), protected=protected).kept)
+    quota = allocate(candidates_of(sources, protected), kept, budget, draw())
+    assert torch.equal(quota.kept, allocate(candidates_of(sources, protected), kept, budget, draw()).kept)
     wanted = kept[sources] | protected
     assert len(quota.kept) + int(quota.per_source.sum()) == min(budget, len(sources))
     assert wanted[quota.kept].all()
@@ -236,3 +245,31 @@ def test_what_is_due_of_others_leaves_the_kept_less_room():
     sizes, kept, none = long_tensor([30, 70]), torch.tensor([True, False]), long_tensor([0, 0])
     assert expected_share(sizes, kept, none, 100, 40) == 1
     assert expected_share(sizes, kept, none, 100, 40, floor=0.4) == pytest.approx(12 / 30)
+
+
+def after(recent: RecentSources, *steps: tuple[int, ...]) -> RecentSources:
+    """After steps with so many candidates of each source."""
+    for counts in steps:
+        recent = recent.after(torch.arange(len(counts)).repeat_interleave(long_tensor(counts)))
+    return recent
+
+
+def test_kept_sources_follow_what_came_since_the_last_time():
+    begin = RecentSources.beginning(torch.tensor([False, True, False]))
+    two = after(begin, (1, 9, 5), (1, 9, 5))
+    assert two.kept.tolist() == [False, True, False]
+    assert two.seen.tolist() == [2, 18, 10]
+    refreshed = two.refreshed(None)  # below the average of 10 is only the first
+    assert refreshed.kept.tolist() == [True, False, False]
+    assert refreshed.seen.tolist() == [0, 0, 0]
+    assert after(refreshed, (9, 9, 1), (9, 9, 1)).refreshed(None).kept.tolist() == [False, False, True]
+
+
+def test_a_source_that_did_not_come_is_no_small_source_and_does_not_move_the_average():
+    recent = after(RecentSources.beginning(torch.ones(4, dtype=torch.bool)), (0, 4, 8, 0)).refreshed(None)
+    assert recent.kept.tolist() == [False, True, False, False]  # the average of the two that came is 6, not 3
+
+
+def test_a_share_of_the_sources_is_kept_again_too():
+    recent = after(RecentSources.beginning(torch.zeros(4, dtype=torch.bool)), (9, 1, 2, 3)).refreshed(0.75)
+    assert recent.kept.tolist() == [False, True, True, True]

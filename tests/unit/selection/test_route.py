@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from colm_scale.randomness import generator
 from colm_scale.records import long_tensor
-from colm_scale.selection.route import deal, form_micro_batches, route
+from colm_scale.selection.route import deal, form_micro_batches, route, route_evenly
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -230,7 +230,7 @@ def test_as_many_micro_batches_as_are_asked_for(packed, count):
     """Fewer and more than the budget demands, and more than there are examples; every example is in one of them."""
     lengths = long_tensor([9, 3, 30, 4, 12, 7, 7, 1])
     chosen = long_tensor([0, 2, 3, 4, 5, 7])
-    routed = route(lengths, chosen, 2, 16, packed=packed, count=count)
+    routed = route_evenly(lengths, chosen, 2, count, packed=packed)
     assert [len(share) for share in routed.micro_batches] == [count, count]
     trained = [position for share in routed.micro_batches for micro_batch in share for position in micro_batch]
     assert sorted(trained) == chosen.tolist()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.runs import candidates_of
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
@@ -240,7 +241,7 @@ COUNTS = st.lists(st.integers(0, 15), min_size=1, max_size=6).filter(any)
 def quotas(counts: list[int], budget: int) -> list[int]:
     sources = torch.repeat_interleave(torch.arange(len(counts)), long_tensor(counts))
     none_kept = torch.zeros(len(counts), dtype=torch.bool)
-    return allocate(sources, none_kept, budget, generator(0, "kept")).per_source.tolist()
+    return allocate(candidates_of(sources), none_kept, budget, generator(0, "kept")).per_source.tolist()
 
 
 @UNTIMED

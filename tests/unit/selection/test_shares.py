@@ -142,7 +142,7 @@ def test_a_ratio_of_a_source_that_is_none_is_refused():
 
 
 def test_every_source_that_is_not_kept_needs_a_ratio():
-    with pytest.raises(UserError, match="gives no number for b, c: add one for each, or 0"):
+    with pytest.raises(UserError, match="gives no number for b, c: add one for each, 0 for no quota"):
         checked({"a": 1})
     checked({"a": 1, "b": 0, "c": 2})
     checked({"a": 1}, method="random")
@@ -192,7 +192,7 @@ def test_a_source_whose_ratio_is_nothing_gets_no_quota_and_the_step_may_train_on
 
 
 def test_a_step_with_nothing_to_train_on_ends_the_run():
-    with pytest.raises(TrainingError, match=r"step 3: all candidates .* --selection.shares gives 0"):
+    with pytest.raises(TrainingError, match=r"step 3: --selection.shares gives 0 to the sources of all candidates"):
         quota_of(3, SOURCES[:10], shares={"a": 0, "b": 1, "c": 1})
     quota_of(3, SOURCES[:10], shares={"a": 0, "b": 1, "c": 1}, method="random")  # has no quotas
 

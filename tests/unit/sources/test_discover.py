@@ -10,7 +10,7 @@ import torch
 from support.families import base_model
 
 from colm_scale.config import DataConfig, ModelConfig, RowConfig
-from colm_scale.config.find_sources import SourcesOptions
+from colm_scale.config.commands import SourcesOptions
 from colm_scale.data.builtin import builtin_rows
 from colm_scale.data.readers import read_rows
 from colm_scale.data.source_labels import labelled
@@ -156,7 +156,7 @@ def test_a_model_is_used_where_one_is_named():
     [
         ({"clusters": [1]}, "--clusters"),
         ({"stability": 1.5}, "--stability is 1.5"),
-        ({"embedding": "words", "adapter": "a"}, "--embedding words takes no model: leave --adapter out"),
+        ({"embedding": "words", "adapter": "a"}, "--embedding words uses no model: leave --adapter out"),
     ],
 )
 def test_wrong_options_are_said(options, words):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from colm_scale.randomness import generator
-from colm_scale.selection.ranking.systematic import systematic
+from colm_scale.selection.ranking.rank import systematic
 
 UNTIMED = settings(deadline=None)  # a busy machine makes no failure
 DRAWS = 3000
