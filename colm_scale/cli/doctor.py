@@ -18,13 +18,16 @@ def run(arguments: Sequence[str]) -> NoReturn:
         UserError: Wrong options.
     """
     options = parse_own("doctor", DoctorConfig, arguments)
-    from colm_scale.doctor.examine import as_json, examine, exit_code, show
+    from rich.console import Console
+
+    from colm_scale.doctor.examine import examine
+    from colm_scale.doctor.finding import as_json, exit_code, show
 
     findings = examine(options)
     if findings or os.environ.get("RANK", "0") == "0":
         if options.json:
             print(as_json(findings))
         else:
-            show(findings)
+            show(findings, Console())
     sys.stdout.flush()
     os._exit(exit_code(findings))  # whatever a check has left hanging
