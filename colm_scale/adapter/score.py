@@ -190,15 +190,19 @@ def _table(scores: Scores) -> Table:
     """One row per source, then the means."""
     table = Table(box=box.SIMPLE, caption="base -> adapter" if scores.base else None, caption_justify="left")
     table.add_column("source")
-    for heading in ("examples", "held-out loss", "right answers"):
+    for heading in ("examples", "held-out loss", "accuracy"):
         table.add_column(heading, justify="right")
     for name, count in scores.adapter.counts.items():
-        loss = scores.change(lambda evaluation, name=name: evaluation.losses[name], ".3f")
-        accuracy = scores.change(lambda evaluation, name=name: evaluation.accuracies[name], ".1%")
-        table.add_row(name, f"{count:,}", loss, accuracy)
+        table.add_row(name, f"{count:,}", *_held_out(scores, name))
     table.add_section()
     table.add_row("natural mixture", "", scores.change(lambda evaluation: evaluation.loss, ".3f"), "")
     by_source = scores.change(lambda evaluation: evaluation.loss_by_source, ".3f")
     table.add_row("mean over sources", "", by_source, scores.change(lambda evaluation: evaluation.accuracy, ".1%"))
     table.add_row("small sources", "", scores.change(lambda evaluation: evaluation.small_loss, ".3f"), "")
     return table
+
+
+def _held_out(scores: Scores, name: str) -> tuple[str, str]:
+    """Held-out loss and accuracy of a source."""
+    loss = scores.change(lambda evaluation: evaluation.losses[name], ".3f")
+    return loss, scores.change(lambda evaluation: evaluation.accuracies[name], ".1%")
