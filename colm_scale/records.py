@@ -332,7 +332,7 @@ class StepReport:
     """False where float16's loss scale was too large for the step: it has changed nothing but the scale."""
     loss_scale: float = 1.0
     telemetry: dict[str, float] = field(default_factory=dict)
-    """What the selection was worth, by name (`colm_scale.selection.telemetry`)."""
+    """Figures of the selection, by name (`colm_scale.selection.telemetry`)."""
     floor: float | None = None
     """Measured step seconds / bare-floor seconds on the same tokens, on the steps where it was taken."""
     audit: Audit | None = None

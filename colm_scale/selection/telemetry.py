@@ -1,4 +1,4 @@
-"""What a step's selection was worth, in numbers, each beside that of a random draw with the same quotas.
+"""Telemetry of a selection: how near the coreset's mean is to the candidates', compared with a random draw.
 
 Nothing here decides anything. The draw picks as many of each source as the selection did, uniformly among those that it
 could have picked, and lets each source weigh as much in all: it has the selection's composition, but no ranking.
@@ -49,7 +49,7 @@ def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, gen
     return dataclasses.replace(drawn, weights=torch.cat(own))
 
 
-def worth(
+def measure(
     candidates: Candidates, selection: Selection, matrix: CandidateMatrix, draw: Selection
 ) -> dict[str, float]:
     """`composition` and, where candidates were sketched, `ranking` of one step's selection beside a ``draw``."""

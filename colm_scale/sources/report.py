@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colm_scale.data.readers import Row
-from colm_scale.reporting.drawing import verbatim_text
 from colm_scale.sources.agreement import Agreement
 
 if TYPE_CHECKING:  # matplotlib comes with an extra
@@ -126,9 +125,10 @@ def _agreement_lines(report: Report) -> list[str]:
 
 def draw_map(points: np.ndarray, labels: np.ndarray, report: Report, path: Path) -> None:
     """A picture of ``[n, p]`` points by their first two principal components, coloured by ``[n]`` cluster."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    with verbatim_text():
+    with matplotlib.rc_context({"text.parse_math": False}):  # a source's name may hold dollar signs
         figure = Figure(figsize=(9, 7), layout="constrained")
         axes = figure.subplots()
         for number, cluster in enumerate(report.clusters):

@@ -15,7 +15,7 @@ from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 AdapterTap = runpy.run_path(str(BENCHMARKS / "adapter_tap.py"))["AdapterTap"]
 FAMILIES = ("llama", "phi3", "gemma2", "opt", "gpt2", "bloom")
 BATCH = batch_of([9, 5, 7])

@@ -12,7 +12,7 @@ import pytest
 
 from colm_scale.base import BASE_MODEL
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks" / "base_model"
+SCRIPTS = Path(__file__).resolve().parents[3] / "benchmarks" / "base_model"
 
 
 @pytest.fixture(scope="module")
