@@ -53,7 +53,7 @@ class Fault:
     engine: str
     ranks: int
     kind: str
-    deed: str | None
+    deed: str
     phase: str
     step: int
     rank: int
@@ -103,7 +103,7 @@ def drawn_fault(seed: int, number: int, kinds: Sequence[str]) -> Fault:
     phase = draw.of((*PHASES, *WRITING) if rank == 0 else PHASES)
     deed = _DEEDS.get(kind, "kill")
     if kind == "SIGTERM to all":
-        deed = None
+        deed = ""
     if kind == "disk full":
         deed, phase = draw.of((("fill", "checkpoint"), ("flood", "checkpoint"), ("flood", "train")))
         rank = 0
@@ -148,7 +148,7 @@ def broken(workshop: Workshop, fault: Fault, place: Path, seen: Path) -> Ranks:
     from support.faults import SECONDS, steps_written
 
     options = ["--train.timeout", str(HANG_SECONDS)] if fault.kind == "hang" else []
-    if fault.deed is not None:
+    if fault.deed:
         options += ["--sabotage", fault.deed, fault.phase, str(fault.step), str(fault.rank)]
     ranks = workshop.start(place, fault.engine, *options, ranks=fault.ranks)
     if fault.kind == "SIGTERM to all":

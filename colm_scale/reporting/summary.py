@@ -22,6 +22,7 @@ from colm_scale.reporting.nearness import Nearness
 
 _FORWARD_BACKWARD = ("sketch", "train")
 """Phases with forward and backward passes; all others are overhead or the optimizer."""
+_COUNTS = ("candidates", "selected", "kept", "protected")
 _NONE = "-"
 
 
@@ -139,10 +140,7 @@ class RunSummary:
     def state(self) -> Json:
         """The accumulated figures, as plain JSON."""
         return {
-            "candidates": self.candidates.tolist(),
-            "selected": self.selected.tolist(),
-            "kept": self.kept.tolist(),
-            "protected": self.protected.tolist(),
+            **{name: getattr(self, name).tolist() for name in _COUNTS},
             "evaluations": [asdict(evaluation) for evaluation in self._evaluations],
             "seconds": self._seconds,
             "outside": self._outside,
@@ -155,7 +153,7 @@ class RunSummary:
 
     def load(self, state: Json) -> None:
         """Continue from `state`."""
-        for name in ("candidates", "selected", "kept", "protected"):
+        for name in _COUNTS:
             getattr(self, name).copy_(long_tensor(state[name]))
         self._evaluations = [Evaluation.of(evaluation) for evaluation in state["evaluations"]]
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]

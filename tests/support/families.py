@@ -107,7 +107,7 @@ def fill(parameters, purpose: str) -> None:
 def batch_of(
     lengths: list[int], prompt: int = 2, width: int | None = None, seed: int = 0, *, packed: bool = False
 ) -> Batch:
-    """Examples of these lengths without loss on the first ``prompt`` tokens, packed or right padded to ``width``."""
+    """Examples of these lengths without loss on the first ``prompt`` tokens, packed or right padded."""
     rows = [torch.randint(3, VOCABULARY, (n,), generator=generator(seed, "row", i)) for i, n in enumerate(lengths)]
     batch = batch_of_rows(rows, [torch.arange(n) >= prompt for n in lengths], packed=packed)
     if width is None or packed:
