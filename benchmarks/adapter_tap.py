@@ -1,9 +1,9 @@
-"""Gradients of all adapters at once, as weighted sums over a micro-batch's examples, by hooks on activations.
+"""Weighted sums of per-example gradients of all adapters, from hooks on activations.
 
-The gradient of a LoRA matrix is ``sum_t delta_t (x) a_t`` over the tokens of all examples, with ``delta`` the gradient
-of its output and ``a`` its input. A hook on each matrix's output sees both when the loss is differentiated, so one
-backward gives the gradients of as many weightings of the examples as are asked for. Nothing is differentiated with
-respect to a parameter: whatever shards the model, parameters, their gradients and the hooks on them are left alone.
+The gradient of a LoRA matrix is ``sum_t delta_t (x) a_t`` over the tokens of all examples, where ``delta`` is the
+gradient of its output and ``a`` its input. A hook on each matrix sees both in the backward pass, so one backward gives
+the gradients of any number of weightings. The loss is not differentiated with respect to parameters, so this works with
+any sharding.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from colm_scale.records import Batch
 
 
 class AdapterTap:
-    """The LoRA matrices of one model.
+    """The LoRA matrices of a model.
 
     Raises:
-        UserError: Something else is trained too.
+        UserError: Other parameters are trained too.
     """
 
     def __init__(self, model: ExampleLoss):
@@ -36,11 +36,11 @@ class AdapterTap:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if strange := [name for name in trained if name not in matrices]:
             raise UserError(
-                f"the gradients of LoRA matrices are compared, but {strange[0]} is trained too: use another "
+                f"only gradients of LoRA matrices can be compared, and {strange[0]} is trained too: use another "
                 f"--lora.adapter"
             )
         self.matrices = {name: matrices[name] for name in trained}
-        """Module of each trained parameter, by its name; equal order on every rank."""
+        """Module of each trained parameter, by name; in the same order on every rank."""
 
     def gradients(self, batch: Batch, weights: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
         """Gradients of weighted sums of the losses.
@@ -62,7 +62,7 @@ class AdapterTap:
         def watch(name: str):
             def take(delta: Tensor, a: Tensor) -> None:
                 if delta.shape[:-1].numel() != batch.input_ids.numel():
-                    raise UserError(f"not every token passes through {name}: give other --lora.targets")
+                    raise UserError(f"not every token passes through {name}: use other --lora.targets")
                 delta, a = (batch.by_example(x).float() for x in (delta, a))
                 of_layer = torch.tensordot(weights, delta.transpose(1, 2) @ a, 1)
                 found[name] = found[name] + of_layer if name in found else of_layer
@@ -78,10 +78,10 @@ class AdapterTap:
 
 
 class _Seen(torch.autograd.Function):
-    """The identity on a layer's output; its backward hands ``take`` the gradient and the layer's input.
+    """The identity on a layer's output; its backward passes the gradient and the layer's input to ``take``.
 
-    The input is saved as autograd saves its own, so that with activation checkpointing it is not held but recomputed.
-    ``anchor`` is what the loss is differentiated with respect to: it makes every backward run, and none of a parameter.
+    The input is saved by autograd, so activation checkpointing recomputes it. The loss is differentiated with respect
+    to ``anchor``, which makes every backward run without touching parameters.
     """
 
     @staticmethod

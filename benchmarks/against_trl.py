@@ -1,10 +1,10 @@
-"""The product's steps beside TRL's SFTTrainer: the same model, LoRA, examples and type, in one process, in turn.
+"""Compare steps with TRL's SFTTrainer: same model, LoRA, examples and dtype, alternating in one process.
 
 pip install trl; python benchmarks/against_trl.py [-- OPTIONS OF THE RUN]
 
-SFTTrainer trains on all candidates by accumulation, tokenised beforehand by the product, in micro-batches of as many
-tokens as the product's on average; on a GPU padding-free where flash-attn is there, on a CPU padded. In a block of
-steps all arms get the same candidates. Rows are appended to benchmarks/results/against_trl.jsonl.
+SFTTrainer trains on all candidates by gradient accumulation, tokenised in advance by the product, in micro-batches with
+the product's mean number of tokens; padding-free with flash-attn on a GPU, padded on a CPU. In each block of steps, all
+arms get the same candidates. Rows are appended to benchmarks/results/against_trl.jsonl.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Clock(TrainerCallback):
 
 
 class Peft:
-    """TRL's trainer around one adapted model, which goes on from block to block."""
+    """TRL's trainer around one adapted model, which is trained on from block to block."""
 
     def __init__(self, config, group: Group, inputs: Inputs, per_device: int):
         from peft import LoraConfig
@@ -70,7 +70,7 @@ class Peft:
         self._arguments, self._config = SFTConfig, config
 
     def train(self, indices: torch.Tensor) -> list[float]:
-        """Steps over these examples, in their order; seconds of each."""
+        """Train on these examples in order; returns the seconds of each step."""
         examples = self._inputs.sampler.examples
         found = [examples.example(int(index)) for index in indices]
         data = Dataset.from_dict(
@@ -111,12 +111,12 @@ class Peft:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     import trl
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3, help="of a block")
+    parser.add_argument("--steps", type=int, default=3, help="steps per block")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     transformers.utils.logging.disable_progress_bar()
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def table() -> str:
-    """One row per arm; of what was measured twice the last."""
+    """One row per arm; the last measurement of each."""
     last = {(row["model"], row["arm"]): row for row in rows.read("against_trl")}
     lines = ["| model | trained, step | seconds | of SFTTrainer's (p20 to p80) |", "|---|---|---:|---:|"]
     for (model, arm), row in last.items():

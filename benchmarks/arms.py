@@ -1,7 +1,7 @@
-"""The ways to spend a step that the learning benchmark compares, as options of the product, in groups.
+"""Arms of the learning benchmark, in groups: options of the product for one step.
 
-Of n = 64 candidates b = 32 are trained on, the default. What ranks or allocates keeps the sources that `stratified`
-keeps, unless its name says otherwise.
+By default, 32 of 64 candidates are trained on. Arms that rank or allocate keep the same sources as `stratified`, unless
+their name says otherwise.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 REFERENCE = "stratified"
-"""The arm whose time is the unit: what ranking and allocation have to beat."""
+"""The arm whose step time is the unit, and which ranking and allocation have to beat."""
 
 REMOVED = None
-"""In place of the options of an arm that the product no longer has. Its rows are still shown."""
+"""Marks an arm that the product no longer has; its rows are still shown."""
 
 LOSS = f"{Path(__file__).resolve().parents[1] / 'docs' / 'examples' / 'loss_estimator.py'}:loss"
-"""The losses of the candidates, as the product takes an estimator of the user's."""
+"""The candidates' losses as an estimator defined by the user."""
 
 _Options = tuple[str, ...]
 
@@ -38,7 +38,7 @@ def _by_loss(ranking: str) -> _Options:
 
 
 def own(ranking: str) -> str:
-    """A ranking of `rankings.py`, as the product takes one of the user's."""
+    """A ranking of `rankings.py`, as a ranking defined by the user."""
     return f"{Path(__file__).resolve().with_name('rankings.py')}:{ranking}"
 
 
@@ -107,4 +107,4 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
 ARMS = MappingProxyType(
     {arm: options for group in GROUPS.values() for arm, options in group.items() if options is not REMOVED}
 )
-"""Those that can be run."""
+"""Arms that can still be run."""

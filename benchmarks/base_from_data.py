@@ -1,10 +1,10 @@
-"""A base model trained from the data itself, where no pretrained one is at hand.
+"""Train a base model from the data itself, for machines without a pretrained model.
 
 python benchmarks/base_from_data.py OUT --train mixture.jsonl                        100 million parameters, for a GPU
 python benchmarks/base_from_data.py OUT --train mixture.jsonl --layers 4 --width 128 --steps 300
 
-Half of the rows (`--share`) train it, as text and in full precision of the device; the other half is written to
-OUT/train.jsonl for fine-tuning, so that no arm of the learning benchmark trains on what the base has seen:
+A share of the rows (`--share`, half by default) trains the base model as plain text. The rest is written to
+OUT/train.jsonl for fine-tuning, so that no arm of the learning benchmark trains on examples that the base has seen:
 
 python benchmarks/learning.py run --model OUT --data maths=OUT/train.jsonl,held_out.jsonl
 """
@@ -28,7 +28,7 @@ from colm_scale.randomness import generator, global_draws
 
 
 def make_model(layers: int, width: int, vocabulary: int, context: int, seed: int) -> LlamaForCausalLM:
-    """A Llama with ``layers`` blocks of ``width`` and heads of 64 (32 below a width of 256)."""
+    """A Llama with ``layers`` blocks of ``width`` and heads of size 64 (32 below a width of 256)."""
     heads = width // (64 if width >= 256 else 32)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -45,7 +45,7 @@ def make_model(layers: int, width: int, vocabulary: int, context: int, seed: int
 
 
 def train(model: LlamaForCausalLM, tokens: Tensor, steps: int, rows: int, rate: float, seed: int) -> float:
-    """Train on random windows of the context's length of ``tokens`` ``[total]``; the mean loss of the last tenth."""
+    """Train on random context-length windows of ``tokens`` ``[total]``; returns the mean loss of the last tenth."""
     device, context = model.device, model.config.max_position_embeddings
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
@@ -66,21 +66,21 @@ def train(model: LlamaForCausalLM, tokens: Tensor, steps: int, rows: int, rate: 
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--train", required=True, type=Path, help="a .jsonl file")
-    parser.add_argument("--share", type=float, default=0.5, help="of the rows, for the base")
+    parser.add_argument("--share", type=float, default=0.5, help="share of the rows for the base model")
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--rows", type=int, default=16, help="windows of a step")
+    parser.add_argument("--rows", type=int, default=16, help="windows per step")
     parser.add_argument("--rate", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
-    # Not splitlines, which also cuts where a text holds another kind of line break.
+    # Not splitlines, which also splits at other line separators within a text.
     lines = given.train.read_text(encoding="utf-8").rstrip("\n").split("\n")
     order = torch.randperm(len(lines), generator=generator(given.seed, "share of the base")).tolist()
     mine = int(given.share * len(lines))

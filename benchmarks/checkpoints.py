@@ -1,8 +1,8 @@
-"""What a checkpoint costs: bytes, and seconds to write and to read, by the number of adapter parameters.
+"""Cost of a checkpoint: bytes, and seconds to write and to read, by the number of adapter parameters.
 
 python benchmarks/checkpoints.py
 
-Measures on the disk of the current folder. Rows are appended to benchmarks/results/checkpoints.jsonl.
+Uses the disk of the current folder. Rows are appended to benchmarks/results/checkpoints.jsonl.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MODELS = {
     "Phi-2, rank 16": 23_592_960,
     "Phi-2, rank 128": 188_743_680,
 }
-"""Adapter parameters: rank times inputs and outputs of 4 layers of 2,560 and 2 of 2,560 by 10,240, in 32 blocks."""
+"""Adapter parameters: rank times inputs plus outputs of 4 layers of 2,560 and 2 of 2,560 by 10,240, in 32 blocks."""
 MATRICES = 64
 
 
 def measure(name: str, parameters: int) -> dict[str, object]:
-    """Write and read a checkpoint of the size that a run of that model has."""
+    """Write and read a checkpoint with this many adapter parameters."""
     weights = {f"matrix {i}": torch.randn(parameters // MATRICES) for i in range(MATRICES)}
     averages = {f"{key}/{name}": weight for key in ("exp_avg", "exp_avg_sq") for name, weight in weights.items()}
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -49,7 +49,7 @@ def measure(name: str, parameters: int) -> dict[str, object]:
 
 
 def table() -> str:
-    """One row per model, the last measured of each."""
+    """One row per model; the last measurement of each."""
     last = {row["name"]: row for row in rows.read("checkpoints")}
     lines = ["| adapters | parameters | MB | write, s | read and verify, s |", "|---|---:|---:|---:|---:|"]
     for name, row in last.items():
@@ -62,7 +62,7 @@ TABLES = {"checkpoints": table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     facts = rows.here()
     for name, parameters in MODELS.items():

@@ -1,10 +1,10 @@
-"""A mixture that drifts: sources appear, shrink and change, with and without kept sources and moments chosen anew.
+"""A drifting mixture: sources appear, shrink and change, with and without refreshes of kept sources and moments.
 
 python benchmarks/drift.py --seeds 0 1 2
 
-The built-in problems, streamed in the order of three phases of equally many rows (`PHASES`), so that what is rare
-changes: a source that is small in one phase is large in another, or in the whole data. Each arm is the product with
---data.streaming; `refreshed` adds --sources.refresh_every. Rows are appended to benchmarks/results/drift.jsonl.
+Streams the built-in problems in three phases of equal length (`PHASES`), in which different sources are rare: a source
+that is small in one phase is large in another, or in the whole data. Each arm runs the product with --data.streaming;
+`refreshed` adds --sources.refresh_every. Rows are appended to benchmarks/results/drift.jsonl.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from learning import QUIET
 from learning_tables import SCORES, interval
 
 STEPS, CANDIDATES, REFRESH = 120, 64, 20
-# Shares of the sources in each third of the run; "PoT/savings" changes what it is in the last third (it becomes another
-# kind of problem under the same name), EQ appears late, CoT/shop shrinks.
+# Shares of the sources in each third of the run. EQ appears late, CoT/shop shrinks, and "PoT/savings" contains another
+# kind of problem in the last third.
 PHASES = (
     {"CoT/shop": 20, "CoT/trip": 6, "CoT/share": 3, "PoT/savings": 6, "PoT/farm": 1, "CoT/compare": 1},
     {"CoT/shop": 4, "PoT/farm": 16, "PoT/savings": 8, "PoT/area": 4, "EQ/age": 1, "CoT/trip": 1},
     {"PoT/farm": 1, "EQ/number": 14, "EQ/age": 8, "EQ/coins": 4, "PoT/savings": 4, "CoT/shop": 1},
 )
 CHANGED = {"PoT/savings": "PoT/clock"}
-"""In the last phase these sources hold the problems of another."""
+"""Sources that contain another kind of problem in the last phase."""
 REFRESHED = ("--sources.refresh_every", str(REFRESH))
 ARMS_HERE = {
     "stratified": ARMS["stratified"],
@@ -46,7 +46,7 @@ ARMS_HERE = {
 
 
 def write(folder: Path, seed: int) -> tuple[Path, Path]:
-    """The training rows in the order of the phases, and held-out rows of their sources."""
+    """Write the training rows in the order of the phases, and held-out rows of their sources."""
     draw, taken = Random(f"{seed}:drift"), []
     for number, shares in enumerate(PHASES):
         last = number == len(PHASES) - 1
@@ -67,7 +67,7 @@ def write(folder: Path, seed: int) -> tuple[Path, Path]:
 
 
 def run(arm: str, seed: int) -> None:
-    """One run and its row."""
+    """Run one arm and append its row."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train, evaluated = write(folder, seed)
@@ -110,7 +110,7 @@ TABLES = {"drift": drift_table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS_HERE, default=list(ARMS_HERE))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

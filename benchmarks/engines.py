@@ -1,12 +1,12 @@
-"""Every engine beside one process and DDP: the same ids, the same adapters, what a rank holds, what a step takes.
+"""Compare every engine with one process and with DDP: selected ids, adapters, memory per rank, time of a step.
 
 python benchmarks/engines.py              every engine, float32
-python benchmarks/engines.py fsdp zero3   these
+python benchmarks/engines.py fsdp zero3   only these
 python benchmarks/engines.py --dtypes bfloat16 float16    the first step that differs, in half precision
 
-For each engine, with --processes ranks on the built-in model and data: a run of 20 steps under DDP, the same under the
-engine, and one that goes on from its checkpoint of step 7. The time of a step is compared with that of the DDP run just
-before. Rows are appended to benchmarks/results/engines.jsonl.
+For each engine, --processes ranks train the built-in model on the built-in data: 20 steps under DDP, the same steps
+under the engine, and the rest of them again from the engine's checkpoint of step 7. The time of a step is compared with
+the DDP run just before. Rows are appended to benchmarks/results/engines.jsonl.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(engine: str, ranks: int, out: Path, *options: str) -> None:
 
 
 def resumed(engine: str, ranks: int, whole: Path, out: Path, *options: str) -> None:
-    """The run that a kill after step 7 leaves, gone on with."""
+    """Resume a run from its checkpoint of step 7, as after a kill."""
     step = f"step-{BREAK:08d}"
     shutil.copytree(whole / "checkpoints" / step, out / "checkpoints" / step)
     for file in whole.glob("*.jsonl"):
@@ -76,18 +76,18 @@ def read(path: Path) -> list[dict]:
 
 
 def seconds(out: Path) -> float:
-    """Median of a step, the first few left out."""
+    """Median seconds of a step, without the first three."""
     return median(row["seconds"]["step"] for row in read(out / "metrics.jsonl")[3:])
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Between the adapters of two runs."""
+    """Largest difference between the adapters of two runs."""
     ours, theirs = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, other))
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
 def row(engine: str, ranks: int, dtype: str, folder: Path, alone: Path) -> dict[str, object]:
-    """Measure one engine; in half precision the ids alone."""
+    """Measure one engine; in half precision, compare only the ids."""
     ddp, whole = folder / "ddp", folder / "whole"
     if dtype == "float32":
         run("ddp", ranks, ddp)
@@ -120,14 +120,14 @@ def row(engine: str, ranks: int, dtype: str, folder: Path, alone: Path) -> dict[
 
 
 def goes_on(engine: str, ranks: int, whole: Path, again: Path) -> bool:
-    """Whether a run that goes on from step 7 ends as the whole run did, bit for bit."""
+    """True if a run that resumes from step 7 ends like the whole run, bit for bit."""
     resumed(engine, ranks, whole, again)
     equal = selected(again) == selected(whole) and losses(again) == losses(whole)
     return equal and largest_difference(again, whole) == 0.0
 
 
 def engine_table() -> str:
-    """One row per engine in float32, the last measured of each."""
+    """One row per engine in float32; the last measurement of each."""
     last = {row["engine"]: row for row in rows.read("engines") if row["dtype"] == "float32"}
     whole = max(last["ddp"]["weight_bytes_by_rank"])
     lines = [
@@ -151,7 +151,7 @@ def engine_table() -> str:
 
 
 def half_table() -> str:
-    """The first step whose ids differ from those of one process, by engine and type."""
+    """The first step whose ids differ from those of one process, by engine and dtype."""
     last = {(row["engine"], row["dtype"]): row for row in rows.read("engines")}
     types = [dtype for dtype in ("bfloat16", "float16") if any(dtype == key[1] for key in last)]
     lines = [f"| engine | {' | '.join(types)} |", f"|---|{'---:|' * len(types)}"]
@@ -165,7 +165,7 @@ TABLES = {"engines": engine_table, "half precision": half_table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=", ".join(ENGINES))
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))

@@ -1,10 +1,10 @@
-"""What each estimator costs over a bare forward of the same micro-batches, on one process.
+"""Cost of each estimator relative to a bare forward of the same micro-batches, in one process.
 
 python benchmarks/estimator_cost.py                          the built-in base, and 24 random blocks, twice as wide
 python benchmarks/estimator_cost.py --model NAME_OR_FOLDER   another model
 
-Float32 on the CPU. All estimators, after a bare forward, sketch the same candidates of the built-in mixture one after
-the other, round after round, so that what else the machine does falls on all of them. Rows are appended to
+Uses float32 on the CPU. In each round, a bare forward and then all estimators process the same candidates of the
+built-in mixture, so that other load on the machine affects all alike. Rows are appended to
 benchmarks/results/estimator_cost.jsonl.
 """
 
@@ -54,7 +54,7 @@ ARMS: dict[str, dict | None] = {
 
 
 def cut_down(vocabulary: int) -> LlamaForCausalLM:
-    """Llama with as many blocks as models of a billion parameters have, narrow, and never trained."""
+    """An untrained narrow Llama with as many blocks as models with a billion parameters."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
@@ -70,13 +70,13 @@ def cut_down(vocabulary: int) -> LlamaForCausalLM:
 
 
 def make_tap(base: torch.nn.Module) -> Tap:
-    """A tap on the V probe of a base that gets its adapters here."""
+    """Add adapters to a base model and tap its V probe."""
     probe = find_probe(base)
     return Tap(ExampleLoss(add_adapters(base, LoraConfig(), seed=0)), probe)
 
 
 def sketching(tap: Tap, options: dict, candidates: Candidates, inputs: Inputs) -> Callable[[], None]:
-    """An estimator's work in one step: sketch and exchange of all candidates, half of each source's to be picked."""
+    """An estimator's work in one step: sketch and exchange of all candidates, half of each source to be picked."""
     estimator = make_estimator(tap, SelectionConfig(**options), TrainConfig(), GROUP)
     counts = torch.bincount(candidates.sources, minlength=len(inputs.sizes))
     quota = Quota(long_tensor([]), (counts + 1) // 2)
@@ -99,7 +99,7 @@ def batches_of(share: tuple[tuple[int, ...], ...], candidates: Candidates, input
 
 
 def measure(name: str, base: torch.nn.Module, inputs: Inputs, rounds: int) -> list[dict]:
-    """A row per estimator."""
+    """Measure every estimator; one row each."""
     candidates, tap = inputs.sampler(1), make_tap(base)
     work = {arm: sketching(tap, of, candidates, inputs) for arm, of in ARMS.items() if of is not REMOVED}
     plan = plan_sketch(candidates, Quota(long_tensor([]), torch.ones_like(inputs.sizes)), 1, MICRO_BATCH_TOKENS)
@@ -110,7 +110,7 @@ def measure(name: str, base: torch.nn.Module, inputs: Inputs, rounds: int) -> li
         for arm, once in work.items():
             started, computed = time.perf_counter(), time.process_time()
             once()
-            if run:  # the first one makes what only a first call makes
+            if run:  # the first call also allocates
                 seconds[arm].append((time.perf_counter() - started, time.process_time() - computed))
     bare_seconds = torch.tensor(seconds["bare"], dtype=torch.float64)
     facts = {
@@ -133,7 +133,7 @@ def measure(name: str, base: torch.nn.Module, inputs: Inputs, rounds: int) -> li
 
 
 def table() -> str:
-    """One row per estimator, one column per model; of what was measured twice the last."""
+    """One row per estimator, one column per model; the last measurement of each."""
     last = {(row["model"], row["estimator"]): row for row in rows.read("estimator_cost")}
     models = {model: row for (model, _), row in last.items()}
     headings = [f"{model}: {row['blocks']} blocks, {row['parameters'] / 1e6:,.1f} M" for model, row in models.items()]
@@ -153,9 +153,9 @@ TABLES = {"estimator cost": table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="hub id or folder, in place of the two")
+    parser.add_argument("--model", help="hub id or folder, instead of the two")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()

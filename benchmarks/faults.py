@@ -1,10 +1,10 @@
-"""Small runs that are broken at random, by a real fault each, and go on: whether they end as if nothing had been.
+"""Break small runs at random with real faults, resume them, and compare them with unbroken runs.
 
 python benchmarks/faults.py --runs 200 --seed 0    break, resume and compare; appends the tally to results/faults.jsonl
 
-Engine, ranks, fault, step, phase and rank are drawn. A run that survived has, once resumed, the ids, the losses and
-the adapter of one that was never broken, bit by bit. What became of each run is kept in runs/, so that the script can
-itself be stopped and goes on where it was. A run that does not end by itself is a hang.
+Engine, ranks, fault, step, phase and rank are random. A resumed run must have the ids, losses and adapter of an
+unbroken run, bit for bit; a run that does not end counts as a hang. Outcomes are saved in runs/, so that an interrupted
+benchmark can continue.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 STEPS, EVERY = 8, 2
 HANG_SECONDS = 10
-"""``--train.timeout`` of a run in which a rank is to hang."""
+"""``--train.timeout`` of runs in which a rank is made to hang."""
 KINDS = ("SIGKILL", "SIGTERM to a rank", "SIGTERM to all", "exception", "hang", "disk full", "damaged checkpoint")
 _DEEDS = {"SIGTERM to a rank": "terminate", "exception": "raise", "hang": "hang"}
 _Choice = TypeVar("_Choice")
@@ -43,17 +43,17 @@ _Choice = TypeVar("_Choice")
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is done to one run, and where.
+    """A fault and its place.
 
     Attributes:
-        deed: Of `support.sabotage`; none where it is done from outside.
+        deed: Name in `support.sabotage`; empty for a fault from outside.
     """
 
     number: int
     engine: str
     ranks: int
     kind: str
-    deed: str | None
+    deed: str
     phase: str
     step: int
     rank: int
@@ -61,14 +61,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What became of a run.
+    """The outcome of one broken run.
 
     Attributes:
-        said: The first line of the broken run's complaint.
+        said: First line of the broken run's error.
         codes: Exit codes of its ranks, negative for a signal.
-        lost: Steps that were made twice.
-        hung: Whether it, or the one that resumed it, had to be killed.
-        different: What the resumed run did not have in common with the unbroken one.
+        lost: Steps that were repeated.
+        hung: True if the broken or the resumed run had to be killed.
+        different: Results in which the resumed run differs from the unbroken one.
     """
 
     said: str
@@ -80,7 +80,7 @@ class Fate:
 
 
 class Draw:
-    """Reproducible choices for one run."""
+    """Draw the choices for one run, reproducibly."""
 
     def __init__(self, seed: int, number: int):
         self._generator = generator(seed, "fault", number)
@@ -93,7 +93,7 @@ class Draw:
 
 
 def drawn_fault(seed: int, number: int, kinds: Sequence[str]) -> Fault:
-    """The fault of a run; its place is one that the run comes to."""
+    """Draw a fault at a place that the run reaches."""
     from support.faults import ENGINES, PHASES, WRITING
 
     draw = Draw(seed, number)
@@ -103,7 +103,7 @@ def drawn_fault(seed: int, number: int, kinds: Sequence[str]) -> Fault:
     phase = draw.of((*PHASES, *WRITING) if rank == 0 else PHASES)
     deed = _DEEDS.get(kind, "kill")
     if kind == "SIGTERM to all":
-        deed = None
+        deed = ""
     if kind == "disk full":
         deed, phase = draw.of((("fill", "checkpoint"), ("flood", "checkpoint"), ("flood", "train")))
         rank = 0
@@ -114,7 +114,7 @@ def drawn_fault(seed: int, number: int, kinds: Sequence[str]) -> Fault:
 
 
 def tried(workshop: Workshop, fault: Fault, place: Path, seen: Path, seed: int) -> Fate:
-    """Break a run in the folder ``place``, which we see at ``seen``, let it go on to its end, and compare."""
+    """Break a run in the folder ``place`` (``seen`` from this process), resume it to its end, and compare."""
     from support.commands import Hung
     from support.faults import SECONDS, result, steps_written
 
@@ -143,16 +143,16 @@ def tried(workshop: Workshop, fault: Fault, place: Path, seen: Path, seed: int) 
 
 
 def broken(workshop: Workshop, fault: Fault, place: Path, seen: Path) -> Ranks:
-    """Start a run to which the fault happens."""
+    """Start a run with the fault."""
     from support.commands import wait_until
     from support.faults import SECONDS, steps_written
 
     options = ["--train.timeout", str(HANG_SECONDS)] if fault.kind == "hang" else []
-    if fault.deed is not None:
+    if fault.deed:
         options += ["--sabotage", fault.deed, fault.phase, str(fault.step), str(fault.rank)]
     ranks = workshop.start(place, fault.engine, *options, ranks=fault.ranks)
     if fault.kind == "SIGTERM to all":
-        with suppress(AssertionError):  # it ended, or hangs, which is found out next
+        with suppress(AssertionError):  # it ended or hangs; the next wait tells which
             wait_until(lambda: steps_written(seen) >= fault.step - 1 and (seen / "metrics.jsonl").exists(), SECONDS)
         ranks.send(signal.SIGTERM)
     return ranks
@@ -171,7 +171,7 @@ def damage(checkpoints: Path, draw: Draw) -> None:
 
 
 def went_on(workshop: Workshop, fault: Fault, place: Path, seen: Path) -> int:
-    """Resume to the end; the step after which that was."""
+    """Resume to the end; returns the step from which the run resumed."""
     options = ["--checkpoint.fallback", "true"] if fault.kind == "damaged checkpoint" else []
     outcome = workshop.go_on(place, fault.engine, *options, ranks=fault.ranks).succeeded()
     found = re.search(r"going on after step (\d+),", outcome.stdout)
@@ -196,7 +196,7 @@ def grouped(fates: Sequence[dict], key: str) -> dict[str, dict[str, object]]:
 
 
 def summary(fates: Sequence[dict], seed: int, left_out: str | None) -> dict[str, object]:
-    """The row of all runs."""
+    """The row for all runs."""
     return {
         "benchmark": "faults",
         "seed": seed,
@@ -214,7 +214,7 @@ def summary(fates: Sequence[dict], seed: int, left_out: str | None) -> dict[str,
 
 
 def run_all(runs: int, seed: int, work: Path) -> None:
-    """Every run that ``work`` does not hold yet, and then the tally."""
+    """Make every run that ``work`` does not contain yet, then append the tally."""
     from support.commands import Forked
     from support.faults import NoMounts, Workshop, own_mounts
 
@@ -244,7 +244,7 @@ def run_all(runs: int, seed: int, work: Path) -> None:
 
 
 class Places:
-    """Folders for one run after the other, on the common disk or on a small one of their own."""
+    """Yield folders for consecutive runs, on the common disk or on a small disk of their own."""
 
     def __init__(self, forked: Forked, folder: Path, mounts: bool):
         from support.faults import mount_disk
@@ -254,7 +254,7 @@ class Places:
         self._seen = mount_disk(forked, self._small, megabytes=16) if mounts else None
 
     def fresh(self, small: bool) -> tuple[Path, Path]:
-        """Where the run is to be, and where we see that."""
+        """Folder of a run, as the run and as this process see it."""
         place, seen = (self._small / "run", self._seen / "run") if small else (self._folder / "run",) * 2
         shutil.rmtree(seen, ignore_errors=True)
         return place, seen
@@ -275,7 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {"faults": table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

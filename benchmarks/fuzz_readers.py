@@ -1,9 +1,9 @@
-"""Malformed data files: each must be refused in one clear line that names it, or be read into well-formed rows.
+"""Malformed data files: each must be rejected in one clear line that names it, or be read into well-formed rows.
 
 python benchmarks/fuzz_readers.py --files 10000 --seed 0
 
-Appends the tally, format by outcome, to benchmarks/results/fuzz.jsonl; exits with 1 if a file came to anything else
-(another exception, an unclear message, a hang, the end of the process), which is printed.
+Appends the counts by format and outcome to benchmarks/results/fuzz.jsonl. Prints every other outcome (an unexpected
+exception, an unclear message, a hang, the end of the process), and then exits with 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = rows.ROOT
 
 
 def measured(seed: int, files: int) -> dict[str, object]:
-    """A row: what became of the files."""
+    """A row with the outcomes of all files."""
     from support.fuzz import MEMORY_BYTES, SECONDS, fuzz, tally
 
     started, verdicts = time.monotonic(), []
@@ -44,7 +44,7 @@ def measured(seed: int, files: int) -> dict[str, object]:
 
 
 def table() -> str:
-    """What became of the files of the last run, by format."""
+    """Outcomes of the files of the last run, by format."""
     row = rows.read("fuzz")[-1]
     lines = ["| format | files | one clear line | read | anything else |", "|---|---:|---:|---:|---:|"]
     for suffix, found in row["tally"].items():
@@ -57,7 +57,7 @@ TABLES = {"fuzz": table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -72,5 +72,5 @@ def main() -> None:
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
-    warnings.simplefilter("ignore")  # what openpyxl leaves out of a damaged book
+    warnings.simplefilter("ignore")  # openpyxl warns about skipped parts of a damaged workbook
     main()

@@ -1,13 +1,12 @@
-"""How near the coreset's gradient, over all adapters, is to that of all candidates: every estimator x ranking.
+"""How near the coreset's gradient over all adapters is to that of all candidates, for every estimator and ranking.
 
 python benchmarks/gradient_match.py       the built-in base and mixture, before training and after 40 steps
 python benchmarks/gradient_match.py --model FOLDER --data F.jsonl --steps 0 --pool 512 -- --train.dtype bfloat16
 
-The gradient of every example of a pool is computed once, exactly, and so are the inner products of all of them: what
-any weighting of any examples would train is then known. Every way to select picks 64 of the same 128 candidates, draw
-after draw, through the product's own estimators and rule; its moments learn from draw to draw, while the weights stay.
-What is sketched of an example is kept too, for it is the same in every draw. Options after -- go to the product. A row
-per setting is appended to benchmarks/results/gradient_match.jsonl.
+Computes the exact gradient of every example of a pool, and all inner products, which give the gradient of any
+weighting of any examples. In each draw, every way to select picks 64 of the same 128 candidates with the product's own
+estimators and rules; its moments are updated between draws, while the weights stay. Sketches are cached, since they are
+equal in every draw. Options after -- go to the product. Rows are appended to benchmarks/results/gradient_match.jsonl.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ from colm_scale.sketch.tap import Tap
 
 CANDIDATES, BUDGET = 128, 64
 WARM_UP = 10
-"""Draws that moments learn from before any counts."""
+"""Draws that only update the moments."""
 MOST_NUMBERS = 2**30
-"""Numbers of gradients held at a time, 4 GiB; of more adapters some are taken after the others."""
+"""Numbers of gradients held at a time, 4 GiB; larger adapters are processed in parts."""
 BUILT_IN, REFERENCE = "built-in", "stratified"
 ESTIMATORS: Mapping[str, dict[str, Any]] = {
     "zeroth_order, K=1": {"estimator": "zeroth_order", "num_probes": 1},
@@ -66,33 +65,33 @@ RANKINGS = {
     **{ranking: ranking for ranking in ("facility", "matching", "systematic")},
     **{ranking: arms.own(ranking) for ranking in ("pursuit", "importance", "top")},
 }
-"""Of the package, and of `rankings.py`."""
+"""Rankings of the package and of `rankings.py`."""
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "kept": {},
     "kept, unbiased": {"weights": "unbiased"},
     "none kept": {"kept_sources": []},
 }
-"""The default's kept sources and weights; weights by which kept sources count no more than they are; none kept."""
+"""Kept sources and weights: the default, unbiased weights with kept sources, and no kept sources."""
 TITLES = {"kept": "kept sources", "kept, unbiased": "kept, unbiased weights", "none kept": "none kept"}
 
 
 EXAMPLES = ("zeroth_order, K=1; facility", "zeroth_order, K=1; systematic", "loss; systematic", "length; systematic")
-"""Shown in the table of variances, beside the rankings of the default's estimator."""
+"""Ways in the table of variances, in addition to the rankings of the default estimator."""
 
 
 def ways() -> dict[str, dict[str, Any]]:
-    """Options of every way to select, by name; the first two rank nothing."""
+    """Options of every way to select, by name; the first two do not rank."""
     found: dict[str, dict[str, Any]] = {method: {"method": method} for method in (REFERENCE, "random")}
     for estimator, options in ESTIMATORS.items():
         for ranking, option in RANKINGS.items():
             if (estimator, ranking) == ("length", "top"):
-                continue  # it knows no loss
+                continue  # it has no losses
             found[f"{estimator}; {ranking}"] = options | {"ranking": option}
     return found
 
 
 class Remembered:
-    """A tap that computes what it is asked about an example once; in all else it is the tap that it was made from."""
+    """A tap that caches its results for each example."""
 
     def __init__(self, tap: Tap):
         self._tap, self._known = tap, {}
@@ -148,7 +147,7 @@ class Bench:
         """``[N]`` indices of the examples."""
 
     def train(self, numbers: Iterable[int], of: int) -> None:
-        """Train these steps of a run of so many on random candidates."""
+        """Train these steps of a run of ``total`` steps on random candidates."""
         for number in numbers:
             self._step(number, learning_rate(self._config.train, number, of))
 
@@ -165,7 +164,7 @@ class Bench:
         return found
 
     def weights(self, options: Mapping[str, Any], tap: Remembered, draws: int) -> Tensor:
-        """``[draws, N]`` what each example of the pool counts for in the coreset of each draw."""
+        """``[draws, N]`` weight of each example of the pool in the coreset of each draw."""
         selection = replace(self._config.selection, candidates=CANDIDATES, budget=BUDGET, **options)
         kept = kept_sources(self._inputs.sizes, self._inputs.source_names, selection.kept_sources)
         shares = source_shares(selection.shares, self._inputs.source_names, self._inputs.sizes)
@@ -182,22 +181,22 @@ class Bench:
         return found[WARM_UP:]
 
     def everything(self, draws: int) -> Tensor:
-        """``[draws, N]`` the same of all candidates."""
+        """``[draws, N]`` weight of each example of the pool among all candidates."""
         return self.weights({"method": "full"}, self.tap(), draws)
 
     def tap(self) -> Remembered:
-        """A tap that knows nothing yet."""
+        """A tap with an empty cache."""
         return Remembered(self._tap)
 
     def candidates(self, number: int) -> tuple[Tensor, Candidates]:
-        """Places in the pool, and the candidates, of a draw."""
+        """Positions in the pool, and the candidates, of a draw."""
         draw = generator(self._config.train.seed, "draw", number)
         places = torch.randperm(len(self.pool), generator=draw)[:CANDIDATES]
         index, data = self.pool[places], self._examples
         return places, Candidates(number, index, data.ids[index], data.sources[index], data.lengths[index])
 
     def _select(self, rule: SelectionRule, estimator, candidates: Candidates):
-        """As `CoresetStep` does it, on one rank."""
+        """Select as `CoresetStep` does, on one rank."""
         quota = rule.quota(candidates)
         if estimator is None:
             return rule.select(candidates, quota, None)
@@ -220,7 +219,7 @@ class Bench:
 
 
 def in_memory(sizes: Mapping[str, int], examples: int) -> Iterator[list[str]]:
-    """Parameters in groups, of whose gradients those of all examples fit into memory."""
+    """Group parameters so that the gradients of all examples for a group fit into memory."""
     names, held = [], 0
     for name, size in sizes.items():
         if names and (held + size) * examples > MOST_NUMBERS:
@@ -232,10 +231,10 @@ def in_memory(sizes: Mapping[str, int], examples: int) -> Iterator[list[str]]:
 
 
 def nearness(products: Tensor, own: Tensor, whole: Tensor) -> dict[str, Tensor]:
-    """Gradients of weightings ``own`` beside those of ``whole``, both ``[draws, N]``: ``[draws]`` error and cosine.
+    """Error and cosine between the gradients of weightings ``own`` and ``whole``, both ``[draws, N]``.
 
-    ``squared`` is ``|g - G|^2 / |G|^2`` with the gradient ``G`` of the whole pool, and ``bias`` the part of its mean
-    that would be left of the mean of infinitely many draws.
+    ``squared`` is ``|g - G|^2 / |G|^2`` with the gradient ``G`` of the whole pool; ``bias`` estimates the part of its
+    mean that would remain for the mean of infinitely many draws.
     """
 
     def inner(one: Tensor, other: Tensor) -> Tensor:
@@ -254,12 +253,12 @@ def nearness(products: Tensor, own: Tensor, whole: Tensor) -> dict[str, Tensor]:
 
 
 def interval(values: Tensor) -> dict[str, float]:
-    """Mean over draws, and half of its 95 % interval."""
+    """Mean over draws, and half of its 95 % confidence interval."""
     return {"mean": float(values.mean()), "interval": float(1.96 * values.std() / math.sqrt(len(values)))}
 
 
 def uniform(bench: Bench, size: int, draws: int) -> Tensor:
-    """``[draws, N]`` equal weights of ``size`` examples of the pool, drawn anew."""
+    """``[draws, N]`` equal weights of ``size`` random examples of the pool in each draw."""
     found = torch.zeros(draws, len(bench.pool), dtype=torch.float64)
     for number, own in enumerate(found):
         own[torch.randperm(len(own), generator=generator(0, "uniform", size, number))[:size]] = 1 / size
@@ -267,7 +266,7 @@ def uniform(bench: Bench, size: int, draws: int) -> Tensor:
 
 
 def measure(bench: Bench, draws: int, only: str) -> Iterator[tuple[str, dict[str, Any], dict[str, float]]]:
-    """Every setting with its ways to select; and the squared errors of as many examples drawn at random."""
+    """Measure every way to select, and as many random examples."""
     products, tap, whole = bench.products(), bench.tap(), bench.everything(draws)
     sizes = {
         size: interval(nearness(products, uniform(bench, size, draws), whole)["squared"])
@@ -293,14 +292,14 @@ def measure(bench: Bench, draws: int, only: str) -> Iterator[tuple[str, dict[str
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
     parser.add_argument("--data", help="training file; default: the built-in mixture")
-    parser.add_argument("--steps", nargs="+", type=int, default=[0, 40], help="measure after so many steps of training")
+    parser.add_argument("--steps", nargs="+", type=int, default=[0, 40], help="training steps before each measurement")
     parser.add_argument("--pool", type=int, default=2048, help="examples whose gradients are computed")
     parser.add_argument("--draws", type=int, default=50)
-    parser.add_argument("--only", default="", help="ways with this in their names, and stratified")
+    parser.add_argument("--only", default="", help="only ways whose names contain this, and stratified")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     named = {"--model.name": given.model, "--data.train": given.data}
@@ -317,7 +316,7 @@ def main() -> None:
 
 
 def name(given: str | None) -> str:
-    """Of a model or file, without the folder it is in."""
+    """Name of a model or file without its folder."""
     return given.rstrip("/").split("/")[-1] if given else BUILT_IN
 
 
@@ -329,12 +328,12 @@ def by_setting(steps: int) -> dict[str, dict]:
 
 
 def measured(steps: int) -> list[str]:
-    """The ways that there are rows of, those too that the product no longer has."""
+    """Ways that have rows, including those that the product no longer has."""
     return [*dict.fromkeys(way for row in by_setting(steps).values() for way in row["ways"])]
 
 
 def match_table(steps: int) -> str:
-    """Relative error and cosine of every way; bold where the error is below that of `stratified`."""
+    """Relative error and cosine of every way; bold if the error is below that of `stratified`."""
 
     def cell(row: dict, way: str) -> str:
         if way not in row["ways"]:

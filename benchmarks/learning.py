@@ -1,4 +1,4 @@
-"""Is the selection worth it? Ways to spend a step on the same candidates, at matched steps and at matched time.
+"""The learning benchmark: arms on the same candidates, at matched steps and at matched time.
 
 python benchmarks/learning.py cost                        what a step of each arm costs, interleaved in one process
 python benchmarks/learning.py run --seeds 0 1 2 --minutes 60
@@ -6,10 +6,10 @@ python benchmarks/learning.py run --arms stratified last_layer --match time --da
 python benchmarks/learning.py run --groups staleness --match steps --data built-in-1000      several epochs of few rows
 python benchmarks/learning.py run --model FOLDER --workers 1 -- --train.dtype bfloat16     a larger model, on a GPU
 
-An arm is the product's own command with its options (`arms.py`). With --match steps all arms make as many steps; with
---match time each makes as many as take the time of the reference's, by the costs measured before. What is done already
-is not run again, so an interrupted benchmark goes on; seeds come before arms, so that a part is a fair part. Rows are
-appended to benchmarks/results/learning.jsonl; options after -- go to every run.
+An arm is the product's own command with its options (`arms.py`). With --match steps, all arms make the same number of
+steps; with --match time, each makes the steps that fit into the time of the reference, by the costs measured before. An
+interrupted benchmark continues without repeating runs, all arms of a seed before the next seed. Rows are appended to
+benchmarks/results/learning.jsonl; options after -- go to every run.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ QUIET = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all arms share: the data by name, training and held-out file (built-in: none), and further options."""
+    """Setting of all arms: name of the data, training and held-out file (empty for built-in), further options."""
 
     data: str
     options: tuple[str, ...]
 
     @classmethod
     def of(cls, data: str, model: str | None, options: Sequence[str]) -> Setting:
-        """From the command line: ``built-in``, ``built-in-ROWS`` or ``NAME=TRAIN,EVAL``."""
+        """Parse ``built-in``, ``built-in-ROWS`` or ``NAME=TRAIN,EVAL``."""
         name, _, files = data.partition("=")
         train, _, held_out = files.partition(",")
         if name.startswith("built-in-"):
@@ -63,7 +63,7 @@ class Setting:
 
 
 def _few(count: int) -> tuple[str, str]:
-    """Files with ``count`` of the built-in mixture's training rows, and with its held-out rows."""
+    """Write ``count`` of the built-in mixture's training rows, and its held-out rows."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     train = Random("few rows").sample(builtin_rows("train"), count)
@@ -90,7 +90,7 @@ def cost(setting: Setting, arms: Sequence[str], rounds: int) -> None:
 
 
 def _prepared(options: list[str]):
-    """The product's step of one arm, ready to be called with a number and a learning rate."""
+    """The product's step for one arm, as a function of step number and learning rate."""
     import torch
     import transformers
 
@@ -115,7 +115,7 @@ def _prepared(options: list[str]):
 
 
 def steps_of(arm: str, match: str, setting: Setting, steps: dict[str, int]) -> int:
-    """Steps of an arm's run: as many as all, or as many as take the time of so many of the reference's."""
+    """Steps of an arm: the same for all, or those that fit into the time of the reference's steps."""
     if match == "steps":
         return steps[match]
     costs = {row["arm"]: row["over_reference"]["p50"] for row in rows.read("learning") if _is_cost(row, setting)}
@@ -129,7 +129,7 @@ def _is_cost(row: dict, setting: Setting) -> bool:
 
 
 def run(setting: Setting, arm: str, match: str, seed: int, steps: int) -> None:
-    """One run of the product, and its row."""
+    """Run the product once; returns the row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         options = [*QUIET, *setting.options, *ARMS[arm]]
@@ -149,7 +149,7 @@ def run(setting: Setting, arm: str, match: str, seed: int, steps: int) -> None:
 def missing(
     setting: Setting, arms: Sequence[str], matches: Sequence[str], seeds: Sequence[int], steps: dict[str, int]
 ) -> Iterator:
-    """What is still to be run."""
+    """Runs that are still to be made."""
     of_runs = [row for row in rows.read("learning") if row["kind"] == "run" and row["data"] == setting.data]
     done = {(row["arm"], row["match"], row["seed"], row["steps"]) for row in of_runs}
     for seed in seeds:
@@ -161,7 +161,7 @@ def missing(
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "run"))
     parser.add_argument("--data", default="built-in", help="built-in, built-in-ROWS, or NAME=TRAIN,HELD_OUT")
@@ -170,11 +170,11 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--match", nargs="+", choices=("steps", "time"), default=["steps", "time"])
-    parser.add_argument("--steps", type=int, default=80, help="of every arm at matched steps")
-    parser.add_argument("--reference_steps", type=int, default=140, help=f"of {REFERENCE} at matched time")
+    parser.add_argument("--steps", type=int, default=80, help="steps of every arm at matched steps")
+    parser.add_argument("--reference_steps", type=int, default=140, help=f"steps of {REFERENCE} at matched time")
     parser.add_argument("--rounds", type=int, default=12, help="steps of every arm that are timed")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further run is begun")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no further run after this time")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     arms = given.arms or [arm for group in given.groups for arm in GROUPS[group] if arm in ARMS]
@@ -191,7 +191,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(given.workers) as pool:
         for _ in pool.map(run_in_time, missing(setting, arms, given.match, given.seeds, steps)):
-            pass  # what a run raised is raised here
+            pass  # raises the error of a run
 
 
 if __name__ == "__main__":

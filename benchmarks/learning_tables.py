@@ -2,9 +2,9 @@
 
 python benchmarks/learning_tables.py      draw the plots into docs/plots
 
-The last columns are paired: a seed gives every arm the same candidates in the same order and the same adapters to begin
-with, so the difference to `stratified` of the same seed has less spread than either. A difference whose interval does
-not hold zero is bold.
+The last columns are paired: with the same seed, all arms get the same candidates in the same order and start from the
+same adapters, so the difference to `stratified` has less spread than the scores. A difference is bold if its interval
+excludes zero.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def of(data: str, match: str) -> dict[str, Runs]:
-    """The runs of every arm at matched ``steps`` or ``time``, by seed; of a run made twice the last.
+    """Runs of every arm at matched ``steps`` or ``time``, by seed; the last of repeated runs.
 
-    Where an arm's cost was measured anew, runs of as many steps as the cost before allowed do not count.
+    If the cost of an arm was measured again, runs with the number of steps of the earlier cost are left out.
     """
     found: dict[str, Runs] = defaultdict(dict)
     of_runs = [row for row in rows.read("learning") if row["kind"] == "run"]
@@ -49,7 +49,7 @@ def of(data: str, match: str) -> dict[str, Runs]:
 
 
 def costs(data: str) -> dict[str, float]:
-    """Median time of a step of each arm over that of the reference."""
+    """Median step time of each arm, relative to the reference."""
     return {
         row["arm"]: row["over_reference"]["p50"]
         for row in rows.read("learning")
@@ -58,9 +58,9 @@ def costs(data: str) -> dict[str, float]:
 
 
 def table(data: str, match: str, arms: Sequence[str], *, measured: bool = False) -> str:
-    """Held-out scores of `stratified` and other arms, and their differences to `stratified` of the same seed.
+    """Held-out scores of `stratified` and other arms, and their differences to `stratified` with the same seed.
 
-    The time of a step is that measured before in one process, or, with ``measured``, the mean of the runs' own medians.
+    The time of a step is the cost measured in one process or, with ``measured``, the mean over runs of their medians.
     """
     lines = [
         "| arm | steps | seeds | time of a step | peak | natural mixture | mean over sources | small sources | right "
@@ -93,7 +93,7 @@ SUMMARISED = (
 
 
 def summary() -> str:
-    """The main arms at matched time and at matched steps, each beside `stratified`."""
+    """The main arms at matched time and at matched steps, compared with `stratified`."""
     lines = [
         "| arm | time of a step | same time: steps | seeds | natural mixture | mean over sources | minus `stratified` "
         "| same steps: seeds | natural mixture | mean over sources | minus `stratified` |",
@@ -128,11 +128,11 @@ def _difference(runs: Runs, reference: Runs, score: str) -> str:
 
 
 def draw(data: str, match: str, chosen: Sequence[str]) -> None:
-    """Dots with error bars: an arm per line, a panel per score, the band is that of `stratified`."""
+    """Dots with error bars: a line per arm, a panel per score; the band is `stratified`."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "colm_scale"  # the same rows, the same file
+    matplotlib.rcParams["svg.hashsalt"] = "colm_scale"  # equal rows give an equal file
     from matplotlib import pyplot
 
     found = of(data, match)
@@ -166,10 +166,10 @@ SENSITIVITIES = {
     "boundary": ("stratified, nothing kept",),
     "cap": (),
 }
-"""Groups that vary one option, and the arms that have its other values."""
+"""Groups that vary one option, and the arms with its other values."""
 DATA = ("built-in", "maths 2.6M", "superglue 2.6M")
 EPOCHS = "built-in-1000"
-"""Few rows: several epochs, so that sketches can be reused."""
+"""Data with few rows, so that sketches can be reused in several epochs."""
 TABLES = {
     "worth": summary,
     **{
@@ -189,11 +189,11 @@ TABLES = {
         else {}
     ),
 }
-"""Of what has rows."""
+"""Tables that have rows."""
 
 
 def main() -> None:
-    """Draw what there is."""
+    """Draw the plots that have rows."""
     for data in DATA:
         for match in ("time", "steps"):
             if of(data, match):

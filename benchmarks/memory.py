@@ -1,11 +1,11 @@
-"""Peak memory against 4x batches: predicted without a GPU, and measured beside the prediction.
+"""Peak memory compared with batches 4 times as large: predicted without a GPU, and measured.
 
 python benchmarks/memory.py predict                     published models in full, all engines, all arms
 python benchmarks/memory.py measure                     the built-in base on the CPU: live bytes of tensors
 python benchmarks/memory.py measure --gpu -- --model.name FOLDER --train.dtype bfloat16   allocator and NVML
 
-CoLM trains b of n; the others train b, n and 2n = 4b examples, all of them on --ranks ranks. Without accumulation a
-rank trains its share in one micro-batch (CoLM sketches in micro-batches of that size); with it, in micro-batches of
+CoLM trains on b of n examples; the other arms train on b, n and 2n = 4b, all on --ranks ranks. Without accumulation, a
+rank trains on its share in one micro-batch (CoLM sketches in micro-batches of that size); with it, in micro-batches of
 --micro_batch tokens. Rows are appended to benchmarks/results/memory.jsonl.
 """
 
@@ -55,18 +55,18 @@ ENGINES = {
     "FSDP2": ("--engine", "fsdp"),
 }
 _ROOM = 1.3
-"""A coreset's tokens over those of as many average examples, at most."""
+"""Most tokens of a coreset, relative to those of as many average examples."""
 
 
 def options_of(arm: str) -> list[str]:
-    """The product's options of an arm."""
+    """Options of the product for an arm."""
     method, candidates, budget = ARMS[arm]
     found = ["--selection.method", method, "--selection.candidates", str(candidates)]
     return found if method == "full" else [*found, "--selection.budget", str(budget)]
 
 
 def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, options: list[str]) -> None:
-    """A row for every model, engine, arm, with and without accumulation and checkpointing."""
+    """Append a row for every model, engine and arm, with and without accumulation and checkpointing."""
     for name in names:
         of = models.CONFIGS[name]
         base = ["--train.dtype", "bfloat16", "--profile.display", "off", *options]
@@ -78,7 +78,7 @@ def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, opt
                 given = [*base, *ENGINES[engine], *options_of(arm), "--train.micro_batch_tokens", str(budget)]
                 given += ["--train.activation_checkpointing", str(checkpointing).lower()]
                 config = resolve(arguments.parse(given))
-                if fake is None or engine == "FSDP2":  # which shards the one it is given
+                if fake is None or engine == "FSDP2":  # shards its argument in place
                     fake = fake_model(arguments.parse([*given, "--selection.method", "colm"]), of, known)
                 found = predicted(config, fake, ranks, tokens)
                 row = {"benchmark": "memory", "kind": "predicted", "model": name, "engine": engine, "arm": arm}
@@ -89,13 +89,13 @@ def predict(names: Sequence[str], ranks: int, tokens: int, accumulated: int, opt
 
 
 def share_tokens(arm: str, ranks: int, tokens: int) -> int:
-    """Tokens of a rank's share of what an arm trains: the micro-batch without accumulation."""
+    """Tokens of a rank's share: the micro-batch without accumulation."""
     method, candidates, budget = ARMS[arm]
     return (budget if method == "colm" else candidates) // ranks * tokens
 
 
 def predicted(config, fake: FakeModel, ranks: int, tokens: int) -> dict[str, object]:
-    """Peak bytes by phase, and what of them the weights are."""
+    """Peak bytes by phase, and bytes of the weights among them."""
     ds_config = read_ds_config(config, ranks) if config.ds_config else None
     batches = arranged(config, PlanConfig(world_size=ranks, tokens=tokens), packed=fake.module.packs)
     found = peaks(config, ds_config, fake, ranks, batches.sketched, batches.trained)
@@ -103,7 +103,7 @@ def predicted(config, fake: FakeModel, ranks: int, tokens: int) -> dict[str, obj
 
 
 class LiveMeter:
-    """A meter of the live bytes of tensors; see `colm_scale.profiling.memory`."""
+    """Meter of the live bytes of tensors (`colm_scale.profiling.memory`)."""
 
     primary, label, device_name = "live", "live bytes of tensors", "cpu"
 
@@ -128,7 +128,7 @@ def measure(cases: Sequence[tuple[str, str, bool, bool]], ranks: int, gpu: bool,
 
 
 def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, gpu: bool, options: list[str]) -> None:
-    """This rank's part of a case; the first rank writes the row."""
+    """Measure on this rank; the first rank appends the row."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
@@ -139,7 +139,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     group = connect()
     inputs = read_inputs(config, group)
     examples = inputs.sampler.examples
-    if not accumulated and arm.startswith("CoLM"):  # room for the longest half that could be selected, near enough
+    if not accumulated and arm.startswith("CoLM"):  # about the tokens of the longest half
         most = int(_ROOM * float(examples.lengths.double().mean()) * BUDGET / ranks)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_tokens=most))
     held = (getattr(examples, field.name) for field in dataclasses.fields(examples))
@@ -151,7 +151,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
         meter = memory_meter(group.device) if gpu else LiveMeter(live)
         spans = Spans(group.device, meter, lambda _: None)
         step = assembly.build_step(config, inputs, made, tap, spans, group)
-        for number in (1, 2):  # the first makes the optimizer's averages
+        for number in (1, 2):  # the first step allocates the optimizer's averages
             gc.collect()
             report, work = step(number, 1e-3)
     if not group.is_first:
@@ -181,7 +181,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
 
 
 def predicted_table() -> str:
-    """Peaks of every model under every engine without accumulation, and CoLM's over those of b and of 2n."""
+    """Peaks of every model and engine without accumulation, and CoLM's relative to b and 2n."""
     lines = [
         "| model | engine | checkpointing | weights | CoLM | b | n | 2n (4x) | CoLM / 4x | CoLM / b | accumulated |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -206,7 +206,7 @@ def predicted_table() -> str:
 
 
 def measured_table() -> str:
-    """Measured peaks, and predicted over measured; of what was measured twice the last."""
+    """Measured peaks, and predicted over measured; the last measurement of each."""
     lines = [
         "| engine | arm | checkpointing, accumulated | sketch, MB | training, MB | predicted: sketch | training |",
         "|---|---|---|---:|---:|---:|---:|",
@@ -229,16 +229,16 @@ TABLES = {"memory predicted": predicted_table, "memory measured": measured_table
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("predict", "measure", "rank"))
     parser.add_argument("--models", nargs="+", choices=models.CONFIGS, default=list(models.CONFIGS))
     parser.add_argument("--ranks", type=int)
-    parser.add_argument("--tokens", type=int, default=200, help="of an example")
-    parser.add_argument("--micro_batch", type=int, default=1024, help="tokens, with accumulation")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens per example")
+    parser.add_argument("--micro_batch", type=int, default=1024, help="tokens of a micro-batch with accumulation")
     parser.add_argument("--engine", choices=ENGINES)
     parser.add_argument("--arm", choices=ARMS)
-    parser.add_argument("--gpu", action="store_true", help="the allocator's and NVML's peaks instead of live bytes")
+    parser.add_argument("--gpu", action="store_true", help="peaks of the allocator and NVML, not live bytes")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--accumulated", action="store_true")
     own, options = rows.split(sys.argv[1:])
@@ -247,7 +247,7 @@ def main() -> None:
         predict(given.models, given.ranks or 4, given.tokens, given.micro_batch, options)
     elif given.what == "measure":
         engines = [given.engine] if given.engine else list(ENGINES)
-        # All of it at once, and both ways to make it less.
+        # Without, and with each way to save memory.
         cases = [(engine, arm, less, less) for engine in engines for less in (False, True) for arm in ARMS]
         measure(cases, given.ranks or 2, given.gpu, options)
     else:

@@ -1,4 +1,4 @@
-"""Published models by their configurations, with random weights, whole or cut down to what a CPU can run.
+"""Published models from their configurations, with random weights, in full or reduced to what a CPU can run.
 
 The numbers are those of each model's config.json; nothing is downloaded.
 """
@@ -64,7 +64,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 _HEAD = 32
-"""Head dimension of a model that is cut down."""
+"""Head dimension of a reduced model."""
 
 
 def cut_down(config: PretrainedConfig, by: int, blocks: int) -> PretrainedConfig:
@@ -84,7 +84,7 @@ def cut_down(config: PretrainedConfig, by: int, blocks: int) -> PretrainedConfig
 
 
 def write(config: PretrainedConfig, folder: Path, tokenizer) -> None:
-    """A model of this configuration with random weights, equal each time, as a folder that a run can load."""
+    """Write a model of this configuration with reproducible random weights; returns a folder that a run can load."""
     with global_draws(torch.device("cpu"), 0, "published model"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Rankings that did not earn a place in the package, as functions of one's own: pursuit, importance and top.
+"""Rankings that did not earn a place in the package, as user-defined functions: pursuit, importance and top.
 
 colm-scale train --selection.ranking benchmarks/rankings.py:pursuit
 
-Each gets the candidates of one source and returns the rows that it picks and what each counts for, or None
-(docs/CONTRIBUTING.md). What they were worth is in docs/negative_results.md.
+Each gets the candidates of one source, and returns the selected rows and their weights, or None for equal weights
+(docs/CONTRIBUTING.md). Their results are in docs/negative_results.md.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ _LEAST_SIZE = 0.01
 
 
 def pursuit(ranked: Ranked) -> tuple[Tensor, Tensor | None]:
-    """The subset whose mean row is nearest the source's, by `match_by_pursuit`."""
+    """Select the subset with the mean row nearest to the source's, by `match_by_pursuit`."""
     picks, coefficients = match_by_pursuit(ranked.rows, ranked.count)
     unbiased = ranked.config.weights == "unbiased"
     return picks, coefficients * (len(ranked.rows) / ranked.count) if unbiased else None
 
 
 def importance(ranked: Ranked) -> tuple[Tensor, Tensor | None]:
-    """A draw with a chance in proportion to the length of the row; unbiased, a pick counts 1 over its chance."""
+    """Draw with probabilities in proportion to the row norms; unbiased weights are 1 over the probability."""
     picks, probabilities = drawn_by_size(ranked.rows.double().norm(dim=1).cpu(), ranked.count, ranked.draw)
     return picks, 1 / probabilities if ranked.config.weights == "unbiased" else None
 
 
 def top(ranked: Ranked) -> tuple[Tensor, Tensor | None]:
-    """The highest losses."""
+    """Select the highest losses."""
     return ranked.losses.cpu().argsort(descending=True, stable=True)[: ranked.count], None
 
 
 def match_by_pursuit(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Orthogonal matching pursuit of the mean of ``rows`` ``[n, h]`` (GradMatch, Killamsetty et al. 2021).
+    """Match the mean of ``rows`` ``[n, h]`` by orthogonal matching pursuit (GradMatch, Killamsetty et al. 2021).
 
-    Each pick is the row with the largest product with what the picks so far leave of the target. They are then fitted
-    anew: non-negative coefficients of least squares, with GradMatch's ridge of 0.5 (here of the mean square of a row).
-    The weights of a step are relative, so the coefficients should add up to 1: every row, and the target, has one more
-    entry for that, the same in all and ten times as long as a row. Without it large rows that point the same way are
-    picked, and none to balance them.
+    Each pick is the row with the largest product with the residual of the target. The picks are then fitted again by
+    non-negative least squares with GradMatch's ridge of 0.5 (here relative to the mean square of a row). Since the
+    weights of a step are relative, the coefficients should add up to 1: every row and the target get one more entry,
+    equal in all and ten times as large as a row. Without it, large rows that point the same way are picked, and none to
+    balance them.
 
     Returns:
         int64 ``[k]`` in the order of picking; the lowest index wins ties.
-        float64 ``[k]`` the coefficients, scaled to a mean of 1; one below 0.1 is 0.1 before that, for a pick that
-        counts for nothing would be trained in vain.
+        float64 ``[k]`` coefficients, scaled to a mean of 1. They are first raised to at least 0.1, since training on a
+        pick with weight 0 would be useless.
     """
     rows = rows.double()
     gram, products = (rows @ rows.T).cpu(), (rows @ rows.mean(0)).cpu()
@@ -69,33 +69,33 @@ def match_by_pursuit(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class NonNegativeFit:
-    """The ``w >= 0`` with the smallest ``|target - sum_i w_i x_i|^2 + ridge |w|^2``, for rows that come one by one.
+    """The ``w >= 0`` that minimises ``|target - sum_i w_i x_i|^2 + ridge |w|^2``, for rows that are added one by one.
 
-    By active sets (Lawson and Hanson 1974): the coefficients above 0 solve their own equations alone. The inverse of
-    these is kept, and updated when a coefficient joins or leaves them.
+    By active sets (Lawson and Hanson 1974): the positive coefficients solve their own equations. The inverse of these
+    is updated when a coefficient enters or leaves the set.
 
     Attributes:
-        picks: The rows that have come.
+        picks: Rows added so far.
         coefficients: float64 ``[k]`` w.
-        left: float64 ``[n]`` products of all rows with what the fit leaves of the target.
+        left: float64 ``[n]`` products of all rows with the residual of the target.
     """
 
     def __init__(self, gram: Tensor, products: Tensor, ridge: float):
-        """From the products of the rows with each other ``[n, n]`` and with the target ``[n]``, float64."""
+        """Initialise from the products of the rows with each other ``[n, n]`` and with the target ``[n]``, float64."""
         self.picks: list[int] = []
         self.coefficients, self.left = gram.new_zeros(0), products
         self._gram, self._products, self._ridge = gram, products, ridge
-        self._inverse = gram.new_zeros(0, 0)  # zero in the rows and columns of the coefficients that are 0
+        self._inverse = gram.new_zeros(0, 0)  # zero in rows and columns of inactive coefficients
 
     def add(self, pick: int) -> None:
-        """One more row."""
+        """Add a row."""
         self.picks.append(pick)
         w, inverse = F.pad(self.coefficients, (0, 1)), F.pad(self._inverse, (0, 1, 0, 1))
         rows, wanted = self._gram[self.picks], self._products[self.picks]
         equations = rows[:, self.picks]
         equations.diagonal().add_(self._ridge)
         noise = 1e-12 * float(wanted.abs().max())
-        for _ in range(3 * len(w)):  # the customary bound: rounding could let one coefficient join and leave for ever
+        for _ in range(3 * len(w)):  # the usual bound, since rounding could make a coefficient alternate forever
             above = w > 0
             downhill = (wanted - equations @ w).masked_fill(above, -math.inf)
             joining = int(downhill.argmax())
@@ -104,7 +104,7 @@ class NonNegativeFit:
             above[joining] = True
             inverse = _joined(inverse, equations[joining], joining)
             while (falling := (above & (inverse @ wanted <= 0)).nonzero().flatten()).numel():
-                # As far towards the solution as all stay above 0: there one falls to it, and leaves.
+                # Step towards the solution until a coefficient reaches 0 and leaves the set.
                 towards = inverse @ wanted - w
                 steps = w[falling] / -towards[falling]
                 leaving = int(falling[steps.argmin()])
@@ -117,7 +117,7 @@ class NonNegativeFit:
 
 
 def _joined(inverse: Tensor, equation: Tensor, at: int) -> Tensor:
-    """The inverse with one more equation."""
+    """Add an equation to the inverse."""
     solved = inverse @ equation
     gap = equation[at] - solved @ equation
     solved[at] = -1
@@ -125,7 +125,7 @@ def _joined(inverse: Tensor, equation: Tensor, at: int) -> Tensor:
 
 
 def _left(inverse: Tensor, at: int) -> Tensor:
-    """The inverse with one equation less."""
+    """Remove an equation from the inverse."""
     column = inverse[at]
     rest = inverse - column.outer(column) / column[at]
     rest[at], rest[:, at] = 0, 0
@@ -133,7 +133,7 @@ def _left(inverse: Tensor, at: int) -> Tensor:
 
 
 def drawn_by_size(sizes: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Candidates drawn without replacement, each entering with `inclusion` probability (systematic, in random order).
+    """Draw candidates without replacement with their `inclusion` probabilities (systematic, in random order).
 
     Args:
         sizes: ``[n]`` not negative.
@@ -141,7 +141,7 @@ def drawn_by_size(sizes: Tensor, k: int, generator: torch.Generator) -> tuple[Te
         generator: Rank-equal; draws the order and the start.
 
     Returns:
-        int64 ``[k]`` ascending, and float64 ``[k]`` the probability with which each enters.
+        int64 ``[k]`` ascending, and float64 ``[k]`` inclusion probabilities.
     """
     probabilities = inclusion(sizes, k)
     certain = probabilities == 1
@@ -149,17 +149,17 @@ def drawn_by_size(sizes: Tensor, k: int, generator: torch.Generator) -> tuple[Te
     order = order[~certain[order]]
     start = torch.rand((), generator=generator, dtype=torch.float64)
     drawn = k - int(certain.sum())
-    ends = probabilities[order].cumsum(0)  # the last is `drawn`, but for rounding
+    ends = probabilities[order].cumsum(0)  # the last is `drawn` up to rounding
     at = torch.searchsorted(ends, start + torch.arange(drawn), right=True).clamp(max=len(order) - 1)
     picks = torch.cat([certain.nonzero().flatten(), order[at]]).sort().values
     return picks, probabilities[picks]
 
 
 def inclusion(sizes: Tensor, k: int) -> Tensor:
-    """Probabilities float64 ``[n]`` of sum k, in proportion to size where that is not above 1.
+    """Inclusion probabilities, float64 ``[n]`` with sum k, in proportion to size where that does not exceed 1.
 
-    A size below a hundredth of the mean counts as that: a sketch that says nothing of a candidate must not rule it out,
-    and the weight of none is more than a hundred times the average.
+    Sizes are raised to a hundredth of the mean, so that an uninformative sketch does not rule a candidate out and no
+    weight exceeds a hundred times the average.
     """
     sizes = sizes.double()
     sizes = sizes.clamp(min=_LEAST_SIZE * float(sizes.mean())) if sizes.any() else torch.ones_like(sizes)
@@ -167,7 +167,7 @@ def inclusion(sizes: Tensor, k: int) -> Tensor:
     while True:
         left = k - int(certain.sum())
         share = (sizes * left / sizes[~certain].sum()).masked_fill(certain, 1)
-        # Not quite 1 is 1: an interval of that length could be hit twice, or never, by rounding.
+        # Almost 1 becomes 1, since rounding could hit an interval of that length twice, or never.
         above = ~certain & (share > 1 - 1e-9)
         if not above.any():
             return share

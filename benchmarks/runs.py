@@ -1,7 +1,7 @@
-"""Whole runs of the product, one row each: what was learned, what a step cost, what went between ranks.
+"""Whole runs of the product, one row each: learning, time of a step, bytes between ranks.
 
 python benchmarks/runs.py default                     the four methods, three seeds, on the built-in data
-python benchmarks/runs.py mine -- --data.train F      the same on other data; everything after -- goes to the run
+python benchmarks/runs.py mine -- --data.train F      the same on other data; options after -- go to the run
 
 Each run is the product's own command under a launcher with ``--processes`` ranks. Rows are appended to
 benchmarks/results/runs.jsonl; ``benchmarks/tables.py`` turns them into the tables of the README.
@@ -26,7 +26,7 @@ METHODS = ("colm", "stratified", "random", "full")
 
 
 def run(method: str, seed: int, processes: int, options: list[str]) -> tuple[Path, tempfile.TemporaryDirectory]:
-    """Run the product once; the run directory."""
+    """Run the product once; returns the run directory."""
     keep = tempfile.TemporaryDirectory()
     out = Path(keep.name) / "run"
     command = [
@@ -41,7 +41,7 @@ def run(method: str, seed: int, processes: int, options: list[str]) -> tuple[Pat
 
 
 def row(out: Path, name: str) -> dict[str, object]:
-    """What a run directory says, as a row."""
+    """The row of a run directory."""
     config = yaml.safe_load((out / "config.yaml").read_text())
     environment = json.loads((out / "environment.json").read_text())
     steps = [json.loads(line) for line in (out / "metrics.jsonl").open()]
@@ -88,7 +88,7 @@ def mean_by_key(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def digest(files: list[str] | None) -> str:
-    """What the data was: the built-in mixture, or names and contents of files."""
+    """The data: the built-in mixture, or names and hashes of files."""
     if not files:
         return "built-in"
     content = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
@@ -96,9 +96,9 @@ def digest(files: list[str] | None) -> str:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="what the rows are called")
+    parser.add_argument("name", help="name of the rows")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--processes", type=int, default=2)
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def portable(result: dict) -> dict:
-    """Without the paths of the machine it ran on."""
+    """Remove paths of the machine."""
     config = result["config"]
     for split in ("train", "eval"):
         config["data"][split] = [Path(file).name for file in config["data"][split] or []] or None

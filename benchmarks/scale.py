@@ -1,9 +1,9 @@
-"""The selection of one step at up to 1,024 ranks, simulated by one: what it moves, how long it takes, what it holds.
+"""The selection of one step on up to 1,024 ranks, simulated by one: bytes, time and memory.
 
 python benchmarks/scale.py                measure; rows are appended to benchmarks/results/scale.jsonl
 
-The candidates, 64 of each rank, go through the product's own stages from the plan to the route, on rank 0. Only the
-forwards and the network are missing: `SimulatedGroup` answers each collective with what the other ranks would send.
+The candidates, 64 per rank, pass through the product's own stages from plan to route, on rank 0. Only forward
+passes and the network are missing: `SimulatedGroup` answers each collective with what the other ranks would send.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ PROBE_NUMBERS = 2560 * 128
 STEP = 101
 GROUPS = (2, 4, 8, 16)
 COMPARED = 4
-"""Groups of the other ways to partition."""
+"""Groups in the other ways to partition."""
 STAGES = ("plan", "gather", "select", "broadcast", "learn", "route")
 
 
 @dataclass(slots=True)
 class SimulatedGroup(Group):
-    """Rank 0 among ranks that are not there.
+    """Rank 0 of a group whose other ranks are simulated.
 
     Attributes:
-        plan: Which rows of the sketches each rank would send.
+        plan: Rows of the sketches that each rank would send.
         sketches: ``[s, c]`` of all ranks, by c.
     """
 
@@ -85,7 +85,7 @@ class SimulatedGroup(Group):
 
 
 class Stages:
-    """Of each stage the seconds, those of all threads' computing, and the resident bytes above those at the start."""
+    """Seconds, CPU seconds of all threads, and growth of resident bytes since the start, by stage."""
 
     def __init__(self, meter: MemoryMeter):
         self._meter = meter
@@ -104,7 +104,7 @@ class Stages:
 
 
 def draw_candidates(n: int) -> Candidates:
-    """Of the built-in sources in proportion to their sizes, with lengths around 150 tokens."""
+    """Candidates of the built-in sources in proportion to their sizes, with lengths around 150 tokens."""
     draw = generator(0, "scale")
     sizes = torch.tensor([float(rows) for rows, _ in SOURCES.values()])
     lengths = torch.randn(n, generator=draw).mul(0.5).add(5).exp().long().clamp(8, 2048)
@@ -113,7 +113,7 @@ def draw_candidates(n: int) -> Candidates:
 
 
 def draw_rows(n: int, columns: int, sources: Tensor | None = None) -> Tensor:
-    """``[n, columns]`` rows around 32 centres of each source, a few of them frequent, with log-normal norms."""
+    """``[n, columns]`` rows around 32 centres per source, a few of them frequent, with log-normal norms."""
     draw = generator(0, "scale rows", columns)
     sources = torch.zeros(n, dtype=torch.int64) if sources is None else sources
     frequencies = torch.rand(32, generator=draw) ** 3
@@ -127,7 +127,7 @@ def draw_rows(n: int, columns: int, sources: Tensor | None = None) -> Tensor:
 
 
 def make_estimator(config: SelectionConfig, group: SimulatedGroup, candidates: Candidates) -> Estimator:
-    """The estimator after 100 steps, and in ``group`` the sketches that the ranks would send to each other."""
+    """The estimator after 100 steps; ``group`` gets the sketches that the ranks would exchange."""
     positions = group.plan.positions
     rows = draw_rows(len(positions), COLUMNS if config.estimator == "last_layer" else 1, candidates.sources[positions])
     if config.estimator == "last_layer":
@@ -140,7 +140,7 @@ def make_estimator(config: SelectionConfig, group: SimulatedGroup, candidates: C
 
 
 def measure_step(estimator_name: str, ranks: int) -> dict:
-    """One step's selection with ``ranks`` ranks, as a row."""
+    """Measure one step's selection with ``ranks`` ranks; returns the row."""
     n = ranks * CANDIDATES_PER_RANK
     config = SelectionConfig(candidates=n, budget=n // 2, estimator=estimator_name, columns=COLUMNS)
     sizes = long_tensor([rows for rows, _ in SOURCES.values()])
@@ -179,7 +179,7 @@ def measure_step(estimator_name: str, ranks: int) -> dict:
 
 
 def measure_loss(n: int, columns: int, share: int) -> dict:
-    """What partitioned greedy loses against plain greedy when one in ``share`` of ``n`` is selected, as a row."""
+    """Measure the loss of partitioned against plain greedy for one in ``share`` of ``n``; returns the row."""
     rows, k = draw_rows(n, columns), n // share
     similarity = similarities(rows.double(), "l1")
     plain = facility.objective(similarity, facility.greedy(similarity, k))
@@ -191,7 +191,7 @@ def measure_loss(n: int, columns: int, share: int) -> dict:
 
     found = {f"regions {g}": loss(partitioned_greedy(rows, k, "l1", -(-n // g))) for g in GROUPS}
     found["every g-th"] = loss(greedy_of_every_gth(rows, k // COMPARED, COMPARED))
-    if k < n // COMPARED:  # else every group hands on all it has
+    if k < n // COMPARED:  # otherwise every group passes on all its rows
         union = greedy_of_every_gth(rows, k, COMPARED)
         found["GreeDi"] = loss(union[facility.greedy(similarities(rows[union].double(), "l1"), k)])
     found["random"] = loss(torch.randperm(n, generator=generator(0, "scale"))[:k])
@@ -199,19 +199,19 @@ def measure_loss(n: int, columns: int, share: int) -> dict:
 
 
 def greedy_of_every_gth(rows: Tensor, count: int, groups: int) -> Tensor:
-    """``count`` picks of each of ``groups`` groups, which are not regions but every g-th row."""
+    """``count`` picks of each of ``groups`` groups; a group is every g-th row instead of a region."""
     every = [torch.arange(start, len(rows), groups) for start in range(groups)]
     return torch.cat([group[facility.greedy(similarities(rows[group].double(), "l1"), count)] for group in every])
 
 
 def save(row: dict) -> None:
-    """Append a row, with what it was measured on."""
+    """Append a row with its environment."""
     rows.append("scale", row | {"environment": rows.here()})
     print({key: value for key, value in row.items() if key != "environment"}, flush=True)
 
 
 def stored(benchmark: str, *key: str) -> list[dict]:
-    """The rows of a benchmark in ascending order of ``key``; of the same measured twice the last."""
+    """Rows of a benchmark in ascending order of ``key``; the last measurement of each."""
     last = {tuple(row[name] for name in key): row for row in rows.read("scale") if row["benchmark"] == benchmark}
     return [last[values] for values in sorted(last)]
 
@@ -231,7 +231,7 @@ def bytes_table() -> str:
 
 
 def time_table() -> str:
-    """CPU seconds of each stage, and by how much the resident memory of rank 0 grows."""
+    """CPU seconds of each stage, and growth of the resident memory of rank 0."""
     lines = [
         f"| estimator | ranks | columns | largest source | {' | '.join(STAGES)} | peak of gather | peak of select |",
         "|---|" + "---:|" * (5 + len(STAGES)),
@@ -245,7 +245,7 @@ def time_table() -> str:
 
 
 def loss_table() -> str:
-    """How much farther from their medoids the candidates are than with plain greedy."""
+    """Increase of the candidates' distance to their medoids over plain greedy."""
     names = [*(f"regions {g}" for g in GROUPS), "every g-th", "GreeDi", "random"]
     lines = [
         f"| columns | selected | candidates | {' | '.join(names)} | objective lost, regions {GROUPS[-1]} |",
@@ -264,14 +264,14 @@ TABLES = {"bytes": bytes_table, "time": time_table, "loss": loss_table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", nargs="*", type=int, default=[8, 64, 1024], help="sizes of the run; none: skip")
-    parser.add_argument("--loss", nargs="*", type=int, default=[1024, 4096, 8192], help="candidates; none: skip")
+    parser.add_argument("--ranks", nargs="*", type=int, default=[8, 64, 1024], help="ranks; empty: skip")
+    parser.add_argument("--loss", nargs="*", type=int, default=[1024, 4096, 8192], help="candidates; empty: skip")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    measure_step("last_layer", 1)  # what only a first call costs
+    measure_step("last_layer", 1)  # warm-up
     for n in given.loss:
         for columns in (1, 64):
             for share in (2, 16):

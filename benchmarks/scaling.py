@@ -1,12 +1,12 @@
-"""How a step grows: with ranks at the same work and at the same work per rank, and with the candidates.
+"""Scaling of a step: with ranks at fixed total work and at fixed work per rank, and with the candidates.
 
 python benchmarks/scaling.py ranks          1, 2 and 4 ranks on this machine
 python benchmarks/scaling.py candidates     64 to 4,096 candidates on one rank, half of them selected
 python benchmarks/scaling.py balance -- --data.train FILE       tokens of the busiest of 2, 4 and 8 ranks, simulated
 python benchmarks/scaling.py plots          docs/plots/scaling-*.svg from the rows
 
-The built-in base and mixture; DDP. To 1,024 ranks what runs on every rank but the model is in `scale.py`. Rows are
-appended to benchmarks/results/scaling.jsonl; options after -- go to the product.
+Uses the built-in base and mixture, and DDP. `scale.py` simulates everything but the model on up to 1,024 ranks. Rows
+are appended to benchmarks/results/scaling.jsonl; options after -- go to the product.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODEL_PHASES = ("sketch", "train")
 
 
 def measure(kind: str, candidates: int, rounds: int, options: list[str]) -> None:
-    """Steps of this process among its ranks; the first writes the row."""
+    """Time steps on this rank; the first rank appends the row."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     group = connect()
@@ -60,18 +60,18 @@ def measure(kind: str, candidates: int, rounds: int, options: list[str]) -> None
         rows.append("scaling", row | {"environment": rows.here()})
         print(kind, group.world_size, candidates, f"{row['phases']['step']['p50']:.3f} s", flush=True)
     group.barrier()
-    os._exit(0)  # as the product ends: what gloo leaves running may wait for a rank that is gone
+    os._exit(0)  # like the product: gloo's threads may wait for a rank that has exited
 
 
 def start(kind: str, ranks: int, candidates: int, rounds: int, options: list[str]) -> None:
-    """The ranks of one measurement."""
+    """Start the ranks of one measurement."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), __file__, "rank"]
     command += ["--kind", kind, "--candidates", str(candidates), "--rounds", str(rounds), "--", *options]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 def balance(draws: int, options: list[str]) -> None:
-    """Tokens of the busiest rank over the mean, for random candidates of real lengths; half of them are trained."""
+    """Tokens of the busiest rank over the mean, for random candidates with real lengths, half of them trained on."""
     inputs = read_inputs(resolve(arguments.parse(options)), connect())
     examples, ways = inputs.sampler.examples, {"padded": (False, False), "even, packed": (True, True)}
     for n in (128, 256):
@@ -95,7 +95,7 @@ def balance(draws: int, options: list[str]) -> None:
 
 
 def last(kind: str) -> list[dict]:
-    """The rows of a kind; of what was measured twice the last."""
+    """Rows of a kind; the last measurement of each."""
     return list({(r["ranks"], r["candidates"]): r for r in rows.read("scaling") if r["kind"] == kind}.values())
 
 
@@ -105,7 +105,7 @@ def median(row: dict, phase: str = "step") -> float:
 
 
 def by_ranks() -> str:
-    """Tokens per second relative to one rank, per rank."""
+    """Tokens per second and rank, relative to one rank."""
     lines = [
         "| ranks | candidates | s per step | tokens/s, relative to one rank | per rank | imbalance |",
         "|---:|---:|---:|---:|---:|---:|",
@@ -123,7 +123,7 @@ def by_ranks() -> str:
 
 
 def by_candidates() -> str:
-    """Seconds of each phase per 64 candidates, and what is not forward and backward."""
+    """Seconds of each phase per 64 candidates, and share outside forward and backward."""
     names = ("sample", "gather", "select", "learn", "route", "report")
     lines = [
         f"| candidates | s per step | sketch and training | {' | '.join(names)} | all outside |",
@@ -140,7 +140,7 @@ def by_candidates() -> str:
 
 
 def balances() -> str:
-    """The busiest rank's tokens over the mean, sketch and training, before and now."""
+    """Tokens of the busiest rank over the mean for sketch and training, before and after balancing."""
     found = {(r["candidates"], r["ranks"], r["way"]): r for r in rows.read("scaling") if r["kind"] == "balance"}
     lines = [
         "| candidates | ranks | sketch: fewest micro-batches, padded | even, packed | training: padded | packed |",
@@ -158,7 +158,7 @@ TABLES = {"scaling with ranks": by_ranks, "scaling with candidates": by_candidat
 
 
 def plots() -> None:
-    """One file per curve."""
+    """Draw one file per curve."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -184,7 +184,7 @@ def plots() -> None:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("ranks", "candidates", "balance", "plots", "rank"))
     parser.add_argument("--kind", default="candidates")

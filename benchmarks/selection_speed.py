@@ -1,12 +1,12 @@
-"""How long picking takes once similarities are there: greedy facility location, and the exact solution on the line.
+"""Time of picking from given similarities: greedy facility location, and the exact solution on the line.
 
 python benchmarks/selection_speed.py                      on the CPU
 python benchmarks/selection_speed.py --device cuda        greedy on the GPU too
-PYTHONPATH=... python benchmarks/selection_speed.py       where submodlib-py 0.0.3 and what it needs are installed
+PYTHONPATH=... python benchmarks/selection_speed.py       with submodlib-py 0.0.3 and its requirements on the path
 
-Half of n candidates, L1 similarities in float64, made beforehand. Beside `colm_scale` run submodlib's lazy greedy in
-C++, if it can be imported, and a plain lazy greedy in numpy: in one process on one thread, one after the other, round
-after round. Rows are appended to benchmarks/results/selection_speed.jsonl.
+Picks half of n candidates from L1 similarities in float64, which are computed in advance. `colm_scale` is compared with
+submodlib's lazy greedy in C++, if available, and a plain lazy greedy in numpy: in one process on one thread, in turn,
+round after round. Rows are appended to benchmarks/results/selection_speed.jsonl.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OTHERS = ("submodlib: build", "submodlib", "numpy", "GPU")
 
 
 def lazy_greedy(similarity: np.ndarray, k: int) -> list[int]:
-    """Facility location by a heap of gains that were right once (Minoux 1978)."""
+    """Facility location with a heap of upper bounds of the gains (Minoux 1978)."""
     covered = np.zeros(len(similarity))
     heap = [(-gain, candidate, 0) for candidate, gain in enumerate(similarity.sum(0))]
     heapq.heapify(heap)
@@ -59,7 +59,7 @@ def lazy_greedy(similarity: np.ndarray, k: int) -> list[int]:
 
 
 class Submodlib:
-    """submodlib's facility location: its copy of the similarities is built first, then maximised."""
+    """submodlib's facility location: copies the similarities, then maximises."""
 
     def __init__(self, similarity: np.ndarray, k: int):
         self._make, self._similarity, self._k = find_submodlib(), similarity, k
@@ -75,7 +75,7 @@ class Submodlib:
 
 
 def find_submodlib() -> Callable | None:
-    """Its facility location, if it can be imported."""
+    """submodlib's facility location, if it can be imported."""
     try:
         return importlib.import_module("submodlib").FacilityLocationFunction
     except ImportError:
@@ -83,12 +83,12 @@ def find_submodlib() -> Callable | None:
 
 
 def on_gpu(similarity: Tensor, k: int) -> list[int]:
-    """Greedy there, the picks copied back."""
+    """Greedy on the device; copies the picks back."""
     return facility.greedy(similarity, k).tolist()
 
 
 def timed(work: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, np.ndarray], dict[str, object]]:
-    """Of each the elapsed and CPU seconds ``[rounds, 2]``, and what it returned."""
+    """Elapsed and CPU seconds ``[rounds, 2]`` of each, and its result."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     returned = {}
     for _ in range(rounds):
@@ -100,7 +100,7 @@ def timed(work: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str,
 
 
 def measure_greedy(data: str, n: int, device: str, rounds: int) -> dict:
-    """Half of ``n`` candidates, as a row."""
+    """Measure half of ``n`` candidates; returns the row."""
     similarity, k = similarities(DATA[data](n).double(), "l1"), n // 2
     work: dict[str, Callable[[], object]] = {"colm_scale": lambda: facility.greedy(similarity, k).tolist()}
     if find_submodlib():
@@ -135,7 +135,7 @@ def measure_greedy(data: str, n: int, device: str, rounds: int) -> dict:
 
 
 def measure_line(share: int, rounds: int) -> dict:
-    """One in ``share`` of many numbers, as a row."""
+    """Measure one in ``share`` of many numbers on the line; returns the row."""
     values = draw_rows(ON_LINE, 1).flatten()
     seconds, returned = timed({"colm_scale": lambda: medoids_on_line(values, ON_LINE // share)}, rounds)
     picks = values[returned["colm_scale"][0]].double().sort().values
@@ -153,7 +153,7 @@ def measure_line(share: int, rounds: int) -> dict:
 
 
 def stored(benchmark: str, *key: str) -> list[dict]:
-    """The rows of a benchmark in ascending order of ``key``; of the same measured twice the last."""
+    """Rows of a benchmark in ascending order of ``key``; the last measurement of each."""
     found = {
         tuple(row[name] for name in key): row for row in rows.read("selection_speed") if row["benchmark"] == benchmark
     }
@@ -161,7 +161,7 @@ def stored(benchmark: str, *key: str) -> list[dict]:
 
 
 def greedy_table() -> str:
-    """CPU seconds of each, and what ours take of submodlib's."""
+    """CPU seconds of each, and of ours relative to submodlib."""
     lines = [
         "| rows | candidates | `colm_scale` | submodlib: build | submodlib: maximise | plain numpy | GPU | "
         "of submodlib's time | its objective over ours, less 1 |",
@@ -179,7 +179,7 @@ def greedy_table() -> str:
 
 
 def line_table() -> str:
-    """CPU seconds by how many are selected."""
+    """CPU seconds by the number selected."""
     lines = ["| candidates | selected | ms |", "|---:|---:|---:|"]
     for row in stored("line", "candidates", "selected"):
         lines.append(f"| {row['candidates']:,} | {row['selected']:,} | {milliseconds(row['cpu_seconds'])} |")
@@ -196,7 +196,7 @@ def milliseconds(seconds: dict[str, float] | None) -> str:
 
 
 def ranged(of: dict[str, float], form: str) -> str:
-    """From the 20th to the 80th percentile."""
+    """20th to 80th percentile."""
     return f"{of['p20']:{form}} to {of['p80']:{form}}"
 
 
@@ -204,18 +204,18 @@ TABLES = {"greedy speed": greedy_table, "line speed": line_table}
 
 
 def save(row: dict) -> None:
-    """Append a row, with what it was measured on."""
+    """Append a row with its environment."""
     rows.append("selection_speed", row | {"environment": rows.here()})
     print(row, flush=True)
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", nargs="*", type=int, default=list(ROUNDS), help="none: skip greedy")
+    parser.add_argument("--candidates", nargs="*", type=int, default=list(ROUNDS), help="empty: skip greedy")
     parser.add_argument("--data", nargs="*", choices=DATA, default=list(DATA))
     parser.add_argument(
-        "--shares", nargs="*", type=int, default=list(SHARES), help="one in so many; none: skip the line"
+        "--shares", nargs="*", type=int, default=list(SHARES), help="select one in SHARE on the line; empty: skip"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, help="default: more for fewer candidates")
@@ -223,7 +223,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if not find_submodlib():
         print("submodlib cannot be imported: its columns stay empty (pip install submodlib-py==0.0.3, PYTHONPATH)")
-    measure_greedy("normal", 512, given.device, 2)  # what only a first call costs
+    measure_greedy("normal", 512, given.device, 2)  # warm-up
     for n in given.candidates:
         for data in given.data:
             save(measure_greedy(data, n, given.device, given.rounds or ROUNDS.get(n, 5)))

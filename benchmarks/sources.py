@@ -1,11 +1,11 @@
-"""Sources without labels: whether clusters find sources that are known, and what a million rows take.
+"""Sources without labels: agreement of clusters with known sources, and memory and time for a million rows.
 
 python benchmarks/sources.py agreement --data NAME=FILE ... [--model M] [--adapter NAME=FOLDER ...] [--rows 20000]
 python benchmarks/sources.py memory --rows 50000 200000 1000000
 
-`agreement`: the product's clusters of data that names its sources, which it is not told, beside k-means on TF-IDF: with
-as many clusters as there are sources, and with as many as it chooses itself. `memory`: peak resident memory and seconds
-of the command on generated rows. Rows are appended to benchmarks/results/sources.jsonl.
+`agreement`: the product clusters data without its source labels, and is compared with k-means on TF-IDF, with the
+number of sources and with the number of clusters that it chooses itself. `memory`: peak resident memory and seconds of
+the command on generated rows. Rows are appended to benchmarks/results/sources.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMAND = "from colm_scale.cli.main import main; main()"
 
 
 def agreement(name: str, path: Path, most: int, arm: str, options: list[str]) -> None:
-    """One arm on at most ``most`` rows of a file: as many clusters as sources, then as many as are stable."""
+    """Cluster at most ``most`` rows of a file with one arm: as many clusters as sources, then the stable number."""
     with path.open(encoding="utf-8", newline="\n") as file:
         lines = list(file)
     lines = Random(0).sample(lines, min(most, len(lines)))
@@ -46,7 +46,7 @@ def agreement(name: str, path: Path, most: int, arm: str, options: list[str]) ->
 
 
 def memory(count: int, embedding: str) -> None:
-    """The whole command on so many generated rows."""
+    """Run the whole command on ``count`` generated rows."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         generate(data, count)
@@ -58,7 +58,7 @@ def memory(count: int, embedding: str) -> None:
 
 
 def generate(path: Path, count: int) -> None:
-    """Rows of some 40 words from one of 12 vocabularies that overlap, the first three times as frequent as the last."""
+    """Rows of about 40 words from one of 12 overlapping vocabularies, the first 3 times as frequent as the last."""
     draw = Random(0)
     vocabularies = [[f"w{number}" for number in draw.sample(range(5000), 600)] for _ in range(12)]
     weights = [12 / (4 + number) for number in range(12)]
@@ -70,7 +70,7 @@ def generate(path: Path, count: int) -> None:
 
 
 def command(options: list[str]) -> dict[str, float]:
-    """Run ``colm-scale sources`` in a process of its own, and tell what it took."""
+    """Run ``colm-scale sources`` in a separate process; returns its memory and time."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "sources", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -82,7 +82,7 @@ def command(options: list[str]) -> dict[str, float]:
 
 
 def agreement_table() -> str:
-    """Of each arm and data set the last rows."""
+    """The last rows of each arm and data set."""
     lines = [
         "| data | rows | sources | embedding | clusters | adjusted Rand index | k-means on TF-IDF | "
         "small sources recovered | on TF-IDF | share of all rows kept | on TF-IDF |",
@@ -100,7 +100,7 @@ def agreement_table() -> str:
 
 
 def memory_table() -> str:
-    """By number of rows."""
+    """Memory and time by number of rows."""
     lines = ["| rows | embedding | file | peak | seconds |", "|---:|---|---:|---:|---:|"]
     for row in last("memory", "rows", "embedding").values():
         size, peak = row["file_bytes"] / 2**20, row["peak_bytes"] / 2**20
@@ -119,12 +119,12 @@ TABLES = {"sources agreement": agreement_table, "sources memory": memory_table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("agreement", "memory"))
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=FILE")
-    parser.add_argument("--model", help="a model in place of the built-in base")
-    parser.add_argument("--adapter", nargs="+", default=[], metavar="NAME=FOLDER", help="of the data of that name")
+    parser.add_argument("--model", help="a model instead of the built-in base")
+    parser.add_argument("--adapter", nargs="+", default=[], metavar="NAME=FOLDER", help="adapter for the named data")
     parser.add_argument("--arms", nargs="+", choices=("states", "words"), default=["states", "words"])
     parser.add_argument("--rows", nargs="+", type=int, default=[20_000])
     given = parser.parse_args()

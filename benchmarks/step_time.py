@@ -1,4 +1,4 @@
-"""The product's step beside its floors, in one process and interleaved: step, bare floor, estimator floor, and again.
+"""The product's step compared with its floors, interleaved in one process: step, bare floor, estimator floor.
 
 python benchmarks/step_time.py                                          all models, one rank
 python -m torch.distributed.run --nproc_per_node 2 benchmarks/step_time.py --models built-in
@@ -6,11 +6,11 @@ python benchmarks/step_time.py --models Phi-2 --cut 1 -- --train.dtype bfloat16 
 python benchmarks/step_time.py -- --data.train FILE --train.packing off
 python benchmarks/step_time.py --compile --models Phi-2 --arms last_layer stratified
 
-The bare floor is a forward of what is sketched, then forward, backward and optimizer of the coreset, on the step's own
-tokens; the estimator floor runs the estimator's branches in that forward, and nothing else. Published
-models have random weights and are cut down: widths and vocabulary divided by --cut, --blocks blocks. Options after --
-go to the product. Rows are appended to benchmarks/results/step_time.jsonl; --label names what was changed in between.
---compile times steps beside the same ones with --train.compile true, in turn.
+The bare floor is a forward of the sketched examples, then forward, backward and optimizer of the coreset, on the step's
+own tokens; the estimator floor adds only the estimator's work to that forward. Published models have random weights and
+are reduced: widths and vocabulary divided by --cut, --blocks blocks. Options after -- go to the product. Rows are
+appended to benchmarks/results/step_time.jsonl; --label names a change. --compile compares steps with and without
+--train.compile true, in turn.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ ARMS = {
 QUIET = ("--train.threads", "1", "--profile.display", "off", "--selection.candidates", "64", "--selection.budget", "32")
 RATE = 1e-3
 WARM_UP = 5
-"""Steps in which code is compiled, for the shapes that the first ones bring."""
+"""Steps in which code is compiled for new shapes."""
 
 
 def prepare(options: list[str], group: Group) -> tuple:
-    """A run's step, and what an estimator does to a micro-batch beyond a bare forward, if it does anything."""
+    """A run's step, and the estimator's work on a micro-batch beyond a bare forward."""
     config = resolve(arguments.parse(options))
     inputs = read_inputs(config, group)
     module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
@@ -72,7 +72,7 @@ def prepare(options: list[str], group: Group) -> tuple:
 
 
 def branches(config, tap: Tap | None, group: Group) -> Callable | None:
-    """The estimator's own work on a micro-batch, the bare forward included."""
+    """The estimator's work on a micro-batch, including the forward."""
     selection = config.selection
     if tap is None or selection.estimator == "length":
         return None
@@ -83,7 +83,7 @@ def branches(config, tap: Tap | None, group: Group) -> Callable | None:
 
 
 def measure(options: list[str], group: Group, rounds: int) -> dict[str, object]:
-    """Medians and spread of a step's seconds and of their ratios to both floors."""
+    """Medians and spreads of a step's seconds and of their ratios to both floors."""
     step, sketch, module, digest = prepare(options, group)
     found, phases, padding = defaultdict(list), defaultdict(list), defaultdict(list)
     tokens = imbalance = 0
@@ -117,7 +117,7 @@ def measure(options: list[str], group: Group, rounds: int) -> dict[str, object]:
 
 
 def measure_compiled(options: list[str], group: Group, rounds: int) -> dict[str, object]:
-    """Seconds of a step with compiled blocks over those of the same step without, taken in turn."""
+    """Seconds of steps with compiled blocks relative to the same steps without, in turn."""
     torch._dynamo.reset()
     plain, _, module, digest = prepare(options, group)
     compiled, *_ = prepare([*options, "--train.compile", "true"], group)
@@ -149,7 +149,7 @@ def measure_compiled(options: list[str], group: Group, rounds: int) -> dict[str,
 
 
 def compiled_table() -> str:
-    """What compiling the blocks gave."""
+    """Effect of compiling the blocks."""
     lines = [
         "| model | arm | micro-batches | s per step | compiled / plain (p20 to p80) | warm-up, s | graphs | breaks |",
         "|---|---|---|---:|---:|---:|---:|---:|",
@@ -166,7 +166,7 @@ def compiled_table() -> str:
 
 
 def last_rows() -> list[dict]:
-    """Of what was measured twice the last."""
+    """The last measurement of each."""
     found = {}
     for row in rows.read("step_time"):
         if "graphs" in row:
@@ -194,7 +194,7 @@ def table() -> str:
 
 
 def changes() -> str:
-    """Phases of the built-in base on one rank, with and without what can be switched off."""
+    """Phases of the built-in base on one rank, with and without optional parts."""
     phases = ("sample", "sketch", "gather", "select", "learn", "route", "train", "optimizer", "report", "step")
     lines = [
         f"| arm | micro-batches | padding: sketch, train | {' | '.join(phases)} |",
@@ -218,7 +218,7 @@ TABLES = {"step time": table, "phases": changes, "compiled": compiled_table}
 
 @contextmanager
 def named(name: str, cut: int, blocks: int) -> Iterator[tuple[str, ...]]:
-    """A model's options; each rank writes a published one to a folder of its own while it is measured."""
+    """Options of a model; each rank writes a published one to a temporary folder of its own."""
     if name == BUILT_IN:
         yield ()
         return
@@ -229,15 +229,15 @@ def named(name: str, cut: int, blocks: int) -> Iterator[tuple[str, ...]]:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=(BUILT_IN, *models.CONFIGS), default=[BUILT_IN, *models.CONFIGS])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--cut", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="time compiled blocks beside plain ones")
-    parser.add_argument("--label", default="", help="what was changed, for rows that are compared")
+    parser.add_argument("--compile", action="store_true", help="compare compiled and plain blocks")
+    parser.add_argument("--label", default="", help="name of a change, for comparisons between rows")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     transformers.utils.logging.disable_progress_bar()
@@ -256,7 +256,7 @@ def main() -> None:
                 ratios = " ".join(f"{key} {value['p50']:.3f}" for key, value in found.items() if "over" in key)
                 print(f"{name:20} {arm:28} {found['seconds']['p50']:.3f} s, {ratios}", flush=True)
     group.barrier()
-    os._exit(0)  # as the product ends: what gloo leaves running may wait for a rank that is gone
+    os._exit(0)  # like the product: gloo's threads may wait for a rank that has exited
 
 
 if __name__ == "__main__":

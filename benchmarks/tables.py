@@ -1,8 +1,8 @@
-"""The tables of both READMEs, made from the rows in benchmarks/results.
+"""The tables of both READMEs, from the rows in benchmarks/results.
 
 python benchmarks/tables.py            print every table
-python benchmarks/tables.py --write    put them between the markers in README.md and benchmarks/README.md
-python benchmarks/tables.py --check    exit 1 if they do not hold them
+python benchmarks/tables.py --write    insert them between the markers in README.md and benchmarks/README.md
+python benchmarks/tables.py --check    exit with 1 if they are not up to date
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAKERS = (
     *("scale", "selection_speed", "estimator_cost", "gradient_match", "learning_tables", "drift"),
     *("step_time", "against_trl", "memory", "scaling", "time_to_loss", "sources"),
 )
-"""Benchmarks that make tables of their own."""
+"""Benchmarks with their own tables."""
 
 
 def learning_table(name: str) -> str:
@@ -50,7 +50,7 @@ def learning_table(name: str) -> str:
 
 
 def cost_table(name: str) -> str:
-    """What a step costs, one row per method; of several seeds the run of the median ratio of step to bare floor."""
+    """Cost of a step, one row per method: of several seeds, the run with the median ratio of step to bare floor."""
     lines = [
         "| method | s per step | step / bare floor (p20 to p80) | outside forward, backward | bytes exchanged | peak |",
         "|---|---:|---:|---:|---:|---:|",
@@ -68,7 +68,7 @@ def cost_table(name: str) -> str:
 
 
 def by_method(name: str) -> dict[str, list[dict]]:
-    """Rows called ``name``, by method in the order they were run; of a seed run twice, the last row."""
+    """Rows with this name, by method in the order of the runs; of repeated seeds, the last row."""
     found: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in rows.read("runs"):
         if row["name"] == name:
@@ -77,7 +77,7 @@ def by_method(name: str) -> dict[str, list[dict]]:
 
 
 def spread(values: list[float | None], form: str) -> str:
-    """Mean, and lowest to highest where there is more than one."""
+    """Mean, and the range if there are several values."""
     if any(value is None for value in values):
         return "-"
     text = format(mean(values), form)
@@ -85,7 +85,7 @@ def spread(values: list[float | None], form: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share, if there is one."""
+    """A share, or a dash."""
     return "-" if value is None else f"{value:.1%}"
 
 
@@ -98,7 +98,7 @@ TABLES = {
 
 
 def filled(readme: str) -> str:
-    """The text of a README with every marked table made anew."""
+    """The text of a README with every marked table replaced."""
     for name, make in all_tables().items():
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         readme = pattern.sub(lambda marks, make=make: f"{marks[1]}{make()}\n{marks[2]}", readme)
@@ -106,12 +106,12 @@ def filled(readme: str) -> str:
 
 
 def all_tables() -> dict[str, Callable[[], str]]:
-    """Every table that there are rows for."""
+    """Every table that has rows."""
     return TABLES | {name: make for maker in MAKERS for name, make in importlib.import_module(maker).TABLES.items()}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")

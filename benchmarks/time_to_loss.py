@@ -3,9 +3,9 @@
 python benchmarks/time_to_loss.py cost              a step of every arm, interleaved in one process, on a quiet machine
 python benchmarks/time_to_loss.py run --seeds 0 1   the steps it takes
 
-Every arm has the same micro-batches, so the same peak memory but for what the sketch holds; it is in the rows. The loss
-is the mean over sources on the built-in mixture, evaluated every --every steps; seconds are steps times the cost of
-one, so that runs beside each other do not slow each other's clock. Rows are appended to
+All arms have the same micro-batches, and hence the same peak memory except for the sketch; the rows record it. The loss
+is the mean over sources on the built-in mixture, evaluated every --every steps. Seconds are steps times the measured
+cost of a step, so that parallel runs do not affect each other's time. Rows are appended to
 benchmarks/results/time_to_loss.jsonl.
 """
 
@@ -30,7 +30,7 @@ from learning import QUIET, _prepared
 STEPS = {"stratified": 120, "last_layer": 80, "paper": 80, "full n": 90, "full 2n": 50}
 TARGETS = (0.8, 0.5, 0.3)
 _ALL = 10_000
-"""As many held-out examples as there are, in every evaluation: the curve is that of the whole."""
+"""Score all held-out examples in every evaluation."""
 
 
 def cost(rounds: int) -> None:
@@ -49,7 +49,7 @@ def cost(rounds: int) -> None:
 
 
 def run(arm: str, seed: int, every: int) -> dict[str, object]:
-    """One run of the product: seconds passed and loss at each evaluation."""
+    """Run the product once; returns seconds and loss at each evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         options = [*QUIET, *ARMS[arm], "--train.steps", str(STEPS[arm]), "--train.seed", str(seed)]
@@ -75,7 +75,7 @@ def run(arm: str, seed: int, every: int) -> dict[str, object]:
 
 
 def steps_to(curve: list[list[float]], target: float) -> float | None:
-    """When a loss was first reached, between the evaluations around it by a straight line; None: never."""
+    """Seconds to a loss, interpolated linearly between evaluations; None if never reached."""
     for (before, _, high, _), (after, _, low, _) in pairwise(curve):
         if low <= target:
             return after if high <= target else before + (after - before) * (high - target) / (high - low)
@@ -83,7 +83,7 @@ def steps_to(curve: list[list[float]], target: float) -> float | None:
 
 
 def table() -> str:
-    """Mean seconds over seeds to each loss, and of those of full 2n."""
+    """Mean seconds over seeds to each loss, and relative to full 2n."""
     found: dict[str, dict[int, dict]] = {}
     each = {}
     for row in rows.read("time_to_loss"):
@@ -113,7 +113,7 @@ TABLES = {"time to loss": table}
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "run"))
     parser.add_argument("--rounds", type=int, default=6)

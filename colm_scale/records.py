@@ -338,7 +338,7 @@ class StepReport:
     """False if float16's loss scale was too large: the step changed only the scale."""
     loss_scale: float = 1.0
     telemetry: dict[str, float] = field(default_factory=dict)
-    """Measures of the selection's worth, by name (`colm_scale.selection.telemetry`)."""
+    """Figures of the selection, by name (`colm_scale.selection.telemetry`)."""
     floor: float | None = None
     """Step seconds / bare-floor seconds on the same tokens, in the steps that measure it."""
     audit: Audit | None = None

@@ -1,4 +1,4 @@
-"""What training has left: an adapter, by whatever folder it is named, and the base model that it belongs to."""
+"""Find a trained adapter, given the folder of a run, adapter or checkpoint, and its base model."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Trained:
     """An adapter and what it was trained on.
 
     Attributes:
-        folder: Of the adapter in PEFT format, or of the checkpoint that holds it.
-        weights: The adapter of a checkpoint, by name; None if ``folder`` is PEFT's.
-        config: Of the run, resolved; without one the defaults, with the base model that the adapter names.
-        sources: Training examples of each source, in the order of the run's numbers, where the run says so.
+        folder: Adapter folder in PEFT format, or checkpoint folder.
+        weights: Adapter weights of a checkpoint, by name; empty if ``folder`` is in PEFT format.
+        config: Resolved configuration of the run; without a run, the defaults and the base model named by the adapter.
+        sources: Training examples of each source, in the order of the run's source numbers; empty if not recorded.
     """
 
     folder: Path
-    weights: Mapping[str, Tensor] | None
+    weights: Mapping[str, Tensor]
     config: RunConfig
     sources: Mapping[str, int]
 
@@ -52,44 +52,44 @@ class Trained:
 
 
 def find(name: str, which: Which, model: str | None, *, trust_remote_code: bool) -> Trained:
-    """The adapter in a folder.
+    """Find the adapter in a folder.
 
     Args:
-        name: Folder of a run, of an adapter, or of a checkpoint.
-        which: Of a run: the adapter with the lowest held-out loss, where it was evaluated while it trained, or that of
-            its last step.
-        model: A base model to take in place of the one that the run names.
-        trust_remote_code: Whether the base may bring code. That the run did is no reason: its folder may come from
-            anywhere.
+        name: Folder of a run, an adapter or a checkpoint.
+        which: Adapter of a run: the one with the lowest held-out loss (if the run evaluated during training), or the
+            one of its last step.
+        model: Base model to use instead of the one named by the run.
+        trust_remote_code: Allow the base model to run its own code. The run's setting is ignored, since its folder may
+            come from anywhere.
 
     Raises:
-        UserError: There is no adapter, or none that can be read.
+        UserError: There is no adapter, or it cannot be read.
     """
     path = Path(name)
     if not path.is_dir():
-        raise UserError(f"{name}: there is no such folder; give that of a run, of an adapter, or of a checkpoint")
-    run, folder, checkpoint = _place(path, which)
-    config = resolve(read_trained(run / _CONFIG)) if run else _config_of(folder)
+        raise UserError(f"{name}: there is no such folder; use the folder of a run, an adapter or a checkpoint")
+    run, folder, weights = _place(path, which)
+    in_run = (run / _CONFIG).is_file()
+    config = resolve(read_trained(run / _CONFIG)) if in_run else _config_of(folder)
     base = dataclasses.replace(config.model, trust_remote_code=trust_remote_code)
-    if model is not None:
+    if model:
         base = dataclasses.replace(base, name=model, revision=None)
-    if checkpoint is None:
-        with_way_out(lambda: check_adapter(LoraConfig(adapter=str(folder))))
-    sources = _sources(run / FACTS) if run else {}
-    weights = None if checkpoint is None else checkpoint.tensors["adapter"]
+    if not weights:
+        _without_option(lambda: check_adapter(LoraConfig(adapter=str(folder))))
+    sources = _sources(run / FACTS) if in_run else {}
     return Trained(folder, weights, dataclasses.replace(config, model=base), sources)
 
 
 def adapted(base: PreTrainedModel, trained: Trained) -> PeftModel:
-    """The base with the adapter on it, in evaluation mode.
+    """Add the adapter to the base model; returns it in evaluation mode.
 
     Raises:
         UserError: The adapter does not fit.
     """
     seed = trained.config.train.seed
-    if trained.weights is None:
+    if not trained.weights:
         folder = LoraConfig(adapter=str(trained.folder))
-        return with_way_out(lambda: add_adapters(base, folder, seed)).eval()
+        return _without_option(lambda: add_adapters(base, folder, seed)).eval()
     model = add_adapters(base, trained.config.lora, seed).eval()
     wanted = {f"model.{name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
     odd = sorted(wanted.keys() ^ trained.weights.keys())
@@ -101,57 +101,58 @@ def adapted(base: PreTrainedModel, trained: Trained) -> PeftModel:
     return model
 
 
-def with_way_out(action: Callable[[], _Result]) -> _Result:
-    """Do it; what is wrong with an adapter is said without the option of training that names one."""
+def _without_option(action: Callable[[], _Result]) -> _Result:
+    """Run an action; in its error messages, replace the training option --lora.adapter by plain words."""
     try:
         return action()
     except UserError as error:
         raise UserError(str(error).replace("--lora.adapter ", "adapter ")) from None
 
 
-def _place(path: Path, which: Which) -> tuple[Path | None, Path, Checkpoint | None]:
-    """The run (None without one), the folder that holds the adapter, and the checkpoint if it is one."""
+def _place(path: Path, which: Which) -> tuple[Path, Path, Mapping[str, Tensor]]:
+    """The folder that may hold a run, the adapter or checkpoint folder, and the adapter weights of a checkpoint."""
     if (path / _ADAPTER).is_file():
-        return (path.parent if (path.parent / _CONFIG).is_file() else None), path, None
+        return path.parent, path, {}
     if (path / _MANIFEST).is_file():
         run = path.absolute().parent.parent
         if not (run / _CONFIG).is_file():
-            raise UserError(f"{path} is a checkpoint outside of its run: {run} has no {_CONFIG}, which names the model")
-        return run, path, CheckpointFolder.read(path)
+            raise UserError(f"{path} is a checkpoint outside a run directory: {run} has no {_CONFIG} to name the model")
+        return run, path, CheckpointFolder.read(path).tensors["adapter"]
     if not (path / _CONFIG).is_file():
         raise UserError(
-            f"{path} is no folder of a run (it has no {_CONFIG}), of an adapter ({_ADAPTER}), or of a checkpoint "
+            f"{path} is not a run directory (it has no {_CONFIG}), not an adapter ({_ADAPTER}) and not a checkpoint "
             f"({_MANIFEST})"
         )
     return path, *_of_run(path, which)
 
 
-def _of_run(run: Path, which: Which) -> tuple[Path, Checkpoint | None]:
+def _of_run(run: Path, which: Which) -> tuple[Path, Mapping[str, Tensor]]:
     best, last = run / "adapter", run / "adapter_last"
-    newest = _newest(run)
-    if which == "last":
-        if (last / _ADAPTER).is_file():
-            return last, None
-        # A run that was evaluated while it trained keeps its best as `adapter`, also if it was interrupted.
-        config = read_trained(run / _CONFIG)
-        if newest is not None and config.eval.every != 0 and config.data.has_held_out:
-            return newest.path, newest
+    if which == "last" and (last / _ADAPTER).is_file():
+        return last, {}
+    checkpoints = _newest(run)
+    # A run that evaluates during training writes its best adapter to `adapter`, even if it is interrupted.
+    config = read_trained(run / _CONFIG)
+    if which == "last" and config.eval.every != 0 and config.data.has_held_out:
+        for newest in checkpoints:
+            return newest.path, newest.tensors["adapter"]
     if not (best / _ADAPTER).is_file():
-        way_out = "and no checkpoint" if newest is None else f"but a checkpoint, {newest.path}: name that instead"
-        raise UserError(f"{run} has no adapter yet (the run has not ended), {way_out}")
-    return best, None
+        others = f"but a checkpoint; use {checkpoints[0].path} instead" if checkpoints else "and no checkpoint"
+        raise UserError(f"{run} has no adapter yet (the run has not ended), {others}")
+    return best, {}
 
 
-def _newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole."""
+def _newest(run: Path) -> list[Checkpoint]:
+    """The newest intact checkpoint of a run, if there is one."""
     try:
-        return CheckpointFolder(run / "checkpoints", keep=1).newest(fallback=True)
+        newest = CheckpointFolder(run / "checkpoints", keep=1).newest(fallback=True)
     except UserError:
-        return None
+        return []
+    return [newest] if newest else []
 
 
 def _sources(facts: Path) -> dict[str, int]:
-    """What a run has written down of its sources before its first step."""
+    """Training examples of each source, as recorded by the run; empty if there is no such file."""
     try:
         return {row["name"]: row["examples"] for row in json.loads(facts.read_text("utf-8"))["sources"]}
     except FileNotFoundError:
@@ -161,7 +162,7 @@ def _sources(facts: Path) -> dict[str, int]:
 
 
 def _config_of(folder: Path) -> RunConfig:
-    """What is known of an adapter without its run."""
+    """The configuration of an adapter without a run: defaults and its base model."""
     try:
         facts = json.loads((folder / _ADAPTER).read_text("utf-8"))
         name = facts.get("base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""An adapter merged into its base model, or by itself, as a folder that other programs read."""
+"""Write a folder that other programs can load: the adapter merged into its base model, or the adapter alone."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ from colm_scale.modeling.load import check_model, context_length, load_model, lo
 from colm_scale.randomness import generator
 
 _PROBE = (2, 64)
-"""Rows and tokens on which the merged model is compared."""
+"""Rows and tokens of the batch on which the merged and the adapted model are compared."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest difference of a logit, as a share of the largest logit. Float32: sums in another order, 1e-6 after an
-ordinary run; a wrong merge is off by a tenth and more. In half precision merged weights round what the adapter adds."""
+"""Largest allowed difference between logits, as a share of the largest logit. In float32 only the order of summation
+differs, typically by 1e-6, and a wrong merge by a tenth or more. Half precision rounds the merged weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What was written.
+    """The written folder, and how close the merged model is to the adapted one.
 
     Attributes:
-        place: The folder.
-        total_bytes: Of its weights.
-        difference: Largest difference of a logit from that of the base with the adapter; None if nothing was merged.
-        largest: The largest logit.
-        same_tokens: Share of the compared tokens after which both hold the same next one for the likeliest.
-        notes: What a user should know.
+        total_bytes: Size of the weights.
+        difference: Largest difference between a logit of the merged and of the adapted model; None if not merged.
+        largest: Largest logit.
+        same_tokens: Share of positions at which both models predict the same next token.
+        notes: Lines for the user.
     """
 
     place: Path
@@ -52,11 +51,11 @@ class Merged:
 
 
 def export(options: MergeConfig) -> Merged:
-    """Merge, or write the adapter alone.
+    """Merge the adapter, or write it alone. After an error no output is left.
 
     Raises:
-        UserError: There is no such adapter or base, the folder to write exists, or what was written is not the adapted
-            model; then nothing is left.
+        UserError: The adapter or base model does not exist, the output folder exists, or the merged model differs from
+            the adapted one.
     """
     place = _free_place(options)
     device = _device(options.device)
@@ -76,7 +75,7 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
     expected = _logits(adapter, tokens)
     merged = adapter.merge_and_unload()
     merged.save_pretrained(new, max_shard_size=options.shard_size)
-    del adapter, merged  # so that the device never holds two
+    del adapter, merged  # so that the device never holds two models
     notes += _write_tokenizer(trained, model, new)
     again = AutoModelForCausalLM.from_pretrained(
         new, dtype=dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
@@ -85,40 +84,38 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE[dtype] * largest:
         raise UserError(
-            f"the merged model is not the adapted one: a logit differs by {difference:.3g}, where the largest is "
-            f"{largest:.3g}; nothing was written. Try --dtype float32, or keep the adapter apart (--adapter_only true)"
+            f"the merged model is not the adapted one: a logit differs by {difference:.3g} (the largest is "
+            f"{largest:.3g}); nothing was written. Use --dtype float32, or export the adapter with --adapter_only true"
         )
     same = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
     return Merged(place, _bytes(new), difference, largest, same, tuple(notes))
 
 
 def _adapter_alone(trained: Trained, options: MergeConfig, new: Path, place: Path) -> Merged:
-    """Copied, with the base model's name as it is now; from a checkpoint it is put together."""
-    if trained.weights is not None:
+    """Copy the adapter, or save it from a checkpoint; its configuration gets the current name of the base model."""
+    if trained.weights:
         model, _ = _whole(trained.config.model)
         base = load_model(model, _dtype(options, trained), torch.device("cpu"), "model")
         adapted(base, trained).save_pretrained(str(new), save_embedding_layers=False)
     else:
         new.mkdir()
-        for name in ("adapter_model.safetensors", "README.md"):
+        for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
             if (trained.folder / name).is_file():
                 shutil.copyfile(trained.folder / name, new / name)
-    facts_from = new if trained.weights is not None else trained.folder
-    facts = json.loads((facts_from / "adapter_config.json").read_text("utf-8"))
+    facts = json.loads((new / "adapter_config.json").read_text("utf-8"))
     facts |= {"base_model_name_or_path": trained.base, "revision": trained.config.model.revision}
     (new / "adapter_config.json").write_text(json.dumps(facts, indent=2), "utf-8")
     return Merged(place, _bytes(new))
 
 
 def _whole(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
-    """The base to merge into: not quantised, with the attention that runs anywhere."""
+    """The base model without quantisation and with an attention that runs anywhere, and a note if that is a change."""
     whole = dataclasses.replace(model, quantize="none", attention="auto")
     if model.quantize == "none":
         return whole, []
     return whole, [
-        f"note: the adapter was trained on a base in {model.quantize}; it is merged into the base before it was "
-        f"quantised, and that is what the merged model is compared with. Its answers can differ a little from those of "
-        f"the run"
+        f"note: the adapter was trained on a base model in {model.quantize}; it is merged into, and compared with, the "
+        f"base model without quantisation, so its answers may differ slightly from those of the run"
     ]
 
 
@@ -128,19 +125,19 @@ def _dtype(options: MergeConfig, trained: Trained) -> torch.dtype:
 
 
 def _write_tokenizer(trained: Trained, model: ModelConfig, new: Path) -> list[str]:
-    """The base's tokenizer, with the chat template of the run."""
+    """Write the base model's tokenizer with the run's chat template; returns notes."""
     tokenizer = load_tokenizer(model, "model")
     notes = []
     try:
         tokenizer.chat_template = read_chat_template(trained.config.data) or tokenizer.chat_template
     except UserError as error:
-        notes.append(f"note: the tokenizer is written without the run's chat template: {error}")
+        notes.append(f"note: the tokenizer lacks the run's chat template: {error}")
     tokenizer.save_pretrained(new)
     return notes
 
 
 def _probe_tokens(model: PreTrainedModel, device: torch.device) -> Tensor:
-    """``[2, 64]`` token ids drawn at random, always the same ones."""
+    """``[2, 64]`` token ids from a fixed seed."""
     rows, length = _PROBE
     length = min(length, context_length(model.config))
     drawn = torch.randint(model.config.get_text_config().vocab_size, (rows, length), generator=generator(0, "merge"))
@@ -158,7 +155,7 @@ def _free_place(options: MergeConfig) -> Path:
     run = Path(options.run).absolute()
     place = Path(options.output) if options.output else run.with_name(f"{run.name}-{kind}")
     if place.exists():
-        raise UserError(f"--output {place} exists already, and nothing is overwritten: give another folder")
+        raise UserError(f"--output {place} exists already, and nothing is overwritten: use another folder")
     return place
 
 
@@ -173,7 +170,7 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _written(place: Path) -> Iterator[Path]:
-    """A name beside ``place``, which gets that name at the end, or is removed if it does not come to that."""
+    """A temporary path, renamed to ``place`` at the end of the block or removed after an error."""
     new = place.with_name(f".{place.name}.new")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Held-out loss and exact match of an adapter, and of its base beside it, on one process or several."""
+"""Held-out loss and exact-match accuracy of an adapter, and of its base model, on one or several ranks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -43,12 +44,13 @@ _WIDTH = 110
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the first rank has found.
+    """Scores, on the first rank.
 
     Attributes:
-        data: Where the examples are from.
-        adapter, base: The adapted model, and the model without the adapter if that was asked for.
-        left_out: Examples that were not evaluated or cut, by reason and source.
+        data: Files or data sets of the examples.
+        adapter: Evaluation of the adapted model.
+        base: Evaluation of the base model; None without --base.
+        left_out: Examples that were cut or not evaluated, by reason and source.
     """
 
     data: list[str]
@@ -56,12 +58,17 @@ class Scores:
     base: Evaluation | None
     left_out: dict[str, dict[str, int]]
 
+    def change(self, value: Callable[[Evaluation], float | None], form: str) -> str:
+        """A number of the base model, if it was evaluated, and of the adapted model."""
+        values = map(value, [self.base, self.adapter] if self.base else [self.adapter])
+        return " -> ".join("-" if value is None else f"{value:{form}}" for value in values)
+
 
 def score(options: ScoreConfig) -> int:
-    """Evaluate on all ranks, and show on the first what was found; the exit code, as that of `process.run`.
+    """Evaluate on all ranks and print the scores on the first; returns the exit code of `process.run`.
 
     Raises:
-        UserError: There is no such adapter, base model or data.
+        UserError: The adapter, base model or data does not exist.
     """
     trained = find(options.run, options.adapter, options.model, trust_remote_code=options.trust_remote_code)
     config = _config(options, trained)
@@ -69,15 +76,15 @@ def score(options: ScoreConfig) -> int:
     code = process.run(config, partial(_score, options=options, trained=trained, found=found))
     for scores in found:
         line = harness_line(trained, config, options.tasks)
-        if options.out is not None:
+        if options.out:
             _write(Path(options.out), trained, scores, line)
         _show(scores, trained, line)
     return code
 
 
 def harness_line(trained: Trained, config: RunConfig, tasks: str) -> str:
-    """The command of lm-evaluation-harness (0.4.10 and later) for the adapter."""
-    if trained.weights is not None:
+    """The command with which lm-evaluation-harness (0.4.10 and later) evaluates the adapter."""
+    if trained.weights:
         return f"# export the adapter first: colm-scale merge {shlex.quote(str(trained.folder))} --adapter_only true"
     model = {"pretrained": trained.base, "peft": trained.folder.absolute(), "dtype": config.train.dtype}
     if config.model.revision:
@@ -88,28 +95,29 @@ def harness_line(trained: Trained, config: RunConfig, tasks: str) -> str:
 
 
 def _config(options: ScoreConfig, trained: Trained) -> RunConfig:
-    """The run's, as far as it says how to evaluate."""
+    """The run's configuration, with the given options in place of the run's."""
     config = trained.config
-    given = {name: getattr(options, name) for name in ("generate", "max_new_tokens", "limit")}
-    evaluation = {name: value for name, value in given.items() if value is not None}
-    train = dataclasses.replace(config.train, threads=options.threads)
+    evaluation = _given(options, "generate", "max_new_tokens", "limit")
+    train = _given(options, "micro_batch_tokens") | {"threads": options.threads}
     if options.dtype != "run":
-        train = dataclasses.replace(train, dtype=options.dtype)
-    if options.micro_batch_tokens is not None:
-        train = dataclasses.replace(train, micro_batch_tokens=options.micro_batch_tokens)
+        train["dtype"] = options.dtype
     return dataclasses.replace(
         config,
         resume="none",
         model=dataclasses.replace(config.model, attention="auto"),  # the run's may need a GPU
-        train=train,
+        train=dataclasses.replace(config.train, **train),
         eval=dataclasses.replace(config.eval, **evaluation),
     )
+
+
+def _given(options: ScoreConfig, *names: str) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _score(
     config: RunConfig, group: Group, watch: Watch, options: ScoreConfig, trained: Trained, found: list[Scores]
 ) -> bool:
-    """The job of all ranks."""
+    """Evaluate on this rank; the first rank adds its scores to ``found``."""
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
     names = list(trained.sources)
     with group.together():
@@ -139,21 +147,21 @@ def _score(
 def _examples(
     config: RunConfig, options: ScoreConfig, tokenizer: PreTrainedTokenizerBase, longest: int, names: list[str]
 ) -> tuple[list[str], Examples]:
-    """The held-out examples and where they are from; sources that were trained on come first, in the run's order."""
+    """The names of the data and its examples; the run's sources come first, in the run's order."""
     specs = options.data or config.data.eval
     if specs is None and config.data.train:
-        raise UserError(f"{options.run}: the run had no held-out data; give some with --data FILE")
+        raise UserError(f"{options.run}: the run had no held-out data; add --data FILE")
     rows = read_rows(specs, config.data) if specs else builtin_as_rows("eval", config.data)
     examples = tokenise(rows, tokenizer, config.data, longest, names)
     return specs or ["built-in held-out split"], examples
 
 
 def _module(config: RunConfig, trained: Trained, group: Group) -> ExampleLoss:
+    train = config.train
     with group.together():
-        flash = config.train.packing == "off"
-        dtype = getattr(torch, config.train.dtype)
+        dtype, flash = getattr(torch, train.dtype), train.packing == "off"
         base = load_model(config.model, dtype, group.device, "model", prefers_flash=flash)
-        padded_because = use_packing(base, config.train.packing, group.device)
+        padded_because = use_packing(base, train.packing, group.device)
         module = ExampleLoss(adapted(base, trained))
         module.padded_because = padded_because
     return module
@@ -175,27 +183,27 @@ def _show(scores: Scores, trained: Trained, line: str) -> None:
         by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
         console.print(f"examples {why}: {sum(counts.values())} ({by_source})", soft_wrap=True)
     if scores.adapter.loss is None:
-        console.print("no mean over the natural mixture: the run does not say how large these sources are")
-    console.print(f"with lm-evaluation-harness (pip install 'lm_eval[hf]'):\n  {line}", soft_wrap=True)
+        console.print("no mean over the natural mixture: the run does not record the size of these sources")
+    console.print(f"to use lm-evaluation-harness (pip install 'lm_eval[hf]'):\n  {line}", soft_wrap=True)
 
 
 def _table(scores: Scores) -> Table:
-    """A row per source, and the means; of each number the base's first, if it is known."""
-    found = [evaluation for evaluation in (scores.base, scores.adapter) if evaluation is not None]
-    table = Table(box=box.SIMPLE, caption="base -> adapter" if len(found) > 1 else None, caption_justify="left")
+    """One row per source, then the means."""
+    table = Table(box=box.SIMPLE, caption="base -> adapter" if scores.base else None, caption_justify="left")
     table.add_column("source")
-    for heading in ("examples", "held-out loss", "right answers"):
+    for heading in ("examples", "held-out loss", "accuracy"):
         table.add_column(heading, justify="right")
     for name, count in scores.adapter.counts.items():
-        losses, accuracies = [of.losses[name] for of in found], [of.accuracies[name] for of in found]
-        table.add_row(name, f"{count:,}", _said(losses, ".3f"), _said(accuracies, ".1%"))
+        table.add_row(name, f"{count:,}", *_held_out(scores, name))
     table.add_section()
-    table.add_row("natural mixture", "", _said([of.loss for of in found], ".3f"), "")
-    means = [of.loss_by_source for of in found], [of.accuracy for of in found]
-    table.add_row("mean over sources", "", _said(means[0], ".3f"), _said(means[1], ".1%"))
-    table.add_row("small sources", "", _said([of.small_loss for of in found], ".3f"), "")
+    table.add_row("natural mixture", "", scores.change(lambda evaluation: evaluation.loss, ".3f"), "")
+    by_source = scores.change(lambda evaluation: evaluation.loss_by_source, ".3f")
+    table.add_row("mean over sources", "", by_source, scores.change(lambda evaluation: evaluation.accuracy, ".1%"))
+    table.add_row("small sources", "", scores.change(lambda evaluation: evaluation.small_loss, ".3f"), "")
     return table
 
 
-def _said(values: Sequence[float | None], form: str) -> str:
-    return " -> ".join("-" if value is None else f"{value:{form}}" for value in values)
+def _held_out(scores: Scores, name: str) -> tuple[str, str]:
+    """Held-out loss and accuracy of a source."""
+    loss = scores.change(lambda evaluation: evaluation.losses[name], ".3f")
+    return loss, scores.change(lambda evaluation: evaluation.accuracies[name], ".1%")

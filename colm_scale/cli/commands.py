@@ -97,14 +97,17 @@ def evaluate(arguments: Sequence[str]) -> None:
 def doctor(arguments: Sequence[str]) -> NoReturn:
     """Check the machine, and exit with 0 no problem, 1 a problem."""
     options = parse_own("doctor", DoctorConfig, arguments)
-    from colm_scale.doctor.examine import as_json, examine, exit_code, show
+    from rich.console import Console
+
+    from colm_scale.doctor.examine import examine
+    from colm_scale.doctor.finding import as_json, exit_code, show
 
     findings = examine(options)
     if findings or os.environ.get("RANK", "0") == "0":
         if options.json:
             print(as_json(findings))
         else:
-            show(findings)
+            show(findings, Console())
     sys.stdout.flush()
     os._exit(exit_code(findings))  # even if a check has left a thread hanging
 

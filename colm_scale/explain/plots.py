@@ -10,7 +10,6 @@ import numpy as np
 
 from colm_scale.errors import UserError
 from colm_scale.explain.explain import Explanation
-from colm_scale.reporting.drawing import verbatim_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +33,7 @@ def draw(found: Explanation, folder: Path) -> list[Path]:
     Raises:
         OSError: They cannot be written.
     """
+    import matplotlib
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def draw(found: Explanation, folder: Path) -> list[Path]:
         ("over_time", _over_time, 4),
     ):
         files.append(folder / f"{name}.png")
-        with verbatim_text():
+        with matplotlib.rc_context({"text.parse_math": False}):  # a source's name may hold dollar signs
             figure = Figure(figsize=(8, height), layout="constrained")
             plot(found, figure.add_subplot())
             figure.savefig(files[-1], dpi=120)

@@ -1,8 +1,7 @@
 """The audit of a run: Parquet files with a row for every candidate of every step, and one with all training examples.
 
-Rows are held until there are many, and written before each checkpoint and when the run ends, whole files at a time
-under names that say which steps they hold. So a run that is killed leaves whole files, and what it has not written are
-steps after its last checkpoint, which come again when it goes on.
+Rows are buffered, and written before each checkpoint and at the end of the run, as complete files named after their
+steps. A killed run therefore leaves complete files, and lacks only steps that are repeated when it resumes.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from colm_scale.data.examples import Examples
-from colm_scale.records import REASONS, StepReport
+from colm_scale.records import REASONS, Audit, StepReport
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MOST_ROWS = 65_536
-"""Rows that are held, about 2 MB, before they are written."""
+"""Rows that are buffered, about 2 MB."""
 _PART = "part-{:08d}-{:08d}.parquet"
 
 
@@ -29,7 +28,7 @@ class AuditWriter:
     """Writes the audit of one run.
 
     Args:
-        folder: Where; made with the first file.
+        folder: Folder of the files, created with the first one.
     """
 
     def __init__(self, folder: Path):
@@ -37,24 +36,23 @@ class AuditWriter:
         self._held: list[Mapping[str, Tensor]] = []
         self._names: Sequence[str] = ()
 
-    def add(self, report: StepReport, source_names: Sequence[str]) -> None:
-        """Take a step's candidates; written at once if many are held."""
-        candidates, found, selection = report.candidates, report.audit, report.selection
-        assert found is not None
+    def add(self, report: StepReport, audit: Audit, source_names: Sequence[str]) -> None:
+        """Buffer a step's candidates; write if the buffer is full."""
+        candidates, selection = report.candidates, report.selection
         weights = torch.zeros(len(candidates))
         weights[selection.positions] = selection.weights.float()
-        columns = {"id": candidates.ids, "source": candidates.sources, "reason": found.reasons}
-        columns |= {"score": found.scores, "loss": found.losses, "weight": weights}
+        columns = {"id": candidates.ids, "source": candidates.sources, "reason": audit.reasons}
+        columns |= {"score": audit.scores, "loss": audit.losses, "weight": weights}
         self._held.append({"step": torch.full_like(candidates.ids, report.step), **columns})
         self._names = source_names
         if sum(len(step["id"]) for step in self._held) >= MOST_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held.
+        """Write the buffered rows.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         if not self._held:
             return
@@ -65,10 +63,10 @@ class AuditWriter:
 
 
 def write_examples(path: Path, examples: Examples) -> None:
-    """Write which examples there are, a row each, so that those that never come are known.
+    """Write a row for each training example, which shows those that never become candidates.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     columns = {"id": examples.ids, "source": examples.sources, "protected": examples.protected}
     numbers = {name: column.numpy() for name, column in columns.items()}
@@ -76,7 +74,7 @@ def write_examples(path: Path, examples: Examples) -> None:
 
 
 def cut(folder: Path, after: int) -> None:
-    """Take out the rows of steps later than ``after``, and what was not written to its end."""
+    """Remove the rows of steps later than ``after``, and incomplete files."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -96,7 +94,11 @@ def _steps(part: Path) -> tuple[int, int]:
 
 
 def _table(columns: Mapping[str, object], words: Mapping[str, Sequence[str]]) -> pa.Table:
-    """A table of numpy ``columns``, nan as null; those with ``words`` are numbers of these."""
+    """Build a table from numpy columns, NaN as null.
+
+    Args:
+        words: Columns of indices, and the words that they stand for.
+    """
     import pyarrow as pa
 
     arrays = {name: pa.array(values, from_pandas=True) for name, values in columns.items()}
@@ -106,7 +108,7 @@ def _table(columns: Mapping[str, object], words: Mapping[str, Sequence[str]]) ->
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """Beside its place and renamed, so that a file of that name always is a whole one."""
+    """Write to a temporary name and rename, so that the file is always complete."""
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)

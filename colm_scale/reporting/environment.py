@@ -1,4 +1,4 @@
-"""What a run ran on: enough to explain its numbers, nothing that names the machine or its user."""
+"""Hardware and versions behind a run's numbers, without anything that identifies the machine or its user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("colm_scale", "torch", "transformers", "peft", "deepspeed", "numpy"
 
 
 def environment(device: torch.device, world_size: int, engine: str, **extra: object) -> dict[str, object]:
-    """What ``environment.json`` holds, plus ``extra``. The host's name and environment variables are left out."""
+    """The content of ``environment.json``, plus ``extra``; no host name and no environment variables."""
     return {
         "versions": _versions(),
         "devices": _devices(device),
@@ -48,7 +48,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _version(package: str) -> str | None:
-    """None for a package that runs from its source without being installed."""
+    """Version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -56,7 +56,7 @@ def _version(package: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """That of the NVIDIA driver; None without one."""
+    """Version of the NVIDIA driver; None without one."""
     try:
         pynvml.nvmlInit()
         version: str = pynvml.nvmlSystemGetDriverVersion()
@@ -66,7 +66,7 @@ def driver_version() -> str | None:
 
 
 def _devices(device: torch.device) -> list[dict[str, object]]:
-    """The devices that this machine's ranks compute on."""
+    """Devices of this machine that the ranks compute on."""
     if device.type != "cuda":
         return [{"name": cpu_name(), "memory_bytes": psutil.virtual_memory().total}]
     visible = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -74,9 +74,9 @@ def _devices(device: torch.device) -> list[dict[str, object]]:
 
 
 def _commit(file: Path) -> dict[str, object] | None:
-    """The commit that ``file`` belongs to and whether the checkout differs from it; None outside of a checkout.
+    """Commit of ``file`` and whether the checkout has changes; None if the file is not tracked by git.
 
-    A package installed somewhere below a repository of the user's is not part of it.
+    A package that is installed in a folder of the user's own repository is not tracked there.
     """
     with suppress(OSError, subprocess.SubprocessError):
         _git(file, "ls-files", "--error-unmatch", file.name)

@@ -1,4 +1,4 @@
-"""What a step will do, for people."""
+"""Preview of one step as a table by source and a line of work per rank."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from colm_scale.step.preview import Preview
 
 
 def by_source(preview: Preview, names: Sequence[str]) -> Table:
-    """Candidates, kept ones, quota and coreset of each source among the candidates.
+    """Table of candidates, kept candidates, quota and coreset by source, for sources with candidates.
 
     Args:
-        names: ``[Q]`` of the sources.
+        names: ``[Q]`` names of the sources.
     """
     candidates, quota = preview.candidates, preview.quota
     of_phase = (candidates.sources, candidates.sources[quota.kept], candidates.sources[preview.drawn.positions])
     counted, kept, drawn = (torch.bincount(sources, minlength=len(names)).tolist() for sources in of_phase)
-    table = Table(box=box.SIMPLE, title=f"step {candidates.step}, source by source", title_justify="left")
+    table = Table(box=box.SIMPLE, title=f"step {candidates.step} by source", title_justify="left")
     table.add_column("source")
     for heading in ("candidates", "kept", "quota", "coreset"):
         table.add_column(heading, justify="right")
@@ -32,7 +32,7 @@ def by_source(preview: Preview, names: Sequence[str]) -> Table:
 
 
 def arithmetic(preview: Preview) -> str:
-    """What the ranks compute in the step."""
+    """Examples, tokens and micro-batches that are sketched and trained on in the step."""
     candidates, routed = preview.candidates, preview.routed
     lengths = candidates.lengths
     return (
@@ -49,4 +49,4 @@ def _sketched(preview: Preview) -> str:
     shares = preview.plan.shares
     forwarded = [*chain.from_iterable(chain.from_iterable(shares))]
     tokens = int(preview.candidates.lengths[forwarded].sum())
-    return f"sketch {len(forwarded)} ({tokens:,} tokens) in {len(shares[0])} micro-batch(es) a rank"
+    return f"sketch {len(forwarded)} ({tokens:,} tokens) in {len(shares[0])} micro-batch(es) per rank"

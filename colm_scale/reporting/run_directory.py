@@ -1,4 +1,4 @@
-"""The files a run leaves behind. Each line of a ``.jsonl`` file is valid JSON; numbers that are not finite are null."""
+"""The files of a run. Each line of a ``.jsonl`` file is valid JSON; numbers that are not finite are null."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import SafetensorError
 
@@ -21,18 +22,18 @@ from colm_scale.reporting.summary import Evaluation
 from colm_scale.step.source_refresh import Drift
 
 FACTS = "run.json"
-"""The file with what is known of a run before its first step."""
+"""File with the schedule and the sources of a run, written before its first step."""
 
 
 class RunDirectory:
-    """A run's folder. Only rank 0 has one.
+    """The folder of a run, on rank 0.
 
     Args:
-        path: The folder; by default ``runs/`` and the date and time. Nothing is written before `create`.
-        resume: Whether the run that the folder may hold is to go on.
+        path: By default ``runs/`` with date and time. Nothing is written before `create`.
+        resume: Continue the run in the folder, if there is one.
 
     Raises:
-        UserError: The folder holds a run that is not to go on, or cannot be made or written to.
+        UserError: The folder holds a run and ``resume`` is False, or it cannot be written.
     """
 
     def __init__(self, path: str | None = None, *, resume: bool = False):
@@ -50,28 +51,28 @@ class RunDirectory:
         self._resume = resume
         if self.metrics.exists() and not resume:
             raise UserError(
-                f"--output_dir {self.path} holds a run already ({self.metrics.name}): give another folder, or "
-                f"--resume auto to go on with that run"
+                f"--output_dir {self.path} already holds a run ({self.metrics.name}): use another folder, or "
+                f"--resume auto to continue that run"
             )
         nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a folder open to writing")
+            raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a writable folder")
 
     def create(
         self,
         config_yaml: str,
         environment: Mapping[str, object],
         after: int = 0,
-        facts: Mapping[str, object] | None = None,
+        facts: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        """Make the folder, claim it for this run, and write ``config.yaml``, ``environment.json`` and ``run.json``.
+        """Create the folder, claim it for this run, and write ``config.yaml``, ``environment.json`` and ``run.json``.
 
         Args:
-            facts: What ``run.json`` holds: the schedule, and the training examples of each source.
-            after: The step after which the run goes on: rows of later steps, which will come again, are taken out.
+            after: Step after which the run continues; rows of later steps are removed, since those steps are repeated.
+            facts: Content of ``run.json``: the schedule, and the training examples of each source.
 
         Raises:
-            UserError: The folder cannot be written to.
+            UserError: The folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -80,40 +81,40 @@ class RunDirectory:
                 _cut(rows, after)
             cut(self._audit_folder, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            for name, content in {"environment.json": environment, FACTS: facts or {}}.items():
+            for name, content in {"environment.json": environment, FACTS: facts}.items():
                 (self.path / name).write_text(json.dumps(finite(content), indent=2), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 
     def report(self, report: StepReport, source_names: Sequence[str]) -> None:
-        """Append a step to ``metrics.jsonl`` and ``selection.jsonl``, and to the audit if there is one."""
+        """Append a step to ``metrics.jsonl``, ``selection.jsonl`` and, if enabled, the audit."""
         _append(self.metrics, metrics_row(report))
         _append(self._selection, selection_row(report, source_names))
         if report.audit is not None:
             with writing(self._audit_folder):
-                self._audit.add(report, source_names)
+                self._audit.add(report, report.audit, source_names)
 
     def flush(self) -> None:
-        """Write what is held of the audit."""
+        """Write the buffered rows of the audit."""
         with writing(self._audit_folder):
             self._audit.flush()
 
     def examples(self, examples: Examples) -> None:
-        """Write ``examples.parquet``, see `write_examples`."""
+        """Write ``examples.parquet`` (`write_examples`)."""
         with writing(self._examples):
             write_examples(self._examples, examples)
 
     def drift(self, drift: Drift) -> None:
-        """Append to ``drift.jsonl``: the fields of `Drift`."""
+        """Append the fields of `Drift` to ``drift.jsonl``."""
         _append(self._drift, dataclasses.asdict(drift))
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Append to ``evaluations.jsonl``: the fields of `Evaluation`."""
+        """Append the fields of `Evaluation` to ``evaluations.jsonl``."""
         _append(self._evaluations, dataclasses.asdict(evaluation))
 
 
 def metrics_row(report: StepReport) -> dict[str, object]:
-    """A step's line of ``metrics.jsonl``; lists are by rank, dicts by phase."""
+    """The line of a step in ``metrics.jsonl``; lists are by rank, dicts by phase."""
     selection = report.selection
     return {
         "step": report.step,
@@ -139,7 +140,7 @@ def metrics_row(report: StepReport) -> dict[str, object]:
 
 
 def selection_row(report: StepReport, source_names: Sequence[str]) -> dict[str, object]:
-    """A step's line of ``selection.jsonl``: candidates are ids, ``sources`` names the source of each of them."""
+    """The line of a step in ``selection.jsonl``: ids of the candidates, and the name of each one's source."""
     candidates, selection = report.candidates, report.selection
     return {
         "step": report.step,
@@ -152,44 +153,44 @@ def selection_row(report: StepReport, source_names: Sequence[str]) -> dict[str, 
 
 
 def _cut(path: Path, after: int) -> None:
-    """Take out the rows of later steps, and a last line that was not written to its end."""
+    """Remove the rows of steps later than ``after``, and an incomplete last line."""
     if not path.exists():
         return
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, after)]
+    retained = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, after)]
     new = path.with_name(f".{path.name}.new")
-    new.write_bytes(b"".join(kept))
+    new.write_bytes(b"".join(retained))
     new.replace(path)
 
 
 def _belongs(line: bytes, after: int) -> bool:
-    # The evaluation before training is that of step 0: a run that begins makes it again.
+    # A run that starts from step 0 repeats the evaluation before training, which has the number 0.
     return after > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= after
 
 
 def _append(path: Path, row: Mapping[str, object]) -> None:
-    """Opened for each row, so that a run that is killed leaves whole lines."""
+    """Open the file for each row, so that a killed run leaves complete lines."""
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(row), allow_nan=False, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes ``path``, of a run that is under way.
+    """Report errors in a block that writes ``path`` during training.
 
     Raises:
-        TrainingError: The disk is full or will not take it.
+        TrainingError: The disk is full or cannot be written.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TrainingError(
-            f"{path} cannot be written: {reason}. Checkpoints are untouched: make room and go on with --resume auto"
+            f"{path} cannot be written: {reason}. Checkpoints are intact: free some space and use --resume auto"
         ) from error
 
 
 def finite(value: object) -> object:
-    """``value`` with null for every float that JSON has no word for."""
+    """Replace floats that are not finite by None, which JSON writes as null."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a run did, in tables: per source, per rank, and in a few lines at the end."""
+"""Tables at the end of a run: by source, by rank, and closing figures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from rich.text import Text
 from torch import Tensor
 
 from colm_scale.records import Json, StepReport, long_tensor
-from colm_scale.reporting.worth import Worth
+from colm_scale.reporting.nearness import Nearness
 
 _FORWARD_BACKWARD = ("sketch", "train")
-"""Phases that are forwards and backwards of the model; everything else is overhead or the optimizer."""
+"""Phases with forward and backward passes; all others are overhead or the optimizer."""
+_COUNTS = ("candidates", "selected", "kept", "protected")
 _NONE = "-"
 
 
@@ -32,9 +33,9 @@ class HeldOutLoss:
     Attributes:
         losses: Mean loss of each source's examples.
         counts: Examples of each source.
-        loss: Mean over the natural mixture, sources weighted by their training examples; None if no source has any.
+        loss: Mean over the natural mixture: sources are weighted by their training examples. None if there are none.
         loss_by_source: Mean over sources.
-        small_loss: Mean over the small sources; None without one.
+        small_loss: Mean over the small sources; None if there are none.
     """
 
     losses: dict[str, float]
@@ -46,14 +47,14 @@ class HeldOutLoss:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The held-out data at one step (0: before training).
+    """Held-out loss and accuracy at one step (0: before training).
 
     Attributes:
-        losses, counts, loss, loss_by_source, small_loss: Of the scored examples, see `HeldOutLoss`.
-        accuracies: Share of each source's generated answers that are right; None where none was generated.
-        accuracy: Mean over the sources that have one.
-        whole: Whether all held-out examples within --eval.limit were scored; else those of `sample`.
-        sample: Of the examples that every evaluation of the run scores (--eval.sample).
+        losses, counts, loss, loss_by_source, small_loss: As in `HeldOutLoss`, over the scored examples.
+        accuracies: Share of correct generated answers of each source; None if none was generated.
+        accuracy: Mean over the sources with generated answers; None if there are none.
+        whole: True if all held-out examples (up to --eval.limit) were scored, False if only those of `sample`.
+        sample: Loss of the examples that every evaluation of the run scores (--eval.sample).
     """
 
     step: int
@@ -69,26 +70,25 @@ class Evaluation:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Evaluation:
-        """What `dataclasses.asdict` has made of one.
+        """Restore an evaluation from `dataclasses.asdict`.
 
         Raises:
-            KeyError: A field is not there.
-            TypeError: The sample is not one.
+            KeyError: A field is missing.
+            TypeError: The sample is not a `HeldOutLoss`.
         """
         own = {field.name: row[field.name] for field in fields(cls)}
         return cls(**own | {"sample": HeldOutLoss(**own["sample"])})
 
 
 class RunSummary:
-    """Adds up the reports and evaluations of a run.
+    """Accumulates the reports and evaluations of a run.
 
     Args:
         source_names: Name of each source, 0..Q-1.
         sizes: ``[Q]`` training examples.
         small: ``[Q]`` bool, the sources reported as small.
-        memory_label: What the reports' peaks are, for people.
-        dropped: Examples of each source that were too long and left out.
-        cut: Examples of each source that were too long and cut.
+        memory_label: Name of the headline memory figure, e.g. "GPU memory (NVML)".
+        too_long: Examples of each source that were too long, by treatment: ``{"dropped": ..., "cut": ...}``.
     """
 
     def __init__(
@@ -97,14 +97,13 @@ class RunSummary:
         sizes: Tensor,
         small: Tensor,
         memory_label: str,
-        dropped: Mapping[str, int] | None = None,
-        cut: Mapping[str, int] | None = None,
+        too_long: Mapping[str, Mapping[str, int]],
     ):
         self._names, self._small, self._memory_label = list(source_names), small, memory_label
         self.sizes = sizes
         counts = torch.zeros(4, len(source_names), dtype=torch.int64)
         self.candidates, self.selected, self.kept, self.protected = counts.unbind()
-        self._too_long = {"dropped": dropped or {}, "cut": cut or {}}
+        self._too_long = {title: counts for title, counts in too_long.items() if any(counts.values())}
         self._evaluations: list[Evaluation] = []
         self._seconds: list[float] = []
         self._outside: list[float] = []
@@ -112,7 +111,7 @@ class RunSummary:
         self._without_update = 0
         self._exchanged: Counter[str] = Counter()
         self._peaks: dict[str, dict[str, list[int]]] = {}
-        self._worth = Worth()
+        self._nearness = Nearness()
 
     def report(self, report: StepReport) -> None:
         """Add one step."""
@@ -127,24 +126,21 @@ class RunSummary:
         inside = sum(report.seconds.get(phase, 0.0) for phase in _FORWARD_BACKWARD)
         self._seconds.append(total)
         self._without_update += not report.applied
-        # Each phase is that of its slowest rank, so they can add up to a little more than the step.
+        # A phase takes as long as its slowest rank, so the phases may add up to slightly more than the step.
         self._outside.append(max(0.0, 1 - inside / total))
         if report.floor is not None:
             self._floors.append(report.floor)
         self._exchanged.update(report.exchanged_bytes)
-        self._worth.add(report.telemetry)
+        self._nearness.add(report.telemetry)
         for kind, by_phase in report.phase_peak_bytes.items():
             so_far = self._peaks.setdefault(kind, {})
             for phase, peaks in by_phase.items():
                 so_far[phase] = list(map(max, zip_longest(peaks, so_far.get(phase, ()), fillvalue=0)))
 
     def state(self) -> Json:
-        """All that was added up, as plain JSON."""
+        """The accumulated figures, as plain JSON."""
         return {
-            "candidates": self.candidates.tolist(),
-            "selected": self.selected.tolist(),
-            "kept": self.kept.tolist(),
-            "protected": self.protected.tolist(),
+            **{name: getattr(self, name).tolist() for name in _COUNTS},
             "evaluations": [asdict(evaluation) for evaluation in self._evaluations],
             "seconds": self._seconds,
             "outside": self._outside,
@@ -152,18 +148,18 @@ class RunSummary:
             "without_update": self._without_update,
             "exchanged": self._exchanged,
             "peaks": self._peaks,
-            "worth": self._worth.state(),
+            "worth": self._nearness.state(),
         }
 
     def load(self, state: Json) -> None:
-        """Go on from what `state` returned."""
-        for name in ("candidates", "selected", "kept", "protected"):
+        """Continue from `state`."""
+        for name in _COUNTS:
             getattr(self, name).copy_(long_tensor(state[name]))
         self._evaluations = [Evaluation.of(evaluation) for evaluation in state["evaluations"]]
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
         self._without_update = state["without_update"]
         self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]
-        self._worth.load(state["worth"])
+        self._nearness.load(state["worth"])
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation; the first and the last are compared."""
@@ -176,27 +172,26 @@ class RunSummary:
 
     @property
     def share_outside(self) -> float:
-        """Median share of a step outside of the model's forwards and backwards."""
+        """Median share of a step that is spent outside forward and backward passes."""
         return median(self._outside)
 
     @property
-    def measured_over_floor(self) -> float | None:
-        """Median step over bare floor; None if no floor was taken."""
-        return median(self._floors) if self._floors else None
-
-    @property
     def exchanged_bytes(self) -> dict[str, float]:
-        """Mean bytes of a step, by phase."""
+        """Mean bytes per step, by phase."""
         return {phase: count / len(self._seconds) for phase, count in self._exchanged.items()}
 
     def render(self, places: Mapping[str, Path]) -> Group:
-        """All tables; ``places`` says where things are, e.g. ``{"adapter": ..., "metrics": ..., "log": ...}``."""
-        told = map(Text, self._worth.sentences())
-        return Group(self.source_table(), *map(self.rank_table, self._peaks), self.closing_table(places), *told)
+        """All tables and the verdict on the selection.
+
+        Args:
+            places: Paths of the run's files by title, e.g. ``{"adapter": ..., "metrics": ..., "log": ...}``.
+        """
+        verdict = map(Text, self._nearness.sentences())
+        return Group(self.source_table(), *map(self.rank_table, self._peaks), self.closing_table(places), *verdict)
 
     def source_table(self) -> Table:
-        """One row per source, then totals. Sources that left no training example have a row too."""
-        too_long = {title: counts for title, counts in self._too_long.items() if any(counts.values())}
+        """One row per source, including sources without training examples, then totals."""
+        too_long = self._too_long
         table = _table("source", *self._columns(), *too_long, "held-out loss", "accuracy")
         held_out = [evaluation.losses for evaluation in self._evaluations[-1:]]
         names = dict.fromkeys(chain(self._names, *too_long.values(), *held_out))
@@ -205,26 +200,24 @@ class RunSummary:
             lengths = [f"{counted.get(name, 0):,}" for counted in too_long.values()]
             _add_row(table, name, *counts, *lengths, *self._held_out(name))
         table.add_section()
-        self._add_totals(table, [f"{sum(counted.values()):,}" for counted in too_long.values()])
+        self._add_totals(table)
         return table
 
     def _held_out(self, name: str) -> tuple[str, str]:
-        """Loss and accuracy of a source."""
+        """Held-out loss and accuracy of a source."""
         loss = self._change(lambda e: e.losses.get(name), ".3f")
         return loss, self._change(lambda e: e.accuracies.get(name), ".1%")
 
     def rank_table(self, kind: str) -> Table:
-        """Peak memory of the run of one kind: a row per rank, a column per phase."""
-        headline = kind == next(iter(self._peaks))
-        label = self._memory_label if headline else kind
+        """Peak memory of one kind over the run: a row per rank, a column per phase."""
+        label = self._memory_label if kind == next(iter(self._peaks)) else kind
         table = _table("rank", *self._peaks[kind], title=f"peak {label}, GiB")
         for rank, peaks in enumerate(zip(*self._peaks[kind].values())):
             _add_row(table, str(rank), *map(gib, peaks))
         return table
 
     def closing_table(self, places: Mapping[str, Path]) -> Table:
-        """Where things are, what a step cost, and what its selection was worth."""
-        floor = self.measured_over_floor
+        """Paths of files, cost of a step, and telemetry of the selection."""
         exchanged = self.exchanged_bytes
         by_phase = ", ".join(f"{phase} {count:,.0f}" for phase, count in exchanged.items())
         table = Table.grid(padding=(0, 2))
@@ -233,15 +226,16 @@ class RunSummary:
         _add_row(table, "seconds per step", f"{self.seconds:.3f} (median of {len(self._seconds)})")
         _add_row(table, "outside forward and backward", f"{self.share_outside:.1%} of a step (median)")
         if self._without_update:
-            _add_row(table, "steps without update", f"{self._without_update} (float16 overflowed)")
-        if floor is not None:
-            _add_row(table, "step / bare floor", f"{floor:.3f} (median of {len(self._floors)})")
+            _add_row(table, "steps without update", f"{self._without_update} (float16 overflow)")
+        if self._floors:
+            _add_row(table, "step / bare floor", f"{median(self._floors):.3f} (median of {len(self._floors)})")
         _add_row(table, "exchanged bytes per step", f"{sum(exchanged.values()):,.0f} ({by_phase or 'one rank'})")
-        for name, value in self._worth.rows().items():
+        for name, value in self._nearness.rows().items():
             _add_row(table, name, value)
         return table
 
-    def _add_totals(self, table: Table, too_long: list[str]) -> None:
+    def _add_totals(self, table: Table) -> None:
+        too_long = [f"{sum(counted.values()):,}" for counted in self._too_long.values()]
         blank = [_NONE] * len(too_long)
         natural = self._change(lambda e: e.loss, ".3f")
         by_source = self._change(lambda e: e.loss_by_source, ".3f")
@@ -255,12 +249,12 @@ class RunSummary:
         return [f"{int(column[which].sum()):,}" for column in self._columns().values()]
 
     def _columns(self) -> dict[str, Tensor]:
-        """Counts per source, by the title of their column; those of protected candidates only where there are any."""
+        """Counts per source, by column title; protected candidates only if there are any."""
         counts = {"examples": self.sizes, "candidates": self.candidates, "selected": self.selected, "kept": self.kept}
         return counts | ({"protected": self.protected} if self.protected.any() else {})
 
     def _change(self, value: Callable[[Evaluation], float | None], form: str) -> str:
-        """A number of the first evaluation and, if there are two, of the last."""
+        """A figure of the first evaluation and, if there are two, of the last."""
         evaluations = [*self._evaluations[:1], *self._evaluations[1:][-1:]]
         known = [number for number in map(value, evaluations) if number is not None]
         return " -> ".join(format(number, form) for number in known) or _NONE
@@ -270,7 +264,7 @@ class RunSummary:
 
 
 def gib(count: float) -> str:
-    """Bytes in GiB."""
+    """Format bytes as GiB."""
     return f"{count / 2**30:.2f}"
 
 
@@ -282,4 +276,4 @@ def _table(first: str, *numbers: str, title: str | None = None) -> Table:
 
 
 def _add_row(table: Table, *cells: str) -> None:
-    table.add_row(*map(Text, cells))  # as text, for a name with brackets in it is not markup
+    table.add_row(*map(Text, cells))  # as text: brackets in a name are not markup

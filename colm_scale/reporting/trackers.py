@@ -1,9 +1,8 @@
-"""Experiment trackers, by way of accelerate: what rank 0 sends to TensorBoard, Weights & Biases, MLflow and trackio.
+"""Experiment trackers: rank 0 sends metrics to TensorBoard, Weights & Biases, MLflow and trackio through accelerate.
 
-A tracker is a convenience: one that fails is told of once and gets no more, and the run goes on. A run that is resumed
-goes on in the same history. TensorBoard drops what it has of the steps that come again; the others cannot take back
-what they have, so they are not sent those steps again (they bring the same numbers). What each was sent is written down
-in the run's ``trackers.json``.
+A tracker that fails is logged once, then disabled, and the run continues. A resumed run continues the same history:
+TensorBoard deletes the steps that are repeated; the others cannot, so repeated steps, whose numbers are equal, are not
+sent again. The run's ``trackers.json`` records the last step that each tracker was sent.
 """
 
 from __future__ import annotations
@@ -33,33 +32,33 @@ Numbers = dict[str, float]
 
 _STATE = "trackers.json"
 _BEFORE_ANY = -1
-"""The step after which a tracker that has been sent nothing goes on: the evaluation before training is that of 0."""
+"""The last step sent to a new tracker; the evaluation before training has step 0."""
 _NO_NEWS = ("step", "candidates", "selected", "peak_bytes", "phase_peak_bytes")
-"""What a row of metrics.jsonl holds that is the same in all, or sent in another unit."""
+"""Fields of metrics.jsonl that are constant, or sent in another unit."""
 
 
 def check_trackers(config: TrackConfig) -> None:
-    """Whether every tracker is installed.
+    """Check that every tracker is installed.
 
     Raises:
-        UserError: One is not.
+        UserError: A tracker is not installed.
     """
     if not config.to:
         return
     from accelerate.tracking import get_available_trackers
 
-    there = {str(kind) for kind in get_available_trackers()}
+    available = {str(kind) for kind in get_available_trackers()}
     for name in config.to:
-        if name not in there:
+        if name not in available:
             raise UserError(f"--track.to {name}: {name} is not installed: pip install {name}, or leave it out")
 
 
 class Trackers:
-    """The trackers of a run. Only the first rank has any.
+    """The trackers of a run, on the first rank.
 
     Args:
-        folder: The run directory, already made.
-        say: Tells the user something.
+        folder: The run directory, already created.
+        say: Prints a message for the user.
     """
 
     def __init__(self, config: RunConfig, folder: Path, say: Callable[[str], None]):
@@ -69,7 +68,7 @@ class Trackers:
         self._already: dict[str, int] = {}
 
     def start(self, done: int) -> None:
-        """Begin, or go on after step ``done`` of the same run."""
+        """Start, or continue after step ``done`` of the same run."""
         track = self._config.track
         if not track.to:
             return
@@ -90,18 +89,18 @@ class Trackers:
         self._send(evaluation.step, evaluation_numbers(evaluation))
 
     def close(self) -> None:
-        """Tell every tracker that this is all; nothing happens the second time."""
+        """Finish every tracker; a second call has no effect."""
         for name in list(self._running):
             self._guarded(name, self._running[name].finish)
         self._running = {}
 
     def _open(self, name: str, done: int, begun: bool) -> None:
-        """Start a tracker; its run is the one that it began before, if it did."""
+        """Start a tracker, or continue the run that it ``begun`` before."""
         _let_accelerate_log()
         known = self._state[name]
         tracker = _made(name, self._config.track, self._folder, known["id"], done, begun)
         tracker.start()
-        if name == "mlflow":  # which alone chooses the run's id itself
+        if name == "mlflow":  # the only one that chooses the run's id itself
             known["id"] = tracker.tracker.info.run_id
         self._running[name] = tracker
         self._write_state()
@@ -118,14 +117,14 @@ class Trackers:
             self._write_state()
 
     def _guarded(self, name: str, call: Callable[[], None]) -> bool:
-        """Call a tracker, and do without it from then on if it fails; whether it did not."""
+        """Call a tracker and return True; if it fails, disable it and return False."""
         try:
             call()
             return True
         except Exception as error:
             self._running.pop(name, None)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._say(f"warning: --track.to {name} failed and is sent no more, the run goes on: {reason}")
+            self._say(f"warning: --track.to {name} failed and is disabled; the run continues: {reason}")
             return False
 
     def _read_state(self) -> dict[str, Json]:
@@ -141,7 +140,7 @@ class Trackers:
 
 
 def step_numbers(report: StepReport) -> Numbers:
-    """A row of metrics.jsonl, flat: ``train/loss``, ``seconds/sketch``, ``peak_gib/nvml/rank0``, ..."""
+    """A flat row of metrics.jsonl: ``train/loss``, ``seconds/sketch``, ``peak_gib/nvml/rank0``, ..."""
     row = {name: value for name, value in metrics_row(report).items() if name not in _NO_NEWS}
     row["peak_gib"] = {
         kind: {f"rank{rank}": peak / 2**30 for rank, peak in enumerate(by_phase["step"])}
@@ -153,8 +152,12 @@ def step_numbers(report: StepReport) -> Numbers:
 
 
 def evaluation_numbers(evaluation: Evaluation) -> Numbers:
-    """``eval/loss`` (natural mixture), ``eval/loss_by_source``, ..., and each source's, ``eval/losses/SOURCE``, of all
-    held-out examples; and of the sample that every evaluation scores, ``eval/sample/loss``, ..."""
+    """Flat numbers of an evaluation.
+
+    Returns:
+        ``eval/loss`` (natural mixture), ``eval/loss_by_source``, ``eval/losses/SOURCE``, ... over all held-out
+        examples, and ``eval/sample/loss``, ... over the sample of every evaluation.
+    """
     numbers = asdict(evaluation)
     if not evaluation.whole:
         numbers = {"sample": numbers["sample"]}
@@ -165,7 +168,7 @@ def evaluation_numbers(evaluation: Evaluation) -> Numbers:
 
 
 def _made(name: str, track: TrackConfig, folder: Path, run_id: str, done: int, begun: bool) -> GeneralTracker:
-    """accelerate's tracker of this kind, not started."""
+    """Create accelerate's tracker of this kind."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     kind, title = LOGGER_TYPE_TO_CLASS[name], folder.resolve().name
@@ -181,16 +184,16 @@ def _made(name: str, track: TrackConfig, folder: Path, run_id: str, done: int, b
 
 
 def _let_accelerate_log() -> None:
-    """accelerate's trackers write to its log, which asks for its state; making that changes the number of threads."""
+    """Create accelerate's state, which its trackers need for logging, without changing the number of threads."""
     from accelerate import PartialState
 
     threads = torch.get_num_threads()
-    PartialState(cpu=True)  # joins the ranks there are, and leaves the choice of a device alone
+    PartialState(cpu=True)  # joins the existing ranks, and does not choose a device
     torch.set_num_threads(threads)
 
 
 def _options(config: RunConfig) -> dict[str, str | int | float | bool]:
-    """Every option by its dotted name; what has no number or text as text."""
+    """Every option by its dotted name; other values than numbers and text as JSON."""
     flat = {}
     for section, options in asdict(config).items():
         values = options if isinstance(options, dict) else {"": options}
@@ -201,7 +204,7 @@ def _options(config: RunConfig) -> dict[str, str | int | float | bool]:
 
 
 def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a tree, their names joined by slashes."""
+    """The finite numbers of a tree, with names joined by slashes."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
@@ -210,6 +213,6 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, f
 
 
 def _for_mlflow(numbers: Numbers) -> Numbers:
-    """With a code in place of each character that MLflow refuses in a name, so that two names stay two."""
+    """Replace each character that MLflow refuses in a name by its code, so that names stay distinct."""
     refused = re.compile(r"[^\w\-. :/]")
     return {refused.sub(lambda found: f"_{ord(found[0]):x}_", name): value for name, value in numbers.items()}

@@ -104,9 +104,8 @@ class WrittenReports(Reports):
         self._config, self._directory, self._names = config, directory, inputs.source_names
         self._display = Display(config.profile.display, meter.label, directory.log)
         self._trackers = Trackers(config, directory.path, self._display.message)
-        self._summary = RunSummary(
-            inputs.source_names, inputs.sizes, small, meter.label, inputs.sampler.dropped, inputs.sampler.cut
-        )
+        too_long = {"dropped": inputs.sampler.dropped, "cut": inputs.sampler.cut}
+        self._summary = RunSummary(inputs.source_names, inputs.sizes, small, meter.label, too_long)
 
     def start(self, steps: int, facts: Sequence[str], done: int) -> None:
         for fact in facts:

@@ -1,4 +1,4 @@
-"""Measures of a selection's worth, each compared with a random draw with the same quotas. They influence no selection.
+"""Telemetry of a selection: how near the coreset's mean is to the candidates', compared with a random draw.
 
 The draw picks the same number of each source as the selection, uniformly among the candidates it could have picked, and
 gives each source the same total weight: the composition of the selection, without its ranking.
@@ -49,7 +49,7 @@ def stratified_like(selection: Selection, sources: Tensor, eligible: Tensor, gen
     return dataclasses.replace(drawn, weights=torch.cat(own))
 
 
-def worth(
+def measure(
     candidates: Candidates, selection: Selection, matrix: CandidateMatrix, draw: Selection
 ) -> dict[str, float]:
     """Measure `composition` and, if candidates were sketched, `ranking` of a selection against a ``draw``."""

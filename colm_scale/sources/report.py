@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from colm_scale.data.readers import Row
-from colm_scale.reporting.drawing import verbatim_text
 from colm_scale.selection.quota import kept_sources
 
 if TYPE_CHECKING:  # matplotlib comes with an extra
@@ -163,9 +162,10 @@ def _comparison(report: Report) -> list[str]:
 
 def draw_map(points: np.ndarray, labels: np.ndarray, report: Report, path: Path) -> None:
     """Draw ``[n, p]`` points by their first two principal components, coloured by ``[n]`` cluster."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    with verbatim_text():
+    with matplotlib.rc_context({"text.parse_math": False}):  # a source's name may hold dollar signs
         figure = Figure(figsize=(9, 7), layout="constrained")
         axes = figure.subplots()
         for number, cluster in enumerate(report.clusters):

@@ -1,4 +1,4 @@
-"""Reports: what a step has cost, and what its selection was worth. Nothing here decides anything."""
+"""Reports: what a step has cost, and how near its coreset is to the candidates. Nothing here decides anything."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Measurement:
     def __call__(self, chosen: Chosen, trained: Trained, facts: Mapping[str, float]) -> StepReport:
         """Report a step, with these ``facts`` about its selection."""
         with self._spans("report"):
-            worth = {**self._worth(chosen), **facts}
+            measured = {**self._telemetry(chosen), **facts}
             audited = self._audit(chosen)
         seconds, phase_peak_bytes = over_ranks(*self._spans.finish(), self._group)
         routed, update = trained.routed, trained.update
@@ -70,19 +70,19 @@ class Measurement:
             exchanged_bytes=self._group.take_traffic(),
             imbalance=routed.route.imbalance,
             padding_share=self._padding(chosen, routed.route),
-            telemetry=worth,
+            telemetry=measured,
             audit=audited,
         )
 
-    def _worth(self, chosen: Chosen) -> dict[str, float]:
-        """What the selection was worth beside a random draw with its quotas; on the first rank only."""
+    def _telemetry(self, chosen: Chosen) -> dict[str, float]:
+        """Compare the selection with a random draw with the same quotas, on the first rank only."""
         if not self._group.is_first:
             return {}
         candidates, selection, matrix = chosen.candidates, chosen.selection, chosen.sketched.matrix
         eligible = telemetry.could_be_picked(candidates, selection, matrix)
         draws = generator(self._seed, "telemetry", candidates.step)
         draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
-        return telemetry.worth(candidates, selection, matrix, draw)
+        return telemetry.measure(candidates, selection, matrix, draw)
 
     def _audit(self, chosen: Chosen) -> Audit | None:
         if not self._audits:

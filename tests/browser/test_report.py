@@ -63,7 +63,7 @@ def test_nothing_goes_wrong_and_nothing_is_fetched(page):
 
 
 def test_losses_are_the_runs(page, runs):
-    held_out, trained = table(page, "First and last evaluation"), table(page, "Training loss in numbers")
+    held_out, trained = table(page, "First and last evaluation"), table(page, "Training loss")
     for name, folder in runs.items():
         first, *_, last = rows(folder / "evaluations.jsonl")
         steps = rows(folder / "metrics.jsonl")
@@ -97,7 +97,7 @@ def test_coverage_is_the_runs(page, runs):
 
 
 def test_options_that_differ(page):
-    assert table(page, "What differs between the runs")["selection.method"] == {"ranked": "colm", "drawn": "stratified"}
+    assert table(page, "Differences between the runs")["selection.method"] == {"ranked": "colm", "drawn": "stratified"}
 
 
 def test_every_chart_is_drawn(page):

@@ -192,7 +192,7 @@ FILES = {
     "its own code": good("", "own code", "--model.trust_remote_code true", model="own_code"),
     "no weights": good("", "no_weights", "cannot load a model", "model.safetensors"),
     "a run is there already": good(
-        "--output_dir {here}/earlier", "earlier", "holds a run already", **{"earlier/metrics__jsonl": "{}"}
+        "--output_dir {here}/earlier", "earlier", "already holds a run", **{"earlier/metrics__jsonl": "{}"}
     ),
     "no folder to write to": good("--output_dir {here}/train.jsonl/a", "--output_dir", "be written"),
     "no such layer": good("--selection.probe w_proj", "--selection.probe 'w_proj'", "v_proj", model="base"),

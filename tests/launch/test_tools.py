@@ -44,7 +44,7 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(forked, first_step,
     for words in (
         "6,010 examples of 14 sources",
         "kept sources (9): ",
-        "step 1, source by source",
+        "step 1 by source",
         "step 2: 16 candidates of ",
         "Peak memory of a rank, GiB",
         f"{tmp_path / 'run'}/metrics.jsonl",

@@ -1,4 +1,4 @@
-"""Small checkpoints that tell which write they come from."""
+"""Small checkpoints that identify the write that made them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def contents(mark: float = 0.0) -> dict[str, dict[str, Tensor]]:
 
 
 def mark_of(checkpoint: store.Checkpoint) -> float:
-    """Which of the writes this is; every tensor and the state say the same."""
+    """Number of the write; state and all tensors must agree."""
     marks = {checkpoint.state["mark"], *checkpoint.tensors["adapter"]["a.weight"].flatten().tolist()}
     (mark,) = marks | set(checkpoint.tensors["moments"]["first"].tolist())
     return mark
@@ -45,7 +45,7 @@ def names(path: Path) -> list[str]:
 
 
 def seal(path: Path, **changes: object) -> None:
-    """Write the manifest that a write would have made of the folder as it is now, with ``changes``."""
+    """Write a manifest for the current content of the folder, with ``changes``."""
     files = {
         entry.name: {"size": entry.stat().st_size, "sha256": sha256(entry.read_bytes()).hexdigest()}
         for entry in sorted(path.iterdir())

@@ -1,6 +1,6 @@
-"""Running the product as its users do: processes, of which output, exit code and what they leave behind are looked at.
+"""Run the product's commands in processes, and collect output, exit codes and files.
 
-Everything runs on the CPU, offline, and on a port of its own, so that nothing depends on the machine or on other runs.
+Everything runs on the CPU, offline, and on its own port, independent of the machine and of other runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL = (
     *("--train.steps", "2", "--train.threads", "1", "--selection.candidates", "16", "--selection.budget", "8"),
     *("--eval.every", "0", "--eval.generate", "0", "--eval.limit", "2"),
 )
-"""Options of a run that takes about a second once it has started."""
+"""Options of a run of about one second after startup."""
 
 _MARK = "COLM_SCALE_TEST_COMMAND"
 _BIN = Path(sys.executable).parent
@@ -34,10 +34,10 @@ _BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command has done.
+    """The outcome of a command.
 
     Attributes:
-        code: The exit code; of several ranks the first that is not 0.
+        code: The exit code; of several ranks, the first that is not 0.
     """
 
     code: int
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The lines that say what was wrong."""
+        """The lines of the error message."""
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
 
     def succeeded(self) -> Outcome:
@@ -67,19 +67,19 @@ def deepspeed(processes: int, script: str = LAUNCHER) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """A free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 class Command:
-    """A started command and all processes that come from it, also those that have lost their parent.
+    """A started command and all its descendants, including orphans.
 
-    Use it as a context, which kills whatever is left at its end.
+    Use it as a context manager, which kills what is left at the end.
 
     Args:
-        talks: Whether its input and output are pipes; else it reads nothing and writes to a file in ``log``.
+        talks: Use pipes for input and output; otherwise no input, and output in files in ``log``.
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, *, talks: bool = False, **variables: str):
@@ -107,11 +107,11 @@ class Command:
             file.close()
 
     def alive(self) -> list[psutil.Process]:
-        """The processes that come from this command and run."""
+        """Running processes of this command."""
         return [process for process in psutil.process_iter() if self._is_mine(process)]
 
     def outcome(self, seconds: float = 180) -> Outcome:
-        """Wait for the end of the command (of which processes may be left)."""
+        """Wait for the end of the command; its descendants may still run."""
         code = self.process.wait(seconds)
         return Outcome(code, *((self._log / name).read_text("utf-8") for name in ("stdout.txt", "stderr.txt")))
 
@@ -129,17 +129,17 @@ def run(arguments: Sequence[str], log: Path, seconds: float = 180, **variables: 
 
 
 class Hung(AssertionError):
-    """A run that did not end in time."""
+    """A run exceeded its time limit."""
 
 
 class Forked:
-    """A process that has imported what ``launchers/train.py`` needs and forks itself into ranks of a run or of another
-    command: most of a short run is importing. The ranks take it for their launcher, but it does nothing for them.
+    """A process with the imports of ``launchers/train.py``, which forks into the ranks of a run or another command.
 
-    Use it as a context, which kills whatever is left at its end.
+    Importing takes most of the time of a short run. Ranks see it as their launcher, but it does nothing for them. Use
+    it as a context manager, which kills what is left at the end.
 
     Args:
-        prefix: What the process is started by.
+        prefix: Command that starts the process.
     """
 
     def __init__(self, log: Path, *prefix: str):
@@ -156,11 +156,11 @@ class Forked:
         return self._command.process.pid
 
     def left(self) -> list[psutil.Process]:
-        """What it has started and still runs."""
+        """Running processes that it started."""
         return [process for process in self._command.alive() if process.pid != self.pid]
 
     def start(self, options: Sequence[str], log: Path, ranks: int = 1, command: str = "train") -> Ranks:
-        """Start a run, or another command, whose output goes to ``LOG.stdout`` and ``LOG.stderr``."""
+        """Start a run or another command, with output in ``LOG.stdout`` and ``LOG.stderr``."""
         log.parent.mkdir(parents=True, exist_ok=True)
         for stream in ("stdout", "stderr"):
             Path(f"{log}.{stream}").write_text("", "utf-8")
@@ -175,7 +175,7 @@ class Forked:
         return self.start(options, log, ranks, command).outcome(seconds)
 
     def run_many(self, jobs: Mapping[str, Sequence[str]], log: Path, at_once: int = 2) -> dict[str, Outcome]:
-        """Train with each job's options, in their order, each in a process of its own."""
+        """Train with the options of each job, in order, in separate processes."""
         started: dict[str, Ranks] = {}
         for name, options in jobs.items():
             wait_until(lambda: sum(ranks.running() for ranks in started.values()) < at_once, 180)
@@ -183,7 +183,7 @@ class Forked:
         return {name: ranks.outcome(180) for name, ranks in started.items()}
 
     def codes(self, pids: Sequence[int]) -> list[int | None]:
-        """Exit codes, negative for a signal; None for a rank that runs."""
+        """Exit codes, negative for a signal; None for a running rank."""
         return self._ask({"ended": list(pids)})
 
     def _ask(self, question: dict) -> list:
@@ -195,31 +195,31 @@ class Forked:
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks of one run that a `Forked` process has started."""
+    """The ranks of one run, started by a `Forked` process."""
 
     forked: Forked
     pids: list[int]
     log: Path
 
     def codes(self) -> list[int | None]:
-        """As `Forked.codes`, by rank."""
+        """`Forked.codes` by rank."""
         return self.forked.codes(self.pids)
 
     def running(self) -> bool:
         return None in self.codes()
 
     def send(self, number: int, *ranks: int) -> None:
-        """Send a signal to these ranks, or to all, of those that run."""
+        """Send a signal to these ranks, or to all, if they are running."""
         codes = self.codes()
         for rank in ranks or range(len(self.pids)):
-            if codes[rank] is None:  # else it may be another process by now
+            if codes[rank] is None:  # the id may have been reused otherwise
                 os.kill(self.pids[rank], number)
 
     def outcome(self, seconds: float) -> Outcome:
         """Wait for the end of all ranks.
 
         Raises:
-            Hung: They took longer; then they are killed.
+            Hung: They exceeded the time limit and were killed.
         """
         try:
             wait_until(lambda: not self.running(), seconds)
@@ -232,7 +232,7 @@ class Ranks:
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> float:
-    """Seconds until ``condition`` held; fails after ``seconds``."""
+    """Wait for ``condition`` and return the seconds; fails after ``seconds``."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, f"not within {seconds} seconds"

@@ -1,4 +1,4 @@
-"""Tiny causal language models of many architectures, with random weights that depend on nothing but the family.
+"""Tiny causal language models of many architectures, with random weights that depend only on the family.
 
 Every model has 2 blocks, a hidden size of 32, 4 heads of 8 and a vocabulary of 97 tokens.
 """
@@ -45,7 +45,7 @@ _OPTIONS: dict[str, dict] = {
     "stablelm": {**_LLAMA_LIKE, "num_key_value_heads": 4},
     "gemma": {**_GROUPED, **_HEADS, "tie_word_embeddings": True},
     "gemma2": {**_GROUPED, **_HEADS, "tie_word_embeddings": True, "query_pre_attn_scalar": HEAD_DIM},
-    # As Galactica has it: smooth, for finite differences are compared.
+    # Galactica's; smooth, since finite differences are compared.
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": HIDDEN, "activation_function": "gelu", "dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},  # transposed weights, one layer for Q, K and V
     "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},  # Q, K and V head by head; positions by alibi
@@ -60,7 +60,7 @@ BLOCKS: dict[str, str] = {
 """The last block."""
 _V_LAYERS = {"phi3": "self_attn.qkv_proj", "gpt2": "attn.c_attn", "bloom": "self_attention.query_key_value"}
 PROBES: dict[str, str] = {f: f"{BLOCKS[f]}.{_V_LAYERS.get(f, 'self_attn.v_proj')}" for f in FAMILIES}
-"""The layer that holds V in it."""
+"""The layer that contains V in the last block."""
 ROWS: dict[str, Sequence[int]] = {
     **dict.fromkeys(FAMILIES, range(2 * HEAD_DIM)),
     **dict.fromkeys(("phi", "stablelm", "opt"), range(HIDDEN)),
@@ -68,11 +68,11 @@ ROWS: dict[str, Sequence[int]] = {
     "gpt2": range(2 * HIDDEN, 3 * HIDDEN),
     "bloom": [row for row in range(3 * HIDDEN) if row // HEAD_DIM % 3 == 2],
 }
-"""The output rows of that layer that are V's."""
+"""The output rows of V in that layer."""
 
 
 def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    """A model without adapters, in training mode as a trainer has it."""
+    """A model without adapters, in training mode."""
     config = transformers.AutoConfig.for_model(family, **{**_COMMON, **_OPTIONS.get(family, _GROUPED), **options})
     with torch.random.fork_rng(devices=[]):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -81,7 +81,7 @@ def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn
 
 
 def adapted_model(family: str, dtype: torch.dtype = torch.float32, lora_dropout: float = 0.0, **options) -> nn.Module:
-    """The same with float32 adapters of rank 4 on every linear layer, none of whose matrices is zero."""
+    """The model with float32 adapters of rank 4 on every linear layer, all matrices nonzero."""
     return with_adapters(base_model(family, dtype, **options), lora_dropout=lora_dropout)
 
 
@@ -93,7 +93,7 @@ def with_adapters(model: nn.Module, **options) -> nn.Module:
 
 
 def fill(parameters, purpose: str) -> None:
-    """Matrices become normal numbers of size 1 / sqrt(inputs); vectors move a little from what they are."""
+    """Fill matrices with normal numbers of size 1 / sqrt(inputs); perturb vectors slightly."""
     drawn = generator(0, purpose)
     with torch.no_grad():
         for parameter in parameters:
@@ -107,8 +107,7 @@ def fill(parameters, purpose: str) -> None:
 def batch_of(
     lengths: list[int], prompt: int = 2, width: int | None = None, seed: int = 0, *, packed: bool = False
 ) -> Batch:
-    """Examples of these lengths, no loss on the first ``prompt`` tokens: packed, or right padded to ``width`` (default:
-    the longest)."""
+    """Examples of these lengths without loss on the first ``prompt`` tokens, packed or right padded."""
     rows = [torch.randint(3, VOCABULARY, (n,), generator=generator(seed, "row", i)) for i, n in enumerate(lengths)]
     batch = batch_of_rows(rows, [torch.arange(n) >= prompt for n in lengths], packed=packed)
     if width is None or packed:
@@ -126,35 +125,35 @@ def batch_of(
 def batch_of_rows(
     rows: Sequence[Tensor], labelled: Sequence[Tensor] | None = None, positions: Tensor | None = None, **options
 ) -> Batch:
-    """A batch of examples with these tokens; all of them carry loss by default."""
+    """A batch of examples with these tokens; by default, all carry loss."""
     labelled = [torch.ones_like(row, dtype=torch.bool) for row in rows] if labelled is None else labelled
     positions = torch.arange(len(rows)) if positions is None else positions
     return make_batch(rows, labelled, positions, 0, torch.device("cpu"), **options)
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """Like a padded batch's tokens: the token itself where it carries loss, else -100."""
+    """Labels of a padded batch: the token itself where it carries loss, else -100."""
     labels = torch.full(batch.input_ids.shape, -100)
     labels.view(-1)[batch.targets.rows + 1] = batch.targets.tokens
     return labels
 
 
 def examples_of(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    """Tokens and marks of each example of a padded batch."""
+    """Tokens and loss mask of each example of a padded batch."""
     lengths, labels = batch.attention_mask.sum(1).tolist(), labels_of(batch)
     rows = [row[:length] for row, length in zip(batch.input_ids, lengths)]
     return rows, [row[:length] != -100 for row, length in zip(labels, lengths)]
 
 
 def some_of(batch: Batch, chosen: Sequence[int], *, packed: bool = False) -> Batch:
-    """Some examples of a padded batch, padded to the longest of them or packed."""
+    """Some examples of a padded batch, padded to their longest or packed."""
     rows, labelled = examples_of(batch)
     of_chosen = ([x[i] for i in chosen] for x in (rows, labelled))
     return batch_of_rows(*of_chosen, batch.positions[torch.as_tensor(chosen, dtype=torch.int64)], packed=packed)
 
 
 def unlabelled(batch: Batch, *without: int) -> Batch:
-    """A padded batch some of whose examples, or all, carry no loss."""
+    """A padded batch with some or all examples without loss."""
     rows, labelled = examples_of(batch)
     marks = [mark & (bool(without) and i not in without) for i, mark in enumerate(labelled)]
     return batch_of_rows(rows, marks, batch.positions)

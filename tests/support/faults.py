@@ -1,4 +1,4 @@
-"""Small runs that are broken and go on, and what must then be equal bit by bit."""
+"""Small runs that are broken and resumed, and results that must be equal bit for bit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from support.families import base_model
 
 PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "checkpoint")
 WRITING = ("writing", "naming", "pruning")
-"""Where rank 0 can be while it writes a checkpoint; see `support.sabotage.at`."""
+"""Phases of writing a checkpoint on rank 0 (`support.sabotage.at`)."""
 SECONDS = 120
-"""More than any of these runs takes on a busy machine: one that takes longer hangs."""
+"""Time limit of a run on a busy machine, beyond which it counts as hung."""
 ENGINES: dict[str, tuple[str, ...]] = {
     "single": (),
     "ddp": (),
@@ -32,7 +32,7 @@ ENGINES: dict[str, tuple[str, ...]] = {
 
 
 def write_materials(folder: Path) -> None:
-    """A tiny model, and additions from three sources, the smallest of which is kept."""
+    """Write a tiny model, and additions from three sources, the smallest of which is kept."""
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     tokenizer.save_pretrained(folder / "model")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -48,10 +48,10 @@ def write_materials(folder: Path) -> None:
 
 
 class Workshop:
-    """Where small runs are broken and go on: seconds each, once everything is imported.
+    """A bench for breaking and resuming small runs, which take seconds after the imports.
 
     Args:
-        folder: Gets the model, the data, what the last run said, and what `unbroken` runs leave.
+        folder: Gets the model, the data, the last run's output, and the results of `unbroken` runs.
     """
 
     def __init__(self, forked: Forked, folder: Path, steps: int = 6):
@@ -60,12 +60,12 @@ class Workshop:
         write_materials(folder)
 
     def options(self, run: Path, engine: str, *more: str) -> list[str]:
-        """Of a run that saves every second step."""
+        """Options of a run that saves every second step."""
         return [
             *("--model.name", str(self.folder / "model"), "--data.train", str(self.folder / "train.jsonl")),
             *("--selection.candidates", "16", "--selection.budget", "8", "--selection.columns", "32"),
             *("--train.learning_rate", "0.01", "--train.threads", "1", "--train.steps", str(self.steps)),
-            *("--train.micro_batch_tokens", "64"),  # several micro-batches: some for each rank
+            *("--train.micro_batch_tokens", "64"),  # several micro-batches for each rank
             *("--profile.floor_every", "0", "--profile.display", "plain", "--checkpoint.every", "2"),
             *(*ENGINES[engine], "--output_dir", str(run), *more),
         ]
@@ -74,11 +74,11 @@ class Workshop:
         return self.forked.start(self.options(run, engine, *more), self.folder / "output", ranks)
 
     def go_on(self, run: Path, engine: str, *more: str, ranks: int = 2) -> Outcome:
-        """Resume a run, to its end."""
+        """Resume a run to its end."""
         return self.start(run, engine, "--resume", "auto", *more, ranks=ranks).outcome(SECONDS)
 
     def unbroken(self, engine: str, ranks: int = 2) -> dict[str, object]:
-        """The `result` of a run that nothing broke."""
+        """The `result` of a run without a fault."""
         if (engine, ranks) not in self._unbroken:
             run = self.folder / f"unbroken-{engine}-{ranks}-{self.steps}"
             self.start(run, engine, ranks=ranks).outcome(SECONDS).succeeded()
@@ -87,14 +87,14 @@ class Workshop:
 
 
 class NoMounts(RuntimeError):
-    """This machine does not let us mount a disk of our own; says why."""
+    """This machine does not permit mounts; the message gives the reason."""
 
 
 def own_mounts() -> tuple[str, ...]:
-    """What starts a process whose mounts nobody else sees.
+    """Command prefix for a process with private mounts.
 
     Raises:
-        NoMounts: That takes root.
+        NoMounts: Root is required.
     """
     prefix = ("unshare", "--mount")
     try:
@@ -105,7 +105,7 @@ def own_mounts() -> tuple[str, ...]:
 
 
 def mount_disk(forked: Forked, place: Path, megabytes: int) -> Path:
-    """Give a process of `own_mounts` a small disk at ``place``; where others find what is on it."""
+    """Mount a small disk at ``place`` for a process of `own_mounts`; returns its path for other processes."""
     enter = ["nsenter", "--target", str(forked.pid), "--mount"]
     subprocess.run([*enter, "mkdir", "-p", str(place)], check=True)
     subprocess.run([*enter, "mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)], check=True)
@@ -113,20 +113,20 @@ def mount_disk(forked: Forked, place: Path, megabytes: int) -> Path:
 
 
 def steps_written(run: Path) -> int:
-    """The last step in a run's ``metrics.jsonl``; 0 without any."""
+    """The last step in a run's ``metrics.jsonl``; 0 if there is none."""
     metrics = run / "metrics.jsonl"
     whole = metrics.read_bytes().rpartition(b"\n")[0].splitlines() if metrics.exists() else []
     return json.loads(whole[-1])["step"] if whole else 0
 
 
 def newest_checkpoint(run: Path) -> int:
-    """The step of a run's newest checkpoint, every byte of it verified; 0 without any."""
+    """The step of a run's newest verified checkpoint; 0 if there is none."""
     found = CheckpointFolder(run / "checkpoints", keep=1).newest(fallback=False)
     return 0 if found is None else found.state["step"]
 
 
 def result(run: Path) -> dict[str, object]:
-    """What two equal runs have in common, bit by bit: ids and weights, losses, gradient norms, and the adapter."""
+    """Results that equal runs share bit for bit: ids and weights, losses, gradient norms, adapter."""
     metrics = rows(run / "metrics.jsonl")
     return {
         "steps": [row["step"] for row in metrics],

@@ -1,14 +1,12 @@
-"""``python forked.py``: ranks of ``launchers/train.py`` or of another command, forked from a process that has imported
-what they need.
+"""``python forked.py``: fork ranks of ``launchers/train.py`` or another command from a process with all imports.
 
-Each line of standard input asks for something and is answered by a line of standard output:
+Each line of standard input is a request, answered by a line of standard output:
 
-    {"words": [...], "log": PATH, "ranks": [{variable: value}, ...]}    process id of each rank that was started
-    {"ended": [process id, ...]}                                        exit code of each, null where it runs
+    {"words": [...], "log": PATH, "ranks": [{variable: value}, ...]}    process id of each started rank
+    {"ended": [process id, ...]}                                        exit code of each, null if it runs
 
-The words are those of ``colm-scale``; a run, ``train ...``, may be sabotaged.
-
-The output of all ranks goes to ``PATH.stdout`` and ``PATH.stderr``. Whoever asked is gone when standard input ends.
+The words are arguments of ``colm-scale``; a run, ``train ...``, may be sabotaged. The output of all ranks goes to
+``PATH.stdout`` and ``PATH.stderr``. The process ends with its standard input.
 """
 
 import json
@@ -20,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 _answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what is said while importing is no answer
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command line does before it imports
+os.dup2(2, 1)  # output during imports is not an answer
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # like the command line before its imports
 
 import deepspeed  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
@@ -32,7 +30,7 @@ from support import sabotage  # noqa: E402
 
 
 def start(words: list[str], log: str, variables: dict[str, str]) -> int:
-    """The process id of a rank, in the parent; the child becomes the rank and does not return."""
+    """Fork a rank: returns its process id in the parent; the child does not return."""
     pid = os.fork()
     if pid == 0:
         for descriptor, stream in ((1, "stdout"), (2, "stderr")):
@@ -45,7 +43,7 @@ def start(words: list[str], log: str, variables: dict[str, str]) -> int:
 
 
 def code_of_run(words: list[str]) -> int:
-    """Run, and leave out only the interpreter's clearing up of all that was imported, which takes a second."""
+    """Run the command, and skip the interpreter's cleanup, which takes a second."""
     command, *options = words
     sys.argv = [str(ROOT / "launchers/train.py"), *options] if command == "train" else ["colm-scale", *words]
     try:

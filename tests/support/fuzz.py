@@ -1,7 +1,7 @@
-"""Reading malformed files in a process of its own, with bounds on time and memory, so that whatever happens is counted.
+"""Read malformed files in a separate process with limits on time and memory, and count the outcomes.
 
-A file is *read* if its rows are well formed and can be tokenised, an *error* if one clear line says what is wrong with
-it, and else a *failure*: another exception, a message that is not clear, a hang, or the end of the process.
+A file is *read* if its rows are well formed and can be tokenised, an *error* if one clear line states the problem, and
+otherwise a *failure*: another exception, an unclear message, a hang, or the end of the process.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from colm_scale.modeling.load import load_tokenizer
 from support.malformed import SUFFIXES, malformed
 
 SECONDS = 20
-"""Longest that a file may take, far above what any does, so that a busy machine makes no hang."""
+"""Time limit of a file, generous enough for a busy machine."""
 MEMORY_BYTES = 3 * 2**30
-"""What the process may use above what its libraries take."""
+"""Memory limit in addition to the libraries."""
 _START_SECONDS = 120
 _LONGEST_MESSAGE = 1000
 _CONFIG = DataConfig()
@@ -37,7 +37,7 @@ _NO_LIMIT = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a file."""
+    """The outcome of a file."""
 
     number: int
     suffix: str
@@ -48,9 +48,9 @@ class Verdict:
 
 
 def fuzz(seed: int, numbers: Sequence[int]) -> Iterator[Verdict]:
-    """The verdict on each of the files of a seed."""
+    """Outcomes of the files of a seed."""
     waiting = list(numbers)
-    context = multiprocessing.get_context("fork")  # nothing to import again
+    context = multiprocessing.get_context("fork")  # inherits the imports
     while waiting:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(sender, seed, waiting), daemon=True)
@@ -62,7 +62,7 @@ def fuzz(seed: int, numbers: Sequence[int]) -> Iterator[Verdict]:
 
 
 def _received(receiver: Connection, seed: int, waiting: list[int]) -> Iterator[Verdict]:
-    """The verdicts of one process, until it is through or one of its files ends it; takes their numbers away."""
+    """Outcomes in one process, until all files are read or one ends it; removes their numbers."""
     assert receiver.poll(_START_SECONDS), "the process did not start"
     assert receiver.recv() == "ready"
     while waiting:
@@ -81,7 +81,7 @@ def _received(receiver: Connection, seed: int, waiting: list[int]) -> Iterator[V
 
 
 def _work(sender: Connection, seed: int, numbers: Sequence[int]) -> None:
-    torch.set_num_threads(1)  # the threads of the process it was forked from are not there
+    torch.set_num_threads(1)  # threads do not survive a fork
     tokenizer = load_tokenizer(ModelConfig())
     limit = psutil.Process().memory_info().vms + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -98,7 +98,7 @@ def _work(sender: Connection, seed: int, numbers: Sequence[int]) -> None:
 
 
 def judged(path: Path, tokenizer) -> tuple[Literal["read", "error", "failure"], str]:
-    """What becomes of one file, and what is said about it."""
+    """Outcome and message of one file."""
     try:
         rows = read_rows([str(path)], _CONFIG)
         examples = tokenise(rows, tokenizer, _CONFIG, max_length=_NO_LIMIT)
@@ -113,13 +113,13 @@ def judged(path: Path, tokenizer) -> tuple[Literal["read", "error", "failure"], 
 
 
 def is_clear(message: str, path: Path) -> bool:
-    """One line of bearable length that names the file, and not that memory ran out."""
+    """True if the message is one line of readable length that names the file, and not an out-of-memory error."""
     named = str(path) in message
     return named and message.isprintable() and len(message) < _LONGEST_MESSAGE and "MemoryError" not in message
 
 
 def is_well_formed(row: Row, number: int, path: Path) -> bool:
-    """Whether a row is what `Row` says."""
+    """True if a row has the types of `Row`."""
     if not row.messages:
         answers, texts = [row.completion], [row.prompt]
     else:
@@ -140,7 +140,7 @@ def is_well_formed(row: Row, number: int, path: Path) -> bool:
 
 
 def tally(verdicts: Sequence[Verdict]) -> dict[str, dict[str, int]]:
-    """How many files of each format came to which outcome."""
+    """Files by format and outcome."""
     outcomes = ("read", "error", "failure")
     return {
         suffix: {

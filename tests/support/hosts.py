@@ -1,7 +1,7 @@
-"""Two hosts on one machine: network namespaces with a wire between them.
+"""Two hosts on one machine: connected network namespaces.
 
-Each has an address and a name of its own, and the name resolves nowhere, as in many a cluster. They share the file
-system. Making them takes root.
+Each has its own address and name; the names do not resolve, as in many clusters. Both share the file system. Requires
+root.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from support.commands import wait_until
 
 
 class NoHosts(RuntimeError):
-    """This machine does not let us make network namespaces; says why."""
+    """This machine does not permit network namespaces; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host by its name (also of its namespace) and its address."""
+    """A host: its name (also of its namespace) and address."""
 
     name: str
     address: str
 
     def command(self, *arguments: str) -> list[str]:
-        """A command line that runs another one on this host."""
+        """Command prefix that runs a command on this host."""
         named = 'hostname "$0" && exec "$@"'
         return ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", named, self.name, *arguments]
 
     def alive(self) -> list[int]:
-        """The processes on this host."""
+        """Processes on this host."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
 
     def kill(self) -> None:
-        """End every process at once, as when the host is lost."""
+        """Kill all processes at once, as if the host were lost."""
         for pid in self.alive():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -45,7 +45,7 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two connected hosts, which are gone at the end with all that runs on them.
+    """Two connected hosts; at the end they are removed with all their processes.
 
     Raises:
         NoHosts: Namespaces are not permitted, or there is no ``ip`` command.

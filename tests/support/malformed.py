@@ -1,6 +1,6 @@
-"""Data files that are wrong: small valid ones, mutated in their bytes or in their grammar, each a function of a seed.
+"""Malformed data files: small valid files with mutated bytes or grammar, reproducible by seed.
 
-A mutation can leave a file valid, or make another valid one of it.
+A mutation may leave a file valid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WORDS = ("2 + 3?", "la la", "", " ", "naïve 中文 🎼", 'he said "x, y"', "a
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """A file: how its name ends, what was done to it, and its bytes."""
+    """A file: extension, mutation and content."""
 
     suffix: str
     mutation: str
@@ -40,7 +40,7 @@ def malformed(seed: int, number: int) -> Malformed:
     rng = Random(f"{seed}:{number}")
     suffix = SUFFIXES[number % len(SUFFIXES)]
     mutations = _OF_BYTES | _OF_FORMAT[suffix]
-    # Half of the files by the format's own mutations, which are fewer and go deeper.
+    # Half of the files get mutations of their format, which are fewer and go deeper.
     name = rng.choice(list(rng.choice([_OF_BYTES, _OF_FORMAT[suffix]])))
     content = mutations[name](rng, _valid(rng, suffix))
     if rng.random() < 0.1:
@@ -109,7 +109,7 @@ def _xlsx(rows: list[dict[str, Any]]) -> bytes:
 
 
 def _zipped(old: zipfile.ZipFile, change: Callable[[str, bytes], bytes]) -> bytes:
-    """An archive with its parts changed, and without the time at which it was written."""
+    """An archive with changed parts and a fixed time stamp."""
     sink = io.BytesIO()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -199,7 +199,7 @@ def _json_of(rng: Random, suffix: str, rows: Any) -> bytes:
 
 
 def _odd_value(suffix: str) -> Callable[[Random, bytes], bytes]:
-    """One value anywhere in the rows replaced by something that is no good there."""
+    """Replace one value anywhere in the rows by an unsuitable one."""
 
     def mutate(rng: Random, content: bytes) -> bytes:
         rows = _rows(rng, chats=True)
@@ -219,7 +219,7 @@ def _places(value: Any) -> Any:
 
 
 def _odd_names(suffix: str) -> Callable[[Random, bytes], bytes]:
-    """Columns left out, repeated, renamed or far too many."""
+    """Omit, repeat, rename or add columns."""
 
     def mutate(rng: Random, content: bytes) -> bytes:
         rows = _rows(rng, chats=True)
@@ -289,7 +289,7 @@ def _with_line(rng: Random, content: bytes, line: bytes) -> bytes:
 
 
 def _odd_column(rng: Random) -> pa.Array:
-    """Two cells of a type or content that text is not."""
+    """Give two cells a type or content other than text."""
     broken = pa.py_buffer(b"\xff\xfe\xed\xa0")
     return rng.choice(
         (
@@ -354,7 +354,7 @@ _OF_PARQUET: dict[str, Callable[[Random, bytes], bytes]] = {
 
 
 def _in_a_part(rng: Random, content: bytes, mutate: Callable[[Random, bytes], bytes], part: str = "") -> bytes:
-    """One of the files in the archive (one whose name holds ``part``) changed, its checksum right again."""
+    """Change one file of the archive (whose name contains ``part``) and correct its checksum."""
     old = zipfile.ZipFile(io.BytesIO(content))
     chosen = rng.choice([name for name in old.namelist() if part in name])
     return _zipped(old, lambda name, content: mutate(rng, content) if name == chosen else content)
@@ -375,12 +375,12 @@ _LAUGHS = b'<!DOCTYPE x [<!ENTITY a "' + b"ha" * 50 + b'">' + b"".join(
 
 @cache
 def _spaces(megabytes: int) -> bytes:
-    """A sheet of nothing but white space, far smaller once it is packed."""
+    """A sheet of white space, much smaller in the archive."""
     return b"<worksheet><sheetData>" + b" " * (megabytes * 2**20) + b"</sheetData></worksheet>"
 
 
 def _xml(pattern: bytes, choices: tuple[bytes, ...]) -> Callable[[Random, bytes], bytes]:
-    """One match of a pattern in the sheet replaced."""
+    """Replace one match of a pattern in the sheet."""
 
     def mutate(rng: Random, content: bytes) -> bytes:
         def change(rng: Random, xml: bytes) -> bytes:

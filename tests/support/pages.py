@@ -1,4 +1,4 @@
-"""What an HTML page says, read with the standard library's parser."""
+"""Parse an HTML page with the standard library."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Page(HTMLParser):
     """A parsed page.
 
     Attributes:
-        tags: Every element: its name and attributes, in order.
+        tags: Name and attributes of every element, in order.
         tables: Rows of cells by caption.
-        items: The texts of list items.
+        items: Texts of list items.
     """
 
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
@@ -33,11 +33,11 @@ class Page(HTMLParser):
         return page
 
     def attributes(self, name: str, tag: str | None = None) -> list[str]:
-        """The values of an attribute, of elements of one kind or of all."""
+        """Values of an attribute, of one kind of element or of all."""
         return [given[name] for kind, given in self.tags if name in given and tag in (None, kind)]
 
     def table(self, caption: str) -> dict[str, dict[str, str]]:
-        """A table's cells by the heading of their row and of their column."""
+        """Cells of a table by row heading and column heading."""
         head, *rows = self.tables[caption]
         return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 

@@ -1,4 +1,4 @@
-"""Run directories with known numbers, written by the product's own code without a run."""
+"""Run directories with known numbers, written by the product's own code without training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_run(
     evaluated: bool = True,
     seed: int = 0,
 ) -> Path:
-    """A run directory; step ``s`` has loss 4 / s, a floor of 0.8 of its second on even steps, and 8 candidates."""
+    """Write a run directory: step ``s`` has loss 4 / s, 8 candidates and, if even, a floor of 0.8 of its seconds."""
     directory = RunDirectory(str(path))
     config = RunConfig(
         train=TrainConfig(steps=planned or steps, seed=seed),
@@ -63,7 +63,7 @@ def candidates_of(sources: torch.Tensor, protected: torch.Tensor | None = None) 
 def report(
     step: int, sizes: Sequence[int], ranks: int, kinds: Sequence[str], faster: float, draws: torch.Generator
 ) -> StepReport:
-    """One step; its coreset is every second candidate."""
+    """One step, whose coreset is every second candidate."""
     ids = torch.randperm(sum(sizes), generator=draws)[:8]
     ends = long_tensor(sizes).cumsum(0)
     candidates = Candidates(step, ids, ids, torch.searchsorted(ends, ids, right=True), long_tensor([9] * 8))
@@ -100,7 +100,7 @@ def report(
 
 
 def evaluation(step: int, sources: Sequence[str], *, whole: bool = True) -> Evaluation:
-    """Losses 3, 4, 5, ... over the step plus one; of the sample, whose examples are harder, twice that."""
+    """Losses 3, 4, 5, ... divided by step + 1; twice as large on the sample."""
     sample = held_out(step, sources, scale=2, each=2)
     found = held_out(step, sources, scale=1, each=8) if whole else sample
     return Evaluation(

@@ -1,11 +1,11 @@
-"""``launchers/train.py`` in which something goes wrong: what follows ``--sabotage``, the last option, says what.
+"""``launchers/train.py`` with a fault, given by the last option, ``--sabotage``:
 
-    --sabotage kill sketch 2 1      a deed, and where: phase, step and rank (see `DEEDS`, `at`)
-    --sabotage nan candidate        numbers that are not finite, and whose (see `NUMBERS`); ``inf`` likewise
+    --sabotage kill sketch 2 1      a deed and its place: phase, step and rank (`DEEDS`, `at`)
+    --sabotage nan candidate        numbers that are not finite and their place (`NUMBERS`); ``inf`` likewise
     --sabotage selection            rank 1 receives another selection than rank 0 sent
 
-``@RANK`` in any option becomes the rank, so that ranks can be made to read different files. A launcher that starts a
-run again after a failure starts it without sabotage.
+``@RANK`` in any option is replaced by the rank, so that ranks read different files. A launcher that restarts a failed
+run omits the sabotage.
 """
 
 import os
@@ -32,14 +32,14 @@ from colm_scale.records import Batch, Candidates
 from colm_scale.sketch.tap import Tap
 
 BAD_ID = 5
-"""The training example whose loss is made NaN."""
+"""The training example whose loss becomes NaN."""
 
 
 def rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-# Deeds: what a process does to itself
+# Deeds: faults of the process itself
 
 
 def raise_error() -> None:
@@ -55,12 +55,12 @@ PAGE_BYTES = 4096
 
 
 def fill_disk(but: int) -> None:
-    """Leave ``but`` bytes on the disk of the run's folder, and none within the last page of its files of rows."""
+    """Fill the disk of the run's folder up to ``but`` bytes, and the last page of its files of rows."""
     folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
     if not but:
         for rows in folder.glob("*.jsonl"):
             with rows.open("ab") as file:
-                file.write(b" " * (-rows.stat().st_size % PAGE_BYTES))  # before a row, JSON has nothing against it
+                file.write(b" " * (-rows.stat().st_size % PAGE_BYTES))  # JSON permits blanks before a row
     with (folder / "filler").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - but))
 
@@ -80,15 +80,18 @@ DEEDS = {
     "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": hang,
     "wait": wait_for_a_stop,
-    "fill": lambda: fill_disk(but=2**14),  # enough for rows, not for a checkpoint
+    "fill": lambda: fill_disk(but=2**14),  # enough for rows but not for a checkpoint
     "flood": lambda: fill_disk(but=0),
 }
 
 
 def at(phase: str, step: str, on_rank: str, deed: Callable[[], None]) -> None:
-    """Do ``deed`` whenever that rank enters that phase of that step: one of those that `Watch` is told, or, while rank
-    0 writes a checkpoint, ``writing`` (half of a file is there), ``naming`` (all files are there, the folder does not
-    have its name yet) or ``pruning`` (the new one counts, and an old one is to go)."""
+    """Do ``deed`` when that rank enters a phase of a step.
+
+    The phases are those of `Watch` and, while rank 0 writes a checkpoint, ``writing`` (half of a file is written),
+    ``naming`` (all files are written, but the folder is not renamed yet) and ``pruning`` (the checkpoint is complete,
+    and an old one is about to be deleted).
+    """
     begin, enter = Watch.begin, Watch.enter
     now = [0]
 
@@ -128,7 +131,7 @@ def arrive_in_checkpoint(arrive: Callable[[str], None]) -> None:
 
 
 def bad_rows(first_step: int) -> Callable[[Batch], Tensor]:
-    """Which rows of a batch are the example `BAD_ID`; none before ``first_step``."""
+    """Rows of a batch that contain the example `BAD_ID`; none before ``first_step``."""
     draw, drawn = CandidateSampler.__call__, []
 
     def remember(self, step: int) -> Candidates:
@@ -153,25 +156,25 @@ def spoil_sketches(value: float, is_bad: Callable[[Batch], Tensor]) -> None:
 
 
 def spoil_rank(value: float) -> None:
-    """Every candidate that rank 1 sketches."""
+    """All candidates that rank 1 sketches."""
     if rank() == "1":
         spoil_sketches(value, lambda batch: torch.ones(len(batch.positions), dtype=torch.bool))
 
 
 def spoil_matrix(value: float) -> None:
-    """All that is gathered, on every rank."""
+    """All gathered values, on every rank."""
     gather = estimators.gather_rows
     estimators.gather_rows = lambda *arguments: gather(*arguments).fill_(value)
 
 
 def spoil_training(value: float) -> None:
-    """One example's loss while it is trained, from step 2 on."""
+    """The training loss of one example, from step 2 on."""
     forward, is_bad = TorchEngine.forward, bad_rows(first_step=2)
     TorchEngine.forward = lambda self, batch: forward(self, batch).masked_fill(is_bad(batch), value)
 
 
 def spoil_gradient(value: float) -> None:
-    """Rank 1's share of the gradient; every loss is finite."""
+    """Rank 1's share of the gradient; all losses stay finite."""
     backward = TorchEngine.backward
     if rank() == "1":
         TorchEngine.backward = lambda self, loss, *, last: backward(self, loss * value, last=last)

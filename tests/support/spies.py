@@ -1,4 +1,4 @@
-"""Parts of a step that do their work and write down what they did, for the tests of many ranks."""
+"""Parts of a step that record their work, for the tests of several ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
 
 
 class EngineSpy:
-    """An engine that reads its gradients, which are not yet clipped, before it steps."""
+    """An engine that records its gradients before clipping."""
 
     def __init__(self, engine: Engine):
         self.inner, self.module, self.name = engine, engine.module, engine.name
@@ -41,7 +41,7 @@ class EngineSpy:
         return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
     def state(self) -> list[Tensor]:
-        """Copies of all that a step changes, from behind the engine's own `snapshot`."""
+        """Copies of everything that a step changes, independent of the engine's own `snapshot`."""
         own = [local for parameter in trainable(self.module).values() for local in local_tensors(parameter)]
         return [_local(tensor).detach().clone() for tensor in [*optimizer_tensors(self.inner.optimizer), *own]]
 
@@ -51,7 +51,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class EstimatorSpy:
-    """An estimator that writes down what it exchanged and, at the first step, how much it held and made."""
+    """An estimator that records its exchanges and, in the first step, its memory and largest tensor."""
 
     def __init__(self, estimator: Estimator, group: Group):
         self.inner, self._group = estimator, group
@@ -96,7 +96,7 @@ class EstimatorSpy:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The numbers of the largest tensor that any operation returned."""
+    """Size of the largest tensor that any operation returned."""
 
     numbers = 0
 
@@ -109,7 +109,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def live_numbers() -> int:
-    """Numbers in all tensors made since `gc.freeze`, shared memory counted once."""
+    """Numbers in all tensors created since `gc.freeze`; shared memory counts once."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): (tensor.untyped_storage(), tensor) for tensor in tensors}

@@ -1,4 +1,4 @@
-"""The runs of `support.worker` in transformers' Trainer and TRL's: the same model, the same candidates in their order.
+"""The runs of `support.worker` in the trainers of transformers and TRL: same model, same candidates, same order.
 
 As a script, under a launcher: ``trainers.py KIND CASE FOLDER STEPS RANKS RESUME OPTIONS``, the last two as JSON.
 """
@@ -34,7 +34,7 @@ class CoresetTrainer(CoresetTrainerMixin, Trainer):
 
 
 def data(case: worker.Case, steps: int) -> datasets.Dataset:
-    """The candidates of our own loop's steps, one after the other."""
+    """The candidates of the product's own steps, in order."""
     examples = worker.examples()
     sampler = CandidateSampler(examples, case.selection.candidates, worker.run_config(case).train.seed)
     order = torch.cat([sampler(step).indices for step in range(1, steps + 1)])
@@ -50,7 +50,7 @@ def data(case: worker.Case, steps: int) -> datasets.Dataset:
 
 
 def collate(features: list[dict]) -> dict[str, torch.Tensor]:
-    """Pads on the left, where the product's own pads on the right."""
+    """Pads on the left, unlike the product."""
     longest = max(len(row["input_ids"]) for row in features)
 
     def padded(name: str, value: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ def arguments(case: worker.Case, folder: Path, steps: int, ranks: int, **options
 
 
 def make(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1, **options: object) -> Trainer:
-    """A trainer that is to do what our own loop does."""
+    """A trainer with the same task as the product's own loop."""
     config = worker.run_config(case)
     given = arguments(case, folder, steps, ranks, **options)
     train = TrainConfig(micro_batch_tokens=config.train.micro_batch_tokens, packing=config.train.packing)
@@ -97,12 +97,12 @@ def make(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1,
         """As users write it."""
 
     args = SFTConfig(**given, bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True})
-    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)  # its collator only asks what pads
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)  # only the padding token is used
     return CoresetSFTTrainer(args=args, processing_class=tokenizer, **common)
 
 
 def train(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1, resume=None, **options) -> dict:
-    """What a trainer has done, as our own loop says it."""
+    """Results of a trainer in the format of the product's own loop."""
     trainer = make(kind, case, folder, steps, ranks, **options)
     with worker.perturbed(case):
         trainer.train(resume_from_checkpoint=resume)
@@ -114,7 +114,7 @@ def train(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1
 
 
 def ours(case: worker.Case, steps: int) -> dict:
-    """Our own loop, in one process."""
+    """Run the product's own loop in one process."""
     group = Group(0, 1, 0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder, worker.perturbed(case):
         parts = worker.make_parts(case, "auto", group, Path(folder))
@@ -132,7 +132,7 @@ def selected(folder: Path) -> list[list[int]]:
 
 
 def main() -> None:
-    """One rank under a launcher."""
+    """Run one rank under a launcher."""
     kind, name, folder, steps, ranks, resume, options = sys.argv[1:]
     logging.set_verbosity_error()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""One rank of a tiny run for the tests of many ranks: the product's own step, with what it did written to a file.
+"""One rank of a tiny run for the tests of several ranks: the product's own step, with results written to a file.
 
 Every case trains the same random model on the same random examples, so that ranks, world sizes and engines can be
-compared. `launch` starts the ranks as a launcher does; each writes ``rank<R>.pt``, a nested dict of plain values.
+compared. `launch` starts the ranks like a launcher; each writes ``rank<R>.pt``, a nested dict of plain values.
 
-    V  vocabulary, 128      N  examples, 96      Q  sources, 5 (of which the three small ones are kept)
+    V  vocabulary, 128      N  examples, 96      Q  sources, 5 (the three small ones are kept)
 """
 
 from __future__ import annotations
@@ -73,27 +73,27 @@ SIZES = (44, 30, 14, 5, 3)
 PAD, VOCABULARY, BLOCKS = 0, 128, 4
 RANK, D_OUT = 64, 32
 D = RANK * D_OUT
-"""Numbers in the probe tensor, far more than a micro-batch has of anything else."""
+"""Size of the probe tensor, much larger than any other tensor of a micro-batch."""
 EPSILON = 1e-3 * (327_680 / D) ** 0.5
-"""As long a step as the paper's on Phi-2, whose probe tensor has 327,680 numbers (the length of z grows with their
-root). With a shorter one the rounding of the two losses decides between candidates, and ids soon differ."""
+"""Step length of the paper on Phi-2, whose probe tensor has 327,680 numbers (the length of z grows with their
+root). With a shorter step, rounding of the two losses decides between candidates, and selected ids soon differ."""
 RATE = 1e-3
 STEPS = 6
 REUSE_STEPS = 9
-"""Two epochs of four steps, and the beginning of a third."""
+"""Two epochs of four steps, and the start of a third."""
 FLOOR_AFTER = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: how it selects and for how many steps."""
+    """A run: method of selection and number of steps."""
 
     selection: SelectionConfig
     steps: int = STEPS
     train: dict = field(default_factory=dict)
     floor: bool = False
     break_after: int | None = None
-    """Save after this step, and go on from the checkpoint with everything made anew."""
+    """Save after this step, and resume from the checkpoint with new objects."""
     perturbation: float = EPSILON
     refresh_sources: int = 0
     refresh_kept: int = 0
@@ -139,7 +139,7 @@ CASES = {
     "forward_reused_offloaded": Case(
         _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "cpu"}
     ),
-    # As much as two micro-batches need.
+    # Enough for two micro-batches.
     "forward_reused_bounded": Case(
         _selection(), 3,
         {"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 2 * 96 * 4 * 32 * 4 / 2**30},
@@ -197,7 +197,7 @@ CASES = {
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
     "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
     "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
-    # Every example is a micro-batch of its own, and three examples are too few for two ranks, let alone four.
+    # Every example is a micro-batch, and three are too few for four ranks.
     "starved": Case(
         _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
     ),
@@ -223,8 +223,7 @@ def run_config(case: Case, engine: str = "auto") -> RunConfig:
 
 
 def _ds_config(name: str) -> str:
-    """The file as users get it, but for thresholds above the whole of this small model: what a block does not need is
-    not gathered, however little it is."""
+    """The shipped file, with thresholds above this small model, so that parameters outside a block are not gathered."""
     given = json.loads((DS_CONFIGS / f"{name}.json").read_text("utf-8"))
     if given["zero_optimization"]["stage"] < 3:
         return str(DS_CONFIGS / f"{name}.json")
@@ -256,7 +255,7 @@ def examples() -> Examples:
 
 
 def model(config: RunConfig | None = None) -> tuple[ExampleLoss, Tap]:
-    """What every case trains, before anything is trained, and the tap on its probe. Equal in every process."""
+    """The model before training and the tap on its probe, equal in every process."""
     options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS}
     base = base_model("llama", **options).requires_grad_(False)
     probe = find_probe(base, "v" if config is None else config.selection.probe)
@@ -279,7 +278,7 @@ def adapters(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Parts:
-    """A run, made anew."""
+    """Build a run from scratch."""
 
     module: ExampleLoss
     engine: EngineSpy
@@ -308,8 +307,8 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     )
     held: list[int] = []
     engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
-    blocks = [] if config.train.compile else decoder_blocks(module.causal_model)[1]  # compiled code changes with hooks
-    for block in blocks:  # the engine's own hooks, which gather, were there first
+    blocks = [] if config.train.compile else decoder_blocks(module.causal_model)[1]  # hooks change compiled code
+    for block in blocks:  # the engine's own hooks, which gather, come first
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
     spans = Spans(group.device, memory_meter(group.device))
@@ -318,7 +317,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     if sketches and not config.train.compile:  # it looks at every operation, and nothing is compiled under such a look
         spy = step.select.sketch.estimator = EstimatorSpy(step.select.sketch.estimator, group)
     nothing = SimpleNamespace(state=dict, load=lambda _: None)
-    # What is saved is what the spies look at.
+    # Save what the spies record.
     estimator = step.select.sketch.estimator if spy is None else spy.inner
     sketch = SimpleNamespace(estimator=estimator)
     select = SimpleNamespace(sketch=sketch, sources=step.select.sources)
@@ -336,7 +335,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
 
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
-    """Train a case on this rank. ``A > B`` begins under one engine and, from its checkpoint, goes on under another."""
+    """Train a case on this rank. ``A > B`` starts under one engine and resumes under another."""
     with perturbed(case):
         return _run_case(case, engine_name, group)
 
@@ -353,7 +352,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         parts = make_parts(case, first, group, folder)
     except UserError as error:
         return {"refused": str(error)}
-    torch._dynamo.reset()  # so that no case finds what another has compiled
+    torch._dynamo.reset()  # so that no case reuses compiled code of another
     graphs = counters["stats"]["unique_graphs"]
     held_at_start = held_bytes(parts.module)
     forwards = []
@@ -418,7 +417,7 @@ def _row(report) -> dict:
 
 
 def run_faults(group: Group) -> dict:
-    """What each rank sees when one of them, the last, goes wrong."""
+    """Results of each rank when the last one fails."""
     last = group.world_size - 1
     odd = group.rank == last
     candidates = Candidates(7, torch.arange(4), torch.arange(4) + odd, torch.zeros(4).long(), torch.ones(4).long())
@@ -435,7 +434,7 @@ def run_faults(group: Group) -> dict:
     with _caught(found, "together_two"), group.together():
         if group.rank > 0:
             raise UserError(f"rank {group.rank} found it")
-    with _caught(found, "agreed"):  # the ranks are still in step after all that
+    with _caught(found, "agreed"):  # the ranks are still synchronised
         group.agree("same", "training data")
         with group.together():
             pass
@@ -455,7 +454,7 @@ def _caught(found: dict, what: str):
 
 
 def work(rank: int, world_size: int, port: int, jobs: dict[str, tuple[str, str]], folder: str) -> None:
-    """What each process does; with one rank it is a lone process that no launcher started."""
+    """Main function of each process; a single rank runs without a launcher."""
     torch.set_num_threads(1)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if world_size > 1:
@@ -474,9 +473,9 @@ def work(rank: int, world_size: int, port: int, jobs: dict[str, tuple[str, str]]
 def launch(
     world_size: int, jobs: dict[str, tuple[str, str]], folder: Path, timeout_seconds: float = 300
 ) -> list[dict]:
-    """Run ``{name: (engine, case)}`` one after the other on ``world_size`` new processes; the results of each rank.
+    """Run ``{name: (engine, case)}`` in turn on ``world_size`` new processes; returns the results of each rank.
 
-    The processes are forked from a server that has imported this module once. One that fails ends them all.
+    The processes are forked from a server that has imported this module. A failure of one ends them all.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

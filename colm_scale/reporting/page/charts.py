@@ -1,7 +1,7 @@
-"""Small line charts as SVG that takes its colours and its type from the page it stands in.
+"""Small line charts as SVG elements with the fonts and colours of their page.
 
-matplotlib draws; what it writes is then made part of the page: colours become the page's variables, so that one chart
-serves light and dark, and what names a run gets a class and a title that browsers show.
+The output of matplotlib is edited: colours become CSS variables, so that a chart fits the light and the dark page, and
+each line gets the class of its run and a title, which browsers show as a tooltip.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -23,25 +23,25 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 _SIZE_INCHES = (3.0, 1.75)
 _WIDE_INCHES = (6.2, 2.1)
 _LEFT_INCHES, _BOTTOM_INCHES, _TOP_INCHES = 0.4, 0.32, 0.06
-"""Room for the numbers: the same in every panel, so that their steps are below each other."""
+"""Margins for the numbers, equal in all panels to align their steps."""
 _FEWEST_POINTS = 3
 _FAR = 5
-"""Ratio of the highest to the lowest value from which an axis of ratios is marked at 1, 2, 5, 10, ..."""
+"""Ratio of highest to lowest value beyond which a logarithmic axis has ticks at 1, 2, 5, 10, ..."""
 _INK, _FAINT = "ink-2", "rule"
 _DASHES = {"solid": "-", "dashed": (0, (4, 2)), "dotted": (0, (1, 1.6))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Something drawn over steps; where ``y`` is NaN there is nothing.
+    """A line or area over steps.
 
     Attributes:
-        x, y: ``[P]`` steps and values.
-        colour: One of the page's variables, without dashes: ``run-1``.
-        label: What it is, for the title that browsers show; of an area with its value.
-        down_to: ``[P]`` the lower edge, if an area is meant.
-        points: Whether each point is marked.
-        faint: Whether it stands behind the others.
+        x, y: ``[P]`` steps and values; NaN is a gap.
+        colour: CSS variable without dashes, such as ``run-1``.
+        label: Text of the tooltip; for an area, with its value.
+        down_to: ``[P]`` lower edge of an area; empty for a line.
+        points: Mark each point.
+        faint: Draw the line thin and pale.
     """
 
     x: np.ndarray
@@ -49,7 +49,7 @@ class Line:
     colour: str
     label: str
     style: Literal["solid", "dashed", "dotted"] = "solid"
-    down_to: np.ndarray | None = None
+    down_to: np.ndarray = field(default_factory=lambda: np.zeros(0))
     points: bool = False
     faint: bool = False
 
@@ -59,13 +59,13 @@ class Chart:
     """A panel.
 
     Attributes:
-        title: Stands above it.
-        what: What is drawn, with its unit, for the text that stands for the picture.
-        percent: Whether values are shares.
-        ratios: Whether equal ratios are equally far apart, if all values are positive.
-        from_zero: Whether the axis begins at zero.
-        top: Where the axis ends, if not above all values.
-        wide: Whether it takes the room of two.
+        title: Heading.
+        what: Quantity and unit, for the alternative text.
+        percent: Values are percentages.
+        ratios: Use a logarithmic axis if all values are positive.
+        from_zero: Start the axis at zero.
+        top: End of the axis; 0 fits it to the values.
+        wide: Use the width of two panels.
     """
 
     title: str
@@ -74,22 +74,22 @@ class Chart:
     percent: bool = False
     ratios: bool = False
     from_zero: bool = False
-    top: float | None = None
+    top: float = 0.0
     wide: bool = False
 
     @property
     def drawn(self) -> bool:
-        """Whether a line has points enough to show a course; what fewer say, tables say better."""
+        """True if a line has enough points for a chart; fewer are in the tables."""
         return any(np.count_nonzero(~np.isnan(line.y)) >= _FEWEST_POINTS for line in self.lines)
 
     @property
     def alt(self) -> str:
-        """What the picture shows, in words."""
+        """Alternative text: the first and last value of each line."""
         said = [_said(line, self.percent) for line in self.lines if not line.faint]
         return f"{self.what}, {self.title}. {'; '.join(filter(None, said))}."
 
     def svg(self, salt: str) -> str:
-        """The picture; ``salt`` is of this chart alone, and keeps its ids apart from those of others."""
+        """Draw the chart; ``salt`` must differ between the charts of a page, to keep ids unique."""
         colours = {name: f"#{number:06x}" for number, name in enumerate(self._colours(), 0x10203)}
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 8}):
             width, height = _WIDE_INCHES if self.wide else _SIZE_INCHES
@@ -119,7 +119,7 @@ class Chart:
 
     def _scale(self, axes: Axes) -> None:
         low, high = axes.dataLim.intervaly
-        ratios = self.ratios and 0 < low <= high  # nothing drawn: from infinity to minus infinity
+        ratios = self.ratios and 0 < low <= high  # without data, the limits are infinity and minus infinity
         if ratios:
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())
@@ -129,12 +129,12 @@ class Chart:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}{unit}"))
         if self.from_zero:
             axes.set_ylim(bottom=0)
-        if self.top is not None:
+        if self.top:
             axes.set_ylim(top=self.top)
 
 
 def binned(x: np.ndarray, y: np.ndarray, most: int = 80) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``most`` points: means of equally many neighbouring steps, at the last of them; NaN does not count."""
+    """Average neighbouring steps to at most ``most`` points, each at its last step; NaN is left out."""
     known = ~np.isnan(y)
     x, y = x[known], y[known]
     width = max(1, -(-len(x) // most))
@@ -144,7 +144,7 @@ def binned(x: np.ndarray, y: np.ndarray, most: int = 80) -> tuple[np.ndarray, np
 
 
 def number(value: float | None, percent: bool = False) -> str:
-    """A number for people, ``-`` if there is none."""
+    """Format a number; ``-`` for None and NaN."""
     if value is None or np.isnan(value):
         return "-"
     if percent:
@@ -153,7 +153,7 @@ def number(value: float | None, percent: bool = False) -> str:
 
 
 def _said(line: Line, percent: bool) -> str:
-    if line.down_to is not None:
+    if len(line.down_to):
         return line.label
     known = np.flatnonzero(~np.isnan(line.y))
     if not len(known):
@@ -165,7 +165,7 @@ def _said(line: Line, percent: bool) -> str:
 
 
 def _draw(axes: Axes, line: Line, colour: str, number: int) -> None:
-    if line.down_to is not None:
+    if len(line.down_to):
         artist: Artist = axes.fill_between(line.x, line.down_to, line.y, facecolor=colour, linewidth=0)
     else:
         marker = "o" if line.points or np.count_nonzero(~np.isnan(line.y)) == 1 else None
@@ -177,7 +177,7 @@ def _draw(axes: Axes, line: Line, colour: str, number: int) -> None:
 
 
 def _part_of_page(svg: str, colours: dict[str, str], lines: Sequence[Line], percent: bool) -> str:
-    """An SVG file as an element of a page."""
+    """Turn an SVG file into an element of a page."""
     text = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     root = ElementTree.fromstring(text)
@@ -191,17 +191,15 @@ def _part_of_page(svg: str, colours: dict[str, str], lines: Sequence[Line], perc
         element.tail = None
         if "d" in element.attrib:
             element.set("d", " ".join(element.attrib["d"].split()))
-    sheet = root.find("defs")
-    assert sheet is not None
-    root.remove(sheet)  # it is for a whole document
+    root.remove(next(root.iter("defs")))  # a style sheet for a whole document
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
-    root.set("aria-hidden", "true")  # its figure says in words what it shows
+    root.set("aria-hidden", "true")  # its figure has an alternative text
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _name_series(element: ElementTree.Element, lines: Sequence[Line], percent: bool) -> None:
-    """A series gets the class of its colour and a title; ids that nothing refers to are taken out."""
+    """Give a series the class of its colour and a title, and remove unused ids."""
     name = element.get("id", "")
     if name.startswith("series-"):
         line = lines[int(name.removeprefix("series-"))]

@@ -1,4 +1,4 @@
-"""What was selected: coverage of every source, its share over time, and what the selection was worth."""
+"""Sections on the selection: coverage of every source, its share over time, and nearness to the candidates' mean."""
 
 from __future__ import annotations
 
@@ -8,27 +8,19 @@ from typing import Literal
 
 import numpy as np
 
+from colm_scale.reporting.nearness import TITLES, Nearness
 from colm_scale.reporting.page.charts import Chart, Line, binned
-from colm_scale.reporting.page.learning import mixed
-from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of
+from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of, mixed
 from colm_scale.reporting.page.read import Run
-from colm_scale.reporting.worth import Worth
 
 _SHARES = 12
-"""Points of a share over time: single steps hold too few examples to tell."""
+"""Points of a curve over time: single steps have too few examples."""
 _COMPARED: dict[str, Literal["dashed"]] = {"stratified": "dashed", "candidates": "dashed", "by_chance": "dashed"}
-"""Endings of numbers that another one is compared with, and how they are drawn."""
-_TITLES = {
-    "effective_sources": "effective number of sources",
-    "rank": "effective rank of the sketches",
-    "overlap": "picks in common with a random draw",
-    "sketch_error": "error to the candidates' mean, by sketches",
-    "sketch_cosine": "cosine to the candidates' mean, by sketches",
-}
+"""Name endings of figures for comparison, and how they are drawn."""
 
 
 def coverage(runs: Sequence[Run]) -> Section:
-    """How much of each source was ever a candidate, and trained on."""
+    """Share of each source that was ever a candidate, and trained on."""
     names = mixed(runs, lambda run: run.composition.names)
     groups = {_marked(runs, name): [name] for name in names} | {"all sources": names}
     rows: list[list[Cell | str]] = [
@@ -38,8 +30,8 @@ def coverage(runs: Sequence[Run]) -> Section:
     return Section(
         id="coverage",
         title="Coverage",
-        text="Different examples of each source that were candidates at least once, and of those, trained on at least "
-        "once, as shares of the source's training examples.",
+        text="Share of each source's training examples that were candidates at least once, and share that was trained "
+        "on at least once.",
         legend=[("bar-outer", "were candidates"), ("bar-inner", "were trained on")],
         tables=[
             Table(
@@ -48,13 +40,13 @@ def coverage(runs: Sequence[Run]) -> Section:
                 rows=rows,
             )
         ],
-        missing=[f"{run.name} does not say how large its sources are: counts in place of shares." for run in runs
+        missing=[f"{run.name} does not record the size of its sources: counts instead of shares." for run in runs
                  if not run.sizes],
     )
 
 
 def shares(runs: Sequence[Run]) -> Section:
-    """What part of the coreset each source had, over time."""
+    """Share of the coreset of each source, over time."""
     names = mixed(runs, lambda run: run.composition.names)
     charts = [
         Chart(title=name, what="Share of the coreset", percent=True, from_zero=True, lines=_share_lines(runs, name))
@@ -64,8 +56,8 @@ def shares(runs: Sequence[Run]) -> Section:
     return Section(
         id="shares",
         title="Selected share over time",
-        text=f"Part of the coreset that came from each source, as the mean of neighbouring steps (at most {_SHARES} "
-        "points). Where the solid line is above the dotted one, the source was favoured.",
+        text=f"Share of the coreset that came from each source, averaged over neighbouring steps (at most {_SHARES} "
+        "points). A source was favoured where the solid line is above the dotted one.",
         legend=[("solid", "of the coreset"), ("dotted", "of the candidates")],
         charts=charts,
         tables=[
@@ -78,43 +70,43 @@ def shares(runs: Sequence[Run]) -> Section:
     )
 
 
-def worth(runs: Sequence[Run]) -> Section:
-    """The telemetry of the selection."""
+def nearness(runs: Sequence[Run]) -> Section:
+    """Telemetry of the selection, compared with random draws."""
     bases = [name for name in mixed(runs, lambda run: run.below("telemetry")) if _base(name) == name]
     charts = [
         Chart(
-            title=_TITLES.get(base, base.replace("_", " ")),
+            title=TITLES.get(base, base.replace("_", " ")),
             what="Telemetry of the selection",
             lines=[line for place, run in enumerate(runs, 1) for line in _telemetry_lines(run, base, place)],
         )
         for base in bases
     ]
-    added = [_worth(run) for run in runs]
-    measured = [of_run.rows() for of_run in added]
+    totals = [_total(run) for run in runs]
+    measured = [total.rows() for total in totals]
     titles = list(dict.fromkeys(title for found in measured for title in found))
     rows = [[title, *(found.get(title, "-") for found in measured)] for title in titles]
     verdicts: list[list[Cell | str]] = [
         [Cell(text=run.name, run=place), sentence]
-        for place, (run, of_run) in enumerate(zip(runs, added), 1)
-        for sentence in of_run.sentences() or ["There are too few comparisons with a random draw to tell."]
+        for place, (run, total) in enumerate(zip(runs, totals), 1)
+        for sentence in total.sentences() or ["Too few steps were compared with a random draw."]
     ]
     return Section(
-        id="worth",
-        title="What the selection was worth",
-        text="Whether the coreset was nearer to the mean of all candidates than a random draw with the same quotas. "
-        "Lower errors and higher cosines are nearer.",
+        id="nearness",
+        title="Nearness to the candidates",
+        text="How near the mean of the coreset is to the mean of all candidates, compared with a random draw with the "
+        "same quotas. Lower errors and higher cosines are nearer.",
         legend=[("solid", "the selection"), ("dashed", "a random draw with the same quotas, or the candidates"),
                 ("dotted", "a uniform draw")],
         charts=charts,
         tables=[
             Table(caption="Verdicts", head=["run", "verdict"], rows=verdicts, words=True),
-            Table(caption="Means over the steps", head=["number", *(run.name for run in runs)], rows=rows, words=True),
+            Table(caption="Means over the steps", head=["figure", *(run.name for run in runs)], rows=rows, words=True),
         ],
     )
 
 
 def _counts(run: Run, names: Sequence[str]) -> tuple[int, int]:
-    """Different examples of these sources that were candidates, and trained on."""
+    """Distinct examples of these sources that were candidates, and that were trained on."""
     places = [place for place, name in enumerate(run.composition.names) if name in names]
     return int(run.composition.seen[places].sum()), int(run.composition.trained[places].sum())
 
@@ -129,7 +121,7 @@ def _covered(run: Run, names: Sequence[str], place: int) -> Cell:
 
 
 def _size(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Examples of these sources; of runs on different data the range."""
+    """Training examples of these sources; a range if the runs have different data."""
     sizes = {sum(run.sizes.get(name, 0) for name in names) for run in runs if run.sizes}
     return " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)})) if sizes else "-"
 
@@ -139,7 +131,7 @@ def _marked(runs: Sequence[Run], name: str) -> str:
 
 
 def _share_lines(runs: Sequence[Run], name: str) -> list[Line]:
-    """A solid line per run for the coreset, and dotted ones for the candidates; one for all runs that drew the same."""
+    """A solid line per run for the coreset, and a dotted one for each distinct course of the candidates."""
     picked: list[Line] = []
     drawn: dict[tuple[bytes, bytes], list[Line]] = {}
     for place, run in enumerate(runs, 1):
@@ -157,8 +149,8 @@ def _share_lines(runs: Sequence[Run], name: str) -> list[Line]:
 
 
 def _share(run: Run, counts: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and percent of their examples that are of one source."""
-    steps = min(len(run.steps), len(counts))  # a run under way may have written a row of one file and not of the other
+    """Steps, and the percentage of their examples that belong to one source."""
+    steps = min(len(run.steps), len(counts))  # a running run may be one row ahead in one of the files
     percent = 100 * counts[:steps, column] / np.maximum(1, counts[:steps].sum(1))
     return binned(run.steps[:steps], percent, _SHARES)
 
@@ -174,7 +166,7 @@ def _mean_shares(run: Run, name: str) -> str:
 
 
 def _base(name: str) -> str:
-    """The number that this one is a comparison for, or itself."""
+    """The figure that this one is compared with, or its own name."""
     return next((name.removesuffix(f"_{end}") for end in _COMPARED if name.endswith(f"_{end}")), name)
 
 
@@ -189,9 +181,9 @@ def _telemetry_lines(run: Run, base: str, place: int) -> list[Line]:
     return lines
 
 
-def _worth(run: Run) -> Worth:
-    worth = Worth()
+def _total(run: Run) -> Nearness:
+    total = Nearness()
     columns = {name: run.column("telemetry", name) for name in run.below("telemetry")}
     for row in range(len(run.steps)):
-        worth.add({name: float(column[row]) for name, column in columns.items()})
-    return worth
+        total.add({name: float(column[row]) for name, column in columns.items()})
+    return total

@@ -1,4 +1,4 @@
-"""What it cost: seconds by phase with the bare floor, memory by rank and kind."""
+"""Sections on costs: seconds by phase with the bare floor, memory by rank and kind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Literal
 import numpy as np
 
 from colm_scale.reporting.page.charts import Chart, Line, binned, number
-from colm_scale.reporting.page.learning import middle, mixed
-from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of
+from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of, middle, mixed
 from colm_scale.reporting.page.read import Run
 from colm_scale.reporting.summary import gib
 
@@ -21,19 +20,13 @@ _GROUPS = {
 }
 """Phases that share a colour; all others are ``other``."""
 _OTHER = "other"
-_MEANING = {
-    "sketch": "sketch",
-    "choose": "gather, select, broadcast, learn, route",
-    "train": "train",
-    "optimizer": "optimizer",
-    _OTHER: "sample, report and others",
-}
+_MEANING = {group: ", ".join(phases) for group, phases in _GROUPS.items()} | {_OTHER: "sample, report and others"}
 _POINTS = 60
 _HEADROOM = 1.2
-"""Top of the panels over the slowest run's 95th percentile: a first step can take many times as long as all others."""
+"""Top of the panels over the slowest run's 95th percentile, since a first step can take many times as long."""
 _STYLES: tuple[Literal["solid", "dashed", "dotted"], ...] = ("solid", "dashed", "dotted")
 _MOST_RANKS = 8
-"""Ranks that are drawn each; of more, the range."""
+"""Ranks up to which each is drawn; beyond, the range."""
 
 
 def times(runs: Sequence[Run]) -> Section:
@@ -51,24 +44,24 @@ def times(runs: Sequence[Run]) -> Section:
     return Section(
         id="time",
         title="Time of a step",
-        text="Seconds of each phase on its slowest rank, so that they can add up to a little more than the step. The "
-        "bare floor is the least any implementation must do with the step's tokens, run again in the same process. The "
-        "panels share a scale, beyond which single slow steps may reach.",
+        text="Seconds of each phase on its slowest rank, so the phases may add up to slightly more than the step. The "
+        "bare floor is the minimum work on the step's tokens, measured in the same process. The panels share a scale; "
+        "single slow steps may exceed it.",
         legend=[*((f"fill phase-{group}", meaning) for group, meaning in _MEANING.items()), ("floor", "bare floor")],
         charts=[_time_chart(run, top) for run in runs],
         tables=[
             Table(
-                caption="Median seconds of each phase (share of the step); bare floor with 20th and 80th percentile",
+                caption="Median seconds of each phase (share of the step); bare floor with 20th and 80th percentiles",
                 head=["phase", *(run.name for run in runs)],
                 rows=rows,
             )
         ],
-        missing=[f"{name} has measured no bare floor yet." for name in without],
+        missing=[f"{name} has not measured the bare floor yet." for name in without],
     )
 
 
 def memory(runs: Sequence[Run]) -> Section:
-    """Peak memory by rank, a panel for each kind."""
+    """Peak memory by rank, with a panel for each kind."""
     kinds = mixed(runs, lambda run: run.below("phase_peak_bytes"))
     charts = [
         Chart(
@@ -89,14 +82,13 @@ def memory(runs: Sequence[Run]) -> Section:
     return Section(
         id="memory",
         title="Memory of each rank",
-        text="Peak of every step, by kind: nvml is what the driver counts for the process, allocator what torch has "
-        f"allocated, resident the process's memory in a run on CPUs. A line per rank; of more than {_MOST_RANKS} ranks "
-        "the range.",
+        text="Peak of every step, by kind: nvml is the driver's figure for the process, allocator is torch's, resident "
+        f"is the process's memory in a run on CPUs. One line per rank; the range beyond {_MOST_RANKS} ranks.",
         charts=charts,
         tables=[
             Table(
-                caption="Peak of the run",
-                head=["run", "kind", "rank", "peak GiB", "median of the steps, GiB", "highest phase"],
+                caption="Peak memory of the run",
+                head=["run", "kind", "rank", "peak GiB", "median step, GiB", "highest phase"],
                 rows=rows,
                 folded=len(rows) > 16,
             )
@@ -148,9 +140,7 @@ def _memory_lines(run: Run, kind: str, place: int) -> list[Line]:
     for order, (rank, gibibytes) in enumerate(by_rank.items()):
         x, y = binned(run.steps, gibibytes)
         name = rank if rank in ("lowest", "highest") else f"rank {rank}"
-        lines.append(
-            Line(x=x, y=y, colour=colour_of(place), label=f"{run.name}, {name}", style=_STYLES[order % 3])
-        )
+        lines.append(Line(x=x, y=y, colour=colour_of(place), label=f"{run.name}, {name}", style=_STYLES[order % 3]))
     return lines
 
 

@@ -1,11 +1,14 @@
-"""What a page is made of. All text is plain: the template escapes it."""
+"""Sections, tables and cells of a page, and helpers of all sections. Text is plain: the template escapes it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from colm_scale.reporting.page.charts import Chart
+from colm_scale.reporting.page.read import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,8 +16,8 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        bar, inner: Shares, 0 to 1, that are drawn below the text: how far the bar goes, and its darker part.
-        run: Number of the run, from 1, whose colour it shows.
+        bar, inner: Length of a bar below the text and of its darker part, as shares from 0 to 1.
+        run: Number of the run, from 1, whose colour the cell shows.
     """
 
     text: str
@@ -28,8 +31,8 @@ class Table:
     """A table. The first cell of each row is its heading.
 
     Attributes:
-        folded: Whether it is shown only when asked for.
-        words: Whether its cells are words rather than numbers.
+        folded: Show the caption only, until the reader opens the table.
+        words: Align cells as text rather than numbers.
     """
 
     caption: str
@@ -44,9 +47,9 @@ class Section:
     """A section of a page.
 
     Attributes:
-        text: How to read it, in sentences.
-        legend: What shades and dashes mean: pairs of a class and a text.
-        missing: What is not there, in sentences.
+        text: Sentences that explain how to read the section.
+        legend: Pairs of a style class and its meaning.
+        missing: Sentences that name missing data.
     """
 
     id: str
@@ -61,3 +64,14 @@ class Section:
 def colour_of(number: int) -> str:
     """The colour of the run with this number, from 1."""
     return f"run-{number}"
+
+
+def mixed(runs: Iterable[Run], names: Callable[[Run], Iterable[str]]) -> list[str]:
+    """The names of all runs, each once, in the order of the runs."""
+    return list(dict.fromkeys(name for run in runs for name in names(run)))
+
+
+def middle(values: np.ndarray, at: float = 50) -> float:
+    """A percentile of the values other than NaN; NaN if there are none."""
+    known = values[~np.isnan(values)]
+    return float(np.percentile(known, at)) if len(known) else np.nan

@@ -1,6 +1,6 @@
-"""Run directories as a page needs them: numbers by step in columns, what each source had, and what is missing.
+"""Read run directories: numbers by step in columns, counts by source, and a list of what is missing.
 
-Files are read row by row and folded at once, so that a long run takes memory by its numbers and not by its text.
+Files are parsed row by row, so that memory grows with the numbers of a long run and not with its text.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from colm_scale.reporting.run_directory import FACTS
 from colm_scale.reporting.summary import Evaluation
 
 MOST_RUNS = 8
-"""Runs of one page: so many colours there are."""
+"""Most runs on a page, one for each colour."""
 
 _Parsed = TypeVar("_Parsed")
 Key = tuple[str, ...]
-"""Where a number stands in a row: ``("seconds", "train")``; in a list, its place: ``("peak_bytes", "0")``."""
+"""Path of a number in a row: ``("seconds", "train")``, or in a list its index, ``("peak_bytes", "0")``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """What a run drew and trained on, by source.
+    """Candidates and selected examples of a run, by source.
 
     Attributes:
         names: The ``Q`` sources, those of the training data first.
-        candidates, selected: ``[S, Q]`` int64, how many of each step.
-        seen, trained: ``[Q]`` int64, different examples that were ever candidates, or trained on.
+        candidates, selected: ``[S, Q]`` int64 examples in each step.
+        seen, trained: ``[Q]`` int64 distinct examples that were candidates, and that were trained on.
     """
 
     names: tuple[str, ...]
@@ -48,19 +48,19 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run directory.
+    """The content of a run directory.
 
     Attributes:
-        name: The folder's name, made longer where two runs share it.
-        steps: ``[S]`` int64, the steps of ``metrics.jsonl``.
-        columns: ``[S]`` float64 per number of ``metrics.jsonl``; NaN where a step has none.
-        composition: Of ``selection.jsonl``.
+        name: Name of the folder, with its parents if two runs share the name.
+        steps: ``[S]`` int64 steps of ``metrics.jsonl``.
+        columns: ``[S]`` float64 for each number of ``metrics.jsonl``; NaN if a step lacks it.
+        composition: Content of ``selection.jsonl``.
         config: Every option and its value, ``{"train.steps": 80, ...}``.
-        environment: Of ``environment.json``, as flat.
-        planned: Steps that the run is to make; None if that is not written down.
-        sizes: Training examples of each source; empty if that is not written down.
-        kept: Sources all of whose candidates are trained on.
-        missing: What could not be read, or is not there yet, in sentences.
+        environment: Content of ``environment.json``, flat in the same way.
+        planned: Planned steps; 0 if not recorded.
+        sizes: Training examples of each source; empty if not recorded.
+        kept: Sources whose candidates all enter the coreset.
+        missing: Sentences that name missing or incomplete files.
     """
 
     name: str
@@ -71,58 +71,53 @@ class Run:
     evaluations: tuple[Evaluation, ...]
     config: Mapping[str, object]
     environment: Mapping[str, object]
-    planned: int | None
+    planned: int
     sizes: Mapping[str, int]
     kept: frozenset[str]
     missing: tuple[str, ...]
 
     def column(self, *key: str) -> np.ndarray:
-        """``[S]`` a number of every step; all NaN if no step has it."""
+        """``[S]`` one number of every step; all NaN if no step has it."""
         return self.columns.get(key, np.full(len(self.steps), np.nan))
 
     def below(self, *key: str) -> list[str]:
-        """The names that follow ``key``, e.g. of the phases below ``("seconds",)``, in the order of the rows."""
+        """Names below ``key``, e.g. the phases below ``("seconds",)``, in the order of the rows."""
         return list(dict.fromkeys(name[len(key)] for name in self.columns if name[: len(key)] == key != name))
 
     def floor_seconds(self) -> np.ndarray:
-        """``[S]`` seconds of the bare floor; NaN where it was not taken."""
+        """``[S]`` seconds of the bare floor; NaN if it was not measured."""
         seconds: np.ndarray = self.column("seconds", "step") / self.column("measured_over_floor")
         return seconds
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """Every run, in the order of ``paths``.
+    """Read runs, in the order of ``paths``.
 
     Raises:
-        UserError: A folder is no run directory, is named twice, or one of its files is damaged (names file and line).
+        UserError: A folder is not a run directory or is listed twice, or a file is damaged (names file and line).
     """
     if len(paths) > MOST_RUNS:
-        raise UserError(f"{len(paths)} runs are more than can be told apart side by side: name at most {MOST_RUNS}")
+        raise UserError(f"{len(paths)} runs do not fit on one page: list at most {MOST_RUNS}")
     folders = [Path(path) for path in paths]
     resolved = [folder.resolve() for folder in folders]
     for number, folder in enumerate(resolved):
         if folder in resolved[:number]:
-            raise UserError(f"{folders[number]} is named twice: name each run once")
-    return [read_run(folder, name) for folder, name in zip(folders, _names(resolved))]
+            raise UserError(f"{folders[number]} is listed twice: list each run once")
+    return [_read_run(folder, name) for folder, name in zip(folders, _names(resolved))]
 
 
-def read_run(path: Path, name: str) -> Run:
-    """One run.
-
-    Raises:
-        UserError: As `read_runs`.
-    """
+def _read_run(path: Path, name: str) -> Run:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
-        raise UserError(f"{path} is no run directory: it has no metrics.jsonl")
+        raise UserError(f"{path} is not a run directory: it has no metrics.jsonl")
     missing: list[str] = []
     steps, columns = _columns(_rows(metrics, missing), metrics)
-    facts = _optional(path / FACTS, json.loads, missing)
-    planned, sources = _planned(facts, path / FACTS)
+    planned, sources = _optional(path / FACTS, _planned, missing) or (0, [])
     sizes = {source["name"]: source["examples"] for source in sources}
     selection = path / "selection.jsonl"
     composition = _composition(_rows(selection, missing), list(sizes), selection)
-    evaluations = tuple(_evaluation(row, path) for row in _rows(path / "evaluations.jsonl", missing))
+    evaluated = path / "evaluations.jsonl"
+    evaluations = tuple(_evaluation(row, evaluated) for row in _rows(evaluated, missing))
     missing += _not_yet(len(steps) and int(steps[-1]), planned, evaluations)
     return Run(
         name=name,
@@ -141,7 +136,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many as it takes to tell the runs apart."""
+    """The last part of each path, or as many parts as make the names distinct."""
     longest = max(len(folder.parts) for folder in folders)
     for depth in range(1, longest + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
@@ -151,14 +146,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _rows(path: Path, missing: list[str]) -> Iterator[tuple[int, Json]]:
-    """Line number and content of each row. A last line that is being written is left out, and said to be."""
+    """Line number and content of each row. An incomplete last line is skipped and added to ``missing``."""
     if not path.is_file():
         missing.append(f"There is no {path.name}.")
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
-                missing.append(f"The last line of {path.name} is not whole, and left out.")
+                missing.append(f"The last line of {path.name} is incomplete and was skipped.")
                 return
             try:
                 row = json.loads(line)
@@ -170,7 +165,7 @@ def _rows(path: Path, missing: list[str]) -> Iterator[tuple[int, Json]]:
 
 
 class _Table:
-    """Columns that grow by a row at a time. What a row does not have is ``blank`` there."""
+    """Columns that grow row by row; a number that a row lacks is ``blank``."""
 
     def __init__(self, blank: float):
         self._blank, self._rows = blank, 0
@@ -178,8 +173,7 @@ class _Table:
 
     def add(self, row: Iterable[tuple[Key, float]]) -> None:
         for key, value in row:
-            column = self._filled(key)
-            column.append(value)
+            self._filled(key).append(value)
         self._rows += 1
 
     def columns(self) -> dict[Key, np.ndarray]:
@@ -224,7 +218,7 @@ def _composition(rows: Iterable[tuple[int, Json]], names: list[str], path: Path)
             source_of = dict(zip(row["candidates"], row["sources"], strict=True))
             picked = [source_of[example] for example in row["selected"]]
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} line {number} is damaged: candidates, sources and selected do not fit") from None
+            raise UserError(f"{path} line {number} is damaged: candidates, sources and selected do not match") from None
         for example, source in source_of.items():
             seen.setdefault(source, set()).add(example)
         for example, source in zip(row["selected"], picked):
@@ -245,50 +239,48 @@ def _evaluation(row: tuple[int, Json], path: Path) -> Evaluation:
     try:
         found = Evaluation.of(content)
     except KeyError as lacking:
-        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: it lacks {lacking}") from None
+        raise UserError(f"{path} line {number} is damaged: it lacks {lacking}") from None
     except TypeError:
-        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: its sample is not one") from None
+        raise UserError(f"{path} line {number} is damaged: its sample is malformed") from None
     if not isinstance(found.losses, dict):
-        raise UserError(f"{path / 'evaluations.jsonl'} line {number} is damaged: losses are not by source")
+        raise UserError(f"{path} line {number} is damaged: losses are not by source")
     return found
 
 
 def _optional(path: Path, parse: Callable[[str], _Parsed], missing: list[str]) -> _Parsed | None:
-    """What a file holds; None, and a sentence, if it is not there."""
+    """The parsed content of a file. If there is no such file, returns None and adds a sentence to ``missing``."""
     try:
         return parse(path.read_text("utf-8"))
     except FileNotFoundError:
         missing.append(f"There is no {path.name}.")
         return None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged: {said}") from None
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
-def _planned(facts: Json | None, path: Path) -> tuple[int | None, list[Json]]:
-    """Steps that the run is to make, and its sources; None and none if there is no such file."""
-    if facts is None:
-        return None, []
+def _planned(text: str) -> tuple[int, list[Json]]:
+    """Planned steps and sources of ``run.json``."""
+    facts = json.loads(text)
     try:
         sources = [{name: source[name] for name in ("name", "examples", "kept")} for source in facts["sources"]]
         return facts["schedule"]["steps"], sources
     except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged: it does not hold the planned steps and the sources") from None
+        raise ValueError("it lacks the planned steps or the sources") from None
 
 
-def _not_yet(done: int, planned: int | None, evaluations: Sequence[Evaluation]) -> list[str]:
+def _not_yet(done: int, planned: int, evaluations: Sequence[Evaluation]) -> list[str]:
     found = []
     if not done:
-        found.append("No step is written down yet.")
-    elif planned is not None and done < planned:
-        found.append(f"{done} of {planned} steps are written down: the run is under way, or was stopped.")
+        found.append("No step is recorded yet.")
+    elif done < planned:
+        found.append(f"{done} of {planned} steps are recorded: the run is in progress, or was stopped.")
     if not evaluations:
-        found.append("No evaluation is written down: there is no held-out loss to show.")
+        found.append("No evaluation is recorded, so there is no held-out loss.")
     return found
 
 
 def _flat(tree: object, prefix: str = "") -> dict[str, object]:
-    """A tree of mappings as one, its keys joined by dots."""
+    """Flatten a tree of mappings; keys are joined by dots."""
     flat: dict[str, object] = {}
     for name, value in tree.items() if isinstance(tree, Mapping) else ():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}

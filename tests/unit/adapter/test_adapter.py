@@ -128,7 +128,7 @@ def test_the_last_adapter_of_a_run_that_kept_its_best(run, tmp_path):
     (path / "config.yaml").write_text(as_yaml(without), "utf-8")
     assert find(str(path), "last", None, trust_remote_code=False).folder == path / "adapter"  # it could not be
     (path / "config.yaml").write_text(as_yaml(evaluated), "utf-8")
-    assert find(str(path), "last", None, trust_remote_code=False).weights is not None  # the newest checkpoint
+    assert find(str(path), "last", None, trust_remote_code=False).weights  # the newest checkpoint
     shutil.copytree(path / "adapter", path / "adapter_last")
     assert find(str(path), "last", None, trust_remote_code=False).folder == path / "adapter_last"
     assert find(str(path), "best", None, trust_remote_code=False).folder == path / "adapter"
@@ -173,8 +173,8 @@ def broken(run: Path, tmp_path: Path, what: str) -> str:
     ("what", "words"),
     [
         ("none", "there is no such folder"),
-        ("empty", "is no folder of a run"),
-        ("unfinished", "step-00000007: name that instead"),
+        ("empty", "is not a run directory"),
+        ("unfinished", "step-00000007 instead"),
         ("pickled", "has no adapter_model.safetensors"),
         ("old option", "config.yaml line 2: unknown option train.stepz"),
         ("other shapes", "does not fit this model"),

@@ -21,7 +21,7 @@ from colm_scale.randomness import generator
 from colm_scale.selection.ranking.line import medoids_on_line
 from colm_scale.sketch.tap import Tap
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
 RESULTS = sorted((BENCHMARKS / "results").glob("*.jsonl"))

@@ -21,7 +21,7 @@ from colm_scale.records import CandidateMatrix, Candidates, Quota, long_tensor
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.selection.select import select_coreset
 
-RANKINGS = Path(__file__).resolve().parents[2] / "benchmarks" / "rankings.py"
+RANKINGS = Path(__file__).resolve().parents[3] / "benchmarks" / "rankings.py"
 UNTIMED = settings(deadline=None)  # a busy machine makes no failure
 DRAWS = 3000
 SIZES = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 100)), min_size=2, max_size=20)

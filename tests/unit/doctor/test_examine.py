@@ -8,8 +8,8 @@ from rich.console import Console
 
 from colm_scale.config.commands import DoctorConfig
 from colm_scale.doctor import machine
-from colm_scale.doctor.examine import as_json, examine, exit_code, show
-from colm_scale.doctor.finding import Finding, guarded
+from colm_scale.doctor.examine import examine
+from colm_scale.doctor.finding import Finding, as_json, exit_code, guarded, show
 
 FOUND = [Finding("a", "ok", "fine"), Finding("b", "problem", "bad [x]", "do this", "https://example.org/1")]
 

@@ -27,13 +27,18 @@ def report(step: int):
     return dataclasses.replace(REPORT, step=step, audit=found)
 
 
+def add(writer: AuditWriter, step: int) -> None:
+    made = report(step)
+    writer.add(made, made.audit, NAMES)
+
+
 def steps_in(folder) -> dict[str, list[int]]:
     return {part.name: pq.read_table(part)["step"].to_pylist() for part in sorted(folder.iterdir())}
 
 
 def test_a_row_for_every_candidate(tmp_path):
     writer = AuditWriter(tmp_path / "audit")
-    writer.add(report(3), NAMES)
+    add(writer, 3)
     writer.flush()
     assert pq.read_table(tmp_path / "audit").to_pylist() == [
         {"step": 3, "id": 50, "source": "algebra", "reason": "passed over", "score": 0.5, "loss": 1.0, "weight": 0.0},
@@ -47,7 +52,7 @@ def test_what_is_held_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "MOST_ROWS", 8)
     writer = AuditWriter(tmp_path)
     for step in range(1, 6):
-        writer.add(report(step), NAMES)
+        add(writer, step)
     assert steps_in(tmp_path) == {
         "part-00000001-00000002.parquet": [1] * 4 + [2] * 4,
         "part-00000003-00000004.parquet": [3] * 4 + [4] * 4,
@@ -61,7 +66,7 @@ def test_what_is_held_is_bounded(tmp_path, monkeypatch):
 def test_steps_that_come_again_are_taken_out(tmp_path):
     writer = AuditWriter(tmp_path)
     for step in range(1, 7):
-        writer.add(report(step), NAMES)
+        add(writer, step)
         if step % 2 == 0:
             writer.flush()
     (tmp_path / "part-00000007-00000008.parquet.new").write_bytes(b"PAR1 and no more")

@@ -59,7 +59,7 @@ def test_plain_prints_the_numbers_of_a_step(tmp_path):
     assert (tmp_path / "log.txt").read_text() == printed
 
 
-def test_what_a_selection_was_worth_stands_beside_random():
+def test_the_error_of_a_selection_is_compared_with_random():
     telemetry = {"rank": 3.0, "sketch_error": 0.456, "sketch_error_stratified": 0.789}
     step = dataclasses.replace(report(1), telemetry=telemetry)
     for mode, terminal in (("plain", False), ("live", True)):
@@ -94,8 +94,8 @@ def test_messages_stay_as_they_are(tmp_path):
     assert shown.file.getvalue().splitlines() == [
         "ids [3, 4] " + "x" * 200,
         "warning: [bold] is no markup",
-        "held-out loss at step 0 (4 examples): mean over sources 2.000, small sources 3.000, right answers 12.5%",
-        "held-out loss at step 3 (2 examples, a sample): mean over sources 2.500, small sources 3.500",
+        "held-out loss at step 0 (4 examples): mean over sources 2.000, small sources 3.000, accuracy 12.5%",
+        "held-out loss at step 3 (2 sampled examples): mean over sources 2.500, small sources 3.500",
     ]
     assert (tmp_path / "log.txt").read_text() == shown.file.getvalue()
 

@@ -138,7 +138,7 @@ def test_configuration_and_environment(directory):
 
 
 def test_a_folder_with_a_run_is_refused(directory):
-    with pytest.raises(UserError, match=rf"--output_dir {re.escape(str(directory.path))} holds a run already"):
+    with pytest.raises(UserError, match=rf"--output_dir {re.escape(str(directory.path))} already holds a run"):
         RunDirectory(str(directory.path))
 
 
@@ -158,7 +158,7 @@ def test_nothing_is_written_before_the_run_is_created(tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is not a folder"):
+    with pytest.raises(UserError, match="file is not a writable folder"):
         RunDirectory(str(tmp_path / "file" / "run"))
     RunDirectory(str(tmp_path / "new" / "run"))
     assert not (tmp_path / "new").exists()

@@ -14,6 +14,7 @@ from colm_scale.reporting.summary import Evaluation, HeldOutLoss, RunSummary
 
 GIB = 2**30
 NAMES = ["algebra", "[bold]odd", "tiny"]
+TOO_LONG = {"dropped": {"algebra": 6, "gone": 2}, "cut": {}}
 
 
 def report(
@@ -61,7 +62,7 @@ def evaluation(step: int, algebra: float, tiny: float, right: float | None) -> E
 @pytest.fixture
 def summary() -> RunSummary:
     small = torch.tensor([False, False, True])
-    summary = RunSummary(NAMES, long_tensor([1200, 30, 4]), small, "memory (test)", dropped={"algebra": 6, "gone": 2})
+    summary = RunSummary(NAMES, long_tensor([1200, 30, 4]), small, "memory (test)", TOO_LONG)
     summary.evaluation(evaluation(0, 2.5, 3.5, 0.25))
     summary.report(
         report(
@@ -109,7 +110,6 @@ def test_sources_are_counted_from_the_reports(summary):
 def test_what_a_step_cost(summary):
     assert summary.seconds == 4.0  # of 10, 2 and 4
     assert summary.share_outside == 0.5  # of 0.5, 0 and 0.5
-    assert summary.measured_over_floor == 1.5  # of 1.25 and 1.75
     assert summary.exchanged_bytes == {"gather": 400 / 3, "broadcast": 10 / 3}
 
 
@@ -139,7 +139,7 @@ def test_protected_candidates_have_a_column_where_there_are_any(summary):
     assert ["algebra", "1,200", "8", "4", "1", "1", "6", "2.500", "25.0%"] in table
     assert ["[bold]odd", "30", "4", "2", "0", "0", "0", "-", "-"] in table
     assert ["mean over sources", *["-"] * 6, "2.502", "25.0%"] in table
-    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), torch.tensor([False, False, True]), "memory (test)")
+    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), torch.tensor([False, False, True]), "memory (test)", {})
     again.load(json.loads(json.dumps(summary.state())))
     assert again.protected.tolist() == [1, 0, 0]
 
@@ -150,7 +150,7 @@ def test_source_table_after_one_evaluation_has_nothing_to_compare(summary):
 
 
 def test_source_table_without_evaluation_and_without_long_examples():
-    summary = RunSummary(["only"], long_tensor([5]), torch.tensor([False]), "memory")
+    summary = RunSummary(["only"], long_tensor([5]), torch.tensor([False]), "memory", {})
     summary.report(report(1, [0, 0], [1], 0, {"step": 1.0}, None, {}, {"step": (1,)}))
     table = lines(summary.source_table())
     assert not any("dropped" in line or "cut" in line for line in table)
@@ -185,7 +185,7 @@ def test_render_has_all_tables(summary):
 
 def test_a_summary_goes_on_from_its_state_as_if_it_had_never_stopped(summary):
     small = torch.tensor([False, False, True])
-    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), small, "memory (test)", dropped={"algebra": 6, "gone": 2})
+    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), small, "memory (test)", TOO_LONG)
     again.load(json.loads(json.dumps(summary.state())))
     for one in (summary, again):
         one.evaluation(evaluation(4, 1.5, 2.5, 0.75))
@@ -196,9 +196,9 @@ def test_a_summary_goes_on_from_its_state_as_if_it_had_never_stopped(summary):
     assert again.state() == summary.state()
 
 
-def test_what_the_selection_was_worth_is_told_and_goes_on(summary):
+def test_how_near_the_coreset_was_is_said_and_goes_on(summary):
     step = report(4, [0], [0], 0, {"train": 1.0, "step": 1.0}, None, {}, {"step": (GIB, GIB)})
-    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), torch.tensor([False, False, True]), "memory (test)")
+    again = RunSummary(NAMES, long_tensor([1200, 30, 4]), torch.tensor([False, False, True]), "memory (test)", {})
     for number in range(8):
         telemetry = {"rank": number, "sketch_error": 0.25, "sketch_error_stratified": 0.5}
         telemetry |= {"sketch_cosine": 0.75, "sketch_cosine_stratified": 0.625}
@@ -210,9 +210,10 @@ def test_what_the_selection_was_worth_is_told_and_goes_on(summary):
     for one in (summary, again):
         table = lines(one.closing_table({}))
         assert ["effective rank of the sketches", "3.5"] in table
-        assert ["error to the candidates' mean, by sketches", "0.250 (random: same quotas 0.500)"] in table
+        title = "relative error of the coreset's mean sketch"
+        assert [title, "0.250 (random draw with the same quotas: 0.500)"] in table
         told = " ".join(word for line in lines(one.render({}))[-2:] for word in line)
-        assert "nearer to the candidates' mean than a random draw with the same quotas" in told
+        assert "nearer to the candidates' mean than that of a random draw with the same quotas" in told
         assert "nearer in 8 of 8 steps" in told
 
 
@@ -228,4 +229,4 @@ def test_steps_that_overflowed_are_counted(summary):
     assert "steps without update" not in str(lines(summary.closing_table({})))
     step = report(4, [0], [0], 0, {"train": 1.0, "step": 1.0}, None, {}, {"step": (GIB, GIB)})
     summary.report(dataclasses.replace(step, applied=False, loss_scale=65536.0))
-    assert ["steps without update", "1 (float16 overflowed)"] in lines(summary.closing_table({}))
+    assert ["steps without update", "1 (float16 overflow)"] in lines(summary.closing_table({}))

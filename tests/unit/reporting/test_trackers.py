@@ -196,7 +196,7 @@ def test_one_that_fails_is_told_of_once_and_the_others_go_on(tmp_path, calls, mo
     for number in (1, 2):
         trackers.step(step(number))
     trackers.close()
-    assert said == ["warning: --track.to wandb failed and is sent no more, the run goes on: no way to the server"]
+    assert said == ["warning: --track.to wandb failed and is disabled; the run continues: no way to the server"]
     assert scalars(tmp_path, "train/loss") == [(1, 4.0), (2, 2.0)]
     assert len(options_of(calls, "trackio.log")) == 2
     assert json.loads((tmp_path / "trackers.json").read_text())["wandb"]["sent"] == -1
@@ -211,7 +211,7 @@ def test_one_that_cannot_begin(tmp_path, calls, monkeypatch):
     trackers = following(tmp_path, "wandb", said=said)
     trackers.step(step(1))
     trackers.close()
-    assert said == ["warning: --track.to wandb failed and is sent no more, the run goes on: RuntimeError"]
+    assert said == ["warning: --track.to wandb failed and is disabled; the run continues: RuntimeError"]
 
 
 # What is sent, and what is refused

@@ -23,9 +23,9 @@ def test_it_says_where_the_page_is_and_what_is_missing(tmp_path, capsys):
     code, said, errors = report(capsys, *map(str, runs), "--output", str(output))
     assert (code, errors) == (0, "")
     assert said.splitlines() == [
-        "a: 4 of 6 steps are written down: the run is under way, or was stopped.",
+        "a: 4 of 6 steps are recorded: the run is in progress, or was stopped.",
         "b: There is no evaluations.jsonl.",
-        "b: No evaluation is written down: there is no held-out loss to show.",
+        "b: No evaluation is recorded, so there is no held-out loss.",
         f"report: {output} ({output.stat().st_size / 1e3:,.0f} kB)",
     ]
 
@@ -34,7 +34,7 @@ def test_it_says_where_the_page_is_and_what_is_missing(tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], "colm-scale report RUN...: RUN is missing"),
-        (["nowhere"], "nowhere is no run directory: it has no metrics.jsonl"),
+        (["nowhere"], "nowhere is not a run directory: it has no metrics.jsonl"),
         (["nowhere", "--outptu", "x"], "unknown option --outptu: did you mean --output?"),
     ],
 )
@@ -51,4 +51,4 @@ def test_without_the_extra_it_names_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     code, _, errors = report(capsys, str(write_run(tmp_path / "run")))
     assert code == 2
-    assert errors == "error: a report needs jinja2: pip install 'colm_scale[report]'\n"
+    assert errors == "error: colm-scale report requires jinja2: pip install 'colm_scale[report]'\n"

@@ -50,7 +50,7 @@ def test_held_out_loss_of_every_source(two):
     table = two[0].table("First and last evaluation")
     assert table["algebra"] == {"first": "3.000 → 0.333", "second": "3.000 → 0.600"}
     assert table["trivia"]["first"] == "5.000 → 0.556"
-    assert table["right answers, mean over sources"]["first"] == "25.0% → 25.0%"
+    assert table["accuracy, mean over sources"]["first"] == "25.0% → 25.0%"
 
 
 def test_curves_and_tables_are_each_of_the_same_examples(two):
@@ -68,7 +68,7 @@ def test_a_run_whose_last_evaluation_is_of_a_sample(tmp_path):
     assert page.table("First and last evaluation")["algebra"] == {"run": "6.000 → 2.000"}
     assert page.table("The runs")["run"]["natural mixture"] == "2.333"
     counted = 2 * len(SOURCES)
-    said = f"run: The last evaluation so far is of {counted} held-out examples, and so are its held-out losses here."
+    said = f"run: Its last evaluation so far scored only a sample of {counted} held-out examples."
     assert said in page.items
 
 
@@ -95,7 +95,7 @@ def test_two_points_make_no_chart(tmp_path):
 
 
 def test_training_loss(two):
-    row = two[0].table("Training loss in numbers")["first"]
+    row = two[0].table("Training loss")["first"]
     assert (row["first step"], row["last step"], row["largest gradient norm"]) == ("4.000", "0.500", "0.500")
 
 
@@ -119,14 +119,14 @@ def test_coverage_counts_different_examples(tmp_path):
 
 
 def test_phases_and_floor(two):
-    table = two[0].table("Median seconds of each phase (share of the step); bare floor with 20th and 80th percentile")
+    table = two[0].table("Median seconds of each phase (share of the step); bare floor with 20th and 80th percentiles")
     assert table["sketch"] == {"first": "0.3000 (30.0%)", "second": "0.1500 (30.0%)"}
     assert table["bare floor"]["second"] == "0.400 (0.400 to 0.400)"
     assert table["step / bare floor"]["first"] == "1.250 (1.250 to 1.250)"
 
 
 def test_memory_by_kind_and_rank(two):
-    rows = two[0].tables["Peak of the run"]
+    rows = two[0].tables["Peak memory of the run"]
     assert rows[0][:4] == ["run", "kind", "rank", "peak GiB"]
     assert [row[:4] for row in rows[1:]] == [
         ["first", "nvml", "0", "2.01"],
@@ -139,21 +139,21 @@ def test_memory_by_kind_and_rank(two):
     assert {row[5] for row in rows[1:]} == {"train"}
 
 
-def test_what_the_selection_was_worth(two):
+def test_how_near_the_coreset_was(two):
     run, verdict = two[0].tables["Verdicts"][1]
     assert run == "first"
-    assert "nearer to the candidates' mean than a random draw" in verdict
+    assert "nearer to the candidates' mean than that of a random draw" in verdict
     assert "8 of 8 steps" in verdict
-    assert two[0].tables["Verdicts"][2][1] == "There are too few comparisons with a random draw to tell."
+    assert two[0].tables["Verdicts"][2][1] == "Too few steps were compared with a random draw."
 
 
 def test_differences_of_the_configuration_come_first(two):
-    table = two[0].table("What differs between the runs")
+    table = two[0].table("Differences between the runs")
     assert table["world_size"] == {"first": "2", "second": "1"}  # of the environment, which comes last
     options = two[0].table("All options")
     assert options["selection.method"] == {"first": "colm", "second": "stratified"}
     captions = list(two[0].tables)
-    assert captions.index("What differs between the runs") < captions.index("All options")
+    assert captions.index("Differences between the runs") < captions.index("All options")
 
 
 def test_runs_that_do_not_differ(tmp_path):
@@ -217,13 +217,13 @@ def test_names_are_text(tmp_path):
 
 
 def test_a_run_under_way(two):
-    assert "second: 4 of 6 steps are written down: the run is under way, or was stopped." in two[0].items
+    assert "second: 4 of 6 steps are recorded: the run is in progress, or was stopped." in two[0].items
 
 
 def test_a_run_without_evaluations(tmp_path):
     page, _ = written(tmp_path, write_run(tmp_path / "run", evaluated=False))
     assert "run: There is no evaluations.jsonl." in page.items
-    assert "run: No evaluation is written down: there is no held-out loss to show." in page.items
+    assert "run: No evaluation is recorded, so there is no held-out loss." in page.items
     assert page.table("The runs")["run"]["natural mixture"] == "-"
     assert "First and last evaluation" not in page.tables
 
@@ -232,7 +232,7 @@ def test_a_run_that_has_only_begun(tmp_path):
     run = tmp_path / "run"
     RunDirectory(str(run)).create("train:\n  steps: 3\n", {}, facts={"schedule": {"steps": 3}, "sources": []})
     page, _ = written(tmp_path, run)
-    assert "run: No step is written down yet." in page.items
+    assert "run: No step is recorded yet." in page.items
     assert page.table("The runs")["run"]["steps"] == "0 of 3"
     assert "figure" not in {tag for tag, _ in page.tags}
 
@@ -245,7 +245,7 @@ def test_files_that_are_missing_are_named(tmp_path):
     for name in ("selection.jsonl", "config.yaml", "environment.json", "run.json"):
         assert f"run: There is no {name}." in page.items
     assert page.table("The runs")["run"]["steps"] == "4"
-    assert "run does not say how large its sources are: counts in place of shares." in page.items
+    assert "run does not record the size of its sources: counts instead of shares." in page.items
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "selection.jsonl", "evaluations.jsonl"])
@@ -254,7 +254,7 @@ def test_a_line_that_is_being_written(tmp_path, name):
     whole = (run / name).read_bytes()
     (run / name).write_bytes(whole[:-7])
     page, _ = written(tmp_path, run)
-    assert f"run: The last line of {name} is not whole, and left out." in page.items
+    assert f"run: The last line of {name} is incomplete and was skipped." in page.items
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_line_that_is_being_written(tmp_path, name):
         ("metrics.jsonl", '{"step": 1', ["line 1", "not the JSON row of a step"]),
         ("metrics.jsonl", "[1]", ["line 1"]),
         ("metrics.jsonl", '{"step": 9}', ["line 2", "step 2 follows step 9"]),
-        ("selection.jsonl", '{"step": 1, "candidates": [1], "sources": [], "selected": []}', ["line 1", "do not fit"]),
+        ("selection.jsonl", '{"step": 1, "candidates": [1], "sources": [], "selected": []}', ["line 1", "not match"]),
         ("evaluations.jsonl", '{"step": 0, "losses": {}}', ["line 1", "it lacks 'accuracies'"]),
     ],
 )
@@ -295,18 +295,18 @@ def test_a_damaged_file_is_refused(tmp_path, name, content):
 
 
 def test_folders_that_are_no_runs(tmp_path):
-    with pytest.raises(UserError, match=r"is no run directory: it has no metrics\.jsonl"):
+    with pytest.raises(UserError, match=r"is not a run directory: it has no metrics\.jsonl"):
         write_page([str(tmp_path)], tmp_path / "page.html")
 
 
 def test_a_run_is_named_once(tmp_path):
     run = write_run(tmp_path / "run")
-    with pytest.raises(UserError, match="is named twice"):
+    with pytest.raises(UserError, match="is listed twice"):
         write_page([str(run), f"{run}/../run"], tmp_path / "page.html")
 
 
 def test_too_many_runs(tmp_path):
-    with pytest.raises(UserError, match="name at most 8"):
+    with pytest.raises(UserError, match="list at most 8"):
         write_page([str(number) for number in range(9)], tmp_path / "page.html")
 
 
@@ -333,14 +333,14 @@ def test_numbers_that_are_not_there(tmp_path):
     page, _ = written(tmp_path, run)
     table = page.table("First and last evaluation")
     assert (table["algebra"]["run"], table["geometry"]["run"]) == ("-", "4.000")
-    assert page.table("Training loss in numbers")["run"]["last step"] == "1.000"
+    assert page.table("Training loss")["run"]["last step"] == "1.000"
 
 
 def test_steps_of_which_little_is_known(tmp_path):
     run = write_run(tmp_path / "run", evaluated=False)
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
     page, _ = written(tmp_path, run)
-    assert page.table("Training loss in numbers")["run"]["last step"] == "0.500"
+    assert page.table("Training loss")["run"]["last step"] == "0.500"
     assert page.table("The runs")["run"]["s per step"] == "-"
 
 
@@ -348,7 +348,7 @@ def test_many_ranks_are_a_range(tmp_path):
     page, _ = written(tmp_path, write_run(tmp_path / "run", ranks=9, kinds=("resident",)))
     label = next(text for text in page.attributes("aria-label", "figure") if "resident" in text)
     assert re.findall(r"run, (\w+): ([\d.]+)", label) == [("lowest", "2.001"), ("highest", "4.001")]
-    assert len(page.tables["Peak of the run"]) == 10
+    assert len(page.tables["Peak memory of the run"]) == 10
 
 
 def test_few_ranks_are_a_line_each(two):

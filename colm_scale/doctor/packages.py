@@ -1,4 +1,4 @@
-"""Packages: what this one was made for, and what is known not to work."""
+"""Installed packages against the tested version ranges and known bad combinations."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from colm_scale.doctor.finding import Finding, Status
 
-_ITSELF = "colm_scale"
 _DEVELOPERS = "dev"
-"""The extra with the tools of those who work on the package itself: of no use to a run."""
+"""The extra with development tools, which a run does not need."""
 _DISPENSABLE = {"deepspeed": "only --ds_config needs it; DDP and FSDP2 do not"}
-"""Required packages without which much works, and what."""
+"""Required packages that most runs can do without, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownBad:
-    """Versions that are known to go wrong.
+    """Versions with a known fault.
 
     Attributes:
-        package: As it is called in the registry.
-        versions: Which; "" for all.
-        reason: What goes wrong.
-        together_with: Other packages, and which of their versions it takes.
+        package: Name in the registry.
+        versions: Version specifier, such as ``<0.19.8``; "" matches all.
+        reason: Description of the fault.
+        together_with: Other packages and specifiers that must be installed too for the fault to appear.
     """
 
     package: str
@@ -39,8 +39,8 @@ class KnownBad:
     link: str
     together_with: tuple[tuple[str, str], ...] = ()
 
-    def holds(self, installed: Mapping[str, str]) -> bool:
-        """Whether these versions are installed."""
+    def applies(self, installed: Mapping[str, str]) -> bool:
+        """True if all these versions are installed."""
         wanted = ((self.package, self.versions), *self.together_with)
         return all(name in installed and _contains(versions, installed[name]) for name, versions in wanted)
 
@@ -58,7 +58,7 @@ KNOWN_BAD = (
         "deepspeed",
         "<0.14.1",
         "problem",
-        "it does not run on CPUs with gloo",
+        "does not run on CPUs with gloo",
         "pip install 'deepspeed>=0.19.8'",
         "https://github.com/deepspeedai/DeepSpeed/issues/5313",
     ),
@@ -66,8 +66,8 @@ KNOWN_BAD = (
         "accelerate",
         "<1.15",
         "warning",
-        "transformers' Trainer under FSDP2 with full state dicts saves only rank 0's shard of an adapter (this "
-        "package's own training collects all shards)",
+        "transformers' Trainer under FSDP2 with full state dicts saves only rank 0's shard of an adapter "
+        "(colm-scale train collects all shards)",
         "pip install 'accelerate>=1.15'",
         "https://github.com/huggingface/accelerate/pull/4206",
         (("peft", ""), ("transformers", "")),
@@ -76,46 +76,44 @@ KNOWN_BAD = (
         "pynvml",
         "",
         "warning",
-        "the package pynvml is deprecated and writes over the module of nvidia-ml-py",
+        "the deprecated package pynvml overwrites the module of nvidia-ml-py",
         "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py",
         "https://github.com/intelligent-machine-learning/dlrover/issues/1699",
     ),
 )
-"""Each was looked up: the link says what went wrong, or mended it."""
+"""Each link leads to the bug report or its fix."""
 
 
-def check_versions() -> list[Finding]:
-    """Every required package, the optional ones that are there, and what is known to be bad."""
+def check_packages() -> list[Finding]:
+    """Check all required packages, installed optional ones, and `KNOWN_BAD`."""
     installed = installed_versions()
     return [_python(), *against_ranges(_requirements(), installed), *known_bad(installed)]
 
 
 def installed_versions() -> dict[str, str]:
-    """Version of every installed package, by its name in lower case with dashes."""
+    """Version of every installed package, by name in lower case with dashes."""
     found = ((item.metadata["Name"], item.version) for item in metadata.distributions())
     return {_plain(name): version for name, version in found if name}
 
 
 def against_ranges(requirements: list[Requirement], installed: Mapping[str, str]) -> list[Finding]:
-    """Required and optional packages against the ranges they were tested in; of the optional ones those that are
-    there, each once."""
+    """Compare required and installed optional packages with the tested ranges, each package once."""
     found: dict[str, Finding] = {}
     for wanted in requirements:
-        name, optional = _plain(wanted.name), wanted.marker is not None
-        version = installed.get(name)
-        if version is not None:
-            found[name] = _against_range(wanted, version)
-        elif not optional:
+        name = _plain(wanted.name)
+        if name in installed:
+            found[name] = _against_range(wanted, installed[name])
+        elif not wanted.marker:  # not of an extra
             found[name] = _missing(wanted)
     return list(found.values())
 
 
 def known_bad(installed: Mapping[str, str]) -> list[Finding]:
-    """What of `KNOWN_BAD` is installed."""
+    """One finding for each entry of `KNOWN_BAD` that is installed."""
     return [
         Finding(f"{bad.package} {installed[_plain(bad.package)]}", bad.status, bad.reason, bad.way_out, bad.link)
         for bad in KNOWN_BAD
-        if bad.holds(installed)
+        if bad.applies(installed)
     ]
 
 
@@ -127,17 +125,16 @@ def _python() -> Finding:
 
 
 def _requirements() -> list[Requirement]:
-    """What runs of this package use; none where it runs from a checkout that was never installed."""
+    """Requirements of a run; none in a checkout that was never installed."""
     try:
-        found = [Requirement(line) for line in metadata.requires(_ITSELF) or ()]
+        found = [Requirement(line) for line in metadata.requires("colm_scale") or ()]
     except metadata.PackageNotFoundError:
         return []
-    return [wanted for wanted in found if not _is_of_extra(wanted, _DEVELOPERS)]
+    return [wanted for wanted in found if not wanted.marker or not _is_for_developers(wanted.marker)]
 
 
-def _is_of_extra(wanted: Requirement, extra: str) -> bool:
-    marker = wanted.marker
-    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+def _is_for_developers(marker: Marker) -> bool:
+    return marker.evaluate({"extra": _DEVELOPERS}) and not marker.evaluate({"extra": ""})
 
 
 def _against_range(wanted: Requirement, version: str) -> Finding:
@@ -147,7 +144,7 @@ def _against_range(wanted: Requirement, version: str) -> Finding:
     way_out = f"pip install '{wanted.name}{wanted.specifier}'"
     if too_old:
         return Finding(wanted.name, "problem", f"{version} is older than {wanted.specifier}", way_out)
-    return Finding(wanted.name, "warning", f"{version} is newer than what was tested ({wanted.specifier})", way_out)
+    return Finding(wanted.name, "warning", f"{version} is newer than the tested {wanted.specifier}", way_out)
 
 
 def _missing(wanted: Requirement) -> Finding:

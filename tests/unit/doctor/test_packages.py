@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from packaging.requirements import Requirement
 
-from colm_scale.doctor import versions
-from colm_scale.doctor.versions import KNOWN_BAD, against_ranges, check_versions, known_bad
+from colm_scale.doctor import packages
+from colm_scale.doctor.packages import KNOWN_BAD, against_ranges, check_packages, known_bad
 
 GOOD = {"deepspeed": "0.19.8", "accelerate": "1.15.0", "peft": "0.21.2", "transformers": "5.23.0"}
 REQUIRED = [Requirement(line) for line in ("peft<0.22,>=0.19", "deepspeed>=0.19.8", 'jinja2>=3.1; extra == "report"')]
@@ -44,7 +44,7 @@ def test_every_row_of_the_table_has_a_public_link():
 
 @pytest.mark.parametrize(
     ("version", "status", "words"),
-    [("0.18.1", "problem", "older"), ("0.21.2", "ok", "0.21.2"), ("0.22.0", "warning", "newer than what was tested")],
+    [("0.18.1", "problem", "older"), ("0.21.2", "ok", "0.21.2"), ("0.22.0", "warning", "newer than the tested")],
 )
 def test_a_package_is_held_against_its_range(version, status, words):
     found = against_ranges(REQUIRED, GOOD | {"peft": version})
@@ -63,13 +63,13 @@ def test_without_deepspeed_much_works_and_without_peft_nothing():
 
 
 def test_what_is_installed_here_is_within_its_ranges(monkeypatch):
-    assert {finding.status for finding in check_versions()} == {"ok"}
-    monkeypatch.setattr(versions, "installed_versions", lambda: {"torch": "2.9.0"})
-    assert [finding.status for finding in check_versions() if finding.about == "torch"] == ["problem"]
+    assert {finding.status for finding in check_packages()} == {"ok"}
+    monkeypatch.setattr(packages, "installed_versions", lambda: {"torch": "2.9.0"})
+    assert [finding.status for finding in check_packages() if finding.about == "torch"] == ["problem"]
 
 
 def test_the_tools_of_developers_are_none_of_a_user_s_business(monkeypatch):
     lines = ["peft>=0.19", 'ruff>=0.17; extra == "dev"', 'scipy>=1.14; extra == "sources"']
-    monkeypatch.setattr(versions.metadata, "requires", lambda _: lines)
-    monkeypatch.setattr(versions, "installed_versions", lambda: {"peft": "0.21", "ruff": "0.17", "scipy": "1.14"})
-    assert [finding.about for finding in check_versions()][1:] == ["peft", "scipy"]
+    monkeypatch.setattr(packages.metadata, "requires", lambda _: lines)
+    monkeypatch.setattr(packages, "installed_versions", lambda: {"peft": "0.21", "ruff": "0.17", "scipy": "1.14"})
+    assert [finding.about for finding in check_packages()][1:] == ["peft", "scipy"]
