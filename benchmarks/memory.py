@@ -96,7 +96,7 @@ def share_tokens(arm: str, ranks: int, tokens: int) -> int:
 
 def predicted(config, fake: FakeModel, ranks: int, tokens: int) -> dict[str, object]:
     """Peak bytes by phase, and what of them the weights are."""
-    ds_config = read_ds_config(config, ranks) if config.ds_config else None
+    ds_config = read_ds_config(config, ranks)
     batches = arranged(config, PlanConfig(world_size=ranks, tokens=tokens), packed=fake.module.packs)
     found = peaks(config, ds_config, fake, ranks, batches.sketched, batches.trained)
     return {"phases": found.phases, "peak": found.step, "weights": found.engine.weights}
