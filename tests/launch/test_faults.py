@@ -326,7 +326,7 @@ def test_ranks_that_read_different_data_are_told_which(workshop, tmp_path):
     write_rows(tmp_path / "train-1.jsonl", [*same[:-1], same[0]])
     data = ("--data.train", str(tmp_path / "train-@RANK.jsonl"))
     outcome = workshop.start(tmp_path / "run", "ddp", *data).outcome(SECONDS)
-    assert outcome.errors == ["error: rank 1 has other training data than rank 0: every rank must read the same input"]
+    assert outcome.errors == ["error: rank 1 and rank 0 differ in training data: every rank must read the same input"]
     assert outcome.code != 0
     assert not (tmp_path / "run").exists()
 
