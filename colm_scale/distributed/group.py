@@ -120,7 +120,7 @@ class Group:
             self.all_reduce(torch.zeros(1, device=self.device), "control")
 
     def agree(self, value: str, what: str) -> None:
-        """Check that all ranks have the same short text (up to 256 bytes), such as a digest; else raise on every rank."""
+        """Raise on every rank unless all have the same short text (up to 256 bytes), such as a digest."""
         row = torch.zeros(256, dtype=torch.uint8)
         encoded = torch.frombuffer(bytearray(value.encode()[:256]), dtype=torch.uint8)
         row[: len(encoded)] = encoded
