@@ -57,8 +57,8 @@ class Spans:
         A phase that ran twice gets the sum of its seconds and the larger of its peaks. ``step`` is the wall-clock time
         from the first phase until the device has finished, and the largest peak.
         """
-        assert self._marks, "a step without a phase"
         assert not self._open, f"the step ends inside of {self._open!r}"
+        assert self._marks, "a step without a phase"
         self._clock.wait()
         seconds: dict[str, float] = {}
         for phase, start, end in self._marks:

@@ -260,7 +260,7 @@ def test_a_state_that_cannot_be_returned_to_ends_the_run_on_every_rank(data, tok
 def test_more_candidates_than_rows_are_refused_on_every_rank(data, tokenizer):
     errors = on_ranks(2, lambda group: sampler_of(run_config(data, ROWS + 1), tokenizer, group))
     assert [type(error) for error in errors] == [UserError] * 2
-    assert "--selection.candidates is 46, but only 45 training examples are there: give at most 45" in str(errors[0])
+    assert "--selection.candidates is 46, but there are only 45 training examples: use at most 45" in str(errors[0])
 
 
 def test_more_candidates_than_usable_examples_are_refused_by_the_first_step(data, tokenizer):
