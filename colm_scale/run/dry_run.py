@@ -17,7 +17,8 @@ from colm_scale.config.plan import PlanConfig
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
 from colm_scale.errors import UserError
-from colm_scale.plan.plan import Batches, make_plan
+from colm_scale.plan.memory import Batches
+from colm_scale.plan.plan import make_plan
 from colm_scale.plan.show import shown
 from colm_scale.reporting.preview import arithmetic, by_source
 from colm_scale.run import process
