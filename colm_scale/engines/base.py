@@ -10,9 +10,9 @@ through the base, so every engine scales the loss in the same way.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,46 +67,6 @@ class LossScale:
             self.scale, self.steps_since_change = self.scale * 2, 0
 
 
-class Engine(Protocol):
-    """Trains the adapters of one model on all ranks."""
-
-    name: str
-    module: ExampleLoss
-    """The unwrapped module. Sketches, evaluation and the bare floor run on it, without the engine's hooks."""
-    scale: LossScale
-    state_keys: tuple[str, ...]
-    """Names of the optimizer's averages of each adapter tensor."""
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Compute ``[B]`` losses with a graph; reduce them to a scalar for `backward`."""
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of a scalar. Every rank makes the same number of calls.
-
-        Args:
-            last: Marks the step's last micro-batch on this rank.
-        """
-
-    def step(self, learning_rate: float) -> Update:
-        """Clip the gradients, update the adapters and clear the gradients."""
-
-    def snapshot(self) -> Callable[[], None]:
-        """Copy the adapters and the optimizer's state; the returned function restores them."""
-
-    def read(self, name: str, key: str) -> Tensor:
-        """Return a whole adapter tensor (`WEIGHT`) or one of its `state_keys`, in float32. All ranks call it."""
-
-    def write(self, name: str, key: str, value: Tensor) -> None:
-        """Set what `read` returns. All ranks call it together, with the same value."""
-
-    @property
-    def updates(self) -> int:
-        """Number of updates so far; 0 if the optimizer does not count them."""
-
-    @updates.setter
-    def updates(self, count: int) -> None: ...
-
-
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the adapters' parameters by name. Names and order are the same under every engine."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -150,8 +110,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [*dict.fromkeys([*parameters, *optimizer.state]), *state]
 
 
-class OptimizerEngine:
-    """Base of all engines. As it stands, gradients and optimizer state are where torch puts them."""
+class Engine(ABC):
+    """Trains the adapters of one model on all ranks. By default, torch holds gradients and optimizer state whole.
+
+    Attributes:
+        module: The unwrapped module. Sketches, evaluation and the bare floor run on it, without the engine's hooks.
+        state_keys: Names of the optimizer's averages of each adapter tensor.
+    """
+
+    name: str
 
     def __init__(self, module: ExampleLoss, config: TrainConfig):
         self.module = module
@@ -161,8 +128,21 @@ class OptimizerEngine:
         self.state_keys = state_keys(self.optimizer)
         self._max_norm = config.max_grad_norm or math.inf
 
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute ``[B]`` losses with a graph; reduce them to a scalar for `backward`."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of a scalar. Every rank makes the same number of calls.
+
+        Args:
+            last: Marks the step's last micro-batch on this rank.
+        """
+
     @torch.no_grad()
     def step(self, learning_rate: float) -> Update:
+        """Clip the gradients, update the adapters and clear the gradients."""
         used = self.scale.scale
         if used != 1.0:
             unscale(self._parameters.values(), used)
@@ -178,17 +158,21 @@ class OptimizerEngine:
         return Update(norm, finite, used)
 
     def snapshot(self) -> Callable[[], None]:
+        """Copy the adapters and the optimizer's state; the returned function restores them."""
         return remember(optimizer_tensors(self.optimizer))
 
     def read(self, name: str, key: str) -> Tensor:
+        """Return a whole adapter tensor (`WEIGHT`) or one of its `state_keys`, in float32. All ranks call it."""
         return self._tensor(name, key).detach()
 
     @torch.no_grad()
     def write(self, name: str, key: str, value: Tensor) -> None:
+        """Set what `read` returns. All ranks call it together, with the same value."""
         self._tensor(name, key).copy_(value)
 
     @property
     def updates(self) -> int:
+        """Number of updates so far; 0 if the optimizer does not count them."""
         return updates_of(self.optimizer, next(iter(self._parameters.values())))
 
     @updates.setter

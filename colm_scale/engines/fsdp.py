@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import OptimizerEngine
+from colm_scale.engines.base import Engine
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.records import Batch
@@ -60,7 +60,7 @@ def among_absent_ranks(world_size: int) -> Iterator[tuple[Group, DeviceMesh]]:
         dist.destroy_process_group()
 
 
-class FsdpEngine(OptimizerEngine):
+class FsdpEngine(Engine):
     """Trains with `fully_shard`. The model comes on the CPU and moves to the device block by block.
 
     The root is the causal language model itself, not the loss module around it, so that generation gathers too.

@@ -9,12 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import OptimizerEngine
+from colm_scale.engines.base import Engine
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.records import Batch
 
 
-class TorchEngine(OptimizerEngine):
+class TorchEngine(Engine):
     """Trains in one process, or with DistributedDataParallel one replica per rank."""
 
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group):

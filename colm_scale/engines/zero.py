@@ -14,7 +14,7 @@ from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import (
     WEIGHT,
-    OptimizerEngine,
+    Engine,
     Update,
     optimizer_tensors,
     remember,
@@ -29,7 +29,7 @@ from colm_scale.modeling.optimizers import begun_state
 from colm_scale.records import Batch, Json
 
 
-class ZeroEngine(OptimizerEngine):
+class ZeroEngine(Engine):
     """Trains with DeepSpeed's engine.
 
     Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and makes no second copy. Under

@@ -8,6 +8,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
+from colm_scale.plan.memory import MicroBatches
 from colm_scale.plan.plan import GIB, Plan
 
 _WIDTH = 110
@@ -45,7 +46,7 @@ def _lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _micro_batches(micro_batches: tuple[tuple[int, ...], ...]) -> str:
+def _micro_batches(micro_batches: MicroBatches) -> str:
     if not micro_batches:
         return "nothing"
     return f"{len(micro_batches)} micro-batch(es) of up to {max(map(sum, micro_batches)):,} tokens"
