@@ -203,7 +203,7 @@ class _Coresets:
                     )
                 check_same_run(found.state["run"], self._identity(), found.path)
         steps = self._group.share_json(None if found is None else found.state["moment_steps"])
-        self._selector.state.put_back(steps, None if found is None else found.tensors)
+        self._selector.state.put_back(steps, {} if found is None else found.tensors)
 
     def _identity(self) -> dict[str, object]:
         """What must be the same in a training that goes on; the rest is the trainer's to check."""

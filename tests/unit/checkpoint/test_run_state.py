@@ -11,10 +11,12 @@ import torch
 from support.families import adapted_model, batch_of
 
 from colm_scale.checkpoint.run_state import RunState
-from colm_scale.checkpoint.store import CheckpointFolder
+from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import LossScale, TorchEngine, collect
+from colm_scale.engines.base import LossScale
+from colm_scale.engines.single_and_ddp import TorchEngine
+from colm_scale.engines.tensors import collect
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
@@ -73,7 +75,7 @@ def saved(tmp_path) -> SimpleNamespace:
 
 
 def load(run: SimpleNamespace, folder: Path) -> int:
-    return run.state.load(CheckpointFolder(folder, 1).newest(fallback=False))
+    return run.state.load(CheckpointFolder(folder, 1).newest(fallback=False) or NO_CHECKPOINT)
 
 
 def test_every_part_comes_back(saved, tmp_path):
@@ -124,7 +126,7 @@ def test_a_state_of_another_version_is_told_with_it(saved, tmp_path):
     del state["sampler"]
     state["written_by"]["colm_scale"] = "0.0.9"
     CheckpointFolder(tmp_path, 1).write(20, state, found.tensors)
-    with pytest.raises(UserError, match=r"written by colm_scale 0\.0\.9, which kept other things \('sampler'\)"):
+    with pytest.raises(UserError, match=r"written by colm_scale 0\.0\.9, which saved other things \('sampler'\)"):
         load(parts(tmp_path, 1), tmp_path)
 
 

@@ -16,7 +16,7 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, long_tensor
-from colm_scale.reporting.facts import drift_line
+from colm_scale.run.reports import drift_line
 from colm_scale.sketch.tap import Tap
 from colm_scale.step.source_refresh import DIMENSIONS, FixedSources, ReclusteredSources
 from colm_scale.step.source_state import SourceState
