@@ -93,7 +93,21 @@ SUMMARISED = (
 
 
 def summary() -> str:
-    """The main arms at matched time and at matched steps, compared with `stratified`."""
+    """The main arms in five columns: means over sources at matched time and at matched steps."""
+    lines = [
+        "| arm | time of a step | same time: mean over sources | minus `stratified` | same steps: mean over sources |",
+        f"|---|{'---:|' * 4}",
+    ]
+    price, at_time, at_steps = costs("built-in"), of("built-in", "time"), of("built-in", "steps")
+    for arm in SUMMARISED:
+        means = [_cell([run["after"]["loss_by_source"] for run in runs[arm].values()]) for runs in (at_time, at_steps)]
+        difference = _difference(at_time[arm], at_time[REFERENCE], "loss_by_source")
+        lines.append(f"| `{arm}` | {price[arm]:.2f} | {means[0]} | {difference} | {means[1]} |")
+    return "\n".join(lines)
+
+
+def whole_summary() -> str:
+    """The same arms with their steps, seeds, both means, and the differences at matched time and at matched steps."""
     lines = [
         "| arm | time of a step | same time: steps | seeds | natural mixture | mean over sources | minus `stratified` "
         "| same steps: seeds | natural mixture | mean over sources | minus `stratified` |",
@@ -172,6 +186,7 @@ EPOCHS = "built-in-1000"
 """Data with few rows, so that sketches can be reused in several epochs."""
 TABLES = {
     "worth": summary,
+    "worth whole": whole_summary,
     **{
         f"learning {data} {match}": lambda data=data, match=match: table(data, match, METHODS)
         for data in DATA

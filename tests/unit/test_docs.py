@@ -117,3 +117,19 @@ def test_the_docstrings_become_pages_without_a_warning(tmp_path):
     assert there == expected
     page = (tmp_path / "colm_scale" / "records.html").read_text("utf-8")
     assert "indices of the training examples" in page
+
+
+def test_the_page_of_the_architecture_names_every_room_in_order_and_paths_that_exist():
+    page = PAGES["architecture.md"]
+    declared = (ROOT / "tests/unit/test_architecture.py").read_text("utf-8")
+    rooms = re.findall(r'"(\w+)"', declared.split("ROOMS = (")[1].split("\n)")[0])
+    assert len(rooms) > 20
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == rooms
+    paths = set(re.findall(r"`((?:colm_scale|tests)/[\w/.]+|step/\w+\.py)`", page))
+    assert len(paths) > 8
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "colm_scale" / path).exists(), path
+    for alone in re.findall(r"\(`(\w+)`\)", page):
+        assert alone in {*rooms, "eval"}
+    for linking in (ROOT / "README.md", DOCS / "CONTRIBUTING.md"):
+        assert "architecture.md" in linking.read_text("utf-8")
