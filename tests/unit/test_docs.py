@@ -133,3 +133,12 @@ def test_the_page_of_the_architecture_names_every_room_in_order_and_paths_that_e
         assert alone in {*rooms, "eval"}
     for linking in (ROOT / "README.md", DOCS / "CONTRIBUTING.md"):
         assert "architecture.md" in linking.read_text("utf-8")
+
+
+def test_the_changes_name_every_removed_option_and_value():
+    (table,) = re.findall(r"\| removed \|.*?\n\n", PAGES["CHANGELOG.md"], re.DOTALL)
+    for name in OPTIONS:
+        section, option = name.split(".")
+        assert f"`{name}`" in table or f"`.{option}`" in table or (section == "data" and option.endswith("_column")), name
+    for name, value in VALUES:
+        assert f"`{name} {value}`" in table or (f"`{name} " in table and f"`{value}`" in table), value
