@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.distributed.group import Group
-from colm_scale.estimators.estimators import Estimator
+from colm_scale.estimators.base import Estimator
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.kept_sources import RecentSources
 from colm_scale.step.source_state import SourceState
@@ -32,8 +32,7 @@ class SelectionState:
     def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
         """All of it after ``step``; equal on every rank."""
         found = {"sources": self._sources(), "moments": self._estimator.moments.tensors()}
-        if self._estimator.store is not None:
-            found["sketches"] = self._estimator.store.state(step)
+        found["sketches"] = self._estimator.store.state(step)
         return {name: tensors for name, tensors in found.items() if tensors}
 
     def put_back(self, moment_steps: int, saved: Files | None) -> None:
@@ -47,8 +46,8 @@ class SelectionState:
         if moments.tensors():
             of_moments = self._shared(moments.tensors(), None if saved is None else saved["moments"])
             self._estimator.moments = moments.with_tensors(of_moments, moment_steps)
-        if self._estimator.store is not None:
-            self._estimator.store.keep(**self._sketches(None if saved is None else saved["sketches"]))
+        if self._estimator.store.entries:
+            self._estimator.store.add(**self._sketches(None if saved is None else saved["sketches"]))
         of_sources = self._shared(self._sources(), None if saved is None else saved["sources"])
         of_sources = {name: value.cpu() for name, value in of_sources.items()}
         self._known.recent = RecentSources(kept=of_sources["kept"], seen=of_sources["seen"])

@@ -8,7 +8,7 @@ from colm_scale.config import RunConfig
 from colm_scale.data.batching import Batching
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
 from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs, NoBlockInputs
@@ -25,7 +25,7 @@ from colm_scale.sketch.tap import Tap
 from colm_scale.step.measure import Measurement
 from colm_scale.step.select import SelectionStage
 from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
-from colm_scale.step.source_refresh import FixedSources, ReclusteredSources, SourceRefresh
+from colm_scale.step.source_refresh import FixedSources, ReclusteredSources, SeenStates, SourceRefresh
 from colm_scale.step.source_state import SourceState
 from colm_scale.step.step import CoresetStep
 from colm_scale.step.train import TrainingStage
@@ -68,16 +68,19 @@ def build_step(
     refresh: SourceRefresh = FixedSources()
     if config.reclusters:
         table = inputs.source_names, inputs.sizes, inputs.kept
-        refresh = ReclusteredSources(config, engine.module, *table, group)
+        seen = SeenStates(engine.module, train.seed, group)
+        refresh = ReclusteredSources(seen, *table, config.selection, config.sources.refresh_every)
     sketch: SketchStage = NoSketchStage(group.world_size)
     if tap is not None:
         estimator = make_estimator(tap, config.selection, train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
         sketch = EstimatorStage(estimator, batching, held, refresh, group, spans)
+    refresh_every = 0 if config.reclusters else config.sources.refresh_every
+    sources = SourceState(inputs.kept, shares, config.selection, refresh_every)
     return CoresetStep(
         sampler=inputs.sampler,
         refresh=refresh,
-        select=SelectionStage(rule, sketch, SourceState(inputs.kept, shares, config), group, spans),
+        select=SelectionStage(rule, sketch, sources, group, spans),
         train=TrainingStage(engine, batching, held, refresh, train, group),
         measure=Measurement(group, spans, train.seed, packed=packed, audits=config.audit),
         spans=spans,

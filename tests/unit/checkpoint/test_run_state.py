@@ -132,8 +132,8 @@ def test_sketches_that_still_count_come_back(tmp_path):
     run, again = parts(tmp_path, 7), parts(tmp_path, 1)
     for one in (run, again):
         one.estimator.store = SketchStore(reuse=4, entries=8)
-    run.estimator.store.keep(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
-    run.estimator.store.keep(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    run.estimator.store.add(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
+    run.estimator.store.add(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
     run.state.save(20)
     assert load(again, tmp_path) == 20
     places = again.estimator.store.find(torch.tensor([90, 70, 80, 60]), 21)
