@@ -34,8 +34,7 @@ from colm_scale.modeling.causal import CausalModel, moved
 from colm_scale.modeling.forward_reuse import NoBlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import find_probe, without_dropout
-from colm_scale.modeling.sample import in_last_block, sample_of_model
+from colm_scale.modeling.probe import find_probe, in_last_block, sample_of_model, without_dropout
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Candidates, MicroBatch, Route, Selection, StepReport, long_tensor

@@ -1,11 +1,11 @@
-"""Forward reuse: the coreset's backward starts from block inputs that the sketch of the candidates has held.
+"""Forward reuse: the coreset's backward starts from block inputs held during the sketch of the candidates.
 
 With activation checkpointing a training step runs each block forward, holds its input, and runs it again in the
-backward pass. The sketch has run the same blocks on the same weights before, so their inputs are known: a micro-batch
-that *reuses* that forward skips the first of these two, and costs one recomputation and the backward (DESIGN 3).
+backward pass. The sketch has already run the same blocks with the same weights, so their inputs are known: a
+micro-batch that *reuses* its forward skips the first of the two runs (DESIGN 3).
 
-Only the blocks below the first *live* one are reused. From there on, where the sketch has branched or has computed in
-another precision, and in the head, such a micro-batch runs as any other.
+Only the blocks below the first *live* one are reused. From the live block on, the sketch branches or computes in
+another precision, so the live blocks and the head run as usual.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.records import Batch
 
 _Found = Tensor | tuple[Tensor, ...]
-"""What a block returns."""
+"""The output of a block."""
 
 
 @dataclass(slots=True)
 class _Held:
-    """What went into the blocks with one micro-batch: of each block ``[tokens, hidden]``, padding included."""
+    """The inputs of each block for one micro-batch, ``[tokens, hidden]``, padding included."""
 
     batch: Batch
     inputs: list[Tensor]
 
 
 class BlockInputs(Protocol):
-    """Holds what goes into a model's blocks, and lets micro-batches of the same examples start from it.
+    """Holds the inputs of a model's blocks, for the training of the same examples.
 
     Attributes:
-        most_tokens: How many tokens of a rank can be held.
+        most_tokens: Number of tokens that can be held on a rank.
     """
 
     most_tokens: int
 
     def holding(self, most: int) -> AbstractContextManager[None]:
-        """A block whose first ``most`` forwards hold what goes into the model's blocks."""
+        """A context in which the first ``most`` forwards hold the block inputs."""
 
     def arrange(self, batches: Sequence[Batch]) -> None:
-        """Lay out what is held for ``batches``, whose examples are held, and forget the rest.
+        """Arrange the held inputs for ``batches``, whose examples are all held, and forget the rest.
 
-        A batch without positions, which only keeps step, starts from zeros.
+        An empty batch (no positions) starts from zeros.
         """
 
     def reusing(self, batch: Batch) -> AbstractContextManager[None]:
-        """A block in which one forward of an arranged batch skips the blocks below the live one; its backward makes up
-        for it."""
+        """A context in which one forward of an arranged batch skips the blocks below the live one. Its backward
+        computes them."""
 
 
 class NoBlockInputs(BlockInputs):
-    """Holds nothing, so every micro-batch runs its own forward."""
+    """Holds nothing: every micro-batch runs its own forward."""
 
     most_tokens = 0
 
@@ -81,14 +81,14 @@ class HeldBlockInputs(BlockInputs):
     """Holds block inputs on the device or in CPU memory.
 
     Args:
-        model: The loss module around the adapted model, sharded or not. Its blocks' forward is replaced by one that
-            does the same but inside `holding` and `reusing`.
-        live: The first block that a micro-batch runs that reuses the forward.
-        store: ``device`` or ``cpu``, where the inputs are held.
-        most_bytes: Most memory for them.
+        model: The loss module around the adapted model, sharded or not. The forward of its blocks is wrapped; outside
+            of `holding` and `reusing` it does the same as before.
+        live: The first block that is not reused.
+        store: ``device`` or ``cpu``, the memory in which inputs are held.
+        most_bytes: Limit for the held inputs.
 
     Raises:
-        UserError: The model draws at random while it trains, so that its forward is another each time.
+        UserError: The model has dropout, so that each forward is different.
     """
 
     def __init__(self, model: ExampleLoss, live: int, store: str = "device", most_bytes: float = math.inf):
@@ -104,11 +104,11 @@ class HeldBlockInputs(BlockInputs):
         self._reused: list[Tensor] = []
         self.most_tokens = sys.maxsize if most_bytes == math.inf else int(most_bytes // self.bytes_per_token)
         for number, block in enumerate(self._blocks):
-            block.forward = self._standing_in(number, block)
+            block.forward = self._wrapped(number, block)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that are held of a token."""
+        """Bytes held per token."""
         model = self._model.causal_model
         hidden: int = model.config.get_text_config().hidden_size
         return len(self._blocks) * hidden * input_weight(model).element_size()
@@ -128,7 +128,7 @@ class HeldBlockInputs(BlockInputs):
             for batch, of_batch in zip(batches, places):
                 self._arranged[id(batch)].append(self._laid_out(batch, of_batch, number))
             for held in self._held:
-                held.inputs[number] = torch.empty(0)  # block by block, so that hardly more is held than before
+                held.inputs[number] = torch.empty(0)  # block by block, to limit the peak memory
         self._held = []
 
     @contextmanager
@@ -142,7 +142,7 @@ class HeldBlockInputs(BlockInputs):
         finally:
             self._mode, self._reused = None, []
 
-    def _standing_in(self, number: int, block: nn.Module) -> Callable[..., _Found]:
+    def _wrapped(self, number: int, block: nn.Module) -> Callable[..., _Found]:
         live, forward = number == len(self._blocks) - 1, block.forward
 
         def again(known: Tensor, *args: object, **kwargs: object) -> _Found:
@@ -150,7 +150,7 @@ class HeldBlockInputs(BlockInputs):
                 found: _Found = forward(known, *args, **kwargs)
             return found
 
-        def stand_in(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
+        def wrapped(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
             found: _Found
             if self._mode == "hold":
                 self._hold(number, hidden_states)
@@ -168,7 +168,7 @@ class HeldBlockInputs(BlockInputs):
             )
             return (passed,) if self._in_tuples else passed
 
-        return stand_in
+        return wrapped
 
     def _hold(self, number: int, hidden: Tensor) -> None:
         batch = self._model.current_batch
@@ -177,12 +177,12 @@ class HeldBlockInputs(BlockInputs):
             if len(self._held) < self._most:
                 self._held.append(_Held(batch, []))
         if self._held and self._held[-1].batch is batch:
-            # A branched micro-batch begins with the examples as they are; one that is lifted to float32 was not yet.
+            # The first rows of a branched micro-batch are unchanged, and its input is not yet in float32.
             hidden = hidden.detach()[: len(batch.input_ids)].flatten(0, 1).to(self._like.dtype)
             self._held[-1].inputs.append(hidden.to("cpu", non_blocking=True) if self._store == "cpu" else hidden)
 
     def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
-        """Of each micro-batch that is held: its number, tokens of it, and where in ``batch`` they belong."""
+        """For each held micro-batch with examples of ``batch``: its number, tokens, and their places in ``batch``."""
         starts: dict[int, tuple[int, int]] = {}
         found: list[tuple[int, Tensor, Tensor]] = []
         for number, held in enumerate(self._held):
@@ -208,7 +208,7 @@ class HeldBlockInputs(BlockInputs):
 
 
 class _HeldInput(torch.autograd.Function):
-    """What goes into the live block, in place of what came out of the one before."""
+    """Replaces the live block's input by the held one."""
 
     @staticmethod
     def forward(_ctx: object, hidden: Tensor, known: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class _HeldInput(torch.autograd.Function):
 
 
 class _Context(Protocol):
-    """autograd's context, with what `_ReusedBlock` puts there."""
+    """autograd's context in `_ReusedBlock`."""
 
     needs_input_grad: tuple[bool, ...]
     inputs: list[Tensor]
@@ -231,9 +231,9 @@ class _Context(Protocol):
 
 
 class _ReusedBlock(torch.autograd.Function):
-    """A block that is not run: what goes in comes out. Its backward computes it, from the input that was held.
+    """Skips a block in the forward: its input is returned. The backward computes the block from the held input.
 
-    ``anchor`` requires a gradient where the first block's input does not, so that there is a backward.
+    ``anchor`` requires a gradient, so that there is a backward even if the first block's input requires none.
     """
 
     @staticmethod
@@ -262,7 +262,7 @@ class _ReusedBlock(torch.autograd.Function):
 
 @contextmanager
 def _not_checkpointed(block: nn.Module) -> Iterator[None]:
-    """A reused block is computed once, in the backward: to checkpoint it would be to compute it once more."""
+    """A context without activation checkpointing of ``block``, which is only computed in the backward."""
     if not isinstance(block, GradientCheckpointingLayer):
         yield
         return
@@ -280,6 +280,6 @@ def _check_no_dropout(model: ExampleLoss) -> None:
     drops += [name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)]
     if drops:
         raise UserError(
-            f"--train.forward_reuse needs a model without dropout, and this one has it, the first at {drops[0]}: leave "
-            f"it out, or give --lora.dropout 0"
+            f"--train.forward_reuse needs a model without dropout, and this one has dropout in {drops[0]}: leave it "
+            f"out, or use --lora.dropout 0"
         )
