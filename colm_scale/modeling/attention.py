@@ -49,9 +49,9 @@ def _packed(
     """An attention function of transformers: ``[R, heads, T, head_dim]`` to ``[R, T, heads, head_dim]``."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return _sdpa(module, query, key, value, attention_mask, **kwargs)
-    if may_flash and _takes_flash(query, value, kwargs):
-        return _flash(query, key, value, attention_mask, **kwargs), None
-    return _side_by_side(module, query, key, value, attention_mask, **kwargs), None
+    flash = may_flash and _takes_flash(query, value, kwargs)
+    run: Callable[..., Tensor] = _flash if flash else partial(_side_by_side, module)
+    return run(query, key, value, attention_mask, **kwargs), None
 
 
 for _name, _function in ((PACKED, _packed), (PACKED_SDPA, partial(_packed, may_flash=False))):

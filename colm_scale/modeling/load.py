@@ -63,7 +63,7 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
 
 
 def context_length(config: PretrainedConfig, most: int = _LONGEST_DEFAULT) -> int:
-    """The model's context length in tokens, at most ``most``; with its default, the default of ``--data.max_length``."""
+    """The model's context length in tokens, at most ``most``; by default that of ``--data.max_length``."""
     text = config.get_text_config()
     known: Iterator[int | None]
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
@@ -97,8 +97,8 @@ def _weights_folder(name: str) -> str:
     except OSError as error:
         why = "" if Path(name).is_dir() else f" ({_flat(error)})"
         raise UserError(
-            f"--lora.adapter {name} has no {SAFETENSORS_WEIGHTS_NAME}, and other formats are not read, because they can "
-            f"hold code: save the adapter as safetensors{why}"
+            f"--lora.adapter {name} has no {SAFETENSORS_WEIGHTS_NAME}, and other formats can hold code, so are not "
+            f"read: save it as safetensors{why}"
         ) from None
     assert found is not None  # else cached_file raises
     return str(Path(found).parent)

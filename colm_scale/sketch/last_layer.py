@@ -157,7 +157,7 @@ def rows_at(held: list[Gradients], columns: Tensor, groups: Tensor, moments: Mom
     """
     rows = [columns.new_zeros(0, columns.shape[1], dtype=torch.float32)]
     if not len(columns):
-        columns = columns.new_zeros(1, columns.shape[1])  # no source is ranked, but the rows still need a column to gather
+        columns = columns.new_zeros(1, columns.shape[1])  # no source is ranked; all rows become zero
     for gradients in held:
         group = groups[gradients.rows]
         own = columns[group.clamp(min=0)]
