@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +29,10 @@ from colm_scale.selection.moments import Moments, NoMoments
 from colm_scale.sketch.store import NoSketchStore, SketchStore
 
 
-class Estimator(Protocol):
-    """Computes the candidate matrix of each step. Every rank calls the methods once per step, in this order.
+class Estimator:
+    """Computes the candidate matrix of each step. The base class compares no candidates.
+
+    Every rank calls the methods once per step, in this order.
 
     Attributes:
         moments: Normalise the sketches.
@@ -41,7 +42,7 @@ class Estimator(Protocol):
         store: Numbers from earlier steps for sketch reuse. Part of a checkpoint, as are the moments.
     """
 
-    moments: Moments
+    moments: Moments = NoMoments()
     fixed_coordinates: bool = False
     facts: Mapping[str, float] = MappingProxyType({})
     store: SketchStore = NoSketchStore()
@@ -60,9 +61,11 @@ class Estimator(Protocol):
             ``[s, c]`` float32, equal on every rank: the numbers of each candidate in the plan, zero if it was not
             forwarded. A row that is not finite is a failed sketch.
         """
+        return torch.zeros(0, 0)
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         """The candidate matrix, from the numbers that `exchange` returned."""
+        return CandidateMatrix.without_rows()
 
     def gather(self) -> CandidateMatrix:
         """Exchange, and return the candidate matrix, equal on every rank."""
@@ -70,27 +73,10 @@ class Estimator(Protocol):
 
     def learn(self, selection: Selection) -> None:
         """Update the moments from the picked (not kept) rows, and forget the sketches."""
-        return
 
     def restart_moments(self) -> None:
         """Forget the moments, because the sources have changed."""
         self.moments = self.moments.fresh()
-
-
-class NoEstimator(Estimator):
-    """Computes nothing, for a method that does not compare candidates."""
-
-    def __init__(self) -> None:
-        self.moments = NoMoments()
-
-    def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
-        """Sketch nothing."""
-
-    def exchange(self) -> Tensor:
-        return torch.zeros(0, 0)
-
-    def matrix(self, numbers: Tensor) -> CandidateMatrix:
-        return CandidateMatrix.without_rows()
 
 
 class Sketching(Estimator):

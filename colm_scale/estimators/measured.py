@@ -12,7 +12,6 @@ from colm_scale.distributed.group import Group
 from colm_scale.errors import TrainingError
 from colm_scale.estimators.base import Estimator, Sketching, finite
 from colm_scale.records import Batch, CandidateMatrix, Candidates, SketchPlan
-from colm_scale.selection.moments import NoMoments
 from colm_scale.sketch.tap import Tap
 
 
@@ -27,7 +26,6 @@ class Measured(Sketching):
     fixed_coordinates = True
 
     def __init__(self, tap: Tap, group: Group, name: str):
-        self.moments = NoMoments()
         self._tap, self._group, self._name = tap, group, name
         self._measure: Callable[[Tap, Batch], object] = load_own("selection.estimator", name, parameters=2)
 
@@ -58,7 +56,6 @@ class Length(Estimator):
     fixed_coordinates = True
 
     def __init__(self, group: Group):
-        self.moments = NoMoments()
         self._group = group
 
     def known(self, candidates: Candidates) -> Tensor:

@@ -31,7 +31,7 @@ from colm_scale.integrations.candidates import Columns, as_examples, rows_of
 from colm_scale.integrations.options import LOOP, as_run
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA
 from colm_scale.modeling.causal import CausalModel, moved
-from colm_scale.modeling.forward_reuse import NoBlockInputs
+from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe, in_last_block, sample_of_model, without_dropout
@@ -44,8 +44,8 @@ from colm_scale.selection.shares import check_shares, source_shares
 from colm_scale.sketch.tap import Tap
 from colm_scale.step.measure import Measurement
 from colm_scale.step.select import Chosen, SelectionStage
-from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
-from colm_scale.step.source_refresh import FixedSources
+from colm_scale.step.sketch import EstimatorStage, SketchStage
+from colm_scale.step.source_refresh import SourceRefresh
 from colm_scale.step.source_state import SourceState
 from colm_scale.step.train import Routed, Trained, check_losses, route_coreset
 
@@ -195,11 +195,11 @@ class CoresetSelector:
 
     def _sketch_stage(self, tap: Tap | None) -> SketchStage:
         if tap is None:
-            return NoSketchStage(self.group.world_size)
+            return SketchStage(self.group.world_size)
         selection, train = self.config.selection, self.config.train
         estimator = make_estimator(tap, selection, train, self.group)
         estimator = reusing(estimator, selection, int(self.sizes.sum()))
-        return EstimatorStage(estimator, self._batching, NoBlockInputs(), FixedSources(), self.group, self._spans)
+        return EstimatorStage(estimator, self._batching, BlockInputs(), SourceRefresh(), self.group, self._spans)
 
     def _draw(self, batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples]) -> tuple[Candidates, Examples]:
         """The candidates of all ranks. Missing ids are replaced by the running number of the candidate."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +39,18 @@ class _Held:
     inputs: list[Tensor]
 
 
-class BlockInputs(Protocol):
-    """Holds the inputs of a model's blocks, for the training of the same examples.
+class BlockInputs:
+    """Inputs of a model's blocks, held for the training of the same examples. The base class holds none.
 
     Attributes:
         most_tokens: Number of tokens that can be held on a rank.
     """
 
-    most_tokens: int
+    most_tokens = 0
 
     def holding(self, most: int) -> AbstractContextManager[None]:
         """A context in which the first ``most`` forwards hold the block inputs."""
+        return nullcontext()
 
     def arrange(self, batches: Sequence[Batch]) -> None:
         """Arrange the held inputs for ``batches``, whose examples are all held, and forget the rest.
@@ -60,20 +61,6 @@ class BlockInputs(Protocol):
     def reusing(self, batch: Batch) -> AbstractContextManager[None]:
         """A context in which one forward of an arranged batch skips the blocks below the live one. Its backward
         computes them."""
-
-
-class NoBlockInputs(BlockInputs):
-    """Holds nothing: every micro-batch runs its own forward."""
-
-    most_tokens = 0
-
-    def holding(self, most: int) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def arrange(self, batches: Sequence[Batch]) -> None:
-        """Nothing is held."""
-
-    def reusing(self, batch: Batch) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -219,17 +206,6 @@ class _HeldInput(torch.autograd.Function):
         return gradient, None
 
 
-class _Context(Protocol):
-    """autograd's context in `_ReusedBlock`."""
-
-    needs_input_grad: tuple[bool, ...]
-    inputs: list[Tensor]
-    number: int
-    block: Callable[[Tensor], _Found]
-    shape: torch.Size
-    device: torch.device
-
-
 class _ReusedBlock(torch.autograd.Function):
     """Skips a block in the forward: its input is returned. The backward computes the block from the held input.
 
@@ -238,19 +214,19 @@ class _ReusedBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: Any,
         hidden: Tensor,
         anchor: Tensor,
         inputs: list[Tensor],
         number: int,
         block: Callable[[Tensor], _Found],
     ) -> Tensor:
-        ctx.inputs, ctx.number, ctx.block, ctx.shape = inputs, number, block, hidden.shape
-        ctx.device = hidden.device
+        ctx.inputs, ctx.number, ctx.block = inputs, number, block
+        ctx.shape, ctx.device = hidden.shape, hidden.device
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         known = ctx.inputs[ctx.number].to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
         ctx.inputs[ctx.number] = torch.empty(0)
         with torch.enable_grad():

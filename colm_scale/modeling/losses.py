@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +26,6 @@ CHUNK_BYTES = 64 * 2**20
 _Post = Callable[[Tensor], Tensor]
 
 
-class _Context(Protocol):
-    """The part of autograd's context that `_FrozenHeadCrossEntropy` uses."""
-
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, ...]
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-
-
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """Cross-entropy of ``post(hidden @ weight.T + bias)`` per row, for a head that is not trained.
 
@@ -45,7 +36,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -62,7 +53,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: _Context, output_gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         scaled = gradient.float() * output_gradient.unsqueeze(1)
         return scaled.to(gradient.dtype), None, None, None, None, None

@@ -11,7 +11,7 @@ from colm_scale.engines.base import Engine
 from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
-from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs, NoBlockInputs
+from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -24,8 +24,8 @@ from colm_scale.sketch.precision import FLOAT32_BLOCKS
 from colm_scale.sketch.tap import Tap
 from colm_scale.step.measure import Measurement
 from colm_scale.step.select import SelectionStage
-from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
-from colm_scale.step.source_refresh import FixedSources, ReclusteredSources, SeenStates, SourceRefresh
+from colm_scale.step.sketch import EstimatorStage, SketchStage
+from colm_scale.step.source_refresh import ReclusteredSources, SeenStates, SourceRefresh
 from colm_scale.step.source_state import SourceState
 from colm_scale.step.step import CoresetStep
 from colm_scale.step.train import TrainingStage
@@ -59,18 +59,18 @@ def build_step(
         alike = None if tap is None else _alike(config, tap)
         compile_blocks(decoder_blocks(engine.module.causal_model)[1][:alike])
     batching = batching_of(config, inputs, engine.module, group)
-    held: BlockInputs = NoBlockInputs()
+    held = BlockInputs()
     if tap is not None and train.forward_reuse != "off":
         most_bytes = train.forward_reuse_gib * 2**30
         held = HeldBlockInputs(tap.model, _alike(config, tap), train.forward_reuse, most_bytes)
     shares = source_shares(config.selection.shares, inputs.source_names, inputs.sizes)
     rule = SelectionRule(config.selection, inputs.kept, train.seed, shares, inputs.record)
-    refresh: SourceRefresh = FixedSources()
+    refresh = SourceRefresh()
     if config.reclusters:
         table = inputs.source_names, inputs.sizes, inputs.kept
         seen = SeenStates(engine.module, train.seed, group)
         refresh = ReclusteredSources(seen, *table, config.selection, config.sources.refresh_every)
-    sketch: SketchStage = NoSketchStage(group.world_size)
+    sketch = SketchStage(group.world_size)
     if tap is not None:
         estimator = make_estimator(tap, config.selection, train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from colm_scale.data.batching import Batching
 from colm_scale.data.examples import Examples
 from colm_scale.distributed.group import Group
 from colm_scale.errors import TrainingError
-from colm_scale.estimators.base import Estimator, NoEstimator
+from colm_scale.estimators.base import Estimator
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Quota, Selection, SketchPlan
@@ -37,20 +36,27 @@ class Sketched:
     held_on: Tensor
 
 
-class SketchStage(Protocol):
-    """Sketches the candidates of a step. All ranks call it together.
+class SketchStage:
+    """The sketch of a step. The base class sketches nothing, for a method that does not compare candidates.
+
+    All ranks call it together.
 
     Attributes:
         estimator: Computes the candidate matrix, with moments from earlier steps.
     """
 
-    estimator: Estimator
+    def __init__(self, ranks: int):
+        self.estimator = Estimator()
+        self._empty = SketchPlan.of_nobody(ranks)
 
     def plan(self, candidates: Candidates, quota: Quota) -> SketchPlan:
         """Plan the sketch without computing it."""
+        return self._empty
 
     def __call__(self, candidates: Candidates, examples: Examples, quota: Quota) -> Sketched:
         """Sketch the candidates that have to be compared."""
+        held_on = torch.full_like(candidates.lengths, -1)
+        return Sketched(self._empty, CandidateMatrix.without_rows(), [], held_on)
 
     def learn(self, sketched: Sketched, selection: Selection, step: int) -> None:
         """Update the moments from the selection.
@@ -61,26 +67,6 @@ class SketchStage(Protocol):
 
     def facts(self, sketched: Sketched, selection: Selection) -> dict[str, float]:
         """Numbers about the sketch for the step's report, by name."""
-
-
-class NoSketchStage(SketchStage):
-    """Sketches nothing, for a method that does not compare candidates."""
-
-    def __init__(self, ranks: int):
-        self.estimator = NoEstimator()
-        self._empty = SketchPlan.of_nobody(ranks)
-
-    def plan(self, candidates: Candidates, quota: Quota) -> SketchPlan:
-        return self._empty
-
-    def __call__(self, candidates: Candidates, examples: Examples, quota: Quota) -> Sketched:
-        held_on = torch.full_like(candidates.lengths, -1)
-        return Sketched(self._empty, CandidateMatrix.without_rows(), [], held_on)
-
-    def learn(self, sketched: Sketched, selection: Selection, step: int) -> None:
-        """There is nothing to learn from."""
-
-    def facts(self, sketched: Sketched, selection: Selection) -> dict[str, float]:
         return {}
 
 

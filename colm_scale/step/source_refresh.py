@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,23 +60,27 @@ class Drift:
     seconds: float
 
 
-class SourceRefresh(Protocol):
-    """Keeps track of each example's current source. Equal on every rank."""
+class SourceRefresh:
+    """Keeps track of each example's current source. The base class never re-clusters. Equal on every rank."""
 
     def relabelled(self, candidates: Candidates) -> Candidates:
         """The candidates of a step with their current sources."""
+        return candidates
 
     def watching(self) -> AbstractContextManager[None]:
         """A context in which the hidden states of every forward are recorded."""
+        return nullcontext()
 
     def gather(self, candidates: Candidates) -> None:
         """Combine the states that all ranks have recorded in a step. All ranks call it together."""
 
     def __call__(self, step: int, state: SourceState) -> Drift | None:
         """Re-cluster after a step if due, and renew ``state``. All ranks call it together."""
+        return None
 
     def state(self) -> dict[str, Tensor]:
         """The first rank's part of a checkpoint."""
+        return {}
 
     def load(self, saved: Mapping[str, Tensor] | None, state: SourceState) -> None:
         """Continue from the first rank's `state`; the other ranks pass None. All ranks call it together.
@@ -85,28 +88,6 @@ class SourceRefresh(Protocol):
         Args:
             state: Kept sources, already restored; its shares are set.
         """
-
-
-class FixedSources(SourceRefresh):
-    """Leaves every example in its source in the data."""
-
-    def relabelled(self, candidates: Candidates) -> Candidates:
-        return candidates
-
-    def watching(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def gather(self, candidates: Candidates) -> None:
-        """Nothing was recorded."""
-
-    def __call__(self, step: int, state: SourceState) -> Drift | None:
-        return None
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, saved: Mapping[str, Tensor] | None, state: SourceState) -> None:
-        """There is nothing to restore."""
 
 
 class SeenStates:

@@ -21,7 +21,7 @@ from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.kept_sources import RecentSources
 from colm_scale.selection.moments import AdamMoments
 from colm_scale.sketch.store import SketchStore
-from colm_scale.step.source_refresh import FixedSources
+from colm_scale.step.source_refresh import SourceRefresh
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 IDENTITY = {"config": {"train.seed": 0}, "data": "d", "model": "m"}
@@ -50,7 +50,7 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     sources = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
     select = SimpleNamespace(sketch=SimpleNamespace(estimator=estimator), sources=sources)
     train = SimpleNamespace(engine=engine)
-    step = SimpleNamespace(sampler=sampler, refresh=FixedSources(), select=select, train=train)
+    step = SimpleNamespace(sampler=sampler, refresh=SourceRefresh(), select=select, train=train)
     state = RunState(CheckpointFolder(folder, 1), identity, {}, step, session, GROUP)
     return SimpleNamespace(
         engine=engine, estimator=estimator, sources=sources, sampler=sampler, session=session, state=state

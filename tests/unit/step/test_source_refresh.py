@@ -18,7 +18,7 @@ from colm_scale.randomness import generator
 from colm_scale.records import Candidates, long_tensor
 from colm_scale.reporting.facts import drift_line
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.source_refresh import DIMENSIONS, FixedSources, ReclusteredSources, SeenStates
+from colm_scale.step.source_refresh import DIMENSIONS, ReclusteredSources, SeenStates, SourceRefresh
 from colm_scale.step.source_state import SourceState
 
 CONFIG = RunConfig(data=DataConfig(train=["a.jsonl"], sources="b.jsonl"), sources=SourcesConfig(refresh_every=2))
@@ -112,7 +112,7 @@ def test_kept_sources_and_shares_are_those_of_the_sizes_now(parts):
 
 
 def test_fixed_sources_stay_as_the_data_gives_them():
-    fixed, given = FixedSources(), candidates(0, 1, 2)
+    fixed, given = SourceRefresh(), candidates(0, 1, 2)
     assert fixed.relabelled(given) is given
     assert fixed(2, STATE) is None
     assert fixed.state() == {}
