@@ -18,8 +18,6 @@ from colm_scale.records import long_tensor
 
 ID = "coreset_id"
 """Column with an example's id; `numbered` adds it, with the row's number, if it is missing."""
-
-
 Row = Mapping[str, Any]
 """A row of a data set, raw or collated."""
 

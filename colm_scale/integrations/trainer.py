@@ -74,7 +74,7 @@ class CoresetTrainerMixin(Trainer):
         **kwargs: object,
     ):
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
-        if given.arguments.get("compute_loss_func") is not None:
+        if callable(given.arguments.get("compute_loss_func")):
             raise UserError("compute_loss_func would not be called, the coreset has its own loss: leave it out")
         if given.arguments.get("train_dataset") is not None:
             given.arguments["train_dataset"] = numbered(given.arguments["train_dataset"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 CausalModel = PreTrainedModel | PeftModel
@@ -31,3 +34,13 @@ def input_weight(model: PreTrainedModel) -> Tensor:
 def moved(model: _Module, to: torch.device | torch.dtype) -> _Module:
     """``model.to(to)``, in place (mypy cannot bind the ``to`` of transformers' models)."""
     return model.to(to)
+
+
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """A context after which these hooks are removed."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -7,8 +7,7 @@ and computes their cross-entropy chunk by chunk; the layer itself then multiplie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA, mask_of
-from colm_scale.modeling.causal import CausalModel, base_of
+from colm_scale.modeling.causal import CausalModel, base_of, hooked
 from colm_scale.records import Batch, Targets
 
 CHUNK_BYTES = 64 * 2**20
@@ -39,14 +38,15 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        trained = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden if trained else hidden[:0])
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
                 raw = F.linear(hidden[rows], weight, bias).detach().float().requires_grad_(True)
                 nll = F.cross_entropy(post(raw), targets[rows], reduction="none")
             losses[rows] = nll.detach()
-            if gradient is not None:
+            if trained:
                 (raw_gradient,) = torch.autograd.grad(nll, raw, torch.ones_like(nll))
                 gradient[rows] = raw_gradient.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
@@ -95,7 +95,12 @@ class ExampleLoss(nn.Module):
     Args:
         whole: Whether to call ``model`` itself, wrappers included, because another library has sharded it and gathers
             the weights outside the blocks in that call.
+
+    Attributes:
+        current_batch: The batch of the current forward.
     """
+
+    current_batch: Batch
 
     def __init__(self, model: CausalModel, *, whole: bool = False):
         super().__init__()
@@ -111,7 +116,6 @@ class ExampleLoss(nn.Module):
         self.watchers: list[Callable[[Batch, Tensor], None]] = []
         """Called in each forward with the batch and its last hidden states ``[*batch.input_ids.shape, c]``: the mean
         over the branches, if a sketch repeats the micro-batch."""
-        self._pass: _Pass | None = None
 
     def knows_logits(self) -> None:
         """Trust `_post_processing` without checking the first forward."""
@@ -127,47 +131,33 @@ class ExampleLoss(nn.Module):
         """Whether the model takes packed micro-batches."""
         return self.causal_model.config._attn_implementation in (PACKED, PACKED_SDPA)
 
-    @property
-    def current_batch(self) -> Batch:
-        """The batch of the current forward."""
-        assert self._pass is not None
-        return self._pass.batch
-
     def forward(self, batch: Batch, through: nn.Module | None = None) -> Tensor:
         """See the class; ``through`` is called in place of the model that it wraps (DDP, a DeepSpeed engine)."""
         if through is None:
             # Not through peft's wrapper, whose call would skip the hooks by which FSDP2 gathers the weights.
             through = self.model if self._whole else self.causal_model
-        current = self._pass = _Pass(batch)
+        self.current_batch, current = batch, _Pass(batch)
+        head = self.causal_model.get_output_embeddings()
         try:
-            with self._hooked(self.causal_model.get_output_embeddings(), current):
+            # Registered last, they run after ZeRO-3's hooks have gathered the head.
+            with hooked(
+                head.register_forward_pre_hook(partial(self._before_head, current)),
+                head.register_forward_hook(current.keep_logits),
+            ):
                 logits: Tensor = through(input_ids=batch.input_ids, **_mask_arguments(batch), use_cache=False).logits
         finally:
-            self._pass = None
+            del self.current_batch
         if self._fused and not self._post_checked:
             self._post_checked = True
             self._fused = _close(self._post(current.raw_logits.float()), logits.float())
             if not self._fused:
                 again: Tensor = self(batch, through)
                 return again
-        if current.losses is None:
+        if not self._fused:
             current.losses = F.cross_entropy(logits[0].float(), current.wanted, reduction="none")
         found = _mean_per_example(current.losses.view(current.branches, len(batch.targets.tokens)), batch.targets)
         # A library that shards the whole model expects a gradient of its output in the backward: it gets zeros.
         return found + logits.flatten()[:0].sum() if self._whole and logits.requires_grad else found
-
-    @contextmanager
-    def _hooked(self, head: nn.Linear, current: _Pass) -> Iterator[None]:
-        """Hooks for one forward. Registered last, they run after ZeRO-3's hooks have gathered the head."""
-        handles = (
-            head.register_forward_pre_hook(partial(self._before_head, current)),
-            head.register_forward_hook(current.keep_logits),
-        )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _before_head(self, current: _Pass, head: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
@@ -190,7 +180,7 @@ class _Pass:
 
     def __init__(self, batch: Batch):
         self.batch, self.branches = batch, 1
-        self.losses: Tensor | None = None
+        self.losses: Tensor
         self.raw_logits: Tensor
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import hooked
 from colm_scale.randomness import generator
 
 ROLES = {
@@ -168,11 +169,8 @@ class _Trials:
             return shifted
 
         before = self._without_change(copies)
-        handle = layer.register_forward_hook(shift)
-        try:
+        with hooked(layer.register_forward_hook(shift)):
             after = self._inputs(copies)
-        finally:
-            handle.remove()
         return {other: (x - before[other]) / size for other, x in after.items() if other != name}
 
     def _without_change(self, copies: int) -> dict[str, Tensor]:
@@ -196,13 +194,9 @@ class _Trials:
 
             return hook
 
-        handles = [module.register_forward_pre_hook(watch(name)) for name, module in self.linears.items()]
-        try:
+        with hooked(*(module.register_forward_pre_hook(watch(name)) for name, module in self.linears.items())):
             tokens = torch.arange(1, _TOKENS + 1, device=next(self._model.parameters()).device).repeat(copies, 1)
             self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         return inputs
 
 

@@ -29,37 +29,25 @@ class Gradients:
 
     Attributes:
         rows: ``[B]`` row of each example in the candidate matrix.
-        delta: ``[B, T, d_out]`` and
-        a: ``[B, T, r]`` the factors, or None.
-        product: ``[B, d_out, r]`` the gradients, or None.
+        shape: ``(d_out, r)`` of a gradient.
+        parts: The factors, delta ``[B, T, d_out]`` and a ``[B, T, r]``; or the gradients ``[B, d_out, r]`` alone.
     """
 
     rows: Tensor
-    delta: Tensor | None
-    a: Tensor | None
-    product: Tensor | None
+    shape: tuple[int, int]
+    parts: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
         """Hold the factors or their product."""
-        tokens, d_out = delta.shape[1:]
-        if tokens * (d_out + a.shape[2]) < d_out * a.shape[2]:
-            return cls(rows, delta, a, None)
-        return cls(rows, None, None, delta.transpose(1, 2) @ a)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(d_out, r)``."""
-        if self.product is not None:
-            return self.product.shape[1], self.product.shape[2]
-        delta, a = self._factors
-        return delta.shape[2], a.shape[2]
+        (tokens, d_out), r = delta.shape[1:], a.shape[2]
+        factors = tokens * (d_out + r) < d_out * r
+        return cls(rows, (d_out, r), (delta, a) if factors else (delta.transpose(1, 2) @ a,))
 
     @property
     def numbers(self) -> int:
         """Count of the numbers held."""
-        held = self._factors if self.product is None else (self.product,)
-        return sum(tensor.numel() for tensor in held)
+        return sum(part.numel() for part in self.parts)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(columns, [B, columns])`` over all d columns, a few output rows of the probe at a time."""
@@ -89,9 +77,9 @@ class Gradients:
 
     def at(self, columns: Tensor) -> Tensor:
         """``[B, h]`` entries of the gradients at each example's ``columns`` ``[B, h]``."""
-        if self.product is not None:
-            return self.product.flatten(1).gather(1, columns)
-        delta, a = self._factors
+        if len(self.parts) == 1:
+            return self.parts[0].flatten(1).gather(1, columns)
+        delta, a = self.parts
         tokens, r = a.shape[1:]
         delta = delta.gather(2, (columns // r).unsqueeze(1).expand(-1, tokens, -1))
         a = a.gather(2, (columns % r).unsqueeze(1).expand(-1, tokens, -1))
@@ -99,16 +87,10 @@ class Gradients:
 
     def _rows(self, out: slice, examples: slice = slice(None)) -> Tensor:
         """The gradients of some output rows of the probe, ``[B, rows * r]``."""
-        if self.product is not None:
-            return self.product[examples, out].flatten(1)
-        delta, a = self._factors
+        if len(self.parts) == 1:
+            return self.parts[0][examples, out].flatten(1)
+        delta, a = self.parts
         return (delta[examples, :, out].transpose(1, 2) @ a[examples]).flatten(1)
-
-    @property
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        assert self.delta is not None, "the gradients are held, not their factors"
-        assert self.a is not None
-        return self.delta, self.a
 
 
 def sketch(tap: Tap, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Gradients]:

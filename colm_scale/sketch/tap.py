@@ -8,17 +8,14 @@ weights need no special case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import hooked
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, without_dropout
 from colm_scale.records import Batch
@@ -75,7 +72,7 @@ class Tap:
             added = torch.bmm(args[0].reshape(branches, -1, r), weights.to(args[0]))
             return self._add_to(output, added.reshape(*output.shape[:-1], d_out))
 
-        with _hooks(
+        with hooked(
             self.block.register_forward_pre_hook(branch, with_kwargs=True),
             self.lora_b.register_forward_hook(change),
         ):
@@ -97,7 +94,7 @@ class Tap:
         def read(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen[:] = args[0].detach(), output
 
-        with _hooks(
+        with hooked(
             self.block.register_forward_pre_hook(start_graph, with_kwargs=True),
             self.lora_b.register_forward_hook(read),
         ):
@@ -138,7 +135,7 @@ class Tap:
             sizes.append({path: leaf.shape[0] for path, leaf in tensors if leaf.ndim})
 
         device = next(self.model.parameters()).device
-        with _hooks(self.block.register_forward_pre_hook(record, with_kwargs=True)):
+        with hooked(self.block.register_forward_pre_hook(record, with_kwargs=True)):
             for count in (2, 3):
                 rows = [torch.arange(1, 8)] * (count - 1)
                 rows.append(torch.arange(1, 5))  # padding, because some models drop a mask without any
@@ -166,15 +163,6 @@ def _repeat(
 
     repeated: _Arguments = pytree.tree_map_with_path(repeat, (args, kwargs))
     return repeated
-
-
-@contextmanager
-def _hooks(*handles: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _lora_b(layer: nn.Module, name: str) -> nn.Linear:

@@ -20,7 +20,7 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.kept_sources import RecentSources
 from colm_scale.selection.moments import AdamMoments
-from colm_scale.sketch.store import SketchStore
+from colm_scale.sketch.store import NoSketchStore, SketchStore
 from colm_scale.step.source_refresh import SourceRefresh
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
@@ -44,7 +44,7 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     """A run whose every part says ``number``."""
     engine = TorchEngine(ExampleLoss(adapted_model("llama")), TrainConfig(), GROUP)
     moments = AdamMoments(torch.ones(3) * number, torch.ones(3), number, (0.9, 0.99), 1e-8)
-    estimator = SimpleNamespace(moments=moments, store=None)
+    estimator = SimpleNamespace(moments=moments, store=NoSketchStore())
     sampler, session = Part(number), Part(number)
     recent = RecentSources(torch.tensor([number > 3, False]), torch.tensor([number, 2]))
     sources = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
