@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.config import RunConfig, SelectionConfig
-from colm_scale.data.batching import Batching, make_batch
+from colm_scale.data.batching import Batching
 from colm_scale.data.examples import Examples
 from colm_scale.distributed.examples import gather_examples
 from colm_scale.distributed.group import Group, connect
@@ -34,7 +34,7 @@ from colm_scale.modeling.causal import CausalModel, moved
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import find_probe, in_last_block, sample_of_model, without_dropout
+from colm_scale.modeling.probe import find_probe, in_last_block, sample_of_model, trial_batch, without_dropout
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Candidates, MicroBatch, Route, Selection, StepReport, long_tensor
@@ -245,9 +245,8 @@ def _prepare(
         base.config._attn_implementation = sample.config._attn_implementation
     if selection.method != "colm":
         # The first forward may run twice (`ExampleLoss`), and one that a backward follows must not.
-        row = torch.arange(1, 8)
         with torch.no_grad(), without_dropout(module):
-            module(make_batch([row], [torch.ones_like(row, dtype=torch.bool)], torch.arange(1), 0, device))
+            module(trial_batch([torch.arange(1, 8)], device))
         return module, None
     if model is base:
         raise UserError(

@@ -33,7 +33,6 @@ from colm_scale.integrations.candidates import CandidateCollator, Columns, count
 from colm_scale.integrations.options import as_run, check_arguments, loader_batch, optimizer_of
 from colm_scale.integrations.reports import Reports
 from colm_scale.integrations.selector import Coreset, CoresetSelector
-from colm_scale.modeling.causal import CausalModel
 from colm_scale.records import Json, MicroBatch, StepReport
 from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory
@@ -82,8 +81,8 @@ class CoresetTrainerMixin(Trainer):
         super().__init__(*given.args, **given.kwargs)
         check_arguments(self)
         sources = sources or count_sources(self.train_dataset, run.data.column("source"))
-        self._coresets = _Coresets(run, self.args, dict(sources))  # the only name that is added to the trainer's own
-        self.add_callback(_Steps(self, self._coresets))
+        self._coresets = _Coresets(self, run, dict(sources))  # the only attribute added to the trainer
+        self.add_callback(self._coresets)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: object, **kwargs: object) -> TrainOutput:
         """Train as the trainer does, and restore the state of the selection when resuming."""
@@ -128,8 +127,8 @@ class CoresetTrainerMixin(Trainer):
         super().log(logs, start_time)
 
 
-class _Coresets:
-    """The selection's side of a trainer, in an object of its own because a trainer has many attributes.
+class _Coresets(TrainerCallback):
+    """The selection's side of a trainer, apart from the trainer's own attributes.
 
     Attributes:
         run: All options, including those that the trainer decides.
@@ -141,8 +140,9 @@ class _Coresets:
 
     reports: Reports
 
-    def __init__(self, run: RunConfig, args: TrainingArguments, sources: dict[str, int]):
-        self._args, self._sources = args, sources
+    def __init__(self, trainer: CoresetTrainerMixin, run: RunConfig, sources: dict[str, int]):
+        self._trainer, self._sources = trainer, sources
+        args = trainer.args
         self._group = dataclasses.replace(connect(), device=args.device)
         self.loader_batch = loader_batch(run.selection, args, self._group.world_size)
         train = dataclasses.asdict(run.train) | optimizer_of(args) | {"seed": args.seed}
@@ -150,45 +150,49 @@ class _Coresets:
         self.columns = Columns(run.data.column("source"), run.data.column("protected"), tuple(sorted(sources)))
         self.resumed: Path | None = None
 
-    def begin(self, model: CausalModel, engine: str, done: int) -> None:
-        """Begin a training after ``done`` steps, on the prepared ``model``."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Make the selector for the prepared model."""
+        accelerator = self._trainer.accelerator
+        model = accelerator.unwrap_model(self._trainer.model_wrapped, keep_torch_compile=False)
         config = dataclasses.replace(self.run, output_dir=None)
         self._selector = CoresetSelector(model, config, self._sources, self._group)
         if self.resumed is not None:
             self._load(self.resumed / _CORESET)
-        self.reports = Reports(self._writer(engine, done))
+        self.reports = Reports(self._writer(str(accelerator.distributed_type), state.global_step))
 
     def select(self, parts: list[Examples], step: int, learning_rate: float) -> Coreset:
         """Select the coreset of a step, in one micro-batch per part."""
-        self._current = self._selector.select(
-            parts, step=step, micro_batches=len(parts), learning_rate=learning_rate
-        )
+        self._current = self._selector.select(parts, step=step, micro_batches=len(parts), learning_rate=learning_rate)
         return self._current
 
     def loss(self, micro_batch: MicroBatch, model: nn.Module) -> Tensor:
         """A micro-batch's loss, times the number of ranks, because their gradients are averaged."""
         return self._selector.loss(micro_batch, through=model) * self._group.world_size
 
-    def end_step(self) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Report the step after the optimizer."""
         report = self._selector.finish()
         assert report is not None
         self.reports.add(report, self._current.dropped)
 
-    def save(self, checkpoint: Path, step: int) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Save the state of the selection in the trainer's checkpoint."""
-        state = {"step": step, "run": self._identity(), "moment_steps": self._selector.state.moment_steps}
-        state["written_by"] = {"colm_scale": __version__, "ranks": self._group.world_size}
-        tensors = self._selector.state.tensors(step)
+        step, selection = state.global_step, self._selector.state
+        facts = {"step": step, "run": self._identity(), "moment_steps": selection.moment_steps}
+        facts["written_by"] = {"colm_scale": __version__, "ranks": self._group.world_size}
+        tensors = selection.tensors(step)
+        folder = _output_dir(args) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / _CORESET
         with self._group.together():
             if self._group.is_first:
-                CheckpointFolder(checkpoint / _CORESET, keep=1).write(step, state, tensors)
+                CheckpointFolder(folder, keep=1).write(step, facts, tensors)
 
     def _writer(self, engine: str, done: int) -> Callable[[StepReport], None]:
         """On the first rank, create the run directory and return its writer of reports."""
         with self._group.together():
             if self._group.is_first:
-                path = self.run.output_dir or str(_output_dir(self._args) / _CORESET)
+                path = self.run.output_dir or str(_output_dir(self._trainer.args) / _CORESET)
                 directory = RunDirectory(path, resume=True)  # replaces what an earlier training left there
                 meter = self._selector.meter
                 facts = {"device_name": meter.device_name, "memory": meter.label}
@@ -216,27 +220,6 @@ class _Coresets:
         """The facts that must not change when a training resumes; the trainer checks its own."""
         sources = ", ".join(f"{name} {count}" for name, count in sorted(self._sources.items()))
         return {"config": config_facts(self.run), "data": sources, "model": ""}
-
-
-class _Steps(TrainerCallback):
-    """Tells the selection about the progress of the trainer's loop."""
-
-    def __init__(self, trainer: CoresetTrainerMixin, coresets: _Coresets):
-        self._trainer, self._coresets = trainer, coresets
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        accelerator = self._trainer.accelerator
-        model = accelerator.unwrap_model(self._trainer.model_wrapped, keep_torch_compile=False)
-        self._coresets.begin(model, str(accelerator.distributed_type), state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._coresets.end_step()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        step = state.global_step
-        self._coresets.save(_output_dir(args) / f"{PREFIX_CHECKPOINT_DIR}-{step}", step)
 
 
 def _output_dir(args: TrainingArguments) -> Path:

@@ -27,7 +27,7 @@ PACKED = "packed"
 PACKED_SDPA = "packed_sdpa"
 """sdpa on the examples side by side, padded within the attention only."""
 _WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
-"""Whether the flash kernel of this torch supports a sliding window."""
+"""True if the flash kernel of this torch supports a sliding window."""
 _sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
 

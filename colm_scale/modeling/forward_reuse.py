@@ -82,7 +82,7 @@ class HeldBlockInputs(BlockInputs):
         _check_no_dropout(model)
         self._model, self._store = model, store
         self._blocks = decoder_blocks(model.causal_model)[1][: live + 1]
-        self._mode: str | None = None
+        self._mode = "run"
         self._most = 0
         self._like = torch.empty(0)
         self._in_tuples = False
@@ -106,7 +106,7 @@ class HeldBlockInputs(BlockInputs):
         try:
             yield
         finally:
-            self._mode = None
+            self._mode = "run"
 
     def arrange(self, batches: Sequence[Batch]) -> None:
         places = [self._places(batch) for batch in batches]
@@ -127,7 +127,7 @@ class HeldBlockInputs(BlockInputs):
                     stack.enter_context(_not_checkpointed(block))
                 yield
         finally:
-            self._mode, self._reused = None, []
+            self._mode, self._reused = "run", []
 
     def _wrapped(self, number: int, block: nn.Module) -> Callable[..., _Found]:
         live, forward = number == len(self._blocks) - 1, block.forward
@@ -170,11 +170,12 @@ class HeldBlockInputs(BlockInputs):
 
     def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
         """For each held micro-batch with examples of ``batch``: its number, tokens, and their places in ``batch``."""
-        starts: dict[int, tuple[int, int]] = {}
+        starts = {
+            position: (number, start)
+            for number, held in enumerate(self._held)
+            for position, start in zip(held.batch.positions.tolist(), held.batch.starts)
+        }
         found: list[tuple[int, Tensor, Tensor]] = []
-        for number, held in enumerate(self._held):
-            for position, start in zip(held.batch.positions.tolist(), held.batch.starts):
-                starts[position] = number, start
         by_held: dict[int, list[tuple[int, int, int]]] = {}
         for position, start, length in zip(batch.positions.tolist(), batch.starts, batch.lengths):
             number, held_start = starts[position]

@@ -62,7 +62,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 def _cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
 ) -> Tensor:
-    """The same as `_FrozenHeadCrossEntropy`, without its saved gradient."""
+    """Cross-entropy as in `_FrozenHeadCrossEntropy`, without a saved gradient."""
     losses = [
         F.cross_entropy(post(F.linear(rows, weight, bias).float()), wanted, reduction="none")
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk))
@@ -128,7 +128,7 @@ class ExampleLoss(nn.Module):
 
     @property
     def packs(self) -> bool:
-        """Whether the model takes packed micro-batches."""
+        """True if the model takes packed micro-batches."""
         return self.causal_model.config._attn_implementation in (PACKED, PACKED_SDPA)
 
     def forward(self, batch: Batch, through: nn.Module | None = None) -> Tensor:
@@ -192,7 +192,7 @@ class _Pass:
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two rows of logits differ by no more than rounding to bfloat16."""
+    """Compare two rows of logits, up to rounding to bfloat16."""
     return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
 
 

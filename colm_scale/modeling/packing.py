@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import first_blocks, without_dropout
-from colm_scale.records import Batch
+from colm_scale.modeling.probe import first_blocks, trial_batch, without_dropout
 
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest relative difference of a loss between attention kernels."""
@@ -52,11 +49,11 @@ def _try(model: PreTrainedModel, device: torch.device) -> str:
     rows = [torch.arange(2, 2 + length) for length in (7, 3, 5)]
     others = [torch.arange(20, 27), *rows[1:]]
     with torch.no_grad(), without_dropout(few):
-        padded = few(_batch(rows, device, packed=False))
+        padded = few(trial_batch(rows, device))
         for attention in (PACKED, PACKED_SDPA):
             config._attn_implementation = attention
             try:
-                packed, beside_others = (few(_batch(these, device, packed=True)) for these in (rows, others))
+                packed, beside_others = (few(trial_batch(these, device, packed=True)) for these in (rows, others))
             except Exception as error:  # models fail in many ways on rows they do not support
                 reason = f"{name} does not take packed rows ({type(error).__name__})"
                 continue
@@ -68,8 +65,3 @@ def _try(model: PreTrainedModel, device: torch.device) -> str:
                 model.config._attn_implementation = attention
                 return ""
     return reason
-
-
-def _batch(rows: list[Tensor], device: torch.device, *, packed: bool) -> Batch:
-    marks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    return make_batch(rows, marks, torch.arange(len(rows)), 0, device, packed=packed)

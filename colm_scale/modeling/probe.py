@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
 from colm_scale.randomness import global_draws
+from colm_scale.records import Batch
 
 _SAMPLE_VOCABULARY = 128
 
@@ -75,6 +77,12 @@ def first_blocks(base: PreTrainedModel, count: int) -> PreTrainedModel:
     assert isinstance(copied, nn.ModuleList)
     del copied[count:]
     return model
+
+
+def trial_batch(rows: list[Tensor], device: torch.device, *, packed: bool = False) -> Batch:
+    """A batch of rows of tokens, all of which carry loss, to try a model out."""
+    marks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return make_batch(rows, marks, torch.arange(len(rows)), 0, device, packed=packed)
 
 
 def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:

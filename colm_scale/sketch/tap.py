@@ -13,11 +13,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.causal import hooked
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import Probe, without_dropout
+from colm_scale.modeling.probe import Probe, trial_batch, without_dropout
 from colm_scale.records import Batch
 
 _Arguments = tuple[tuple[object, ...], dict[str, object]]
@@ -139,8 +138,7 @@ class Tap:
             for count in (2, 3):
                 rows = [torch.arange(1, 8)] * (count - 1)
                 rows.append(torch.arange(1, 5))  # padding, because some models drop a mask without any
-                marks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-                self.bare_losses(make_batch(rows, marks, torch.arange(count), 0, device))
+                self.bare_losses(trial_batch(rows, device))
         two, *_, three = sizes
         return {path: size // 2 for path, size in two.items() if 3 * size == 2 * three.get(path, 0)}
 

@@ -61,7 +61,7 @@ def rows_from_coefficients(
         coefficients: ``[s, K]`` finite.
         valid: ``[s]`` bool; other rows are zero and do not influence the choice of columns.
         directions: ``[K, d]``.
-        moments: Of length 1 for K = 1, else d.
+        moments: Averages of length 1 for K = 1, else d.
         plan: Gives the ranked source of each row.
 
     Returns:

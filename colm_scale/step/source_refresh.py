@@ -44,8 +44,8 @@ class Drift:
         examples: Number of clustered examples: all those seen since the last one.
         moved: Number of examples that changed source.
         new: Sources most of whose examples had another source before.
-        kept: Sources that are kept from now on, and were not.
-        no_longer_kept: Sources that were kept so far.
+        kept: Sources that have become kept.
+        no_longer_kept: Sources that are not kept any more.
         sizes: Training examples of each source by name, as far as known.
         seconds: Its duration.
     """
