@@ -31,7 +31,7 @@ from colm_scale.data.batching import collate
 from colm_scale.distributed.group import connect
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.errors import UserError
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
