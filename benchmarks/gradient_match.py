@@ -1,4 +1,4 @@
-"""How near the coreset's gradient over all adapters is to that of all candidates, for every estimator and ranking.
+"""Nearness of the coreset's gradient over all adapters to that of all candidates, for every estimator and ranking.
 
 python benchmarks/gradient_match.py       the built-in base and mixture, before training and after 40 steps
 python benchmarks/gradient_match.py --model FOLDER --data F.jsonl --steps 0 --pool 512 -- --train.dtype bfloat16
