@@ -25,6 +25,7 @@ from colm_scale.run import process
 from colm_scale.run.assemble import batching_of
 from colm_scale.run.prepare import Prepared, prepare
 from colm_scale.run.reports import Reports
+from colm_scale.run.session import Session
 from colm_scale.step.preview import Preview, preview
 
 _STEPS = 3
@@ -70,7 +71,7 @@ def run(config: RunConfig) -> int:
 def _look(config: RunConfig, group: Group, watch: Watch, seen: list[Sight]) -> bool:
     """Look at the next steps, in place of `train`. All ranks call it together."""
     prepared = prepare(config, group, watch)
-    with prepared.session(Reports()) as session:
+    with Session(prepared.engine, prepared.evaluator, Reports(), group) as session:
         done = prepared.state(session).load(prepared.found)
     batching = batching_of(config, prepared.inputs, prepared.engine.module, group)
     previews, label_share = [], 0.0

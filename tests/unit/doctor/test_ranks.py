@@ -16,11 +16,11 @@ from colm_scale.doctor.ranks import check_ranks, findings_of
 
 DEAF = """
 import socket
-from colm_scale.distributed import reach
+from colm_scale.distributed import connectivity
 
-reach._CONNECT_SECONDS = 0.5
+connectivity._CONNECT_SECONDS = 0.5
 if {deaf}:
-    reach._Meeting._answer = lambda self: None
+    connectivity._Meeting._answer = lambda self: None
 from colm_scale.doctor.ranks import _main
 _main()
 """
