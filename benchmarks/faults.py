@@ -174,7 +174,7 @@ def went_on(workshop: Workshop, fault: Fault, place: Path, seen: Path) -> int:
     """Resume to the end; returns the step from which the run resumed."""
     options = ["--checkpoint.fallback", "true"] if fault.kind == "damaged checkpoint" else []
     outcome = workshop.go_on(place, fault.engine, *options, ranks=fault.ranks).succeeded()
-    found = re.search(r"going on after step (\d+),", outcome.stdout)
+    found = re.search(r"resuming after step (\d+),", outcome.stdout)
     return int(found[1]) if found else 0
 
 

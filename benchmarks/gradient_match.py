@@ -31,7 +31,7 @@ from colm_scale.data.batching import collate
 from colm_scale.distributed.group import connect
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.errors import UserError
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
@@ -137,8 +137,8 @@ class Bench:
         self._group = group = connect()
         self._inputs = inputs = read_inputs(config, group)
         self._examples = inputs.sampler.examples
-        self._module, self._tap = assembly.build_model(config, loading_device(config, None, group), group)
-        engine = make_engine(config, None, self._module, group)
+        self._module, self._tap = assembly.build_model(config, loading_device(config, {}, group), group)
+        engine = make_engine(config, {}, self._module, group)
         random = replace(config, selection=replace(config.selection, method="random"))
         spans = Spans(group.device, memory_meter(group.device))
         self._step = assembly.build_step(random, inputs, engine, None, spans, group)

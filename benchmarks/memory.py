@@ -32,7 +32,7 @@ from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.modeling.load import check_model
 from colm_scale.plan.fake import FakeModel, fake_model, tried
-from colm_scale.plan.memory import peaks
+from colm_scale.plan.memory import Batches, peaks
 from colm_scale.plan.plan import arranged
 from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.profiling.memory import memory_meter
@@ -96,9 +96,9 @@ def share_tokens(arm: str, ranks: int, tokens: int) -> int:
 
 def predicted(config, fake: FakeModel, ranks: int, tokens: int) -> dict[str, object]:
     """Peak bytes by phase, and bytes of the weights among them."""
-    ds_config = read_ds_config(config, ranks) if config.ds_config else None
+    ds_config = read_ds_config(config, ranks)
     batches = arranged(config, PlanConfig(world_size=ranks, tokens=tokens), packed=fake.module.packs)
-    found = peaks(config, ds_config, fake, ranks, batches.sketched, batches.trained)
+    found = peaks(config, ds_config, fake, ranks, batches)
     return {"phases": found.phases, "peak": found.step, "weights": found.engine.weights}
 
 
@@ -167,7 +167,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
     group.close()
     of = check_model(config.model)
     fake = fake_model(config, of, tried(config, of))
-    guess = peaks(config, inputs.ds_config, fake, ranks, sketched, trained, share)
+    guess = peaks(config, inputs.ds_config, fake, ranks, Batches(sketched, trained), share)
     row = {"benchmark": "memory", "kind": "measured", "model": config.model.name or "built-in base", "engine": engine}
     row |= {"arm": arm, "ranks": ranks, "checkpointing": checkpointing, "accumulated": accumulated}
     row |= {"measured": own, "phases": guess.phases, "peak": guess.step, "weights": guess.engine.weights}

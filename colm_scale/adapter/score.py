@@ -36,7 +36,7 @@ from colm_scale.records import long_tensor
 from colm_scale.reporting.run_directory import finite
 from colm_scale.reporting.summary import Evaluation
 from colm_scale.run import process
-from colm_scale.run.evaluate import HeldOutEvaluator
+from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
 from colm_scale.selection.quota import kept_sources
 
 _WIDTH = 110
@@ -129,17 +129,16 @@ def _score(
     module = _module(config, trained, group)
     sizes = long_tensor(list(trained.sources.values()))
     small = kept_sources(sizes, names, None)
-    tokens, seed = config.train.micro_batch_tokens, config.train.seed
-    evaluator = HeldOutEvaluator(examples, sizes, small, tokenizer, config.eval, group, tokens, seed, watch.enter)
+    held_out = HeldOut(examples, sizes, small, tokenizer)
+    evaluator = HeldOutEvaluator(held_out, config.eval, config.train, group, watch.enter)
     evaluations = []
     assert isinstance(module.model, PeftModel)
     for without in (nullcontext(), module.model.disable_adapter())[: 1 + options.base]:
         with without:
             evaluations.append(evaluator(module, 0))
     if group.is_first:
-        counted = {"too long, dropped": examples.dropped, "too long, cut": examples.cut}
-        counted["above --limit, not evaluated"] = evaluator.left_out
-        left_out = {why: counts for why, counts in counted.items() if counts}
+        named = {why.removeprefix("held-out examples "): counts for why, counts in evaluator.left_out.items()}
+        left_out = {why.replace("--eval.", "--"): counts for why, counts in named.items() if counts}
         found.append(Scores(data, evaluations[0], evaluations[1] if options.base else None, left_out))
     return True
 

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: equal options that decide what is computed, equal data, equal base model."""
+"""The identity of a run: the options that decide what is computed, the training data and the base model."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ _VOLATILE = {
     "_attn_implementation",
     "use_cache",
 }
-"""Keys of a model's configuration that say where it came from or how it is run, not what it computes."""
+"""Keys of a model's configuration about its origin or how it is run, not about what it computes."""
 _LEFT_OUT = {
-    "data.train": "the data's digest covers what they hold, wherever they lie",
-    "data.eval": "nothing that is trained depends on it",
+    "data.train": "the data's digest covers the contents; the place does not matter",
+    "data.eval": "training does not depend on it",
     "data.sources": "the data's digest covers them",
-    "data.chat_template": "the data's digest covers what it writes",
-    "selection.replay": "the data's digest covers what it holds, wherever it lies",
+    "data.chat_template": "the data's digest covers the rendered text",
+    "selection.replay": "the data's digest covers the contents; the place does not matter",
     "train.threads": "rounding at most",
     "train.activation_checkpointing": "rounding at most",
     "train.compile": "rounding at most",
     "train.forward_reuse": "rounding at most",
     "train.forward_reuse_gib": "rounding at most",
-    "train.timeout": "ends a run, but changes none",
+    "train.timeout": "ends a run but does not change one",
 }
-"""Options of the compared sections that may differ, and why."""
+"""Options that may differ, and why. All others of the compared sections must be equal."""
 _MAKE_OTHER_WEIGHTS = {"train.dtype", "model.quantize"}
-"""Where one of these differs, the model's digest does too, and nothing more is to be said about it."""
+"""Options that change the model's digest; if one differs, the message does not repeat that the model does."""
 _NONE = "no such option"
-"""In place of the value of an option that one version has and the other has not."""
+"""Stands for the value of an option that the other version does not have."""
 
 
 def model_digest(module: nn.Module) -> str:
-    """SHA-256 of a base model, in hexadecimal: its configuration, and a sample of each frozen parameter.
+    """Compute the SHA-256 of a base model, in hexadecimal: of its configuration and a sample of each frozen parameter.
 
-    Equal with and without adapters, on every device, and wherever the model was loaded from. A sample reads at most
-    1,024 elements at equal distances, so this takes moments for billions of parameters, and another fine-tuning of the
-    same model has another digest; a change that leaves all of them alone goes unseen.
+    Adapters, device and origin do not change it. A sample has at most 1,024 elements at equal distances, so billions of
+    parameters take moments. Other fine-tunings of a model have other digests, but a change of unsampled elements alone
+    goes unnoticed.
 
     Args:
-        module: A transformers model or what is wrapped around one, before an engine cuts it into shards.
+        module: A transformers model or a module around one, before an engine shards it.
     """
     model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
     digest = hashlib.sha256(json.dumps(_lasting(model.config.to_diff_dict()), sort_keys=True, default=str).encode())
-    # peft moves the layer it adapts one level down.
+    # peft moves an adapted layer one level down.
     frozen = {
         name.replace(".base_layer.", "."): parameter.data
         for name, parameter in model.named_parameters()
@@ -74,13 +74,13 @@ def model_digest(module: nn.Module) -> str:
 
 
 def config_facts(config: RunConfig) -> Json:
-    """The options that decide what is computed, by dotted name, as JSON gives them back.
+    """Return the options that decide what is computed, by dotted name, as JSON gives them back.
 
-    ``lora.adapter`` is among them although the checkpoint holds what has become of its weights: its own alpha, dropout
-    and targets are used, and another adapter of the same shape would change them unseen.
+    ``lora.adapter`` is included although the checkpoint has the trained weights: the adapter's own alpha, dropout and
+    targets are used, and another adapter of the same shape would change them unnoticed.
 
     Args:
-        config: Resolved, so that a default and the same value written out are equal.
+        config: Resolved, so that a default and the same value given by the user are equal.
     """
     facts: Json = {"model.quantize": config.model.quantize}
     for section in ("data", "selection", "sources", "lora", "train"):
@@ -91,15 +91,15 @@ def config_facts(config: RunConfig) -> Json:
 
 
 def check_same_run(stored: Json, current: Json, where: Path) -> None:
-    """Check that a run may go on from a checkpoint.
+    """Check that a run can resume from a checkpoint.
 
     Args:
-        stored: Of the checkpoint: ``config`` (see `config_facts`), and the digests ``data`` and ``model``.
+        stored: The checkpoint's ``config`` (see `config_facts`) and digests ``data`` and ``model``.
         current: The same of this run.
         where: The checkpoint.
 
     Raises:
-        UserError: It may not. Names everything that differs, options with both values.
+        UserError: It cannot. Names everything that differs, options with both values.
     """
     now = current["config"]
     before = {name: value for name, value in stored["config"].items() if name in now or not is_harmless(name, value)}
@@ -111,8 +111,8 @@ def check_same_run(stored: Json, current: Json, where: Path) -> None:
         found.append("other base model")
     if found:
         raise UserError(
-            f"checkpoint {where} is not one of this run: {'; '.join(found)}. Go on with what it was made with, or "
-            "begin another run (another --output_dir, without --resume)"
+            f"checkpoint {where} is not one of this run: {'; '.join(found)}. Resume with what it was made with, or "
+            "start another run (another --output_dir, without --resume)"
         )
 
 
@@ -126,14 +126,14 @@ def _said(options: dict[str, object], name: str) -> object:
 
 
 def _lasting(value: object) -> object:
-    """A configuration, nested ones too, without its volatile keys."""
+    """Remove the volatile keys of a configuration, nested ones included."""
     if isinstance(value, dict):
         return {str(key): _lasting(item) for key, item in value.items() if key not in _VOLATILE}
     return [_lasting(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _sample(data: Tensor) -> bytes:
-    """At most 1,024 elements, whatever their type, as they are in memory."""
+    """Return the bytes in memory of at most 1,024 elements of any type."""
     flat = data.reshape(-1)
     sample = flat[:: max(1, math.ceil(len(flat) / _SAMPLE))]
     return sample.contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What the selection has learned, as tensors: moments, sketches that still count, kept sources and coverage."""
+"""The state of the selection as tensors: moments, sketches for reuse, kept sources and coverage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.distributed.group import Group
-from colm_scale.estimators.estimators import Estimator
+from colm_scale.estimators.base import Estimator
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import RecentSources
 from colm_scale.step.source_state import SourceState
@@ -19,37 +19,38 @@ Files = Mapping[str, Mapping[str, Tensor]]
 
 
 class SelectionState:
-    """Collects and puts back what the estimator has learned and what is known of the sources."""
+    """Collects and restores the state of the estimator and of the sources."""
 
     def __init__(self, estimator: Estimator, sources: SourceState, group: Group):
         self._estimator, self._known, self._group = estimator, sources, group
 
     @property
     def moment_steps(self) -> int:
-        """From how many steps the moments have learned."""
+        """Number of steps from which the moments have learned."""
         return self._estimator.moments.step
 
     def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
-        """All of it after ``step``; equal on every rank."""
+        """Return the state after ``step``; equal on every rank."""
         found = {"sources": self._sources(), "moments": self._estimator.moments.tensors()}
-        if self._estimator.store is not None:
-            found["sketches"] = self._estimator.store.state(step)
+        found["sketches"] = self._estimator.store.state(step)
         return {name: tensors for name, tensors in found.items() if tensors}
 
-    def put_back(self, moment_steps: int, saved: Files | None) -> None:
-        """Go on from what `tensors` has returned: ``saved`` on the first rank; the others pass None. All ranks call it
-        together.
+    def put_back(self, moment_steps: int, saved: Files) -> None:
+        """Restore what `tensors` returned. All ranks call it together; only rank 0's ``saved`` counts.
 
         Raises:
-            KeyError: Something is not in it.
+            KeyError: Something is missing.
         """
         moments = self._estimator.moments
-        if moments.tensors():
-            of_moments = self._shared(moments.tensors(), None if saved is None else saved["moments"])
-            self._estimator.moments = moments.with_tensors(of_moments, moment_steps)
-        if self._estimator.store is not None:
-            self._estimator.store.keep(**self._sketches(None if saved is None else saved["sketches"]))
-        of_sources = self._shared(self._sources(), None if saved is None else saved["sources"])
+        if shapes := moments.tensors():
+            self._estimator.moments = moments.with_tensors(self._shared("moments", shapes, saved), moment_steps)
+        if self._estimator.store.entries:
+            count, columns = self._group.share_json([*saved["sketches"]["rows"].shape] if self._group.is_first else [])
+            numbers = torch.zeros(count, dtype=torch.int64)
+            shapes = {"ids": numbers, "steps": numbers, "rows": torch.zeros(count, columns)}
+            sketches = self._shared("sketches", shapes, saved)
+            self._estimator.store.add(**{name: value.cpu() for name, value in sketches.items()})
+        of_sources = self._shared("sources", self._sources(), saved)
         of_sources = {name: value.cpu() for name, value in of_sources.items()}
         self._known.recent = RecentSources(kept=of_sources["kept"], seen=of_sources["seen"])
         self._known.coverage = Coverage(of_sources["owed"])
@@ -58,22 +59,11 @@ class SelectionState:
         parts = [dataclasses.asdict(part) for part in (self._known.recent, self._known.coverage)]
         return {name: value for part in parts for name, value in part.items()}
 
-    def _sketches(self, saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The first rank's on every rank; the others pass None."""
-        count, columns = self._group.share_json(None if saved is None else [*saved["rows"].shape])
-        shapes: dict[str, tuple[int, ...]] = {"ids": (count,), "steps": (count,), "rows": (count, columns)}
+    def _shared(self, file: str, shapes: Mapping[str, Tensor], saved: Files) -> dict[str, Tensor]:
+        """Return rank 0's tensors of a ``file`` on every rank's device, in the shapes and types of ``shapes``."""
         shared = {}
-        for name, shape in shapes.items():
-            value = torch.zeros(shape, dtype=torch.float32 if name == "rows" else torch.int64)
-            if saved is not None:
-                value.copy_(saved[name])
-            shared[name] = self._group.broadcast(value.to(self._group.device), "control").cpu()
-        return shared
-
-    def _shared(self, now: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """What the first rank has ``saved``, on every rank's device; the others pass None, and ``now`` gives shapes."""
-        shared = {}
-        for name, value in now.items():
-            value = (value if saved is None else saved[name]).to(self._group.device, value.dtype, copy=True)
+        for name, like in shapes.items():
+            value = saved[file][name] if self._group.is_first else like
+            value = value.to(self._group.device, like.dtype, copy=True)
             shared[name] = self._group.broadcast(value, "control")
         return shared

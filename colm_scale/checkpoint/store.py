@@ -1,18 +1,18 @@
-"""Checkpoints as folders: written whole or not at all, verified before a byte of them is used, free of code.
+"""Checkpoints as folders: written whole or not at all, verified before use, and without code.
 
     checkpoints/step-00000020/
         state.json                plain JSON
         adapter.safetensors, ...  tensors by name, one file per stem
         manifest.json             format, and size and SHA-256 of every other file; written last
 
-A folder is written under a dot-name and renamed. These are the names beside the final ones; a run that is killed may
-leave any of them, and the next write clears them up:
+A folder is written under a dot-name and then renamed. A killed run may leave any of these dot-names, and the next write
+clears them up:
 
     .step-00000020.new   being written; never read
-    .step-00000020.old   whole: it gave way to another of the same step. It counts until that one has its final name
+    .step-00000020.old   whole, being replaced by another of the same step; valid until that one has its final name
     .step-00000020.gone  being deleted; never read
 
-Nothing is unpickled: JSON and safetensors hold data only.
+Nothing is unpickled: JSON and safetensors hold only data.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _FILE_NAME = re.compile(r"\w[\w-]*\.safetensors|state\.json", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was read from a checkpoint's folder, every byte of it verified.
+    """The verified content of a checkpoint's folder.
 
     Attributes:
         path: The folder.
-        state: Of ``state.json``.
+        state: Content of ``state.json``.
         tensors: By file stem ("adapter", "optimizer", ...) and name, on the CPU.
-        passed_over: What is wrong with each newer checkpoint that was damaged, where that was to be put up with.
+        passed_over: Damage of each newer checkpoint that was skipped.
     """
 
     path: Path
@@ -61,12 +61,22 @@ class Checkpoint:
     passed_over: tuple[str, ...] = ()
 
 
+NO_CHECKPOINT = Checkpoint(Path(), {}, {})
+"""The checkpoint of a new run, and of all ranks but the first."""
+
+
+class NoCheckpointFolder:
+    """The folder of all ranks but the first: writes nothing."""
+
+    def write(self, step: int, state: Json, tensors: dict[str, dict[str, Tensor]]) -> None: ...
+
+
 class CheckpointFolder:
     """The checkpoints of one run. One process writes.
 
     Args:
-        path: ``OUTPUT_DIR/checkpoints``; made by the first write.
-        keep: How many are kept, at least 1. While one is written there is room needed for one more.
+        path: ``OUTPUT_DIR/checkpoints``; the first write makes it.
+        keep: Number of checkpoints to retain, at least 1. A write needs disk space for one more.
     """
 
     def __init__(self, path: Path, keep: int):
@@ -75,18 +85,18 @@ class CheckpointFolder:
     def write(self, step: int, state: Json, tensors: dict[str, dict[str, Tensor]]) -> Path:
         """Write the checkpoint of a step, and remove those beyond ``keep``.
 
-        Whatever the moment at which this is killed, `newest` finds a whole checkpoint: the one before or this one. One
-        of the same step is replaced. Those of later steps are removed as well: a run that writes this step has gone
-        back to before them, and `newest` must find what it wrote last.
+        If the process is killed at any moment, `newest` finds a whole checkpoint: the previous one or this one. A
+        checkpoint of the same step is replaced. Those of later steps are removed, because the run has gone back to
+        before them and `newest` must find what it wrote last.
 
         Args:
-            state: Plain JSON: no NaN, and what is a tuple comes back as a list.
-            tensors: By file stem (letters, digits, ``_`` and ``-``) and name, anywhere and of any type. Saved bit by
-                bit; one file at a time is copied in memory.
+            state: Plain JSON without NaN; tuples come back as lists.
+            tensors: By file stem (letters, digits, ``_`` and ``-``) and name, on any device and of any type. Saved bit
+                for bit; one file at a time is copied in memory.
 
         Raises:
-            TrainingError: The disk is full or will not take it: then no half of it is left, and the earlier ones are
-                as they were. Or one of those to be removed cannot be.
+            TrainingError: The checkpoint cannot be written, for example on a full disk; nothing of it is left and
+                earlier ones are intact. Or an old one cannot be removed.
         """
         final = self._path / f"step-{step:08d}"
         text = _json_bytes(state)
@@ -107,13 +117,13 @@ class CheckpointFolder:
         return final
 
     def newest(self, fallback: bool) -> Checkpoint | None:
-        """The newest checkpoint; None without any.
+        """Read the newest checkpoint; None if there is none.
 
         Args:
-            fallback: If the newest is damaged, take the newest one that is not, and say so in ``passed_over``.
+            fallback: Skip damaged checkpoints, and list them in ``passed_over``.
 
         Raises:
-            UserError: It is damaged, or with ``fallback`` all of them are. Names the file and what is wrong.
+            UserError: It is damaged, or with ``fallback`` all of them are. Names the file and the damage.
         """
         passed_over: list[str] = []
         for _, folder in reversed(_whole_ones(self._path)):
@@ -122,23 +132,23 @@ class CheckpointFolder:
             except _Damage as damage:
                 if not fallback:
                     raise UserError(
-                        f"{damage}; --checkpoint.fallback true goes on from the newest that is whole, --resume FOLDER "
-                        "from another; or remove this one"
+                        f"{damage}; use --checkpoint.fallback true to resume from the newest intact one, --resume "
+                        "FOLDER for another, or remove this one"
                     ) from None
                 passed_over.append(str(damage))
         if passed_over:
             raise UserError(
-                f"{self._path}: none of the {len(passed_over)} checkpoints is whole ({'; '.join(passed_over)}); remove "
-                "them or give another --output_dir to begin anew"
+                f"{self._path}: all {len(passed_over)} checkpoints are damaged ({'; '.join(passed_over)}); remove them "
+                "or use another --output_dir to start again"
             )
         return None
 
     @staticmethod
     def read(path: Path) -> Checkpoint:
-        """The checkpoint ``path``, or the newest of the run whose folder ``path`` is.
+        """Read the checkpoint ``path``, or the newest one of the run directory ``path``.
 
         Raises:
-            UserError: There is none, or it is damaged. Names the file and what is wrong.
+            UserError: There is none, or it is damaged. Names the file and the damage.
         """
         folder, inner = path, path / "checkpoints"
         if not path.is_dir():
@@ -150,16 +160,16 @@ class CheckpointFolder:
             folder = whole[-1][1]
         elif not (path / _MANIFEST).exists() and not (_FINAL.fullmatch(path.name) or _ASIDE.fullmatch(path.name)):
             raise UserError(
-                f"--resume {path} is neither a checkpoint (it has no {_MANIFEST}) nor the folder of a run (it has no "
+                f"--resume {path} is neither a checkpoint (it has no {_MANIFEST}) nor a run directory (it has no "
                 f"{inner.name})"
             )
         try:
             return _read(folder)
         except _Damage as damage:
-            raise UserError(f"{damage}; give another checkpoint with --resume") from None
+            raise UserError(f"{damage}; use another checkpoint for --resume") from None
 
     def _put(self, final: Path) -> None:
-        """Give the new checkpoint its final name; in between, what had that name before still counts."""
+        """Give the new checkpoint its final name; until then one of the same name stays valid."""
         old = _aside(final, "old")
         if final.exists():
             os.rename(final, old)
@@ -169,45 +179,43 @@ class CheckpointFolder:
             _discard(old)
 
     def _take_back(self, final: Path) -> None:
-        """After a failed write: free its space, and undo half a replacement."""
+        """Clean up after a failed write, and undo half a replacement."""
         shutil.rmtree(_aside(final, "new"), ignore_errors=True)
         if not final.exists():
-            with suppress(OSError):  # there is none to put back, or it stays where it is found all the same
+            with suppress(OSError):  # there is none, or it stays under a name that is read too
                 os.rename(_aside(final, "old"), final)
 
     def _tidy(self) -> None:
-        """Clear up what a killed run left. A replaced checkpoint whose successor never came gets its name back."""
+        """Clear up after a killed run. A checkpoint whose replacement never came gets its name back."""
         for folder in sorted(self._path.iterdir()):
-            match = _ASIDE.fullmatch(folder.name)
-            if match is None:
-                continue
-            if match[3] != "old":
-                shutil.rmtree(folder)
-            elif (self._path / match[1]).exists():
-                _discard(folder)
-            else:
-                os.rename(folder, self._path / match[1])
+            if match := _ASIDE.fullmatch(folder.name):
+                if match[3] != "old":
+                    shutil.rmtree(folder)
+                elif (self._path / match[1]).exists():
+                    _discard(folder)
+                else:
+                    os.rename(folder, self._path / match[1])
 
     def _prune(self, step: int) -> None:
-        """Keep the newest up to ``step``."""
+        """Retain the newest checkpoints up to ``step``."""
         found = _whole_ones(self._path)
-        kept = [folder for number, folder in found if number <= step][-self._keep :]
+        retained = [folder for number, folder in found if number <= step][-self._keep :]
         for _, folder in found:
-            if folder not in kept:
+            if folder not in retained:
                 _discard(folder)
 
 
 class _Damage(Exception):
-    """A checkpoint cannot be used. The message names it, the file and what is wrong, not yet the way out."""
+    """A damaged checkpoint. The message names the file and the damage; callers add the way out."""
 
 
 def _whole_ones(path: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint that was written to its end, oldest first. Not verified."""
+    """List step and folder of each completely written checkpoint, oldest first. Not verified."""
     try:
-        # A dot sorts before a letter: a final name takes the place of the one it replaced.
+        # A dot sorts before a letter, so a final name overrides the one it replaced.
         folders = sorted(path.iterdir()) if path.is_dir() else []
     except OSError as error:
-        raise UserError(f"{path} cannot be looked into for checkpoints: {error.strerror}") from None
+        raise UserError(f"{path} cannot be searched for checkpoints: {error.strerror}") from None
     found: dict[int, Path] = {}
     for folder in folders:
         if match := _FINAL.fullmatch(folder.name):
@@ -218,14 +226,12 @@ def _whole_ones(path: Path) -> list[tuple[int, Path]]:
 
 
 def _aside(folder: Path, kind: str) -> Path:
-    """The dot-name of that kind of a checkpoint, whatever name it has now."""
-    final = _FINAL.search(folder.name)
-    assert final is not None
-    return folder.with_name(f".{final[0]}.{kind}")
+    """Return the dot-name of a ``kind`` for a checkpoint that has any of its names."""
+    return folder.with_name(f".{folder.name.strip('.').split('.')[0]}.{kind}")
 
 
 def _discard(folder: Path) -> None:
-    """Delete a checkpoint. Half deleted it has a name that nobody reads.
+    """Delete a checkpoint, first renaming it so that it is not read when half deleted.
 
     Raises:
         TrainingError: It cannot be deleted.
@@ -236,12 +242,12 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         raise TrainingError(
-            f"checkpoint {folder}, which is no longer needed, cannot be removed: {error.strerror}"
+            f"checkpoint {folder} is no longer needed, but cannot be removed: {error.strerror}"
         ) from error
 
 
 def _write_files(folder: Path, state: bytes, tensors: dict[str, dict[str, Tensor]]) -> None:
-    """A new folder with every file of a checkpoint, on the disk when this returns."""
+    """Write every file of a checkpoint into a new folder, and fsync."""
     folder.mkdir()
     files = {_STATE: _write_file(folder / _STATE, state)}
     for stem, named in tensors.items():
@@ -253,7 +259,7 @@ def _write_files(folder: Path, state: bytes, tensors: dict[str, dict[str, Tensor
 
 
 def _write_file(path: Path, content: bytes) -> dict[str, object]:
-    """Write and fsync; returns the file's entry in the manifest, made from what was meant to be written."""
+    """Write and fsync a file; return its entry in the manifest, computed from ``content``."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
@@ -266,7 +272,7 @@ def _facts(content: bytes) -> dict[str, object]:
 
 
 def _tensor_bytes(named: dict[str, Tensor]) -> bytes:
-    # Copied, for safetensors refuses tensors that share memory, and those with gaps.
+    # Copied, because safetensors refuses tensors with gaps or shared memory.
     copies = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in named.items()
@@ -279,7 +285,7 @@ def _json_bytes(value: Json) -> bytes:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names within a folder last."""
+    """Fsync a folder, so that the names in it persist."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -293,10 +299,10 @@ def _free_bytes(path: Path) -> int:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """Read a checkpoint and verify all of it. A file that the manifest does not name is never opened.
+    """Read and verify a checkpoint. Files that the manifest does not name are never opened.
 
     Raises:
-        _Damage: Anything about it is not as it was written.
+        _Damage: Something is not as it was written.
     """
     files = _read_manifest(folder)
     if _STATE not in files:
@@ -309,18 +315,18 @@ def _read(folder: Path) -> Checkpoint:
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, object]]:
-    """Size and digest by file name; every name is one of a file in this folder."""
+    """Read size and digest by file name. Every name is a plain file name in this folder."""
     content = _content(folder, _MANIFEST)
     manifest = _parse_json(folder, _MANIFEST, content)
     if manifest.get("format") != _FORMAT:
         _refuse(folder, _MANIFEST, f"has format {manifest.get('format')!r}, but this version reads format {_FORMAT}")
     files = manifest.get("files")
-    # No digest covers the manifest: only the very bytes that a write would make of what it says are taken.
+    # No digest covers the manifest, so accept only the exact bytes that a write would make of its content.
     if not _are_entries(files) or _json_bytes({"format": _FORMAT, "files": files}) != content:
         _refuse(folder, _MANIFEST, "is not as it was written")
     for name in files:
         if not _FILE_NAME.fullmatch(name):
-            _refuse(folder, _MANIFEST, f"names {name!r}, which is no file of a checkpoint")
+            _refuse(folder, _MANIFEST, f"names {name!r}, which is not a checkpoint file")
     return files
 
 
@@ -332,20 +338,20 @@ def _are_entries(files: object) -> TypeGuard[dict[str, dict[str, object]]]:
 
 
 def _verified(folder: Path, name: str, facts: dict[str, object]) -> bytes:
-    """A file's bytes, which are those that were written."""
+    """Read a file, and check that its bytes are those that were written."""
     content = _content(folder, name)
     if len(content) != facts["size"]:
         _refuse(folder, name, f"has {len(content)} bytes, but {facts['size']} were written")
     if _facts(content) != facts:
-        _refuse(folder, name, "has changed since it was written (its SHA-256 is another)")
+        _refuse(folder, name, "has changed since it was written (its SHA-256 differs)")
     return content
 
 
 def _content(folder: Path, name: str) -> bytes:
     path = folder / name
     try:
-        if not path.is_file():  # a pipe would never end
-            _refuse(folder, name, "is no file" if path.exists() else "is missing")
+        if not path.is_file():  # reading a pipe would never end
+            _refuse(folder, name, "is not a file" if path.exists() else "is missing")
         return path.read_bytes()
     except OSError as error:
         _refuse(folder, name, f"cannot be read ({error.strerror})")
@@ -372,7 +378,7 @@ def _parse_tensors(folder: Path, name: str, content: bytes) -> dict[str, Tensor]
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, KeyError, ValueError) as error:
-        _refuse(folder, name, f"is no safetensors file ({error})")
+        _refuse(folder, name, f"is not a safetensors file ({error})")
 
 
 def _refuse(folder: Path, name: str, what: str) -> NoReturn:

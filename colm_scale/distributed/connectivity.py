@@ -1,7 +1,7 @@
-"""Whether ranks can talk to each other, found out before anything depends on it, and never by waiting for ever.
+"""A connectivity test of the ranks, without unlimited waits.
 
-All meet at the store that the launcher names; each opens a port and tries that of every other one; and if all of these
-are open, they add up a number by gloo and, with a GPU each, by NCCL.
+All ranks meet at the launcher's store; each opens a port and connects to those of all others. If every connection
+works, they sum a number with gloo and, if each has a GPU, with NCCL.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 
-from colm_scale.distributed.group import _interface_to
+from colm_scale.distributed.group import interface_to, own_address
 
 _HELLO = b"colm"
 _CONNECT_SECONDS = 5.0
 _SAME = ("torch", "transformers", "peft", "deepspeed")
-"""Packages that all ranks should have in the same version."""
+"""Packages whose versions should be equal on all ranks."""
 
 
 class _Place(TypedDict):
-    """Where a rank listens, and what it runs."""
+    """Address and versions of a rank."""
 
     address: str
     port: int
@@ -40,15 +40,15 @@ class _Place(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What the first rank knows at the end.
+    """Results of the test.
 
     Attributes:
-        ranks: How many were to come.
-        absent: Those that did not come to the meeting point, or were lost afterwards.
-        cut: Pairs of ranks of which the first cannot connect to the second, and where the second listens.
-        failed: By backend, what went wrong with it; empty if nothing did. Not there: not tried.
-        versions: What each rank runs, where that is not the same.
-        error: Why the ranks could not be tried at all.
+        ranks: Number of ranks expected.
+        absent: Ranks that did not reach the meeting point, or were lost afterwards.
+        cut: Pairs of ranks, the first of which cannot connect to the second, and the error.
+        failed: Errors by backend, empty if it works; backends that were not tried are missing.
+        versions: Versions by rank, if they differ.
+        error: Reason why the test could not start.
     """
 
     ranks: int
@@ -60,10 +60,10 @@ class Reach:
 
 
 def try_ranks(seconds: float) -> Reach:
-    """Try it, together with the other ranks that the launcher has started; only the first rank's answer is whole.
+    """Test the ranks that the launcher started. All ranks call it together; only rank 0 gets the results.
 
     Args:
-        seconds: For each of the three stages.
+        seconds: Time limit of each of the three stages.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -71,17 +71,17 @@ def try_ranks(seconds: float) -> Reach:
         store = _store(rank, seconds)
         meeting = _Meeting(store, rank, ranks, seconds)
     except (OSError, RuntimeError) as error:  # torch's DistError is a RuntimeError
-        return Reach(ranks, error=f"rank {rank} cannot come to the meeting point {where}: {_first_line(error)}")
+        return Reach(ranks, error=f"rank {rank} cannot reach the meeting point {where}: {_first_line(error)}")
     return meeting.hold()
 
 
 def _store(rank: int, seconds: float) -> dist.Store:
-    """The launcher's store, or one that rank 0 keeps. Unlike torch's rendezvous, nobody waits until all are there."""
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    """Open the launcher's store, or one on rank 0. Unlike torch's rendezvous, it does not wait for all ranks."""
+    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=keeps,
+        is_master=is_master,
         timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
     )
@@ -89,18 +89,18 @@ def _store(rank: int, seconds: float) -> dist.Store:
 
 
 class _Meeting:
-    """One rank's part in it."""
+    """One rank's part in the test."""
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, seconds: float):
         self._store, self._rank, self._ranks, self._seconds = store, rank, ranks, seconds
-        own = _own_address(os.environ["MASTER_ADDR"])
+        own = own_address(os.environ["MASTER_ADDR"])
         self._listener = socket.create_server((own, 0), family=socket.AF_INET6 if ":" in own else socket.AF_INET)
         threading.Thread(target=self._answer, daemon=True).start()
         place: _Place = {"address": own, "port": self._listener.getsockname()[1], "versions": _versions()}
         store.set(f"place/{rank}", json.dumps(place))
 
     def hold(self) -> Reach:
-        """All three stages."""
+        """Run all three stages."""
         said = self._collected("place", range(self._ranks), self._seconds)
         places: dict[int, _Place] = {peer: json.loads(place) for peer, place in said.items()}
         cut = [(peer, self._connection(place)) for peer, place in places.items() if peer != self._rank]
@@ -119,23 +119,20 @@ class _Meeting:
         return Reach(self._ranks, absent, pairs, failed, versions if len(set(versions.values())) > 1 else {})
 
     def _collected(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, bytes]:
-        """What these ranks have said, of those that do so in time."""
+        """Collect the messages of those ranks that send one in time."""
         deadline = time.monotonic() + seconds
-        found: dict[int, bytes] = {}
-        for peer in ranks:
-            said = self._awaited(f"{what}/{peer}", max(0.1, deadline - time.monotonic()))
-            if said is not None:
-                found[peer] = said
-        return found
+        awaited = {peer: self._awaited(f"{what}/{peer}", max(0.1, deadline - time.monotonic())) for peer in ranks}
+        return {peer: said for peer, said in awaited.items() if said}
 
-    def _awaited(self, key: str, seconds: float) -> bytes | None:
+    def _awaited(self, key: str, seconds: float) -> bytes:
+        """Wait for a message; empty if it does not come."""
         with suppress(RuntimeError):
             self._store.wait([key], timedelta(seconds=seconds))
             return self._store.get(key)
-        return None
+        return b""
 
     def _connection(self, place: _Place) -> str:
-        """What is wrong with the way to a rank."""
+        """Connect to a rank; return the error, empty if there is none."""
         where = f"{place['address']}:{place['port']}"
         try:
             with socket.create_connection((place["address"], place["port"]), _CONNECT_SECONDS) as way:
@@ -151,7 +148,7 @@ class _Meeting:
                     way.sendall(_HELLO)
 
     def _backends(self) -> dict[str, str]:
-        """What is wrong with gloo and NCCL. One that hangs is left behind in its thread."""
+        """Try gloo and NCCL; return their errors. A backend that hangs is left in its thread."""
         local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks)), torch.cuda.device_count()
         failed = {}
         for backend in ("gloo", "nccl") if 0 < local <= gpus else ("gloo",):
@@ -165,10 +162,10 @@ class _Meeting:
         return failed
 
     def _sum(self, backend: str) -> str:
-        """What goes wrong when all ranks add up a one each."""
+        """Sum a one from each rank; return the error, empty if there is none."""
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
-        if interface := _interface_to(os.environ["MASTER_ADDR"]):
+        if interface := interface_to(os.environ["MASTER_ADDR"]):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
             store, limit = dist.PrefixStore(backend, self._store), timedelta(seconds=self._seconds)
@@ -180,15 +177,6 @@ class _Meeting:
         except RuntimeError as error:
             return _first_line(error)
         return "" if found == self._ranks else f"{self._ranks} ones add up to {found}"
-
-
-def _own_address(master: str) -> str:
-    """This host's address on the way to the first one. Connecting a datagram socket sends nothing."""
-    family, _, _, _, target = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)
-        own: str = probe.getsockname()[0]
-    return own
 
 
 def _versions() -> str:

@@ -1,4 +1,4 @@
-"""Examples on their way between ranks, as tensors of known sizes."""
+"""Exchange of examples between ranks, as tensors of known sizes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from colm_scale.records import long_tensor
 
 
 def encoded(examples: Examples) -> tuple[Tensor, Tensor]:
-    """``[3, n]`` int64 ids, sources and lengths, and ``[total]`` int32 tokens one example after the other.
+    """Encode examples as ``[3, n]`` int64 ids, sources and lengths, and ``[total]`` int32 concatenated tokens.
 
-    Tokens that carry loss are there as their complement, which is negative; so are the sources of protected examples.
+    Tokens with loss, and sources of protected examples, are stored as their complement, a negative number.
     """
     sources = torch.where(examples.protected, ~examples.sources, examples.sources)
     tokens = torch.where(examples.labelled, ~examples.tokens, examples.tokens)
@@ -26,7 +26,7 @@ def encoded(examples: Examples) -> tuple[Tensor, Tensor]:
 
 
 def decoded(rows: Tensor, tokens: Tensor, source_names: tuple[str, ...]) -> Examples:
-    """What `encoded` was given, but for what was left out of it."""
+    """Decode the result of `encoded`; counts of dropped and cut examples are lost."""
     ids, sources, lengths = rows
     return Examples(
         tokens=torch.where(tokens < 0, ~tokens, tokens),
@@ -42,27 +42,27 @@ def decoded(rows: Tensor, tokens: Tensor, source_names: tuple[str, ...]) -> Exam
 
 
 def gather_examples(parts: Sequence[Examples], group: Group) -> Examples:
-    """The examples of all ranks on every rank: the first part of each rank, in the order of ranks, then the second ...
+    """Gather the examples of all ranks on every rank: the first part of each rank in turn, then the second parts, etc.
 
-    So they are in the order in which a sampler gave them out, part by part to rank after rank, whatever the number of
-    ranks. With S the most examples and T the most tokens of a rank, ``W (32 S + 4 T)`` bytes.
+    This is the order in which a sampler deals parts to ranks, whatever the number of ranks. Moves ``W (32 S + 4 T)``
+    bytes, where S and T are the largest numbers of examples and tokens of a rank.
 
     Args:
-        parts: This rank's, one or more; of the same sources on every rank.
+        parts: This rank's, one or more; with the same sources on every rank.
 
     Returns:
-        What was left out of the parts is added up.
+        All examples; ``dropped`` is summed.
 
     Raises:
-        TrainingError: On every rank: ranks have different numbers of parts, or no example among them all.
+        TrainingError: On every rank: ranks have different numbers of parts, or no rank has an example.
     """
     own, names, device = joined(parts), parts[0].source_names, group.device
     dropped = [sum(part.dropped.get(name, 0) for part in parts) for name in names]
     sizes = group.all_gather(long_tensor([len(parts), len(own), len(own.tokens), *dropped]).to(device), "rows").cpu()
     if len(sizes[:, 0].unique()) > 1 or not sizes[:, 1].any():
         raise TrainingError(
-            f"ranks have {sizes[:, 0].tolist()} batches with {sizes[:, 1].tolist()} examples to learn from: every rank "
-            f"must be given as many batches as the others, and one of them an example"
+            f"ranks have {sizes[:, 0].tolist()} batches with {sizes[:, 1].tolist()} examples to learn from: give "
+            f"every rank as many batches as the others, and at least one rank an example"
         )
     rows, tokens = encoded(own)
     number = torch.arange(len(parts)).repeat_interleave(long_tensor([len(part) for part in parts]))

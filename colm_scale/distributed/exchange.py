@@ -1,4 +1,4 @@
-"""What ranks tell each other between the sketch and the training of the coreset: rows up, a selection down."""
+"""Exchanges between sketching and training: sketches are gathered, and the selection is broadcast."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from colm_scale.errors import TrainingError
 from colm_scale.records import Candidates, Selection, SketchPlan
 
 _HEADER = 5
-"""Numbers before the positions: how many are selected, kept, overflowing and invalid, and the digest."""
+"""Numbers before the positions: counts of selected, kept, overflowing and invalid, and the digest."""
 
 
 def gather_rows(local: Tensor, plan: SketchPlan, group: Group, label: str) -> Tensor:
-    """``[rows of this rank, c]`` on each rank -> ``[s, c]`` on all, in the order of the plan's positions.
+    """Gather ``[rows of this rank, c]`` to ``[s, c]`` on all ranks, in the order of the plan's positions.
 
-    Shares may differ in size, so each is padded to the largest: a fixed-size tensor, as collectives want it. A row that
-    no rank computes is zero, and if that is so for all, nothing is exchanged.
+    Each rank's share is padded to the largest. Rows that no rank computes are zero; if all are, nothing is exchanged.
     """
     rows = local.new_zeros(len(plan.positions), local.shape[1])
     if not plan.most_rows:
@@ -34,17 +33,17 @@ def gather_rows(local: Tensor, plan: SketchPlan, group: Group, label: str) -> Te
 
 
 def share_selection(selection: Selection | None, budget: int, candidates: Candidates, group: Group) -> Selection:
-    """Rank 0's selection on every rank: ``16 b + 40`` bytes.
+    """Broadcast rank 0's selection: ``16 b + 40`` bytes.
 
-    The digest covers the selection and the candidate ids, which every rank has drawn for itself, so a rank that read
-    other data, or received something else, is found out before it trains on it.
+    A digest covers the selection and the candidate ids, which every rank draws itself, so a rank with other data or a
+    corrupted message is detected before it trains.
 
     Args:
         selection: Rank 0's; the other ranks pass None.
-        budget: Most examples that can be selected, which fixes the size of the message.
+        budget: Largest possible number of selected examples; fixes the size of the message.
 
     Raises:
-        TrainingError: On every rank, naming the first that disagrees.
+        TrainingError: On every rank; names the first that disagrees.
     """
     message = torch.zeros(_HEADER + 2 * budget, dtype=torch.int64)
     if selection is not None:

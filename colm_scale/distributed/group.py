@@ -1,7 +1,7 @@
-"""The ranks of a run, and the few collectives the step needs. With one rank every operation is the identity.
+"""The ranks of a run and their collectives. With one rank every operation is the identity.
 
-Only this folder talks to torch.distributed. All exchanges are of fixed-size tensors, never of pickled objects, and
-each adds the bytes of its payload to `Group.traffic` under the label of the stage that asked for it.
+Only this folder and the engines use torch.distributed. Exchanges are fixed-size tensors, never pickled objects, and
+each adds its payload bytes to `Group.traffic` under the label of its stage.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch import Tensor
 from colm_scale.errors import TrainingError, UserError
 
 _TIMEOUT = timedelta(days=1)
-"""`Watch` ends a run that hangs, and says which rank does; rank 0 may have a whole stream to read first."""
+"""`Watch` ends a hanging run much earlier; but rank 0 may have to read a whole stream first."""
 _POLL_SECONDS = 0.1
 _COUNT = "_get_sequence_number_for_group"
-"""How many collectives a backend has begun; not in torch's types."""
+"""Method that returns the number of collectives a backend has started; not in torch's types."""
 _Plain = TypeVar("_Plain")
 # torch 2.13 renamed these two and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -37,7 +37,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed and has said why; this one only has to end."""
+    """Another rank failed and has reported why; this one only has to end."""
 
 
 @dataclass(slots=True)
@@ -45,12 +45,12 @@ class Group:
     """One rank's view of the run.
 
     Attributes:
-        rank, world_size: Place among all ranks.
-        local_rank, local_world_size: Place among the ranks of this machine.
-        device: Where this rank computes.
-        attempt: Names this start of the ranks; those that a launcher starts again have another.
-        traffic: Payload bytes per label since the last `take_traffic`: what a gather returns, what a reduction
-            takes in, what a broadcast carries. Equal on every rank.
+        rank, world_size: Rank and number of all ranks.
+        local_rank, local_world_size: Rank and number of those on this machine.
+        device: Device of this rank.
+        attempt: Name of this start of the ranks; after a restart by the launcher it is another.
+        traffic: Payload bytes per label since the last `take_traffic`: output of a gather, input of a reduction or
+            broadcast. Equal on every rank.
     """
 
     rank: int
@@ -66,7 +66,7 @@ class Group:
         return self.rank == 0
 
     def all_gather(self, tensor: Tensor, label: str) -> Tensor:
-        """``[...]`` on each rank -> ``[W, ...]`` on all."""
+        """Gather ``[...]`` of each rank to ``[W, ...]`` on all."""
         if self.world_size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
@@ -75,7 +75,7 @@ class Group:
         return gathered.view(self.world_size, *tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor, label: str) -> Tensor:
-        """``[W * k, ...]`` on each rank -> the sum's rows ``[k, ...]`` that this rank owns."""
+        """Sum ``[W * k, ...]`` over ranks, and return the rows ``[k, ...]`` that this rank owns."""
         if self.world_size == 1:
             return tensor
         own = tensor.new_empty((tensor.shape[0] // self.world_size, *tensor.shape[1:]))
@@ -84,7 +84,7 @@ class Group:
         return own
 
     def all_reduce(self, tensor: Tensor, label: str, *, largest: bool = False) -> Tensor:
-        """The elementwise sum (or largest value) over ranks."""
+        """Return the elementwise sum (or largest value) over ranks."""
         if self.world_size == 1:
             return tensor
         tensor = tensor.contiguous().clone()
@@ -93,7 +93,7 @@ class Group:
         return tensor
 
     def broadcast(self, tensor: Tensor, label: str, source: int = 0) -> Tensor:
-        """``source``'s tensor on every rank; the others pass one of the same shape and type."""
+        """Return the tensor of rank ``source`` on every rank; the others pass one of the same shape and type."""
         if self.world_size == 1:
             return tensor
         tensor = tensor.contiguous().clone()
@@ -102,11 +102,11 @@ class Group:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Return on every rank whether the flag is set on any."""
         return bool(self.all_reduce(torch.tensor([flag], dtype=torch.int32, device=self.device), "control").any())
 
     def share_json(self, value: _Plain | None) -> _Plain:
-        """The first rank's plain data on every rank; the others pass None."""
+        """Return rank 0's plain data on every rank; what the others pass is ignored."""
         text = json.dumps(value).encode() if self.is_first else b""
         size = int(self.broadcast(torch.tensor([len(text)], device=self.device), "control"))
         encoded = torch.zeros(size, dtype=torch.uint8, device=self.device)
@@ -120,47 +120,49 @@ class Group:
             self.all_reduce(torch.zeros(1, device=self.device), "control")
 
     def agree(self, value: str, what: str) -> None:
-        """Raise on every rank unless all ranks hold the same short text (up to 256 bytes), such as a digest."""
+        """Raise on every rank unless all have the same short text (up to 256 bytes), such as a digest."""
         row = torch.zeros(256, dtype=torch.uint8)
         encoded = torch.frombuffer(bytearray(value.encode()[:256]), dtype=torch.uint8)
         row[: len(encoded)] = encoded
         rows = self.all_gather(row.to(self.device), "control").cpu()
         different = (rows != rows[0]).any(1).nonzero().flatten().tolist()
         if different:
-            raise UserError(f"rank {different[0]} has other {what} than rank 0: every rank must read the same input")
+            raise UserError(f"rank {different[0]} and rank 0 differ in {what}: every rank must read the same input")
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block in which an expected error on any rank ends the run on all: the lowest such rank raises its own error
-        and the others `PeerFailed`, so that one message is printed and nobody waits for a rank that is gone."""
-        error: UserError | TrainingError | None = None
+        """Run a block, and raise on every rank if any rank raises `UserError` or `TrainingError` in it.
+
+        The lowest such rank raises its own error and the others `PeerFailed`, so that only one message is printed.
+        """
+        errors: list[UserError | TrainingError] = []
         try:
             yield
         except (UserError, TrainingError) as caught:
-            error = caught
-        failed = self.all_gather(torch.tensor([error is not None], dtype=torch.int32, device=self.device), "control")
+            errors.append(caught)
+        failed = self.all_gather(torch.tensor([len(errors)], dtype=torch.int32, device=self.device), "control")
         if failed.any():
             first = int(failed.flatten().argmax())
-            if error is not None and self.rank == first:
-                raise error
+            if self.rank == first:
+                raise errors[0]
             raise PeerFailed(f"rank {first} failed")
 
     def take_traffic(self) -> dict[str, int]:
-        """Payload bytes per label since the last call."""
+        """Return the payload bytes per label since the last call, and reset them."""
         taken, self.traffic = dict(self.traffic), Counter()
         return taken
 
     def collectives(self) -> int:
-        """How many collectives this rank has begun, those of the engines among them."""
+        """Count the collectives that this rank has started, including those of the engines."""
         begun = 0
         for group in list(dist.distributed_c10d._world.pg_map):
-            # A backend that does not count them, or a torch without these private names: phases then tell ranks apart.
+            # Some backends and versions of torch do not count; `Watch` then compares phases only.
             with suppress(RuntimeError, AttributeError):
                 begun += getattr(group._get_backend(self.device), _COUNT)()
         return begun
 
     def ensure_process_group(self) -> None:
-        """Give a lone process a process group of its own, which FSDP2 and DeepSpeed want all the same."""
+        """Make a process group for a single process, because FSDP2 and DeepSpeed need one."""
         if not dist.is_initialized():
             dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
 
@@ -173,7 +175,7 @@ class Group:
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun, deepspeed, Slurm's template) started this process as one of several ranks."""
+    """Return whether a launcher (torchrun, deepspeed, the Slurm template) started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -181,16 +183,22 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def _interface_to(host: str) -> str | None:
-    """The network interface that leads to a host; None where the host's name does not resolve.
+def own_address(host: str) -> str:
+    """Return this machine's address on the route to ``host``. Connecting a datagram socket sends nothing."""
+    family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        own: str = probe.getsockname()[0]
+    return own
 
-    Gloo would take the one that this machine's own name resolves to: none, or the loopback, on many machines.
+
+def interface_to(host: str) -> str | None:
+    """Return the network interface on the route to ``host``; None if the name does not resolve.
+
+    Gloo by default takes the interface that this machine's own name resolves to, on many machines none or the loopback.
     """
     try:
-        family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing, but chooses the way
-            own = probe.getsockname()[0]
+        own = own_address(host)
     except OSError:
         return None
     interfaces = psutil.net_if_addrs().items()
@@ -198,7 +206,7 @@ def _interface_to(host: str) -> str | None:
 
 
 def connect() -> Group:
-    """Join the ranks that the launcher named in the environment; a lone process is a group of one."""
+    """Join the ranks that the launcher names in the environment; a single process is a group of one."""
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -207,12 +215,12 @@ def connect() -> Group:
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start fewer processes "
+                f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible: start fewer processes "
                 f"or unset CUDA_VISIBLE_DEVICES"
             )
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        if interface := _interface_to(os.environ.get("MASTER_ADDR", "")):
+        if interface := interface_to(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         store, rank, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
         attempt = meet(store, rank, world_size)
@@ -229,11 +237,10 @@ def connect() -> Group:
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name for this attempt that all its ranks agree on and that none before has had. All ranks call it together.
+    """Agree on a new name for this start of the ranks. All ranks call it together.
 
-    torchrun's store outlives a restart, and what the ranks before have left in it looks like the peers of the new ones:
-    torch would connect to addresses where nobody listens. The launcher's count of restarts is no such name, since
-    each host counts its own.
+    torchrun's store outlives a restart, and torch would take its old entries for those of the new ranks and connect to
+    dead addresses. The launcher's count of restarts cannot be the name, because each host has its own count.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -242,7 +249,7 @@ def meet(store: dist.Store, rank: int, world_size: int) -> str:
             store.set(f"colm_scale/{own}/answer/{peer}", store.get(f"colm_scale/{own}/hello/{peer}").decode())
         return own
     while True:
-        attempt = store.get("colm_scale/attempt").decode()  # it may be that of ranks which are gone
+        attempt = store.get("colm_scale/attempt").decode()  # may be that of earlier ranks
         answer = f"colm_scale/{attempt}/answer/{rank}"
         store.set(f"colm_scale/{attempt}/hello/{rank}", own)
         if store.check([answer]) and store.get(answer).decode() == own:

@@ -1,10 +1,9 @@
-"""Every rank fails together, and none waits for ever: a thread on each rank that ends it when it must not go on.
+"""A thread on each rank that ends all ranks when one fails or hangs.
 
-A rank that fails announces it in the rendezvous store before it closes anything. The others look there every second,
-also while they wait in a collective that will never complete, and end. Ranks say there, too, where in the step they
-are, so that one that hangs can be named by those that wait for it. The store is held by torchrun's agent or by rank 0,
-which may itself be gone or hang. A rank whose launcher is gone has nobody left to
-report to (DeepSpeed's launcher leaves its ranks running as orphans): it is told to stop, as by SIGTERM.
+A rank that fails announces it in the rendezvous store. The others poll the store every second, even while they wait in
+a collective, and end. Ranks also publish their place in the step, so that the others can name a rank that hangs. The
+store is held by torchrun's agent or by rank 0, and its holder may be gone or hang too. A rank whose launcher is gone is
+asked to stop, as by SIGTERM: DeepSpeed's launcher leaves orphaned ranks running.
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import psutil
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, Store, TCPStore
 
 from colm_scale.distributed.group import Group, launched
 
 STOPPED = 143
-"""Exit code of a run that was told to stop and has saved what it had: that of SIGTERM."""
+"""Exit code of a run that was asked to stop and has saved a checkpoint: that of SIGTERM."""
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
-"""How long the main thread of a peer gets to end by itself once a failure is known."""
+"""Time for the main thread of a peer to end on its own after a failure."""
 _ANSWER_SECONDS = 10.0
-"""How long the store gets to answer a rank that is about to end."""
+"""Time for the store to answer a rank that is about to end."""
 _LEAVE_SECONDS = 3.0
-"""How long the rank that holds the store waits for its peers before it ends: they look every second."""
+"""Time for the peers, which poll every second, to notice before the rank with the store ends."""
 _START_SECONDS = 3600.0
-"""How long reading data or loading a model may take; rank 0 alone may have a whole stream to read."""
+"""Time limit for reading data or loading a model; rank 0 may have a whole stream to read."""
 
 _Answer = TypeVar("_Answer")
 
 
 class Watch:
-    """Started once per process, after `connect`. Alone in a process that no launcher started it has little to watch.
+    """Watches this rank and its peers. Start it once per process, after `connect`.
 
     Args:
         timeout: Seconds a rank may spend in one phase of a step.
@@ -53,57 +52,52 @@ class Watch:
         self._prefix = f"colm_scale/{group.attempt}"
         self._published = ""
         self._counted = False
-        self._store: TCPStore | None = None
         self._holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
         self._launchers = _launchers() if launched() else []
         self._step = 0
         self._place = (0, "start", time.monotonic())
         self.stop_requested = False
-        """Whether this rank was told to stop: the run saves itself after the step, on all ranks, and ends."""
-        if group.world_size > 1:
-            self._store = TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=30)
-            )
+        """Whether this rank was asked to stop. All ranks then save a checkpoint after the step and end."""
+        self._alone = group.world_size == 1
+        self._store: Store = HashStore() if self._alone else _rendezvous_store()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._told_to_stop)
         threading.Thread(target=self._run, name="colm_scale-watch", daemon=True).start()
 
     def begin(self, step: int) -> None:
-        """A step begins; before the first, being told to stop ends the process at once."""
+        """Note that a step begins. Before the first step, a signal to stop ends the process at once."""
         self._step = step
 
     def enter(self, phase: str) -> None:
-        """This rank is now in ``phase``. All ranks call this equally often, in the same order."""
+        """Note that this rank enters a phase. All ranks enter the same phases in the same order."""
         count, _, _ = self._place
         self._place = (count + 1, phase, time.monotonic())
 
     def failed(self) -> bool:
-        """Tell the peers that this rank has failed. False if a peer was first, so that only one message is shown."""
-        store = self._store
-        if store is None or self._counted:
-            return not self._counted
+        """Announce that this rank failed. Return False if a peer did first, so that only one message is printed."""
+        if self._counted:
+            return self._alone
         self._counted = True
         try:
-            return self._ask(lambda: store.add(f"{self._prefix}/failure", 1), _ANSWER_SECONDS) == 1
-        except (RuntimeError, TimeoutError):  # the store is gone with the rank that held it: say what is known
+            return self._count_failures(1) == 1
+        except (RuntimeError, TimeoutError):  # the store is gone with its rank: print what is known
             return True
 
     def leave(self, code: int) -> NoReturn:
-        """End this process at once. The rank that holds the store first waits for its peers to have heard of a failure,
-        for a store that is gone would be all they know of it."""
+        """End this process at once. The rank that holds the store first waits until its peers know of the failure;
+        otherwise they would only see that the store is gone."""
         self._stop.set()
-        store = self._store
-        holds = store is not None and self._holder == f"rank {self._group.rank}"
-        deadline = time.monotonic() + (_LEAVE_SECONDS if holds else 0.0)
+        holds_store = not self._alone and self._holder == f"rank {self._group.rank}"
+        deadline = time.monotonic() + (_LEAVE_SECONDS if holds_store else 0.0)
         heard = 0
         with suppress(RuntimeError, TimeoutError):
-            while store is not None and heard < self._group.world_size and time.monotonic() < deadline:
+            while heard < self._group.world_size and time.monotonic() < deadline:
                 time.sleep(0.1)
-                heard = self._ask(lambda: store.add(f"{self._prefix}/failure", 0), _ANSWER_SECONDS)
+                heard = self._count_failures(0)
         os._exit(code)
 
     def place(self) -> str:
-        """Where this rank is, for people."""
+        """Describe where this rank is, for messages."""
         return f"step {self._step}: rank {self._group.rank}, in phase {self._place[1]}"
 
     def close(self) -> None:
@@ -118,7 +112,7 @@ class Watch:
         while not self._stop.wait(_POLL_SECONDS):
             place = self._place
             try:
-                # Asked twice: the main thread of a rank that fails with its peer may have something better to say.
+                # Asked twice, because the main thread of a rank that fails with its peer may have a better message.
                 if self._reason_to_end() and not self._stop.wait(_GRACE_SECONDS) and (why := self._reason_to_end()):
                     _say(f"rank {self._group.rank}: ended because {why}")
                     self.leave(1)
@@ -133,33 +127,35 @@ class Watch:
                 self.leave(1)
 
     def _reason_to_end(self) -> str | None:
-        """Why this rank must end now. Without a launcher it is told to stop, and may end by itself after its step."""
+        """Return why this rank must end now, or None. If its launcher is gone it may still finish its step."""
         gone = [process.pid for process in self._launchers if _has_ended(process)]
         self.stop_requested = self.stop_requested or bool(gone)
         if gone and not self._step:
             return f"its launcher (process {gone[0]}) is gone"
-        store = self._store
-        if store is None:
+        if self._alone:
             return None
         try:
-            if not self._ask(lambda: self._exchange(store), self._limit()):
+            if not self._ask(self._exchange, self._limit()):
                 return None
-            self.failed()  # counted as one that has heard of it
+            self.failed()  # counts this rank among those that know
             return "another rank failed"
-        except RuntimeError:  # torchrun's store is gone with it, and nobody needs it to finish the step
+        except RuntimeError:  # torchrun's store is gone with it; the step can finish without
             return None if gone else f"{self._holder}, which holds the rendezvous store, is gone"
 
-    def _exchange(self, store: TCPStore) -> bool:
-        """Say where this rank is; whether another has failed."""
+    def _count_failures(self, more: int) -> int:
+        return self._ask(lambda: self._store.add(f"{self._prefix}/failure", more), _ANSWER_SECONDS)
+
+    def _exchange(self) -> bool:
+        """Publish this rank's place; return whether another rank has failed."""
         count, phase, _ = self._place
         place = f"{count} {self._group.collectives()} {self._step} {phase}"
         if place != self._published:
-            store.set(self._key(self._group.rank), place)
+            self._store.set(self._key(self._group.rank), place)
             self._published = place
-        return store.check([f"{self._prefix}/failure"])
+        return self._store.check([f"{self._prefix}/failure"])
 
     def _ask(self, question: Callable[[], _Answer], seconds: float) -> _Answer:
-        """Ask the store: in a thread, which is given up if the process that holds it is frozen and never answers.
+        """Query the store in a thread, which is abandoned if the store's process is frozen.
 
         Raises:
             RuntimeError: That process is gone.
@@ -177,18 +173,17 @@ class Watch:
         return answer.result(seconds)
 
     def _limit(self) -> float:
-        """Seconds that a rank may stay in one place."""
+        """Return the seconds that a rank may spend in one place."""
         return self._timeout if self._step else max(self._timeout, _START_SECONDS)
 
     def _diagnosis(self) -> str:
-        """Who is stuck: the ranks that have come least far, by phases and then by collectives."""
+        """Name the ranks that are stuck: those with the fewest phases, then the fewest collectives."""
         alone = f"error: {self.place()}, hangs; {self._way_out()}"
-        store = self._store
-        if store is None:
+        if self._alone:
             return alone
         ranks = range(self._group.world_size)
         try:
-            places = self._ask(lambda: [self._place_of(rank, store) for rank in ranks], _ANSWER_SECONDS)
+            places = self._ask(lambda: [self._place_of(rank) for rank in ranks], _ANSWER_SECONDS)
         except (RuntimeError, TimeoutError):
             return alone
         least = min(place[:2] for place in places)
@@ -203,13 +198,12 @@ class Watch:
     def _way_out(self) -> str:
         return f"raise --train.timeout (now {self._timeout:g} seconds) if that is not long enough"
 
-    def _place_of(self, rank: int, store: TCPStore) -> tuple[int, int, int, str]:
-        """Phases entered and collectives begun so far, step, and phase, as a rank last said; one that has said nothing
-        has not begun."""
+    def _place_of(self, rank: int) -> tuple[int, int, int, str]:
+        """Return the last published place of a rank: phases entered, collectives started, step, and phase."""
         key = self._key(rank)
-        if not store.check([key]):
+        if not self._store.check([key]):
             return 0, 0, 0, "start"
-        count, collectives, step, phase = store.get(key).decode().split(" ", 3)
+        count, collectives, step, phase = self._store.get(key).decode().split(" ", 3)
         return int(count), int(collectives), int(step), phase
 
     def _key(self, rank: int) -> str:
@@ -217,8 +211,12 @@ class Watch:
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Whether all that an error of a collective says is that another rank is gone."""
+    """Return whether a collective failed only because another rank is gone."""
     return any(words in str(error) for words in ("by peer", "ncclRemoteError"))
+
+
+def _rendezvous_store() -> Store:
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=30))
 
 
 def _say(message: str) -> None:
@@ -226,7 +224,7 @@ def _say(message: str) -> None:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The processes that must live for this rank to go on: its parent, and for DeepSpeed the runner above it."""
+    """Return the processes that this rank depends on: its parent, and for DeepSpeed the runner above it."""
     found: list[psutil.Process] = []
     with suppress(psutil.Error):
         found.append(psutil.Process(os.getppid()))
@@ -236,7 +234,7 @@ def _launchers() -> list[psutil.Process]:
 
 
 def _has_ended(process: psutil.Process) -> bool:
-    """Whether a process is gone, also if nobody has asked for its exit code yet."""
+    """Return whether a process is gone or a zombie."""
     with suppress(psutil.NoSuchProcess):
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     return True

@@ -1,8 +1,8 @@
 """The one source of truth about a DeepSpeed configuration.
 
-A file, the user's or one of those in ``ds_configs`` by its name, says what DeepSpeed alone knows: ZeRO stage, offload,
-communication. What the run decides (batch arithmetic, clipping, dtype, optimizer) is written in here, and a file that
-says otherwise is refused; so is a key that DeepSpeed would silently ignore.
+A file, the user's or one of ``ds_configs`` by name, sets what only DeepSpeed knows: ZeRO stage, offload, communication.
+The run's decisions (batch arithmetic, clipping, dtype, optimizer) are added here. A file that contradicts them, or has
+a key that DeepSpeed would silently ignore, is an error.
 """
 
 from __future__ import annotations
@@ -48,27 +48,28 @@ _ALLOWED = (
     "wandb",
 )
 _REFUSED_IN_ZERO = {
-    "compute_grad_norm": "the norm of the gradient is needed to stop before a bad update",
+    "compute_grad_norm": "a bad update is detected by the gradient norm",
     "legacy_stage1": "it is not maintained",
-    "zero_hpz_partition_size": "checkpoints do not know its second shards",
-    "mics_shard_size": "checkpoints do not know its groups",
+    "zero_hpz_partition_size": "checkpoints do not cover its second shards",
+    "mics_shard_size": "checkpoints do not cover its groups",
     "zenflow": "its updates lag, so the ids would not be reproducible",
 }
 
 
 def read_ds_config(config: RunConfig, world_size: int) -> Json:
-    """The DeepSpeed configuration of a run: the file's topology with the run's decisions written in.
+    """Read a run's DeepSpeed configuration and add the run's decisions. Empty without ``--ds_config``.
 
     Raises:
-        UserError: DeepSpeed is not installed, or the file is missing, is not a JSON object, has a key that means
-            nothing, or contradicts the run (naming both values).
+        UserError: DeepSpeed is not installed, or the file is missing, is not a JSON object, has an unknown key, or
+            contradicts the run (names both values).
     """
+    if not config.ds_config:
+        return {}
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             f"--ds_config {config.ds_config} needs DeepSpeed, which is not installed: pip install "
             f"'colm_scale[deepspeed]', or leave --ds_config out (--engine fsdp shards without it)"
         )
-    assert config.ds_config is not None
     path = _found(config.ds_config)
     given = _without_auto(_json_object(path))
     zero = given.get("zero_optimization", {})
@@ -77,25 +78,31 @@ def read_ds_config(config: RunConfig, world_size: int) -> Json:
     _check_decisions(given, config, path)
     result = {key: value for key, value in given.items() if key not in _DECIDED_HERE}
     if "offload_optimizer" in zero:
-        result["zero_force_ds_cpu_optimizer"] = False  # ours, as everywhere: nothing has to be compiled
-    # An optimizer step is one micro-batch as far as DeepSpeed's arithmetic goes: how many there really are changes
-    # from step to step, so the engine sets the accumulation boundary itself.
+        result["zero_force_ds_cpu_optimizer"] = False  # the run's own optimizer, which needs no compilation
+    # The number of micro-batches changes from step to step, so DeepSpeed counts one per step and the engine sets the
+    # accumulation boundary.
     return result | {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.max_grad_norm,
-        "zero_allow_untested_optimizer": True,  # those that need whole matrices are refused before (`engines`)
+        "zero_allow_untested_optimizer": True,  # `check_optimizer` refuses those that need whole matrices
     }
 
 
+def zero_stage(ds_config: Json) -> int:
+    """Return the ZeRO stage; 0 without DeepSpeed."""
+    stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
+    return stage
+
+
 def _found(named: str) -> Path:
-    """The file, or what the package brings by that name."""
+    """Return the file, or the package's file of that name."""
     shipped = {path.stem: path for path in _SHIPPED.glob("*.json")}
     if not Path(named).exists() and named in shipped:
         return shipped[named]
     if not Path(named).exists() and not Path(named).suffix:
-        raise UserError(f"--ds_config {named} is no file, and none of {', '.join(sorted(shipped))}")
+        raise UserError(f"--ds_config {named} is neither a file nor one of {', '.join(sorted(shipped))}")
     return Path(named)
 
 
@@ -116,7 +123,7 @@ def _json_object(path: Path) -> Json:
 
 
 def _without_auto(given: Json) -> Json:
-    """Without the keys that are left to whoever runs DeepSpeed, at any depth."""
+    """Remove the keys whose value is "auto", those of ``zero_optimization`` too."""
     return {
         key: _without_auto(value) if isinstance(value, dict) and key == "zero_optimization" else value
         for key, value in given.items()
@@ -129,7 +136,7 @@ def _check_keys(given: Json, path: Path) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the keys that can be set are {', '.join(_ALLOWED)}"
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_ALLOWED)}"
             raise UserError(f"--ds_config {path}: {key} would have no effect here: {hint}")
 
 
@@ -168,7 +175,7 @@ def _check_decisions(given: Json, config: RunConfig, path: Path) -> None:
     for key, (value, option) in ours.items():
         if given.get(key, value) != value:
             raise UserError(
-                f"--ds_config {path}: {key} is {given[key]!r}, but the run's is {value!r} ({option}): remove the key "
+                f"--ds_config {path}: {key} is {given[key]!r}, but the run uses {value!r} ({option}): remove the key "
                 f"or change the option"
             )
     for key, option in _DECIDED_HERE.items():
@@ -176,7 +183,7 @@ def _check_decisions(given: Json, config: RunConfig, path: Path) -> None:
         switched_off = isinstance(theirs, dict) and theirs.get("enabled") is False
         if key in given and not switched_off:
             raise UserError(
-                f"--ds_config {path}: {key} is {json.dumps(theirs)}, but the run decides this itself "
+                f"--ds_config {path}: {key} is {json.dumps(theirs)}, but the run decides this "
                 f"({option}, here {_decision(key, config.train)}): remove the key"
             )
 

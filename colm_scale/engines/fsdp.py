@@ -1,4 +1,4 @@
-"""Training under FSDP2: every decoder block is a unit whose weights are gathered when it runs."""
+"""Training under FSDP2. Every decoder block is a unit: its weights are gathered when it runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import OptimizerEngine
+from colm_scale.engines.base import Engine
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.records import Batch
 
 
 def units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
-    """What is gathered at a time: each decoder block, every other module with weights of its own (those that share one
-    together), and last the model.
+    """List the modules that are gathered at a time: each decoder block, every other module with its own weights
+    (modules that share a weight together), and last the model.
 
-    A unit of embedding, norm and head together would be gathered for the backward when the gradient of the logits comes
-    by, and it never does: the loss is computed on the way into the head.
+    Embedding, norm and head are no single unit: its backward gathering waits for the gradient of the logits, and there
+    is none because the loss is computed from the head's input.
     """
     blocks = list(decoder_blocks(model)[1])
     inside = {module for block in blocks for module in block.modules()} | {model}
@@ -41,13 +41,14 @@ def units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
 
 
 def mesh_of(group: Group) -> DeviceMesh:
-    """All ranks in a row."""
+    """Make a one-dimensional mesh of all ranks."""
+    group.ensure_process_group()
     return init_device_mesh(group.device.type, (group.world_size,))
 
 
 @contextmanager
 def among_absent_ranks(world_size: int) -> Iterator[tuple[Group, DeviceMesh]]:
-    """The first of so many ranks, none of which is there: collectives return at once. For tracing memory."""
+    """Act as rank 0 of a fake process group, whose collectives return at once. For tracing memory."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     cpu = torch.device("cpu")
@@ -59,25 +60,16 @@ def among_absent_ranks(world_size: int) -> Iterator[tuple[Group, DeviceMesh]]:
         dist.destroy_process_group()
 
 
-class FsdpEngine(OptimizerEngine):
-    """`fully_shard` behind the `Engine` protocol. The model comes on the CPU; block after block moves to the device.
+class FsdpEngine(Engine):
+    """Trains with `fully_shard`. The model comes on the CPU and moves to the device block by block.
 
-    The root is the causal language model itself, not the loss module around it, so that generating gathers too.
+    The root is the causal language model itself, not the loss module around it, so that generation gathers too.
     """
 
     name = "fsdp"
 
-    def __init__(
-        self,
-        module: ExampleLoss,
-        train: TrainConfig,
-        fsdp: FsdpConfig,
-        group: Group,
-        mesh: DeviceMesh | None = None,
-    ):
-        group.ensure_process_group()
+    def __init__(self, module: ExampleLoss, train: TrainConfig, fsdp: FsdpConfig, group: Group, mesh: DeviceMesh):
         self._device, self._ranks = group.device, group.world_size
-        mesh = mesh or mesh_of(group)
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         offload = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
         root = module.causal_model
@@ -91,7 +83,7 @@ class FsdpEngine(OptimizerEngine):
             )
         assert isinstance(root, FSDPModule)
         self._root: FSDPModule = root
-        super().__init__(module, train)  # its optimizer is over the shards
+        super().__init__(module, train)  # makes the optimizer over the shards
 
     def forward(self, batch: Batch) -> Tensor:
         losses: Tensor = self.module(batch)

@@ -14,26 +14,26 @@ from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import (
     WEIGHT,
-    LossScale,
+    Engine,
     Update,
     optimizer_tensors,
     remember,
     set_updates_of,
-    trainable,
     unscale,
     updates_of,
 )
-from colm_scale.engines.shards import local_tensors
+from colm_scale.engines.ds_config import zero_stage
+from colm_scale.engines.tensors import local_tensors
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.optimizers import begun_state, make_optimizer, state_keys
+from colm_scale.modeling.optimizers import begun_state
 from colm_scale.records import Batch, Json
 
 
-class ZeroEngine:
-    """DeepSpeed's engine behind the `Engine` protocol.
+class ZeroEngine(Engine):
+    """Trains with DeepSpeed's engine.
 
-    Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and keeps no second copy. Under
-    stage 3 the model comes on the CPU, and tensor after tensor is cut into shards.
+    Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and makes no second copy. Under
+    stage 3 the model comes on the CPU and is sharded tensor by tensor.
     """
 
     name = "deepspeed"
@@ -41,14 +41,9 @@ class ZeroEngine:
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: Json):
         deepspeed = _import_deepspeed(group)
         group.ensure_process_group()
-        self.module = module
-        self.scale = LossScale.of(config.dtype)
-        self._parameters = trainable(module)
-        self.optimizer = make_optimizer(self._parameters.values(), config)
-        self.state_keys = state_keys(self.optimizer)
+        super().__init__(module, config)
         self._ranks, self._rank = group.world_size, group.rank
-        self._stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-        self._max_norm = config.max_grad_norm or math.inf
+        self._stage = zero_stage(ds_config)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
         )
@@ -58,7 +53,7 @@ class ZeroEngine:
         return losses
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)  # sticky, so said every time
+        self._engine.set_gradient_accumulation_boundary(last)  # it stays as set, so set it every time
         if self._stage and self.scale.scale != 1.0:
             self._engine.optimizer.override_loss_scale(self.scale.scale)
         by_hand = 1.0 if self._stage else self.scale.scale
@@ -78,7 +73,7 @@ class ZeroEngine:
         return math.inf if self._engine.optimizer.overflow else float(self._engine.get_global_grad_norm())
 
     def _plain_step(self) -> float:
-        """Stage 0, where DeepSpeed neither scales losses nor minds a gradient that is not finite."""
+        """Step under stage 0, where DeepSpeed neither scales the loss nor skips a gradient that is not finite."""
         unscale(self._parameters.values(), self.scale.scale)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm))
         if math.isfinite(norm):
@@ -88,7 +83,7 @@ class ZeroEngine:
         return norm
 
     def snapshot(self) -> Callable[[], None]:
-        # The stages train float32 partitions and copy them into the module: both are put back.
+        # DeepSpeed trains float32 partitions and copies them into the module: restore both.
         module = [tensor for parameter in self._parameters.values() for tensor in local_tensors(parameter)]
         return remember([*self._partitions(), *optimizer_tensors(self.optimizer), *module])
 
@@ -97,7 +92,7 @@ class ZeroEngine:
 
         parameter = self._parameters[name]
         if not self._stage:
-            return self._whole(parameter, key).detach()
+            return super().read(name, key)
         whole: Tensor
         if key == WEIGHT:
             whole = safe_get_full_fp32_param(parameter)
@@ -111,7 +106,7 @@ class ZeroEngine:
         self._begin_state()
         parameter = self._parameters[name]
         if not self._stage:
-            self._whole(parameter, key).copy_(value)
+            super().write(name, key, value)
         elif self._stage < 3:
             self._write_partition(parameter, key, value)
         else:
@@ -125,12 +120,8 @@ class ZeroEngine:
     def updates(self, count: int) -> None:
         set_updates_of(self.optimizer, self._partitions(), count)
 
-    def _whole(self, parameter: Tensor, key: str) -> Tensor:
-        """Stage 0: nothing is cut."""
-        return parameter if key == WEIGHT else begun_state(self.optimizer, parameter)[key]
-
     def _write_partition(self, parameter: Tensor, key: str, value: Tensor) -> None:
-        """Stages 1 and 2: the module has the whole tensor, each rank trains a part of it in float32."""
+        """Write under stages 1 and 2: the module has the whole tensor, and each rank trains a part of it in float32."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if key == WEIGHT:
@@ -140,7 +131,7 @@ class ZeroEngine:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def _write_shard(self, parameter: Tensor, key: str, value: Tensor) -> None:
-        """Stage 3: each rank has a shard, the last one padded."""
+        """Write under stage 3: each rank has a shard, the last one padded."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -157,7 +148,7 @@ class ZeroEngine:
             parameter.data.copy_(value)
 
     def _partitions(self) -> list[Tensor]:
-        """What the optimizer trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
+        """Return what the optimizer trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
         found: list[Tensor]
         match self._stage:
             case 0:
@@ -169,7 +160,7 @@ class ZeroEngine:
         return found
 
     def _begin_state(self) -> None:
-        """Make the optimizer's averages, which it may make in its first step, and let DeepSpeed find them."""
+        """Create the optimizer's averages, if it has not made a step yet, and register them with DeepSpeed."""
         for partition in self._partitions():
             begun_state(self.optimizer, partition)
         if self._stage in (1, 2):
@@ -179,11 +170,11 @@ class ZeroEngine:
 def _import_deepspeed(group: Group) -> ModuleType:
     os.environ.setdefault("LOCAL_RANK", str(group.local_rank))
     if group.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for others, and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it looks for others and warns
     import deepspeed
 
-    # Gloo does what its shared-memory kernel for CPUs does. That one would be compiled at the first run, and a run
-    # killed while it compiles leaves a lock behind that every later run waits for, for ever.
+    # Use gloo instead of its shared-memory kernel for CPUs. The kernel is compiled at the first run, and a run that is
+    # killed meanwhile leaves a lock that every later run waits for without end.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     loaded: ModuleType = deepspeed
     return loaded

@@ -1,4 +1,4 @@
-"""A model of any size without its memory: fake tensors, which have shapes and types but no numbers."""
+"""Models of any size on fake tensors, which have shapes and types but no memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from colm_scale.config import RunConfig
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe
-from colm_scale.modeling.sample import in_last_block, sample_of
+from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, sample_of
 from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")
@@ -23,13 +22,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """The adapted model of a run on fake CPU tensors, whatever the device it will run on.
+    """A run's adapted model on fake CPU tensors, for any device of the run.
 
     Attributes:
-        mode: In which its tensors live; what is done with them is done within it.
+        mode: Operations on its tensors must run in this mode.
         tap: The tap on its probe, if it sketches.
-        padded_because: Why its micro-batches are padded, if they are.
-        traced: What has been traced on it already, by phase and micro-batches.
+        padded_because: Reason why its micro-batches are padded, if they are.
+        traced: Earlier traces, by phase and micro-batches.
     """
 
     mode: FakeTensorMode
@@ -46,13 +45,13 @@ class FakeModel:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What a run finds out about a model by trying, found out on a sample of one block in its full width.
+    """Results of trying a sample of the model, one block in its full width.
 
     Attributes:
-        attention: What its attention is called, once it is packed where that is wanted and possible.
+        attention: Name of its attention, after packing if requested and possible.
         padded_because: As in `FakeModel`.
         probe: In the sample's block; None if nothing is sketched.
-        like: A tap on it.
+        like: A tap on the probe.
     """
 
     attention: str
@@ -62,10 +61,10 @@ class Tried:
 
 
 def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
-    """Try a sample of a model with random weights and next to no vocabulary.
+    """Try a sample of a model, with random weights and a tiny vocabulary.
 
     Raises:
-        UserError: As from a run: there is no such probe or target, rows are to be packed and cannot be.
+        UserError: As a run would: a probe or target does not exist, or the model does not support packing.
     """
     one = sample_of(of)
     padded_because = use_packing(one, config.train.packing, CPU)
@@ -78,10 +77,10 @@ def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
 
 
 def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeModel:
-    """What `assembly.build_model` builds, from the model's configuration and what a sample has shown.
+    """Build the model of `run.assemble.build_model` from its configuration and the results of a sample.
 
     Raises:
-        UserError: As from a run: its blocks cannot be checkpointed.
+        UserError: As a run would: its blocks cannot be checkpointed.
     """
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(of), dtype=getattr(torch, config.train.dtype))
@@ -99,14 +98,13 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
 
 
 def _to_fake_tensors(model: nn.Module) -> None:
-    """Put a fake CPU tensor in place of every meta tensor; tied weights stay tied."""
+    """Replace every meta tensor by a fake CPU tensor; tied weights stay tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None and weight not in made:
+        for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if weight not in made:
                 fake = torch.empty_like(weight, device="cpu")
                 made[weight] = nn.Parameter(fake, requires_grad=weight.requires_grad)
-            module._parameters[name] = None if weight is None else made[weight]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
-
+            module._parameters[name] = made[weight]
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")

@@ -1,9 +1,8 @@
-"""Peak memory of a rank, phase by phase, before there is a run: traced on fake tensors, and formulas for the rest.
+"""Peak memory of a rank by phase, without a run: traced on fake tensors, with formulas for the rest.
 
-Traced is what the product's own code allocates for a micro-batch: activations, what the sketch holds, gradients, under
-FSDP2 also what is gathered (the real `fully_shard`, in a process group that sends nothing). What DDP and DeepSpeed
-hold, whose code does not run here, is reckoned (`engine_memory`). Not counted: the CUDA context
-and NCCL's buffers (0.5 to 1.5 GiB), fragments, and temporaries of fused kernels.
+Traces run the package's own code on micro-batches: activations, sketches, gradients, and under FSDP2 gathered weights
+(the real `fully_shard`, in a fake process group). Memory of DDP and DeepSpeed is computed (`engine_memory`). Not
+counted: the CUDA context and NCCL's buffers (0.5 to 1.5 GiB), fragments, and temporaries of fused kernels.
 """
 
 from __future__ import annotations
@@ -11,20 +10,20 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from colm_scale.config import RunConfig
+from colm_scale.config import RunConfig, TrainConfig
 from colm_scale.data.batching import make_batch
 from colm_scale.engines.base import Engine, trainable
+from colm_scale.engines.ds_config import zero_stage
 from colm_scale.engines.fsdp import FsdpEngine, among_absent_ranks
-from colm_scale.engines.shards import local_tensors
+from colm_scale.engines.tensors import local_tensors
 from colm_scale.modeling.causal import input_weight
 from colm_scale.plan.fake import CPU, FakeModel
 from colm_scale.profiling.live_tensors import LiveBytes
@@ -34,23 +33,36 @@ from colm_scale.sketch.precision import float32_tail
 
 FLOAT32 = 4
 _AVERAGES = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}
-"""Numbers that an optimizer keeps of each number of an adapter (Adafactor: of each row and column, next to none)."""
+"""An optimizer's averages per number of an adapter (Adafactor has some per row and column only)."""
 
 MicroBatches = Sequence[Sequence[int]]
 """Lengths of the examples of each micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
+class Batches:
+    """The micro-batches of the busiest rank.
+
+    Attributes:
+        sketched: Of the candidates; empty if none are forwarded.
+        trained: Of the coreset.
+    """
+
+    sketched: MicroBatches
+    trained: MicroBatches
+
+
+@dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """Bytes on the device of a rank that do not depend on its micro-batches.
+    """Bytes on a rank's device that do not depend on its micro-batches.
 
     Attributes:
         weights: Frozen weights and adapters, or the rank's shards of them.
         optimizer: Averages, and the float32 copies that are trained.
-        buffers: What gradients are reduced in, allocated for the whole run.
-        reducing: The same, allocated while gradients are reduced.
+        buffers: Buffers for reducing gradients, allocated for the whole run.
+        reducing: Buffers allocated while gradients are reduced.
         gathered: Whole weights that are gathered at a time.
-        keeps_gradients: Whether adapters keep whole gradients until the optimizer has run.
+        keeps_gradients: Whether adapters hold whole gradients until the optimizer has run.
     """
 
     weights: int
@@ -62,7 +74,7 @@ class EngineMemory:
 
     @property
     def resident(self) -> int:
-        """Between steps."""
+        """Bytes between steps."""
         return self.weights + self.optimizer + self.buffers
 
 
@@ -71,8 +83,8 @@ class Peaks:
     """Peak bytes of a rank, by phase.
 
     Attributes:
-        engine: What of them does not depend on the micro-batches.
-        phases: ``sketch``, ``train`` and ``optimizer``; the first only where candidates are forwarded.
+        engine: The part that does not depend on the micro-batches.
+        phases: ``sketch`` (if candidates are forwarded), ``train`` and ``optimizer``.
     """
 
     engine: EngineMemory
@@ -80,31 +92,29 @@ class Peaks:
 
     @property
     def step(self) -> int:
-        """The largest."""
+        """The largest peak."""
         return max(self.phases.values())
 
 
-def averages_of(config: RunConfig) -> int:
-    """Numbers that the optimizer keeps of each number of an adapter."""
-    return _AVERAGES[config.train.optimizer]
+def averages_of(train: TrainConfig) -> int:
+    """Return the optimizer's averages per number of an adapter."""
+    return _AVERAGES[train.optimizer]
 
 
-def engine_memory(config: RunConfig, ds_config: Json | None, fake: FakeModel, world_size: int) -> EngineMemory:
-    """What an engine holds, FSDP2 apart, which is traced.
+def engine_memory(train: TrainConfig, ds_config: Json, fake: FakeModel, world_size: int) -> EngineMemory:
+    """Compute the memory of an engine other than FSDP2, which is traced.
 
-    DDP: buckets as large as all gradients. ZeRO-1 and 2: the adapters a second time as one row, their float32
-    partition, averages of it, its gradient, and one or (with ``overlap_comm``) two buckets of ``reduce_bucket_size``
-    numbers in the backward. ZeRO-3: shards, small weights whole, one such bucket throughout, and what is gathered
-    around a block.
+    DDP: buckets as large as all gradients. ZeRO-1 and 2: a flat copy of the adapters, their float32 partition, its
+    averages and its gradient, and one or (with ``overlap_comm``) two buckets of ``reduce_bucket_size`` numbers in the
+    backward. ZeRO-3: shards, small weights whole, one such bucket throughout, and the weights gathered around a block.
     """
     module = fake.module
     adapters = sum(weight.numel() for weight in trainable(module).values())
     whole = sum(_bytes(weight) for weight in module.parameters())
-    averages = averages_of(config)
-    zero = (ds_config or {}).get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    averages = averages_of(train)
+    zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     if not stage:
-        ddp = world_size > 1 and ds_config is None
+        ddp = world_size > 1 and not ds_config
         return EngineMemory(whole, averages * adapters * FLOAT32, ddp * adapters * FLOAT32, 0, 0, True)
     part = -(-adapters // world_size) * FLOAT32
     on_cpu = zero.get("offload_optimizer", {}).get("device") == "cpu"
@@ -114,84 +124,84 @@ def engine_memory(config: RunConfig, ds_config: Json | None, fake: FakeModel, wo
         buckets = 2 if zero.get("overlap_comm") else 1
         return EngineMemory(whole, optimizer + adapters * FLOAT32, 0, buckets * bucket + part, 0, False)
     small = int(zero.get("stage3_param_persistence_threshold", 1e5))
-    kept = sum(_bytes(weight) for weight in module.parameters() if weight.numel() <= small)
-    shards = 0 if zero.get("offload_param", {}).get("device") == "cpu" else -(-(whole - kept) // world_size)
+    persistent = sum(_bytes(weight) for weight in module.parameters() if weight.numel() <= small)
+    shards = 0 if zero.get("offload_param", {}).get("device") == "cpu" else -(-(whole - persistent) // world_size)
     ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * next(module.parameters()).element_size()
     largest = max(_block_bytes(fake, small))
     gathered = largest + min(ahead, largest)
-    return EngineMemory(shards + kept, optimizer + part, bucket, part, gathered, False)
+    return EngineMemory(shards + persistent, optimizer + part, bucket, part, gathered, False)
 
 
 def peaks(
-    config: RunConfig,
-    ds_config: Json | None,
-    fake: FakeModel,
-    world_size: int,
-    sketched: MicroBatches,
-    trained: MicroBatches,
-    label_share: float = 0.5,
+    config: RunConfig, ds_config: Json, fake: FakeModel, world_size: int, batches: Batches, label_share: float = 0.5
 ) -> Peaks:
-    """Peak bytes of one rank in a step.
+    """Trace the peak bytes of one rank in a step.
 
     Args:
-        fake: The model; under FSDP2 it is sharded by this.
-        sketched: The rank's micro-batches of the sketch; none if nothing is forwarded.
-        trained: Those of the coreset.
-        label_share: Which share of an example, at its end, carries loss.
+        fake: The model; under FSDP2 this call shards it.
+        label_share: Share of an example, at its end, that carries loss.
     """
-    with ExitStack() as stack:
-        engine: Engine | None = None
-        if config.engine == "fsdp":
-            engine = stack.enter_context(_sharded(config, fake, world_size))
-            memory = _fsdp_memory(config, fake)
-            there = _shards(fake.module.parameters())
-        else:
-            memory = engine_memory(config, ds_config, fake, world_size)
-            there = [*fake.module.parameters()]
-        there += fake.module.buffers()
-        trace = _Trace(config, fake, there, memory.keeps_gradients)
-        phases = {}
-        if sketched:
-            few = _at_most_two_alike(sketched)
-            grown, held = trace.once("sketch", few, label_share, trace.sketch)
-            more = Counter(map(tuple, sketched)) - Counter(few)
-            grown += sum(count * held[few.index(alike)] for alike, count in more.items())
-            phases["sketch"] = memory.resident + memory.gathered + grown + _kept_inputs(config, fake, sketched)
-        train = partial(trace.train, engine=engine)
-        grown, _ = trace.once("train", _at_most_two_alike(trained), label_share, train)
-        kept = _kept_inputs(config, fake, trained)
-        phases["train"] = memory.resident + memory.gathered + memory.reducing + grown + kept
-        adapters = sum(_bytes(weight) for weight in trainable(fake.module).values())
-        share = adapters if memory.keeps_gradients else adapters // world_size
-        phases["optimizer"] = memory.resident + 2 * share  # its gradient, and the root of the second average
+    if config.engine != "fsdp":
+        memory = engine_memory(config.train, ds_config, fake, world_size)
+        there = [*fake.module.parameters(), *fake.module.buffers()]
+        trace = _Trace(config, fake, there, label_share, drops_gradients=not memory.keeps_gradients)
+        return _peaks(memory, trace, batches, world_size, lambda batch: fake.module(batch).sum().backward())
+    with _sharded(config, fake, world_size) as engine:
+        memory = _fsdp_memory(config, fake)
+        there = [*_shards(fake.module.parameters()), *fake.module.buffers()]
+        trace = _Trace(config, fake, there, label_share, drops_gradients=False)
+
+        def train(batch: Batch) -> None:
+            engine.backward(engine.forward(batch).sum(), last=True)
+
+        return _peaks(memory, trace, batches, world_size, train)
+
+
+def _peaks(
+    memory: EngineMemory, trace: _Trace, batches: Batches, world_size: int, train: Callable[[Batch], None]
+) -> Peaks:
+    """Trace each phase, and add the engine's memory."""
+    phases, running = {}, memory.resident + memory.gathered
+    if batches.sketched:
+        few = _at_most_two_alike(batches.sketched)
+        grown, left = trace.sketch(few)
+        more = Counter(map(tuple, batches.sketched)) - Counter(few)
+        grown += sum(count * left[few.index(alike)] for alike, count in more.items())
+        phases["sketch"] = running + grown + trace.held_inputs(batches.sketched)
+    grown, _ = trace.train(_at_most_two_alike(batches.trained), train)
+    phases["train"] = running + memory.reducing + grown + trace.held_inputs(batches.trained)
+    adapters = sum(_bytes(weight) for weight in trainable(trace.fake.module).values())
+    share = adapters if memory.keeps_gradients else adapters // world_size
+    phases["optimizer"] = memory.resident + 2 * share  # its gradient, and the root of the second average
     return Peaks(memory, phases)
 
 
 class _Trace:
-    """Runs phases on fake tensors; each returns by how much live bytes grow at most, and what each batch leaves."""
+    """Runs phases on fake tensors; each returns the peak growth of live bytes, and what each micro-batch leaves.
 
-    def __init__(self, config: RunConfig, fake: FakeModel, there: list[torch.Tensor], keeps_gradients: bool):
-        self._config, self._fake, self._there, self._keeps = config, fake, there, keeps_gradients
+    Args:
+        there: Tensors that exist before.
+        drops_gradients: The engine copies each gradient into a bucket at once.
+    """
 
-    def once(
+    def __init__(
         self,
-        phase: str,
-        micro_batches: list[tuple[int, ...]],
+        config: RunConfig,
+        fake: FakeModel,
+        there: list[torch.Tensor],
         label_share: float,
-        run: Callable[[list[Batch]], tuple[int, list[int]]],
-    ) -> tuple[int, list[int]]:
-        """What ``run`` returns for a phase; the same model is not traced twice with the same micro-batches."""
-        key = (phase, *micro_batches, label_share, self._keeps)
-        if key not in self._fake.traced:
-            self._fake.traced[key] = run(_batches(micro_batches, self._fake, label_share))
-        return self._fake.traced[key]
+        *,
+        drops_gradients: bool,
+    ):
+        self.fake = fake
+        self._config, self._there, self._label_share, self._drops = config, there, label_share, drops_gradients
 
-    def sketch(self, batches: list[Batch]) -> tuple[int, list[int]]:
-        """All micro-batches one after the other, what is kept of each included."""
-        tap, selection = self._fake.tap, self._config.selection
+    def sketch(self, micro_batches: MicroBatches) -> tuple[int, list[int]]:
+        """Sketch the micro-batches in sequence, holding the sketch of each."""
+        tap, selection = self.fake.tap, self._config.selection
         assert tap is not None
         held: list[object] = []
-        with self._fake.mode:
+        with self.fake.mode:
             z = torch.empty(selection.num_probes if selection.estimator == "zeroth_order" else 0, tap.size)
 
         def run(batch: Batch) -> None:
@@ -199,55 +209,51 @@ class _Trace:
                 case "last_layer":
                     held.append(last_layer.sketch(tap, batch, torch.arange(len(batch.lengths)))[-1])
                 case "zeroth_order":
-                    with float32_tail(tap) if self._half else nullcontext():
+                    half = self._config.train.dtype != "float32"
+                    with float32_tail(tap) if half else nullcontext():
                         zeroth_order.directional_derivatives(tap, batch, z, zeroth_order.PERTURBATION)
 
-        return self._growth(run, batches)
+        return self._growth("sketch", run, micro_batches)
 
-    def train(self, batches: list[Batch], engine: Engine | None) -> tuple[int, list[int]]:
-        """Forward and backward of each micro-batch, with the gradients as they come."""
-        module = self._fake.module
-        handles = [] if self._keeps or engine else [_let_go(weight) for weight in trainable(module).values()]
-
-        def run(batch: Batch) -> None:
-            if engine is not None:
-                engine.backward(engine.forward(batch).sum(), last=True)
-            else:
-                module(batch).sum().backward()
-
+    def train(self, micro_batches: MicroBatches, run: Callable[[Batch], None]) -> tuple[int, list[int]]:
+        """Run forward and backward of each micro-batch, with gradients."""
+        module = self.fake.module
+        handles = [_drop_gradient(weight) for weight in trainable(module).values()] if self._drops else []
         try:
-            return self._growth(run, batches)
+            return self._growth("train", run, micro_batches)
         finally:
             for handle in handles:
                 handle.remove()
             module.zero_grad(set_to_none=True)
 
-    @property
-    def _half(self) -> bool:
-        return self._config.train.dtype != "float32"
+    def held_inputs(self, micro_batches: MicroBatches) -> int:
+        """Return the bytes of block inputs that forward reuse holds on the device, up to its bound."""
+        train = self._config.train
+        if train.forward_reuse != "device":
+            return 0
+        model = self.fake.module.causal_model
+        hidden: int = model.config.get_text_config().hidden_size
+        size = len(self.fake.blocks) * hidden * sum(map(sum, micro_batches)) * input_weight(model).element_size()
+        return min(size, int(train.forward_reuse_gib * 2**30))
 
-    def _growth(self, run: Callable[[Batch], None], batches: list[Batch]) -> tuple[int, list[int]]:
+    def _growth(self, phase: str, run: Callable[[Batch], None], micro_batches: MicroBatches) -> tuple[int, list[int]]:
+        """Trace ``run``, once for each phase and micro-batches of a model."""
+        key = (phase, *micro_batches, self._label_share, self._drops)
+        if key in self.fake.traced:
+            return self.fake.traced[key]
+        batches = _batches(micro_batches, self.fake, self._label_share)
         gc.collect()
-        with self._fake.mode, LiveBytes(self._there) as live:
+        with self.fake.mode, LiveBytes(self._there) as live:
             marks = [live.now]
             for batch in batches:
                 run(batch)
                 marks.append(live.now)
-            return live.peak - marks[0], [after - before for before, after in pairwise(marks)]
+            self.fake.traced[key] = live.peak - marks[0], [after - before for before, after in pairwise(marks)]
+        return self.fake.traced[key]
 
 
-def _kept_inputs(config: RunConfig, fake: FakeModel, micro_batches: MicroBatches) -> int:
-    """What forward reuse keeps on the device of these: what goes into each block, up to its bound."""
-    if config.train.forward_reuse != "device":
-        return 0
-    model = fake.module.causal_model
-    hidden: int = model.config.get_text_config().hidden_size
-    size = len(fake.blocks) * hidden * sum(map(sum, micro_batches)) * input_weight(model).element_size()
-    return min(size, int(config.train.forward_reuse_gib * 2**30))
-
-
-def _let_go(weight: nn.Parameter) -> RemovableHandle:
-    """As an engine does that copies each gradient into its bucket as it comes."""
+def _drop_gradient(weight: nn.Parameter) -> RemovableHandle:
+    """Drop each gradient when it is complete, as engines with buckets do."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
@@ -257,7 +263,7 @@ def _let_go(weight: nn.Parameter) -> RemovableHandle:
 
 
 def _at_most_two_alike(micro_batches: MicroBatches) -> list[tuple[int, ...]]:
-    """The second of its kind finds what the first has left; a third is like the second."""
+    """Return at most two micro-batches of each kind, since further ones grow memory like the second."""
     found: list[tuple[int, ...]] = []
     for lengths in map(tuple, micro_batches):
         if found.count(lengths) < 2:
@@ -280,7 +286,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _block_bytes(fake: FakeModel, small: int) -> Iterator[int]:
-    """Of each block, and of each weight outside of them, the bytes that ZeRO-3 gathers: those above a size."""
+    """Yield the bytes that ZeRO-3 gathers for each block and each weight outside: weights above a size."""
     inside = set()
     for block in fake.blocks:
         inside |= set(block.parameters())
@@ -290,10 +296,10 @@ def _block_bytes(fake: FakeModel, small: int) -> Iterator[int]:
 
 
 def _fsdp_memory(config: RunConfig, fake: FakeModel) -> EngineMemory:
-    """What FSDP2 holds between steps; the model is sharded already, and gradients are shards."""
+    """Compute the memory of FSDP2 between steps, for a sharded model. Gradients are shards too."""
     adapters = _shards(trainable(fake.module).values())
     weights = sum(map(_bytes, _shards(fake.module.parameters())))
-    averages = averages_of(config) * sum(weight.numel() for weight in adapters) * FLOAT32
+    averages = averages_of(config.train) * sum(weight.numel() for weight in adapters) * FLOAT32
     if config.fsdp.cpu_offload:
         return EngineMemory(0, 0, 0, 0, 0, False)
     return EngineMemory(weights, averages, 0, 0, 0, False)
@@ -305,8 +311,8 @@ def _shards(weights: Iterable[nn.Parameter]) -> list[torch.Tensor]:
 
 @contextmanager
 def _sharded(config: RunConfig, fake: FakeModel, world_size: int) -> Iterator[Engine]:
-    """The engine of a rank among others that are not there."""
-    with among_absent_ranks(world_size) as (group, mesh):  # a mesh is made of numbers, so outside of the mode
+    """Make the engine of one rank in a fake process group."""
+    with among_absent_ranks(world_size) as (group, mesh):  # outside of the mode, since a mesh has real numbers
         with fake.mode:
             engine = FsdpEngine(fake.module, config.train, config.fsdp, group, mesh)
         yield engine

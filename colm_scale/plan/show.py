@@ -1,34 +1,36 @@
-"""A plan as text."""
+"""The text of a plan."""
 
 from __future__ import annotations
 
 import io
+import math
 
 from rich.console import Console
 from rich.table import Table
 
+from colm_scale.plan.memory import MicroBatches
 from colm_scale.plan.plan import GIB, Plan
 
 _WIDTH = 110
 
 
 def shown(plan: Plan) -> str:
-    """Tables for a terminal, and what they leave out."""
+    """Render a plan as tables for a terminal."""
     out = io.StringIO()
     console = Console(file=out, width=_WIDTH)
-    for line in _facts(plan):
+    for line in _lines(plan):
         console.print(line, highlight=False)
     console.print(_memory(plan))
     console.print(_further(plan))
     console.print(
-        "Left out: CUDA context and NCCL buffers (about 1 GiB), fragments. Lengths differ in real data: a longest "
-        "example above the micro-batch's tokens sets the peak.",
+        "Not included: CUDA context and NCCL buffers (about 1 GiB), fragments. In real data lengths differ: an example "
+        "longer than a micro-batch's tokens sets the peak.",
         highlight=False,
     )
     return out.getvalue()
 
 
-def _facts(plan: Plan) -> list[str]:
+def _lines(plan: Plan) -> list[str]:
     config, sizes = plan.config, plan.sizes
     selection, train = config.selection, config.train
     trained = selection.candidates if selection.method == "full" else selection.budget
@@ -44,7 +46,7 @@ def _facts(plan: Plan) -> list[str]:
     return lines
 
 
-def _micro_batches(micro_batches: tuple[tuple[int, ...], ...]) -> str:
+def _micro_batches(micro_batches: MicroBatches) -> str:
     if not micro_batches:
         return "nothing"
     return f"{len(micro_batches)} micro-batch(es) of up to {max(map(sum, micro_batches)):,} tokens"
@@ -72,7 +74,7 @@ def _further(plan: Plan) -> Table:
         table.add_row(f"bytes a rank sends per step: {purpose}", f"{count:,}")
     table.add_row("FLOP per step and rank: candidates' forward", f"{plan.forward_flops:.3g}")
     table.add_row("FLOP per step and rank: training", f"{plan.training_flops:.3g}")
-    if plan.floor_seconds is not None:
+    if plan.floor_seconds:
         table.add_row(f"bare floor of a step at {plan.plan.tflops:g} TFLOP/s", f"{plan.floor_seconds:.3g} s")
     keep = plan.config.checkpoint.keep if plan.config.checkpoint.every else 0
     table.add_row(
@@ -80,6 +82,6 @@ def _further(plan: Plan) -> Table:
     )
     for what, most in plan.largest.items():
         table.add_row(
-            f"fits into {plan.plan.memory_gib:g} GiB: {what}", "as many as you like" if most is None else f"{most:,}"
+            f"fits into {plan.plan.memory_gib:g} GiB: {what}", "unlimited" if most == math.inf else f"{most:,}"
         )
     return table

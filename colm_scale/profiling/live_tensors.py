@@ -1,6 +1,6 @@
-"""Bytes of all tensors that are alive, and the most there were: on any device, and on fake tensors, which have none.
+"""Current and peak bytes of all live tensors, on any device and of fake tensors too.
 
-torch counts memory on GPUs only, and its tracker for other devices wants every parameter to have a gradient.
+torch counts memory on GPUs only, and its tracker for other devices needs a gradient for every parameter.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations within it return, until they are freed.
+    """Counts the storages that operations in this mode return, until they are freed.
 
     Args:
-        there: Tensors that exist already and are to be counted, such as a model's parameters.
-        outside: Tensors that exist already and are not, such as training data, though parts of them are used.
+        there: Existing tensors to count, such as a model's parameters.
+        outside: Existing tensors not to count, nor views of them, such as training data.
 
     Attributes:
         now: Bytes alive.
@@ -31,13 +31,13 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, there: Iterable[Tensor] = (), outside: Iterable[Tensor] = ()):
         super().__init__()
         self.now = self.peak = 0
-        self._sizes = WeakIdKeyDictionary()
+        self._sizes, self._outside = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         for tensor in outside:
-            self._sizes[tensor.untyped_storage()] = None
+            self._outside[tensor.untyped_storage()] = True
         self.count(there)
 
     def count(self, there: Iterable[Tensor]) -> None:
-        """Count tensors that no operation within it has returned."""
+        """Count further existing tensors."""
         for tensor in there:
             self._count(tensor)
 
@@ -48,10 +48,10 @@ class LiveBytes(TorchDispatchMode):
     def __enter__(self) -> LiveBytes:
         resize = torch.UntypedStorage.resize_
 
-        # How FSDP2 frees gathered weights, and fills them again.
         def resized(storage: torch.UntypedStorage, size: int) -> object:
+            """FSDP2 resizes storages to free and refill gathered weights."""
             found = resize(storage, size)
-            if self._sizes.get(storage) is not None:
+            if storage in self._sizes:
                 self._resize(storage)
             return found
 
@@ -78,11 +78,12 @@ class LiveBytes(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> None:
         for part in _plain(tensor):
             storage = part.untyped_storage()
+            if storage in self._outside:
+                continue
             if storage not in self._sizes:
-                self._sizes[storage] = size = [0]  # the finalizer is not to hold the storage
+                self._sizes[storage] = size = [0]  # a list, so that the finalizer does not hold the storage
                 weakref.finalize(storage, self._freed, size)
-            if self._sizes[storage] is not None:
-                self._resize(storage)
+            self._resize(storage)
 
     def _resize(self, storage: torch.UntypedStorage) -> None:
         size = self._sizes[storage]
@@ -95,7 +96,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
-    """The tensor, or those it consists of (a DTensor's shard)."""
+    """Return the tensor itself, or the local shard of a DTensor; nothing for other subclasses."""
     if hasattr(tensor, "_local_tensor"):
         return [tensor._local_tensor]
     return [tensor] if type(tensor) in _STORED or isinstance(tensor, torch._subclasses.FakeTensor) else []

@@ -1,8 +1,8 @@
-"""How much memory a phase of a step needs on this rank: what the device holds, not only what the allocator handed out.
+"""Peak memory of each phase of a step on this rank.
 
-On a GPU two numbers are taken. The allocator's peak is exact but leaves out the CUDA context, NCCL's buffers and
-fragments; NVML sees all of that, by sampling. On the CPU the kernel keeps the peak resident memory itself. No reading
-synchronises the device: memory is claimed by the host when it launches work, so host-side phases are the right ones.
+A GPU has two readings. The allocator's peak is exact but excludes the CUDA context, NCCL's buffers and fragments; NVML
+includes them, by sampling. On the CPU the kernel tracks peak resident memory. No reading synchronises the device: the
+host allocates memory when it launches work, so phases are those of the host.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 class MemoryMeter(Protocol):
-    """Peaks between `start` and `stop`; phases do not overlap.
+    """Measures the peak between `start` and `stop`; phases do not overlap.
 
     Attributes:
-        primary: The kind of peak that is reported, a key of what `stop` returns.
-        label: What the primary kind is, for people.
-        device_name: What the memory belongs to.
+        primary: The kind of peak to report, a key of the result of `stop`.
+        label: The primary kind, described for people.
+        device_name: The device that the memory belongs to.
     """
 
     primary: str
@@ -43,16 +43,16 @@ class MemoryMeter(Protocol):
         """Begin a phase."""
 
     def stop(self) -> dict[str, int]:
-        """End the phase; its peak bytes by kind: ``resident``, or ``allocator`` and, where it answers, ``nvml``."""
+        """End the phase; return peak bytes by kind: ``resident``, or ``allocator`` and, if available, ``nvml``."""
 
 
 def memory_meter(device: torch.device) -> MemoryMeter:
-    """The meter of the memory ``device`` computes in. Make it when the model is on the device."""
+    """Make the meter of a device, once the model is on it."""
     return GpuMeter(device) if device.type == "cuda" else ResidentMeter()
 
 
 def cpu_name() -> str:
-    """The processor's model."""
+    """Return the processor's model."""
     with suppress(OSError):
         if found := re.search(r"^model name\s*:\s*(.+)$", _CPU_INFO.read_text(), re.MULTILINE):
             return found[1]
@@ -60,12 +60,12 @@ def cpu_name() -> str:
 
 
 class ResidentMeter:
-    """The process's resident memory: its peak where the kernel lets us restart the count, else its value at the end."""
+    """Measures resident memory: the peak if the kernel allows resetting it, else the value at the end of the phase."""
 
     primary = "resident"
 
     def __init__(self) -> None:
-        self._has_peak = _restart_peak() and _peak_resident() is not None
+        self._has_peak = _restart_peak() and _peak_resident() > 0
         self.label = "resident memory (CPU)" if self._has_peak else "resident memory (CPU, at the end of a phase)"
         self.device_name = cpu_name()
 
@@ -74,12 +74,11 @@ class ResidentMeter:
             _restart_peak()
 
     def stop(self) -> dict[str, int]:
-        peak = _peak_resident() if self._has_peak else None
-        return {"resident": psutil.Process().memory_info().rss if peak is None else peak}
+        return {"resident": _peak_resident() if self._has_peak else psutil.Process().memory_info().rss}
 
 
 def _restart_peak() -> bool:
-    """Set the kernel's VmHWM to what is resident now (``man 5 proc_pid_clear_refs``). False if that is not allowed."""
+    """Reset the kernel's VmHWM (``man 5 proc_pid_clear_refs``); return False if that is not allowed."""
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
@@ -87,16 +86,16 @@ def _restart_peak() -> bool:
     return True
 
 
-def _peak_resident() -> int | None:
-    """VmHWM in bytes, or None where the kernel does not report it."""
+def _peak_resident() -> int:
+    """Return VmHWM in bytes; 0 if the kernel does not report it."""
     with suppress(OSError):
         if found := re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE):
             return int(found[1]) * 1024
-    return None
+    return 0
 
 
 class GpuMeter:
-    """A GPU's memory by torch's allocator and, if there is a driver to ask, by NVML."""
+    """Measures a GPU's memory with torch's allocator and, if available, NVML."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -119,7 +118,7 @@ class GpuMeter:
 
 
 class SampledPeak:
-    """The largest of the readings taken now, every 20 ms by a thread of its own, and at `stop`."""
+    """The largest reading, taken now, every 20 ms by a thread, and at `stop`."""
 
     def __init__(self, read: Callable[[], int]):
         self._read = read
@@ -134,16 +133,16 @@ class SampledPeak:
         return max(self._largest, self._read())
 
     def _sample(self) -> None:
-        with suppress(pynvml.NVMLError):  # the reading at `stop` raises it where it can be seen
+        with suppress(pynvml.NVMLError):  # the reading at `stop` raises it in the main thread
             while not self._ended.wait(_SAMPLE_SECONDS):
                 self._largest = max(self._largest, self._read())
 
 
 class NvmlGauge:
-    """Memory in use on one device, by NVML: this process's own, or all of it if the driver does not tell them apart.
+    """Reads memory in use with NVML: this process's, or the whole device's if the driver does not list the process.
 
-    Inside a container the driver may list processes under the numbers they have outside of it, and some drivers list
-    no sizes; then the number includes other processes on the device, and the label says so.
+    In a container the driver may list outside process ids, and some drivers list no sizes. Readings then include other
+    processes, and the label says so.
     """
 
     def __init__(self, handle: object):
@@ -152,7 +151,6 @@ class NvmlGauge:
         self.label = "GPU memory (NVML)" if self._own else "GPU memory (NVML, all processes on the device)"
 
     def read(self) -> int:
-        """Bytes in use now."""
         if self._own:
             return self._used_by_process() or 0
         return int(pynvml.nvmlDeviceGetMemoryInfo(self._handle).used)
@@ -164,7 +162,7 @@ class NvmlGauge:
 
 
 def _nvml_gauge(device: torch.device) -> NvmlGauge | None:
-    """None where NVML has no library, no driver, or no such device (ROCm)."""
+    """Return a gauge; None if NVML has no library, no driver, or no such device (ROCm)."""
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     try:
         pynvml.nvmlInit()
@@ -174,21 +172,21 @@ def _nvml_gauge(device: torch.device) -> NvmlGauge | None:
 
 
 def _visible_as(device: torch.device) -> str:
-    """The device's entry in CUDA_VISIBLE_DEVICES; empty without one."""
+    """Return the device's entry in CUDA_VISIBLE_DEVICES; empty if there is none."""
     entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     index = device.index or 0
     return entries[index].strip() if index < len(entries) else ""
 
 
 def find_device(uuid: str, visible: str) -> object:
-    """NVML's handle of a CUDA device.
+    """Find NVML's handle of a CUDA device.
 
-    NVML numbers devices as if CUDA_VISIBLE_DEVICES did not exist, so only the UUID identifies one. Under MIG, CUDA
-    reports the slice's UUID or, by its older interface, that of the whole GPU.
+    NVML ignores CUDA_VISIBLE_DEVICES in its numbering, so only the UUID identifies a device. Under MIG, CUDA reports
+    the UUID of the slice or, in older versions, of the whole GPU.
 
     Args:
-        uuid: What CUDA reports, without a prefix.
-        visible: The device's entry in CUDA_VISIBLE_DEVICES: an index, a UUID or the beginning of one, or empty.
+        uuid: As CUDA reports it, without a prefix.
+        visible: The device's entry in CUDA_VISIBLE_DEVICES: an index, a UUID or the start of one, or empty.
 
     Raises:
         pynvml.NVMLError: NVML does not know the device.
@@ -201,19 +199,19 @@ def find_device(uuid: str, visible: str) -> object:
 
 
 def _shown_part(device: object, visible: str) -> object:
-    """Of a GPU in MIG mode the slice that CUDA shows: the one that is named, else the first. Else the device itself."""
+    """Return the visible slice of a GPU in MIG mode (the named one, else the first); otherwise the device itself."""
     slices = _mig_slices(device)
     named = [part for part in slices if pynvml.nvmlDeviceGetUUID(part).startswith(visible)]
     return (named or slices or [device])[0]
 
 
 def _mig_slices(gpu: object) -> list[object]:
-    """A GPU's MIG devices; none of a slice, nor of a GPU that is not in MIG mode or has no such mode."""
+    """List the MIG devices of a GPU; empty for a slice and without MIG mode."""
     slices: list[object] = []
     with suppress(pynvml.NVMLError):
         current, _ = pynvml.nvmlDeviceGetMigMode(gpu)
         count = pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu) if current == pynvml.NVML_DEVICE_MIG_ENABLE else 0
         for index in range(count):
-            with suppress(pynvml.NVMLError):  # places without a slice
+            with suppress(pynvml.NVMLError):  # a place without a slice
                 slices.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
     return slices

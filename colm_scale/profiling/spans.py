@@ -1,4 +1,4 @@
-"""How long each phase of a step takes, and how much memory it needs."""
+"""Time and peak memory of each phase of a step."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from colm_scale.distributed.group import Group
 from colm_scale.profiling.memory import MemoryMeter
 
 STEP = "step"
-"""The phase that stands for the whole step."""
+"""Name of the whole step among the phases."""
 
 
 class Spans:
-    """The phases of one step on this rank, one after the other: ``with spans("sketch"): ...``.
+    """Measures the phases of one step on this rank, in sequence: ``with spans("sketch"): ...``.
 
-    On a GPU a phase lies between two events on the current stream, which are read when the step is over: measuring
-    does not make the host wait inside the step.
+    On a GPU a phase lies between two events on the current stream, read after the step, so that measuring does not make
+    the host wait within the step.
 
     Args:
-        entered: Told the name of each phase as it begins.
+        entered: Called with the name of each phase when it begins.
     """
 
     def __init__(self, device: torch.device, meter: MemoryMeter, entered: Callable[[str], None] = lambda _: None):
         self._clock: _StreamClock | _HostClock = _StreamClock(device) if device.type == "cuda" else _HostClock()
         self._meter, self._entered = meter, entered
-        self._open: str | None = None
-        self._began: float | None = None
+        self._open, self._began = "", 0.0
         self._reset()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        assert self._open is None, f"phase {phase!r} inside of {self._open!r}"
+        assert not self._open, f"phase {phase!r} inside of {self._open!r}"
         assert phase != STEP, "the whole step is measured anyway"
-        if self._began is None:
+        if not self._marks:
             self._began = time.perf_counter()
         self._open = phase
         self._entered(phase)
@@ -50,16 +49,16 @@ class Spans:
             for kind, peak in self._meter.stop().items():
                 of_kind = self._peaks.setdefault(kind, {})
                 of_kind[phase] = max(of_kind.get(phase, 0), peak)
-            self._open = None
+            self._open = ""
 
     def finish(self) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
-        """End the step: seconds by phase, and peak bytes by kind (the meter's primary first) and phase, as they ran.
+        """End the step; return seconds by phase, and peak bytes by kind (the meter's primary first) and phase.
 
-        A phase that ran twice has the sum of its seconds and the larger of its peaks. ``step`` is the wall clock from
-        the first phase to now, when the device has finished, and the largest peak.
+        A phase that ran twice gets the sum of its seconds and the larger of its peaks. ``step`` is the wall-clock time
+        from the first phase until the device has finished, and the largest peak.
         """
-        assert self._began is not None, "a step without a phase"
-        assert self._open is None, f"the step ends inside of {self._open!r}"
+        assert not self._open, f"the step ends inside of {self._open!r}"
+        assert self._marks, "a step without a phase"
         self._clock.wait()
         seconds: dict[str, float] = {}
         for phase, start, end in self._marks:
@@ -71,7 +70,6 @@ class Spans:
         return seconds, peaks
 
     def _reset(self) -> None:
-        self._open = self._began = None
         self._marks: list[tuple[str, Any, Any]] = []
         self._peaks: dict[str, dict[str, int]] = {}
 
@@ -79,7 +77,7 @@ class Spans:
 def over_ranks(
     seconds: dict[str, float], peaks: dict[str, dict[str, int]], group: Group
 ) -> tuple[dict[str, float], dict[str, dict[str, tuple[int, ...]]]]:
-    """Of what `Spans.finish` returns on each rank: seconds of the slowest by phase, all ranks' peaks by kind and phase.
+    """Combine the results of `Spans.finish`: the slowest rank's seconds by phase, all ranks' peaks by kind and phase.
 
     All ranks call it together, with the same phases.
     """
@@ -98,7 +96,7 @@ class _HostClock:
         return end - start
 
     def wait(self) -> None:
-        """What the CPU was told to do is done."""
+        """The CPU runs synchronously."""
 
 
 class _StreamClock:

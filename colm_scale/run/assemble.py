@@ -1,4 +1,4 @@
-"""The parts of a run, put together: the model with what looks into it, and the step."""
+"""Assembly of a run: the model with its tap, and the step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from colm_scale.config import RunConfig
 from colm_scale.data.batching import Batching
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
-from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs, NoBlockInputs
+from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -24,22 +24,22 @@ from colm_scale.sketch.precision import FLOAT32_BLOCKS
 from colm_scale.sketch.tap import Tap
 from colm_scale.step.measure import Measurement
 from colm_scale.step.select import SelectionStage
-from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
-from colm_scale.step.source_refresh import FixedSources, ReclusteredSources, SourceRefresh
+from colm_scale.step.sketch import EstimatorStage, SketchStage
+from colm_scale.step.source_refresh import ReclusteredSources, SeenStates, SourceRefresh
 from colm_scale.step.source_state import SourceState
 from colm_scale.step.step import CoresetStep
 from colm_scale.step.train import TrainingStage
 
 
 def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[ExampleLoss, Tap | None]:
-    """The adapted model on ``device``, and the tap on its probe where the method sketches.
+    """Load the adapted model on ``device``, and the tap on its probe if the method sketches.
 
-    Micro-batches are packed where that is wanted and the model takes them so, see `ExampleLoss.padded_because`.
+    Micro-batches are packed if requested and supported by the model, see `ExampleLoss.padded_because`.
     """
     with group.together():
         if config.train.compile:
             check_compiler(group.device)
-        prefers_flash = config.train.packing == "off"  # else torch's own flash kernel, which takes packed rows
+        prefers_flash = config.train.packing == "off"  # otherwise torch's flash kernel, which takes packed rows
         base = load_model(config.model, getattr(torch, config.train.dtype), device, prefers_flash=prefers_flash)
         padded_because = use_packing(base, config.train.packing, group.device)
         if config.train.activation_checkpointing:
@@ -47,51 +47,52 @@ def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         module.padded_because = padded_because
-        return module, None if probe is None else Tap(module, probe)
+        return module, Tap(module, probe) if probe else None
 
 
 def build_step(
     config: RunConfig, inputs: Inputs, engine: Engine, tap: Tap | None, spans: Spans, group: Group
 ) -> CoresetStep:
-    """Put the parts of a step together."""
-    train, packed = config.train, engine.module.packs
+    """Assemble the parts of a step."""
+    train, module = config.train, engine.module
     if train.compile:
-        alike = None if tap is None else _alike(config, tap)
-        compile_blocks(decoder_blocks(engine.module.causal_model)[1][:alike])
-    batching = batching_of(config, inputs, engine.module, group)
-    held: BlockInputs = NoBlockInputs()
-    if tap is not None and train.forward_reuse != "off":
-        most_bytes = train.forward_reuse_gib * 2**30
-        held = HeldBlockInputs(tap.model, _alike(config, tap), train.forward_reuse, most_bytes)
+        compile_blocks(decoder_blocks(module.causal_model)[1][: _alike(config, tap) if tap else None])
+    batching = batching_of(config, inputs, module, group)
     shares = source_shares(config.selection.shares, inputs.source_names, inputs.sizes)
     rule = SelectionRule(config.selection, inputs.kept, train.seed, shares, inputs.record)
-    refresh: SourceRefresh = FixedSources()
+    refresh = SourceRefresh()
     if config.reclusters:
+        seen = SeenStates(module, train.seed, group)
         table = inputs.source_names, inputs.sizes, inputs.kept
-        refresh = ReclusteredSources(config, engine.module, *table, group)
-    sketch: SketchStage = NoSketchStage(group.world_size)
-    if tap is not None:
+        refresh = ReclusteredSources(seen, *table, config.selection, config.sources.refresh_every)
+    held = BlockInputs()
+    sketch = SketchStage(group.world_size)
+    if tap:
+        if train.forward_reuse != "off":
+            held = HeldBlockInputs(tap.model, _alike(config, tap), train.forward_reuse, train.forward_reuse_gib * 2**30)
         estimator = make_estimator(tap, config.selection, train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
         sketch = EstimatorStage(estimator, batching, held, refresh, group, spans)
+    refresh_every = 0 if config.reclusters else config.sources.refresh_every
+    sources = SourceState(inputs.kept, shares, config.selection, refresh_every)
     return CoresetStep(
         sampler=inputs.sampler,
         refresh=refresh,
-        select=SelectionStage(rule, sketch, SourceState(inputs.kept, shares, config), group, spans),
+        select=SelectionStage(rule, sketch, sources, group, spans),
         train=TrainingStage(engine, batching, held, refresh, train, group),
-        measure=Measurement(group, spans, train.seed, packed=packed, audits=config.audit),
+        measure=Measurement(group, spans, train.seed, packed=module.packs, audits=config.audit),
         spans=spans,
     )
 
 
 def batching_of(config: RunConfig, inputs: Inputs, module: ExampleLoss, group: Group) -> Batching:
-    """How the examples of a run become micro-batches."""
+    """Make the batching of a run's examples."""
     pad_id: int = inputs.tokenizer.pad_token_id
     return Batching(pad_id, config.train.micro_batch_tokens, module.packs, group.device)
 
 
 def _alike(config: RunConfig, tap: Tap) -> int:
-    """How many of the first blocks the sketch runs as training does."""
+    """Count the first blocks that run in the same way in the sketch and in training."""
     blocks = list(decoder_blocks(tap.model.causal_model)[1])
     alike = blocks.index(tap.block)
     if config.selection.estimator == "zeroth_order":

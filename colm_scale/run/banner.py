@@ -1,69 +1,121 @@
-"""What is told before the first step about a run as a whole."""
+"""The lines printed before the first step of a run."""
 
 from __future__ import annotations
 
-from colm_scale.checkpoint.store import Checkpoint
-from colm_scale.config import RunConfig
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from colm_scale.checkpoint.store import NO_CHECKPOINT, Checkpoint
+from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.engines.shards import held_bytes
-from colm_scale.reporting.facts import kept_facts, method_fact, rounding_facts, update_facts
+from colm_scale.engines.tensors import held_bytes
 from colm_scale.reporting.summary import gib
-from colm_scale.run.evaluate import HeldOutEvaluator, NoEvaluator
+from colm_scale.run.evaluate import Evaluator
 from colm_scale.run.inputs import Inputs
+from colm_scale.selection.quota import expected_share
 from colm_scale.selection.shares import shares_facts
+from colm_scale.sketch.zeroth_order import PERTURBATION
 
 
-def resumed_facts(found: Checkpoint | None, done: int) -> list[str]:
-    """Where a run goes on from, and which checkpoints it passed over."""
-    if found is None:
-        return []
-    passed_over = [f"warning: passed over: {damage}" for damage in found.passed_over]
-    return [*passed_over, f"going on after step {done}, from {found.path}"]
-
-
-def run_facts(
-    config: RunConfig, inputs: Inputs, engine: Engine, evaluator: HeldOutEvaluator | NoEvaluator, group: Group
-) -> list[str]:
-    """Lines printed before the first step."""
+def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Evaluator, group: Group) -> list[str]:
+    """Describe the run: model, engine, data, method, warnings, and what is left out of the data."""
     selection = config.selection
     attention = engine.module.causal_model.config._attn_implementation
-    facts = [
+    lines = [
         f"model {config.model.name or 'built-in base'} in {config.train.dtype}, attention {attention}, engine "
         f"{engine.name} on {group.world_size} rank(s), {group.device.type}; {gib(held_bytes(engine.module))} GiB of "
         f"weights on rank 0",
         *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
-        method_fact(selection, inputs.record),
-        *kept_facts(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
-        *update_facts(config),
-        *rounding_facts(config),
+        _method_line(selection, inputs),
+        *kept_lines(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
+        *update_lines(config),
+        *rounding_lines(config),
         *shares_facts(selection, inputs.source_names, inputs.sizes, inputs.kept),
     ]
     if not config.checkpoint.every:
-        facts.append("warning: --checkpoint.every 0: a run that is interrupted is lost")
+        lines.append("warning: --checkpoint.every 0: an interrupted run is lost")
     left_out = {
         "training examples too long, dropped": inputs.sampler.dropped,
         "training examples too long, cut": inputs.sampler.cut,
+        **evaluator.left_out,
     }
-    if inputs.eval is not None:
-        left_out |= {
-            "held-out examples too long, dropped": inputs.eval.dropped,
-            "held-out examples too long, cut": inputs.eval.cut,
-            "held-out examples above --eval.limit, not evaluated": evaluator.left_out,
-        }
     for what, counts in left_out.items():
         if counts:
             by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
-            facts.append(f"{what}: {sum(counts.values())} ({by_source})")
-    return facts
+            lines.append(f"{what}: {sum(counts.values())} ({by_source})")
+    return lines
 
 
-def written_down(config: RunConfig, inputs: Inputs, steps: int) -> dict[str, object]:
-    """What a checkpoint and ``run.json`` say about the run."""
-    return {
-        "schedule": {"steps": steps, "learning_rate": config.train.learning_rate, "kind": config.train.schedule},
-        "random": {"seed": config.train.seed, "draws": "functions of seed, purpose and index"},
-        "sources": inputs.source_table,
-        "rows_digest": inputs.rows_digest,
-    }
+def resumed_lines(found: Checkpoint, done: int) -> list[str]:
+    """Name the checkpoint from which the run resumes, and damaged ones that were skipped."""
+    if found is NO_CHECKPOINT:
+        return []
+    skipped = [f"warning: checkpoint skipped: {damage}" for damage in found.passed_over]
+    return [*skipped, f"resuming after step {done}, from {found.path}"]
+
+
+def _method_line(selection: SelectionConfig, inputs: Inputs) -> str:
+    if inputs.record:
+        return f"method replay: the selections of {inputs.record.file}, {inputs.record.steps} steps"
+    trained = selection.candidates if selection.method == "full" else selection.budget
+    return f"method {selection.method}: {trained} of {selection.candidates} candidates per step"
+
+
+def kept_lines(
+    selection: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor, protected: Tensor
+) -> list[str]:
+    """Name kept sources and protected examples, and warn if they exceed the budget.
+
+    Args:
+        names: ``[Q]`` sources.
+        sizes: ``[Q]`` training examples of each source.
+        kept: ``[Q]`` bool.
+        protected: ``[Q]`` protected examples of each source.
+    """
+    by_source = ", ".join(f"{name} {count:,}" for name, count in zip(names, protected.tolist()) if count)
+    marked = [f"protected examples: {int(protected.sum()):,} ({by_source})"] if by_source else []
+    if selection.method == "random":
+        return [f"{line}; --selection.method random does not protect them" for line in marked]
+    if selection.method in ("full", "replay"):
+        return []
+    if selection.coverage_floor:
+        marked.append(f"coverage floor: {selection.coverage_floor:.0%} of each source's candidates, in every pass")
+    names_kept = [name for name, is_kept in zip(names, kept.tolist()) if is_kept]
+    lines = [f"kept sources ({len(names_kept)}): {', '.join(names_kept) or 'none'}", *marked]
+    limits = selection.candidates, selection.budget, selection.coverage_floor
+    share = expected_share(sizes, kept, protected, *limits)
+    if share < 1:
+        what = "kept and protected candidates" if by_source else "candidates of kept sources"
+        lines.append(
+            f"warning: only about {share:.0%} of the {what} fit into the budget of an average step: increase "
+            f"--selection.budget, or keep less"
+        )
+    return lines
+
+
+def update_lines(config: RunConfig) -> list[str]:
+    """Warn if the optimizer's update leaves next to no difference between candidates."""
+    selection, optimizer = config.selection, config.train.optimizer
+    one_probe = selection.estimator == "zeroth_order" and selection.num_probes == 1
+    if selection.method != "colm" or not one_probe or optimizer not in ("lion", "muon"):
+        return []
+    return [
+        f"warning: with one probe, the update of --train.optimizer {optimizer} depends only on the sign of the "
+        f"derivative, so most candidates look alike: increase --selection.num_probes, or use --selection.estimator "
+        f"last_layer"
+    ]
+
+
+def rounding_lines(config: RunConfig) -> list[str]:
+    """Warn if finite differences of the loss are mostly rounding."""
+    selection, quantize, dtype = config.selection, config.model.quantize, config.train.dtype
+    differences = selection.method == "colm" and selection.estimator == "zeroth_order"
+    if not differences or dtype == "float32" or quantize == "none":
+        return []
+    return [
+        f"warning: with --model.quantize {quantize} in {dtype}, finite differences of step {PERTURBATION:g} are mostly "
+        f"rounding: use --train.dtype float32, or --selection.estimator last_layer"
+    ]

@@ -1,4 +1,4 @@
-"""``--dry-run``: a run up to its first step, and in place of the steps what they would do. Nothing is written."""
+"""``--dry-run``: prepares a run, and describes its next steps instead of making them. Nothing is written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -16,37 +17,39 @@ from colm_scale.config.commands import PlanConfig
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
 from colm_scale.errors import UserError
-from colm_scale.plan.plan import Batches, make_plan
+from colm_scale.plan.memory import Batches
+from colm_scale.plan.plan import make_plan
 from colm_scale.plan.show import shown
 from colm_scale.reporting.preview import arithmetic, by_source
 from colm_scale.run import process
 from colm_scale.run.assemble import batching_of
 from colm_scale.run.prepare import Prepared, prepare
+from colm_scale.run.reports import Reports
 from colm_scale.step.preview import Preview, preview
 
 _STEPS = 3
-"""Steps that are looked at."""
+"""Number of steps described."""
 _WIDTH = 110
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What the first rank has seen of a run.
+    """Rank 0's view of a run.
 
     Attributes:
-        config: Of the run, resolved.
-        facts: What a run tells before its first step.
-        names: ``[Q]`` of the sources.
-        done: The step after which it would go on.
+        config: Resolved.
+        lines: Lines printed before the first step.
+        names: ``[Q]`` sources.
+        done: Steps that are complete.
         steps: Of the whole run.
         previews: Of the next steps.
-        label_share: Share of the tokens of the first candidates that carries loss.
+        label_share: Share of the first candidates' tokens that carries loss.
         places: What would be written, and where.
     """
 
     config: RunConfig
     world_size: int
-    facts: list[str]
+    lines: list[str]
     names: tuple[str, ...]
     done: int
     steps: int
@@ -56,18 +59,18 @@ class Sight:
 
 
 def run(config: RunConfig) -> int:
-    """Prepare a run, and show on the first rank what it would do; the exit code, as that of `process.run`."""
+    """Prepare a run and print on rank 0 what it would do; return the exit code of `process.run`."""
     seen: list[Sight] = []
     code = process.run(config, partial(_look, seen=seen))
-    for sight in seen:  # after the ranks have parted, for FSDP2 is planned in a process group of its own
+    for sight in seen:  # after the process group is closed, because planning FSDP2 opens another
         _show(sight, Console(width=_WIDTH, highlight=False, markup=False))
     return code
 
 
 def _look(config: RunConfig, group: Group, watch: Watch, seen: list[Sight]) -> bool:
-    """The job of all ranks, in place of `train`."""
+    """Look at the next steps, in place of `train`. All ranks call it together."""
     prepared = prepare(config, group, watch)
-    with prepared.session(writes=False) as session:
+    with prepared.session(Reports()) as session:
         done = prepared.state(session).load(prepared.found)
     batching = batching_of(config, prepared.inputs, prepared.engine.module, group)
     previews, label_share = [], 0.0
@@ -79,7 +82,7 @@ def _look(config: RunConfig, group: Group, watch: Watch, seen: list[Sight]) -> b
         sight = Sight(
             config=config,
             world_size=group.world_size,
-            facts=prepared.facts(done),
+            lines=prepared.lines(done),
             names=prepared.inputs.source_names,
             done=done,
             steps=prepared.steps,
@@ -99,43 +102,40 @@ def _label_share(prepared: Prepared, coming: Preview) -> float:
 
 
 def _places(config: RunConfig, prepared: Prepared) -> dict[str, str]:
-    """A folder that is not named gets the date and time at which the run starts."""
-    assert prepared.directory is not None  # this is the first rank
-    path = prepared.directory.path
-    folder = path if config.output_dir else path.with_name("DATE-TIME")
+    folder = Path(config.output_dir or "runs/DATE-TIME")
     every, evaluates = config.checkpoint.every, prepared.evaluator.evaluates
-    saved = f"{folder}/checkpoints: every {every} steps and at the end, the last {config.checkpoint.keep} are kept"
+    saved = f"{folder}/checkpoints: every {every} steps and at the end, the last {config.checkpoint.keep} are retained"
     best = ": the best by held-out loss, and the last in adapter_last" if config.eval.every != 0 and evaluates else ""
     examples = ", examples.parquet" if config.audit and not config.data.streaming else ""
     return {
         "the run": f"{folder}/config.yaml, environment.json, run.json, log.txt{examples}",
         "each step": f"{folder}/metrics.jsonl, selection.jsonl{', audit' if config.audit else ''}",
-        "held-out data": f"{folder}/evaluations.jsonl" if evaluates else "none is given",
+        "held-out data": f"{folder}/evaluations.jsonl" if evaluates else "there is none",
         "checkpoints": saved if every else "none (--checkpoint.every 0)",
         "adapter": f"{folder}/adapter{best}",
     }
 
 
 def _show(sight: Sight, console: Console) -> None:
-    for fact in sight.facts:
-        console.print(fact, soft_wrap=True)
+    for line in sight.lines:
+        console.print(line, soft_wrap=True)
     if sight.previews:
         console.print(by_source(sight.previews[0], sight.names))
     for coming in sight.previews:
         console.print(arithmetic(coming), soft_wrap=True)
     if any(len(coming.plan.positions) for coming in sight.previews):
-        console.print("who is picked, only sketches tell: here the coreset is drawn at random with the step's quotas")
+        console.print("picks depend on sketches: here the coreset is drawn at random with the step's quotas")
     if sight.previews:
         console.print(_planned(sight), soft_wrap=True, end="")
     table = Table(title="What would be written", title_justify="left", show_header=False, box=None)
     for what, where in sight.places.items():
         table.add_row(what, where)
     console.print(table)
-    console.print(f"dry run: {sight.steps - sight.done} of {sight.steps} steps are to be made; nothing was written")
+    console.print(f"dry run: {sight.steps - sight.done} of {sight.steps} steps remain; nothing was written")
 
 
 def _planned(sight: Sight) -> str:
-    """The plan of the step with the longest micro-batch, or why this run cannot be planned."""
+    """Plan the step with the longest micro-batch, or say why this run cannot be planned."""
     found = [_batches(coming) for coming in sight.previews]
     widest = max(found, key=lambda batches: max(map(sum, chain(batches.sketched, batches.trained))))
     candidates, plan = sight.previews[0].candidates, sight.previews[0].plan
@@ -152,12 +152,11 @@ def _planned(sight: Sight) -> str:
 
 
 def _batches(coming: Preview) -> Batches:
-    """Of the busiest rank."""
     lengths = coming.candidates.lengths
     return Batches(_busiest(coming.plan.shares, lengths), _busiest(coming.routed.micro_batches, lengths))
 
 
 def _busiest(shares: Sequence[Sequence[tuple[int, ...]]], lengths: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Lengths of the examples of each micro-batch of the rank with the most tokens."""
+    """Return the lengths of each micro-batch's examples, of the rank with the most tokens."""
     of_rank = [tuple(tuple(lengths[[*members]].tolist()) for members in share if members) for share in shares]
     return max(of_rank, key=lambda micro_batches: sum(map(sum, micro_batches)), default=())

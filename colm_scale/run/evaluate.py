@@ -1,15 +1,17 @@
-"""Held-out loss and exact match per source, shared out over the ranks."""
+"""Held-out loss and exact match per source, distributed over the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
-from colm_scale.config import EvalConfig
+from colm_scale.config import EvalConfig, TrainConfig
 from colm_scale.data.answers import is_correct
 from colm_scale.data.batching import collate
 from colm_scale.data.examples import Examples
@@ -23,64 +25,75 @@ from colm_scale.reporting.summary import Evaluation, HeldOutLoss
 from colm_scale.selection.route import deal, form_micro_batches
 
 _TOKENS_PER_TRAINED = 4
-"""A forward without a graph fits more tokens than one that is trained: this many times as many."""
+"""Tokens that fit into a forward without a graph, as a multiple of those of a training micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The data of an evaluation.
+
+    Attributes:
+        examples: Their sources are numbered as in the training data, with unseen ones after those.
+        train_sizes: ``[Q]`` training examples per source, for the mean over the natural mixture.
+        small: ``[Q]`` bool, the sources reported as small (by the default kept-source rule).
+        tokenizer: Decodes the answers.
+    """
+
+    examples: Examples
+    train_sizes: Tensor
+    small: Tensor
+    tokenizer: PreTrainedTokenizerBase
 
 
 class NoEvaluator:
-    """Stands where there are no held-out examples."""
+    """The evaluator of a run without held-out examples."""
 
     evaluates = False
-
-    def __init__(self) -> None:
-        self.left_out: dict[str, int] = {}
+    left_out: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 
     def __call__(self, module: ExampleLoss, step: int, *, whole: bool) -> Evaluation:
         raise AssertionError("there are no held-out examples")
 
 
 class HeldOutEvaluator:
-    """Evaluates one model on the held-out examples, or on a sample of them that is the same every time.
+    """Evaluates a model on the held-out examples, or on a sample of them that is the same every time.
 
     Args:
-        examples: Held-out examples; sources are numbered as in the training data, unseen ones after them.
-        train_sizes: ``[Q]`` training examples per source, for the mean over the natural mixture.
-        small: ``[Q]`` bool, the sources reported as small (by the default kept-source rule).
-        micro_batch_tokens: Token budget of a training micro-batch.
-        entered: Told that an evaluation is under way, once per micro-batch.
+        entered: Called with a name for each micro-batch, see `Watch.enter`.
+
+    Attributes:
+        left_out: Examples that are not evaluated whole, by reason and source.
     """
 
     evaluates = True
 
     def __init__(
         self,
-        examples: Examples,
-        train_sizes: Tensor,
-        small: Tensor,
-        tokenizer: PreTrainedTokenizerBase,
+        held_out: HeldOut,
         config: EvalConfig,
+        train: TrainConfig,
         group: Group,
-        micro_batch_tokens: int,
-        seed: int,
         entered: Callable[[str], None] = lambda _: None,
     ):
-        self._examples, self._tokenizer, self._config, self._group = examples, tokenizer, config, group
-        self._train_sizes, self._small, self._entered = train_sizes, small, entered
-        self._budget = _TOKENS_PER_TRAINED * micro_batch_tokens
-        chosen = [self._draw(source, config.limit, seed) for source in range(len(examples.source_names))]
+        self._examples, self._tokenizer = held_out.examples, held_out.tokenizer
+        self._config, self._group = config, group
+        self._train_sizes, self._small, self._entered = held_out.train_sizes, held_out.small, entered
+        self._budget = _TOKENS_PER_TRAINED * train.micro_batch_tokens
+        examples = held_out.examples
+        chosen = [self._draw(source, config.limit, train.seed) for source in range(len(examples.source_names))]
         each = max(1, config.sample // sum(len(of_source) > 0 for of_source in chosen))
         self._scored = torch.cat(chosen).sort().values
         self._sample = torch.cat([of_source[:each] for of_source in chosen]).sort().values
         self._generated = torch.cat([of_source[: config.generate] for of_source in chosen]).sort().values
+        drawn = zip(examples.source_names, examples.sizes.tolist(), map(len, chosen))
         self.left_out = {
-            name: int(size) - len(of_source)
-            for name, size, of_source in zip(examples.source_names, examples.sizes, chosen)
-            if size > len(of_source)
+            "held-out examples too long, dropped": examples.dropped,
+            "held-out examples too long, cut": examples.cut,
+            "held-out examples above --eval.limit, not evaluated": {n: size - k for n, size, k in drawn if size > k},
         }
-        """Held-out examples per source above ``--eval.limit``."""
 
     def __call__(self, module: ExampleLoss, step: int, *, whole: bool = True) -> Evaluation:
-        """Loss of every example, and greedy answers where they are asked for; or, unless ``whole``, loss of the
-        sample."""
+        """Evaluate. Whole: the loss of all examples, and generated answers; otherwise the loss of the sample."""
         scored = self._scored if whole else self._sample
         with torch.no_grad(), without_dropout(module):
             losses = self._losses(module, scored)
@@ -88,7 +101,7 @@ class HeldOutEvaluator:
         return self._evaluation(step, scored, losses, correct)
 
     def _losses(self, module: ExampleLoss, scored: Tensor) -> Tensor:
-        """``[N]`` float64 losses, NaN where not ``scored``."""
+        """Compute ``[N]`` float64 losses, NaN where not ``scored``."""
         losses = torch.zeros(len(self._examples), device=self._group.device)
         lengths, packed = self._examples.lengths, module.packs
         micro_batches = form_micro_batches(lengths, scored, self._budget, packed=packed)
@@ -102,7 +115,7 @@ class HeldOutEvaluator:
         return self._combined(losses, scored)
 
     def _correct(self, module: ExampleLoss, chosen: Tensor) -> Tensor:
-        """``[N]`` float64: 1 if the generated answer is right, 0 if not, NaN where none was asked for."""
+        """Generate answers; return ``[N]`` float64, 1 for a correct one, 0 for a wrong one, NaN if not ``chosen``."""
         correct = torch.zeros(len(self._examples), device=self._group.device)
         if len(chosen):
             prompts = {int(i): self._examples.prompt_and_reference(int(i)) for i in chosen}
@@ -112,7 +125,7 @@ class HeldOutEvaluator:
             micro_batches = form_micro_batches(lengths, chosen, self._budget)
             for indices in deal(micro_batches, lengths, self._group.world_size)[self._group.rank]:
                 self._entered("generate")
-                # A rank with nothing to generate does as the others do: weights may be gathered from all ranks.
+                # A rank with nothing to generate still takes part, because weights may be gathered from all ranks.
                 answers = self._generate(module, [prompts[i][0] for i in indices or (int(chosen[0]),)])
                 for index, answer in zip(indices, answers):
                     reference = self._tokenizer.decode(prompts[index][1], skip_special_tokens=True)
@@ -121,7 +134,7 @@ class HeldOutEvaluator:
         return self._combined(correct, chosen)
 
     def _generate(self, module: ExampleLoss, prompts: list[list[int]]) -> list[str]:
-        """Greedy completions of prompts, which are padded on the left."""
+        """Complete prompts greedily, padded on the left."""
         longest = max(map(len, prompts))
         pad_id = self._tokenizer.pad_token_id
         tokens = torch.full((len(prompts), longest), pad_id)
@@ -131,7 +144,7 @@ class HeldOutEvaluator:
             mask[row, longest - len(prompt) :] = 1
         model = module.model
         assert isinstance(model, PeftModel | GenerationMixin)
-        with uncompiled():  # a token at a time on growing caches is not what blocks are compiled for
+        with uncompiled():  # blocks are not compiled for single tokens on growing caches
             generated = model.generate(
                 input_ids=tokens.to(self._group.device),
                 attention_mask=mask.to(self._group.device),
@@ -146,18 +159,19 @@ class HeldOutEvaluator:
         return answers
 
     def _ends(self, module: ExampleLoss) -> set[int]:
-        """Tokens that end an answer: the tokenizer's, and those of the model (a chat model's end of turn)."""
+        """Return the end tokens of the tokenizer and of the model (such as a chat model's end of turn)."""
         of_model = module.model.generation_config.eos_token_id
         return {self._tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None}
 
     def _evaluation(self, step: int, scored: Tensor, losses: Tensor, correct: Tensor) -> Evaluation:
         found, sources = self._means(losses, scored), self._examples.sources
-        accuracies = {
-            name: _mean_or_none(correct[sources == q])
+        answered = {
+            name: correct[(sources == q) & ~correct.isnan()]
             for q, name in enumerate(self._examples.source_names)
             if name in found.losses
         }
-        known = [value for value in accuracies.values() if value is not None]
+        accuracies = {name: float(of.mean()) if len(of) else None for name, of in answered.items()}
+        known = [float(of.mean()) for of in answered.values() if len(of)]
         return Evaluation(
             step=step,
             losses=found.losses,
@@ -172,7 +186,7 @@ class HeldOutEvaluator:
         )
 
     def _means(self, losses: Tensor, chosen: Tensor) -> HeldOutLoss:
-        """The means of ``[N]`` losses over ``chosen`` examples."""
+        """Average ``[N]`` losses over ``chosen`` examples."""
         names, sources = self._examples.source_names, self._examples.sources
         own = torch.full_like(losses, float("nan"))
         own[chosen] = losses[chosen]
@@ -193,19 +207,17 @@ class HeldOutEvaluator:
         return collate(self._examples, chosen, chosen, pad_id, self._group.device, packed=packed)
 
     def _draw(self, source: int, limit: int, seed: int) -> Tensor:
-        """Up to ``limit`` examples of a source, drawn once."""
+        """Draw up to ``limit`` examples of a source. Rank-equal."""
         of_source = (self._examples.sources == source).nonzero().flatten()
         order = torch.randperm(len(of_source), generator=generator(seed, "eval", source))
         return of_source[order[:limit]]
 
     def _combined(self, values: Tensor, where: Tensor) -> Tensor:
-        """Every rank's share added up; NaN outside ``where``."""
+        """Sum the values of all ranks; NaN outside ``where``."""
         total = self._group.all_reduce(values, "eval").cpu().double()
         result = torch.full_like(total, float("nan"))
         result[where] = total[where]
         return result
 
 
-def _mean_or_none(values: Tensor) -> float | None:
-    known = values[~values.isnan()]
-    return float(known.mean()) if len(known) else None
+Evaluator = HeldOutEvaluator | NoEvaluator

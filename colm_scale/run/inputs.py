@@ -1,4 +1,4 @@
-"""What a run reads before it loads a model; whatever can be wrong with it is found out here, cheapest first."""
+"""The inputs of a run, except the model, read and checked in the order of cost."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from colm_scale.data.source_labels import labelled
 from colm_scale.data.stream import digest_of, survey
 from colm_scale.distributed.group import Group
 from colm_scale.engines.choose import check_optimizer, sharding
+from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.records import Json
@@ -36,13 +37,13 @@ class Inputs:
     Attributes:
         sampler: Draws the candidates.
         source_names, sizes: ``[Q]`` names, and ``[Q]`` int64 training examples of each source.
-        kept: ``[Q]`` bool, sources all of whose candidates are trained on.
+        kept: ``[Q]`` bool, sources whose candidates all enter the coreset.
         protected: ``[Q]`` int64, protected examples of each source.
-        digest: Of the training data, as it is tokenised.
-        eval: Held-out examples.
-        ds_config: What DeepSpeed is given; None under other engines.
-        rows_digest: Of the rows of the training data, before they are tokenised.
-        record: What a replay selects.
+        digest: Of the tokenised training data.
+        eval: Held-out examples, if there are any.
+        ds_config: DeepSpeed's configuration; empty under other engines.
+        rows_digest: Of the training data's rows, before tokenising.
+        record: The selections to replay, in a replay.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,22 +54,22 @@ class Inputs:
     protected: Tensor
     digest: str
     eval: Examples | None
-    ds_config: Json | None
+    ds_config: Json
     rows_digest: str = ""
     record: SelectionRecord | None = None
 
     @property
     def source_table(self) -> list[dict[str, object]]:
-        """Each source's name, training examples, and whether it is kept at the beginning."""
+        """Name and training examples of each source, and whether it is kept at the beginning."""
         table = zip(self.source_names, self.sizes.tolist(), self.kept.tolist())
         return [{"name": name, "examples": size, "kept": kept} for name, size, kept in table]
 
 
 def read_inputs(config: RunConfig, group: Group) -> Inputs:
-    """Read and check.
+    """Read and check the inputs.
 
     Raises:
-        UserError: On the rank that found it; see `Group.together`.
+        UserError: On the rank that detects it; see `Group.together`.
     """
     with group.together():
         if group.is_first:
@@ -82,9 +83,8 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         check_adapter(config.lora)
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context_length(model)
-        record = None if config.selection.replay is None else SelectionRecord(config.selection.replay)
-    if record is not None:
-        group.agree(record.digest, "record of selections (--selection.replay)")
+        record = SelectionRecord(config.selection.replay) if config.selection.replay else None
+    group.agree(record.digest if record else "", "record of selections (--selection.replay)")
     group.agree(str(config.selection.shares), "shares of the sources (--selection.shares)")
     training = _streamed if config.data.streaming else _held
     sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)
@@ -95,26 +95,25 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         held_out = None
         if config.data.has_held_out:
             held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
-        if record is not None:
+        if record:
             digest = f"{digest}, selected as in {record.digest}"
             _check_record(record, rows_digest, total_steps(config, int(sizes.sum())))
     return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest, record)
 
 
 _Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str, str]
-"""Sampler, source names, their sizes, how many of each are protected, and the digests of the data and of its rows."""
+"""Sampler, source names, examples and protected examples of each source, and the digests of data and rows."""
 
 
 def _held(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, record: SelectionRecord | None
 ) -> _Training:
-    """Training data that every rank reads and holds."""
+    """Read the training data on every rank."""
     with group.together():
         rows = _rows(config, "train")
         train = tokenise(rows, tokenizer, config.data, longest)
-        if record is None:
-            sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
-        else:
+        sampler: Sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
+        if record:
             sampler = RecordedSampler(train, record)
     digest = train.digest()
     group.agree(digest, "training data")
@@ -124,10 +123,9 @@ def _held(
 def _streamed(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, _: SelectionRecord | None
 ) -> _Training:
-    """Training data that the first rank reads as it is needed."""
-    assert config.data.train is not None  # the built-in mixture is no stream
+    """Survey training data that rank 0 streams."""
     with group.together():
-        surveyed = survey(config.data.train, config.data) if group.is_first else None
+        surveyed = survey(config.data.train or [], config.data) if group.is_first else None
     surveyed = share_survey(surveyed, group)
     with group.together():
         sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
@@ -135,32 +133,30 @@ def _streamed(
     return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, digest, digest
 
 
-def _check_ranks(config: RunConfig, group: Group) -> Json | None:
-    """What depends on the number of ranks, and the configuration of DeepSpeed."""
-    from colm_scale.engines.ds_config import read_ds_config
-
+def _check_ranks(config: RunConfig, group: Group) -> Json:
+    """Check what depends on the number of ranks, and read the configuration of DeepSpeed."""
     if config.selection.method != "replay":
         check_even_shares(config.selection.candidates, group.world_size)
     if config.engine == "single" and group.world_size > 1:
         raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
     if config.engine == "ddp" and group.world_size == 1:
         raise UserError("--engine ddp needs several processes: start it with torchrun, or leave --engine out")
-    ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
+    ds_config = read_ds_config(config, group.world_size)
     check_optimizer(config, ds_config)
     return ds_config
 
 
 def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None:
-    """Refuse a replay of other data, or of more steps than there are."""
+    """Refuse to replay on other data, or more steps than were recorded."""
     if steps > record.steps:
         raise UserError(
-            f"the replay of {record.file} would make {steps} steps, but it holds {record.steps}: give --train.steps "
-            f"{record.steps}, or fewer"
+            f"{record.file} has {record.steps} steps, but the replay would make {steps}: use --train.steps "
+            f"{record.steps} or fewer"
         )
     if record.rows_digest not in (None, rows_digest):
         raise UserError(
-            f"{record.file} was written by a run on other rows of data than these, though ids and sources are the "
-            f"same: give the data of that run (--data.train, and the same --data.template)"
+            f"{record.file} was written by a run on other rows, although ids and sources are equal: use that run's "
+            f"--data.train and --data.template"
         )
 
 

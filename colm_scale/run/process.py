@@ -1,4 +1,4 @@
-"""The process of one rank: connect, do a job together with the others, and end with all of them."""
+"""The process of one rank: connects, runs a job together with the others, and ends with them."""
 
 from __future__ import annotations
 
@@ -18,52 +18,55 @@ from colm_scale.errors import TrainingError, UserError
 from colm_scale.run.prepare import resolve
 
 Job = Callable[[RunConfig, Group, Watch], bool]
-"""Does the ranks' work together; returns whether it came to its end."""
+"""Runs on all ranks together; returns False if it was asked to stop."""
 
 
 def run(config: RunConfig, job: Job) -> int:
-    """Do a ``job`` on this rank, and return the exit code of the process: 0 for done, 143 for told to stop, and saved.
+    """Run a ``job`` on this rank; return the exit code of the process: 0 if done, 143 if asked to stop, and saved.
 
-    Otherwise the process ends with 2 (wrong input) or 1 (training failed); one rank says why, and all others end too.
+    After an error the process ends with 2 (wrong input) or 1 (training failed). One rank prints it, and all ranks end.
     """
-    watch = None
+    quieten()
     try:
-        quieten()
         group = connect()
         watch = Watch(group, config.train.timeout)
+    except BaseException as error:
+        _print(error)
+        os._exit(_exit_code(error))
+    try:
         with group.together():
             config = resolve(config)
         completed = job(config, group, watch)
     except BaseException as error:
-        _end(error, watch)
-    assert watch is not None
+        if not isinstance(error, PeerFailed) and watch.failed():
+            lost = TrainingError(f"{watch.place()}, lost another rank: it was killed or disconnected")
+            expected = isinstance(error, (UserError, TrainingError))
+            _print(lost if not expected and peer_is_gone(error) else error)
+        sys.stdout.flush()
+        watch.leave(_exit_code(error))  # not sys.exit: closing a collective would wait for peers that are still in it
     watch.close()
     group.close()
     return 0 if completed else STOPPED
 
 
 def quieten() -> None:
-    """Keep the libraries' remarks to their developers out of the user's terminal."""
+    """Silence warnings that libraries address to developers."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     for library in ("DeepSpeed", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def _end(error: BaseException, watch: Watch | None) -> None:
-    """Say what went wrong, unless another rank has said it, and end this process without waiting for the others."""
-    code = 2 if isinstance(error, UserError) else 1
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        code = error.code
-    said_elsewhere = isinstance(error, PeerFailed) or (watch is not None and not watch.failed())
-    if not said_elsewhere:
-        if isinstance(error, (UserError, TrainingError)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        elif watch is not None and peer_is_gone(error):
-            print(f"error: {watch.place()}, lost another rank: it was killed, or cut off", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
+def _print(error: BaseException) -> None:
+    if isinstance(error, (UserError, TrainingError)):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: closing collectives that a peer is still in would wait for it.
-    os._exit(code) if watch is None else watch.leave(code)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 2 if isinstance(error, UserError) else 1

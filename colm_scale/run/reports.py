@@ -1,21 +1,22 @@
-"""What the first rank writes and shows of a run: run directory, display, trackers, tables; nothing on other ranks."""
+"""The reports of a run: run directory, display, trackers and tables on rank 0, nothing on other ranks."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from typing import Protocol
 
 from torch import Tensor
 
-from colm_scale.config import RunConfig
+from colm_scale.config import RunConfig, as_yaml
+from colm_scale.distributed.group import Group
+from colm_scale.engines.base import Engine
 from colm_scale.errors import TrainingError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.profiling.memory import MemoryMeter
 from colm_scale.records import Json, StepReport
 from colm_scale.reporting.display import Display
-from colm_scale.reporting.facts import drift_line
+from colm_scale.reporting.environment import environment
 from colm_scale.reporting.run_directory import RunDirectory, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
 from colm_scale.reporting.trackers import Trackers
@@ -23,17 +24,26 @@ from colm_scale.run.inputs import Inputs
 from colm_scale.step.source_refresh import Drift
 
 
-class Reports(Protocol):
-    """Takes in what happens in a run."""
+class Reports:
+    """Receives the events of a run, and reports nothing: on other ranks than the first, and in a dry run."""
 
-    def start(self, steps: int, facts: Sequence[str], done: int) -> None:
-        """Say what is about to run, ``done`` of its ``steps`` before."""
+    def claim(self, engine: Engine, group: Group, weight_bytes: list[int], done: int, facts: Json) -> None:
+        """Write the files that describe the run.
+
+        Args:
+            weight_bytes: Bytes of weights on each rank.
+            done: Steps that are complete.
+            facts: Content of ``run.json``.
+        """
+
+    def start(self, steps: int, lines: Sequence[str], done: int) -> None:
+        """Print ``lines`` about a run of ``steps``, ``done`` of which are complete."""
 
     def step(self, report: StepReport) -> None:
         """Write and show a step."""
 
     def drifted(self, drift: Drift) -> None:
-        """Write and show what has become of the sources."""
+        """Write and show a refresh of the sources."""
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Write and show an evaluation."""
@@ -42,79 +52,63 @@ class Reports(Protocol):
         """Write an adapter, in PEFT format, as the folder ``name``."""
 
     def saved(self, step: int, seconds: float) -> None:
-        """Say that a checkpoint was written."""
+        """Show that a checkpoint was written."""
 
     def stopped(self, step: int) -> None:
-        """Say that the run was told to stop, and how it goes on."""
+        """Show that the run was asked to stop, and how to resume it."""
 
     def finish(self, *, best_is_last: bool) -> None:
         """Show the tables at the end of a run."""
 
     def flush(self) -> None:
-        """Write what is held; before a checkpoint, so that none is of a later step than what is written."""
+        """Write buffered rows, so that a checkpoint is never of a later step than the files."""
 
     def close(self, *, failed: bool) -> None:
-        """Restore the terminal, and write what is held."""
+        """Restore the terminal, and write buffered rows."""
 
     def state(self) -> Json | None:
-        """Counts so far, as plain JSON."""
-
-    def load(self, state: Json) -> None:
-        """Go on from the first rank's `state`."""
-
-
-class NoReports(Reports):
-    """Goes nowhere: on other ranks than the first, and where nothing is to be written."""
-
-    def start(self, steps: int, facts: Sequence[str], done: int) -> None: ...
-
-    def step(self, report: StepReport) -> None: ...
-
-    def drifted(self, drift: Drift) -> None: ...
-
-    def evaluation(self, evaluation: Evaluation) -> None: ...
-
-    def adapter(self, name: str, module: ExampleLoss, weights: Mapping[str, Tensor]) -> None: ...
-
-    def saved(self, step: int, seconds: float) -> None: ...
-
-    def stopped(self, step: int) -> None: ...
-
-    def finish(self, *, best_is_last: bool) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self, *, failed: bool) -> None: ...
-
-    def state(self) -> Json | None:
+        """Return the counts so far, as plain JSON."""
         return None
 
-    def load(self, state: Json) -> None: ...
+    def load(self, state: Json) -> None:
+        """Resume from rank 0's `state`."""
 
 
 class WrittenReports(Reports):
     """Writes the run directory and shows the run.
 
     Args:
-        directory: Already created.
         small: ``[Q]`` bool, the sources that are reported as small.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory, inputs: Inputs, small: Tensor, meter: MemoryMeter):
-        self._config, self._directory, self._names = config, directory, inputs.source_names
+        self._config, self._directory, self._inputs, self._meter = config, directory, inputs, meter
         self._display = Display(config.profile.display, meter.label, directory.log)
         self._trackers = Trackers(config, directory.path, self._display.message)
         too_long = {"dropped": inputs.sampler.dropped, "cut": inputs.sampler.cut}
         self._summary = RunSummary(inputs.source_names, inputs.sizes, small, meter.label, too_long)
 
-    def start(self, steps: int, facts: Sequence[str], done: int) -> None:
-        for fact in facts:
-            self._display.message(fact)
+    def claim(self, engine: Engine, group: Group, weight_bytes: list[int], done: int, facts: Json) -> None:
+        found = environment(
+            group.device,
+            group.world_size,
+            engine.name,
+            device_name=self._meter.device_name,
+            memory=self._meter.label,
+            weight_bytes_by_rank=weight_bytes,
+        )
+        self._directory.create(as_yaml(self._config), found, done, facts)
+        if self._config.audit and not self._config.data.streaming:
+            self._directory.examples(self._inputs.sampler.examples)
+
+    def start(self, steps: int, lines: Sequence[str], done: int) -> None:
+        for line in lines:
+            self._display.message(line)
         self._trackers.start(done)
         self._display.start(steps, done)
 
     def step(self, report: StepReport) -> None:
-        self._directory.report(report, self._names)
+        self._directory.report(report, self._inputs.source_names)
         self._summary.report(report)
         self._display.step(report)
         self._trackers.step(report)
@@ -130,7 +124,7 @@ class WrittenReports(Reports):
         self._trackers.evaluation(evaluation)
 
     def adapter(self, name: str, module: ExampleLoss, weights: Mapping[str, Tensor]) -> None:
-        """Written beside its place and renamed, so that a folder of that name always holds a whole adapter."""
+        """Write under a dot-name and rename, so that a folder ``name`` always holds a whole adapter."""
         named = {label.removeprefix("model."): weight for label, weight in weights.items()}
         place = self._directory.path / name
         new, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
@@ -150,9 +144,9 @@ class WrittenReports(Reports):
 
     def stopped(self, step: int) -> None:
         self._display.close()
-        way_on = f"go on with --resume auto --output_dir {self._directory.path}"
-        saved = way_on if self._config.checkpoint.every else "nothing was saved, for --checkpoint.every is 0"
-        self._display.message(f"stopped after step {step}, as told: {saved}")
+        way_on = f"resume with --resume auto --output_dir {self._directory.path}"
+        saved = way_on if self._config.checkpoint.every else "nothing was saved, because --checkpoint.every is 0"
+        self._display.message(f"stopped after step {step}, as requested: {saved}")
 
     def finish(self, *, best_is_last: bool) -> None:
         self._display.close()
@@ -167,7 +161,7 @@ class WrittenReports(Reports):
     def close(self, *, failed: bool) -> None:
         self._display.close()
         self._trackers.close()
-        # The error that has ended the run is told, not what follows from it: the same disk is full.
+        # Report the error that ended the run, not its consequences, such as the same full disk.
         with suppress(TrainingError) if failed else nullcontext():
             self.flush()
 
@@ -176,3 +170,14 @@ class WrittenReports(Reports):
 
     def load(self, state: Json) -> None:
         self._summary.load(state)
+
+
+def drift_line(drift: Drift) -> str:
+    """Describe a refresh of the sources in one line."""
+    line = (
+        f"sources re-clustered after step {drift.step}: {drift.moved:,} of {drift.examples:,} examples seen have moved"
+    )
+    for what, names in (("new", drift.new), ("now kept", drift.kept), ("no longer kept", drift.no_longer_kept)):
+        if names:
+            line += f"; {what}: {', '.join(names)}"
+    return f"{line} ({drift.seconds:.2f} s)"

@@ -1,25 +1,26 @@
-"""The evaluations of a run and the adapters that it keeps. Rank 0 writes, all ranks take part."""
+"""The evaluations of a run, and the adapters that it saves."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import Engine, collect
+from colm_scale.engines.base import Engine
+from colm_scale.engines.tensors import collect
 from colm_scale.records import Json
 from colm_scale.reporting.summary import Evaluation
-from colm_scale.run.evaluate import HeldOutEvaluator, NoEvaluator
+from colm_scale.run.evaluate import Evaluator
 from colm_scale.run.reports import Reports
 
 
 class Session:
-    """A run that is under way. Use it as a context, so that the terminal is restored whatever happens.
+    """A run in progress. Use it as a context, so that the terminal is always restored.
 
     Attributes:
-        reports: Where steps and evaluations are written and shown.
+        reports: Receives steps and evaluations.
     """
 
-    def __init__(self, engine: Engine, evaluator: HeldOutEvaluator | NoEvaluator, reports: Reports, group: Group):
+    def __init__(self, engine: Engine, evaluator: Evaluator, reports: Reports, group: Group):
         self.reports = reports
         self._engine, self._evaluator, self._group = engine, evaluator, group
         self._best: Evaluation | None = None
@@ -31,20 +32,19 @@ class Session:
         self.reports.close(failed=error is not None)
 
     def state(self) -> Json:
-        """What has been counted and evaluated so far, as plain JSON; the counts on the first rank."""
-        return {"best": None if self._best is None else asdict(self._best), "summary": self.reports.state()}
+        """Return the counts (on rank 0) and the best evaluation so far, as plain JSON."""
+        return {"best": asdict(self._best) if self._best else None, "summary": self.reports.state()}
 
     def load(self, state: Json) -> None:
-        """Go on from what `state` returned on the first rank."""
-        self._best = None if state["best"] is None else Evaluation.of(state["best"])
+        """Resume from rank 0's `state`."""
+        self._best = Evaluation.of(state["best"]) if state["best"] else None
         self.reports.load(state["summary"])
 
     def evaluate(self, step: int, *, whole: bool) -> None:
-        """Evaluate on all ranks; after the first step, keep the adapter if none before was better.
+        """Evaluate on all ranks; after the first step, save the adapter if it is the best so far.
 
-        The better of two adapters has the lower mean over sources on the examples that every evaluation scores, also
-        where one of the evaluations is ``whole``. Both losses are then of the same examples, and how hard those happen
-        to be cancels out; the mean of all examples beside that of a few would mostly tell which examples are harder.
+        Adapters are compared by the mean loss over sources on the sample that every evaluation scores, even if one of
+        the evaluations is ``whole``: the mean of other examples would mostly reflect how hard those are.
         """
         if not self._evaluator.evaluates:
             return
@@ -55,16 +55,16 @@ class Session:
             self._save("adapter")
 
     def finish(self, steps: int) -> None:
-        """Save the last adapter, as ``adapter`` unless an evaluation found a better one, and show the tables."""
-        best_is_last = self._best is None or self._best.step == steps
-        if self._best is None:
+        """Save the last adapter, as ``adapter_last`` if an evaluation found a better one, and show the tables."""
+        best_step = self._best.step if self._best else 0
+        if not best_step:
             self._save("adapter")
-        elif not best_is_last:
+        elif best_step != steps:
             self._save("adapter_last")
-        self.reports.finish(best_is_last=best_is_last)
+        self.reports.finish(best_is_last=best_step in (0, steps))
 
     def _is_best(self, evaluation: Evaluation) -> bool:
-        """Whether it is the best so far; the first on other examples is, as after a resume with another sample."""
+        """Return whether it is the best so far. The first on another sample is, for example after a resume."""
         if self._best is None or self._best.sample.counts != evaluation.sample.counts:
             return True
         return evaluation.sample.loss_by_source < self._best.sample.loss_by_source

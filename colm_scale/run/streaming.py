@@ -1,4 +1,4 @@
-"""Streamed training data on several ranks: the first one reads, and tells the others what the candidates are."""
+"""Streamed training data: rank 0 reads, and broadcasts the candidates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import RunConfig
-from colm_scale.data.examples import Examples
 from colm_scale.data.stream import BlockStream, Position, Survey
 from colm_scale.distributed.examples import decoded, encoded
 from colm_scale.distributed.group import Group
@@ -17,31 +16,34 @@ from colm_scale.records import Candidates, Json, long_tensor
 
 
 def share_survey(surveyed: Survey | None, group: Group) -> Survey:
-    """The first rank's survey on every rank; the others pass None."""
-    plain: Json | None = None
+    """Return rank 0's survey on every rank; the others pass None."""
+    names = ("sizes", "protected_sizes")
+    plain: Json = {}
     if surveyed is not None:
-        counts = {name: getattr(surveyed, name).tolist() for name in ("sizes", "protected_sizes")}
-        plain = dataclasses.asdict(surveyed) | counts
+        plain = dataclasses.asdict(surveyed) | {name: getattr(surveyed, name).tolist() for name in names}
     shared = group.share_json(plain)
-    counts = {name: long_tensor(shared[name]) for name in ("sizes", "protected_sizes")}
+    counts = {name: long_tensor(shared[name]) for name in names}
     return Survey(**shared | {"source_names": tuple(shared["source_names"])} | counts)
 
 
 class StreamedSampler:
-    """Gives each step the next examples of a stream that only the first rank reads.
+    """Gives each step the next examples of a stream that only rank 0 reads.
 
     Attributes:
-        examples: The ``n`` candidates last drawn, in their order, with the survey's sources; none before any step.
-        dropped, cut: On the first rank, examples per source that were left out or cut so far; filled as they come.
+        examples: The ``n`` candidates last drawn, in order, with the survey's sources; none before the first step.
+        dropped, cut: On rank 0, examples per source that were dropped or cut so far; updated as they come.
 
     Args:
-        surveyed: Of the training data, equal on every rank. The data itself need be on the first rank only.
+        surveyed: Survey of the training data, equal on every rank. Only rank 0 needs the data itself.
         max_length: Longest example, in tokens.
 
     Raises:
         UserError: There are fewer rows than candidates, or the first block of rows cannot be tokenised.
-        TrainingError: The first block has changed since it was surveyed.
+        TrainingError: The first block has changed since the survey.
     """
+
+    _stream: BlockStream
+    """On rank 0."""
 
     def __init__(
         self, config: RunConfig, surveyed: Survey, tokenizer: PreTrainedTokenizerBase, max_length: int, group: Group
@@ -50,66 +52,54 @@ class StreamedSampler:
         self._protects = bool(surveyed.protected_sizes.any())
         if self._count > surveyed.rows:
             raise UserError(
-                f"--selection.candidates is {self._count}, but there are only {surveyed.rows} training "
-                f"examples: use at most {surveyed.rows}"
+                f"--selection.candidates is {self._count}, but there are only {surveyed.rows} training examples: use "
+                f"at most {surveyed.rows}"
             )
-        self._stream: BlockStream | None = None
         self.dropped: dict[str, int] = {}
         self.cut: dict[str, int] = {}
         if group.is_first:
-            assert config.data.train is not None  # the built-in mixture is no stream
-            self._stream = BlockStream(
-                config.data.train, config.data, surveyed, tokenizer, max_length, config.train.seed
-            )
+            files, seed = config.data.train or [], config.train.seed
+            self._stream = BlockStream(files, config.data, surveyed, tokenizer, max_length, seed)
             self.dropped, self.cut = self._stream.dropped, self._stream.cut
         nothing = long_tensor([])
         self.examples = decoded(torch.stack([nothing] * 3), nothing.int(), self._names)
 
     def __call__(self, step: int) -> Candidates:
-        """The candidates of a step; steps are asked for in turn.
+        """Draw the candidates of the next step: ``24 n`` bytes, and 4 per token.
 
         Raises:
-            UserError, TrainingError: On the first rank, see `BlockStream.draw`.
-            PeerFailed: On the others, if the first one failed.
+            UserError, TrainingError: On rank 0, see `BlockStream.draw`.
+            PeerFailed: On the others, if rank 0 failed.
         """
-        drawn = None
+        first, device = self._group.is_first, self._group.device
+        rows, tokens = torch.zeros(3, self._count, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
         with self._group.together():
-            if self._stream is not None:
-                drawn = self._stream.draw(self._count)
-        self.examples = self._shared(drawn)
+            if first:
+                rows, tokens = encoded(self._stream.draw(self._count))
+        rows = self._group.broadcast(rows.to(device), "stream").cpu()
+        if not first:  # the lengths in the first message fix the size of the second
+            tokens = torch.empty(int(rows[2].sum()), dtype=torch.int32)
+        tokens = self._group.broadcast(tokens.to(device), "stream").cpu()
+        self.examples = decoded(rows, tokens, self._names)
         indices = torch.arange(self._count)
         protected = self.examples.protected if self._protects else None
         return Candidates(step, indices, self.examples.ids, self.examples.sources, self.examples.lengths, protected)
 
     def state(self) -> Json:
-        """Where the next step begins and what was left out so far, on the first rank; elsewhere nothing."""
-        if self._stream is None:
+        """Return the position of the next step and the counts so far, on rank 0; elsewhere nothing."""
+        if not self._group.is_first:
             return {}
         return dataclasses.asdict(self._stream.position) | {"dropped": dict(self.dropped), "cut": dict(self.cut)}
 
     def load(self, state: Json) -> None:
-        """Go on where the first rank's `state` was taken. All ranks call it together.
+        """Resume from rank 0's `state`. All ranks call it together.
 
         Raises:
             UserError, TrainingError, PeerFailed: As when the sampler is called.
         """
         with self._group.together():
-            if self._stream is not None:
+            if self._group.is_first:
                 self._stream.seek(Position(state["epoch"], state["block"], state["offset"]))
                 for counts, saved in ((self.dropped, state["dropped"]), (self.cut, state["cut"])):
                     counts.clear()
                     counts.update(saved)
-
-    def _shared(self, drawn: Examples | None) -> Examples:
-        """The first rank's examples on every rank: ``24 n`` bytes, and 4 per token; the others pass None.
-
-        A message of known size says how long the examples are, and so how long the other one is.
-        """
-        device = self._group.device
-        rows, tokens = torch.zeros(3, self._count, dtype=torch.int64), None
-        if drawn is not None:
-            rows, tokens = encoded(drawn)
-        rows = self._group.broadcast(rows.to(device), "stream").cpu()
-        if tokens is None:
-            tokens = torch.empty(int(rows[2].sum()), dtype=torch.int32)
-        return decoded(rows, self._group.broadcast(tokens.to(device), "stream").cpu(), self._names)

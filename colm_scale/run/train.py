@@ -18,23 +18,23 @@ from colm_scale.step.floor import Work, bare_floor_seconds
 
 
 def run(config: RunConfig) -> int:
-    """Train on this rank, and return the exit code of the process, see `process.run`."""
+    """Train on this rank; return the exit code of `process.run`."""
     return process.run(config, train)
 
 
 def train(config: RunConfig, group: Group, watch: Watch) -> bool:
-    """Train; returns whether the run came to its end, rather than being told to stop. All ranks call it together."""
+    """Train; return False if the run was asked to stop. All ranks call it together."""
     prepared = prepare(config, group, watch)
-    with prepared.session() as session:
+    with prepared.session(prepared.reports) as session:
         state = prepared.state(session)
         done = state.load(prepared.found)
         prepared.claim(done)
-        session.reports.start(prepared.steps, prepared.facts(done), done)
+        session.reports.start(prepared.steps, prepared.lines(done), done)
         return _run_steps(prepared, session, state, done)
 
 
 def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> bool:
-    """Make the steps after ``done``, and what happens every so many of them."""
+    """Make the steps after ``done``, with evaluations and checkpoints in between."""
     config, watch, steps, reports = run.config, run.watch, run.steps, session.reports
     evaluate_every = evaluation_period(config.eval, steps)
     if not done:

@@ -422,7 +422,7 @@ def test_a_rank_with_other_data_is_named_on_every_rank(faults):
     for found in faults:
         kind, message = found["agree"]
         assert kind == "UserError"
-        assert message.startswith(f"rank {last} has other training data than rank 0")
+        assert message.startswith(f"rank {last} and rank 0 differ in training data")
 
 
 def test_an_error_of_one_rank_ends_all_and_is_said_once(faults):

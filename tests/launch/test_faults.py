@@ -68,7 +68,7 @@ def assert_goes_on(workshop: Workshop, run: Path, engine: str) -> None:
     """From its newest checkpoint to the result of a run that nothing broke, bit by bit."""
     after = newest_checkpoint(run)
     outcome = workshop.go_on(run, engine).succeeded()
-    assert (f"going on after step {after}," in outcome.stdout) == (after > 0)
+    assert (f"resuming after step {after}," in outcome.stdout) == (after > 0)
     assert result(run) == workshop.unbroken(engine)
 
 
@@ -107,7 +107,7 @@ def test_killed_after_any_step_of_twenty_a_run_resumes_bit_by_bit(engine, step, 
     assert long.start(run, engine, *every, *kill, ranks=ranks).outcome(SECONDS).code != 0
     assert (steps_written(run), newest_checkpoint(run)) == (step, step)
     outcome = long.go_on(run, engine, *every, ranks=ranks).succeeded()
-    assert f"going on after step {step}," in outcome.stdout
+    assert f"resuming after step {step}," in outcome.stdout
     assert result(run) == long.unbroken(engine, ranks)
 
 
@@ -118,7 +118,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_been(w
     with Command([*launcher, "--max-restarts", "3", script, *options], tmp_path / "output") as command:
         outcome = command.outcome().succeeded()
         assert not command.alive()
-    assert "going on after step 2," in outcome.stdout
+    assert "resuming after step 2," in outcome.stdout
     assert result(run) == workshop.unbroken("ddp")
 
 
@@ -136,7 +136,7 @@ def test_a_run_saves_itself_when_ranks_are_told_to_stop(engine, told, workshop, 
     ranks.send(signal.SIGTERM, *told)
     outcome = ranks.outcome(SECONDS)
     assert ranks.codes() == [143, 143]
-    assert "stopped after step 3, as told: go on with --resume auto" in " ".join(outcome.stdout.split())
+    assert "stopped after step 3, as requested: resume with --resume auto" in " ".join(outcome.stdout.split())
     assert newest_checkpoint(run) == 3
     assert not workshop.forked.left()
     assert_goes_on(workshop, run, engine)
@@ -170,7 +170,7 @@ def test_a_run_saves_itself_when_its_launcher_is_told_to_stop(launcher, engine, 
         wait_until(lambda: not command.alive(), SECONDS)
         outcome = command.outcome(1)
     assert outcome.code != 0
-    assert "stopped after step 3, as told" in " ".join(outcome.stdout.split())
+    assert "stopped after step 3, as requested" in " ".join(outcome.stdout.split())
     assert newest_checkpoint(run) == 3
     assert_goes_on(workshop, run, engine)
 
@@ -326,7 +326,7 @@ def test_ranks_that_read_different_data_are_told_which(workshop, tmp_path):
     write_rows(tmp_path / "train-1.jsonl", [*same[:-1], same[0]])
     data = ("--data.train", str(tmp_path / "train-@RANK.jsonl"))
     outcome = workshop.start(tmp_path / "run", "ddp", *data).outcome(SECONDS)
-    assert outcome.errors == ["error: rank 1 has other training data than rank 0: every rank must read the same input"]
+    assert outcome.errors == ["error: rank 1 and rank 0 differ in training data: every rank must read the same input"]
     assert outcome.code != 0
     assert not (tmp_path / "run").exists()
 

@@ -115,7 +115,7 @@ def test_a_replay_of_other_data_is_refused(forked, original, folder):
     )
     refused = {
         fewer: [f"step {first[0]}: id {first[1]}", "not among the training examples"],
-        other: ["other rows of data"],
+        other: ["on other rows"],
     }
     for number, (data, words) in enumerate(refused.items()):
         outcome = forked.run("replay", [str(original), "--data.train", data], folder / f"log refused {number}")
@@ -177,7 +177,7 @@ def test_a_protected_source_is_trained_on_whole_whatever_else_is_kept(forked, fo
         (["replay", "nowhere"], ["nowhere is not a run directory"]),
         (["replay", "RUN", "--selection.budget", "4"], ["--selection.budget", "leave it out"]),
         (["replay", "RUN", "--train.setps", "4"], ["unknown option --train.setps", "--train.steps"]),
-        (["replay", "RUN", "--train.steps", "7"], ["would make 7 steps", "holds 6: give --train.steps 6"]),
+        (["replay", "RUN", "--train.steps", "7"], ["has 6 steps", "would make 7: use --train.steps 6"]),
         (["explain"], ["RUN is missing"]),
         (["explain", "nowhere"], ["nowhere holds no run"]),
         (["explain", "RUN", "--fromat", "json"], ["unknown option --fromat", "--format"]),

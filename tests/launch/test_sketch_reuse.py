@@ -53,7 +53,7 @@ def test_the_share_of_reused_sketches_is_reported(whole):
 def test_a_run_goes_on_with_the_sketches_it_has_on_as_many_ranks_as_there_are(workshop, whole, engine, ranks):
     run = broken(workshop, whole, f"on-{ranks}")
     outcome = workshop.go_on(run, engine, *OPTIONS, ranks=ranks).succeeded()
-    assert f"going on after step {BREAK}," in outcome.stdout
+    assert f"resuming after step {BREAK}," in outcome.stdout
     # All sketches are from before the break: not even rounding differs in what is compared.
     assert rows(run / "selection.jsonl") == rows(whole / "selection.jsonl")
     assert [row["telemetry"]["reused_share"] for row in rows(run / "metrics.jsonl")[BREAK:]] == [1.0] * 3

@@ -35,7 +35,7 @@ def test_a_run_goes_by_them_and_finds_them_anew(forked, folder):
     options += ["--output_dir", str(folder / "run")]
     said = forked.run("train", options, folder / "log run", ranks=2).succeeded().stdout
     assert "300 examples of 3 sources" in said
-    assert "sources found anew after step 4" in said
+    assert "sources re-clustered after step 4" in said
     sizes = Counter(row["source"] for row in rows(folder / "out/sources.jsonl"))
     steps = rows(folder / "run/selection.jsonl")
     assert {name for step in steps for name in step["sources"]} <= sizes.keys()

@@ -36,7 +36,7 @@ def test_streamed_data_goes_on_in_the_middle(workshop, whole, step):
     for file in whole.glob("*.jsonl"):
         shutil.copy(file, run)
     outcome = workshop.go_on(run, "ddp", *STREAMED).succeeded()
-    assert f"going on after step {step}," in outcome.stdout
+    assert f"resuming after step {step}," in outcome.stdout
     assert result(run) == result(whole)
 
 

@@ -48,7 +48,7 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(forked, first_step,
         "step 2: 16 candidates of ",
         "Peak memory of a rank, GiB",
         f"{tmp_path / 'run'}/metrics.jsonl",
-        "dry run: 2 of 2 steps are to be made; nothing was written",
+        "dry run: 2 of 2 steps remain; nothing was written",
     ):
         assert words in said.stdout
     assert "step 3" not in said.stdout
@@ -77,8 +77,8 @@ def test_a_dry_run_of_a_run_that_goes_on_leaves_it_as_it_is(forked, trained, tmp
     assert "--train.steps is 5, but the checkpoint was made with 2" in outcome.errors[0]
     options = [*TRAIN, "--output_dir", str(trained), "--resume", "auto", "--dry-run"]
     said = forked.run("train", options, tmp_path / "same").succeeded().stdout
-    assert "going on after step 2" in said
-    assert "dry run: 0 of 2 steps are to be made" in said
+    assert "resuming after step 2" in said
+    assert "dry run: 0 of 2 steps remain" in said
     assert contents(trained) == before
 
 

@@ -23,7 +23,7 @@ def test_a_resumed_run_has_one_history(forked, tmp_path):
         options = [*FOLLOWED, "--output_dir", str(run), *resumed]
         outcome = forked.start(options, tmp_path / f"log{number}", ranks=2).outcome(180).succeeded()
         assert "warning: --track.to" not in outcome.stdout + (run / "log.txt").read_text()
-    assert "going on after step 1" in (run / "log.txt").read_text()
+    assert "resuming after step 1" in (run / "log.txt").read_text()
     assert len(list((run / "tensorboard").glob("events*"))) == 2  # of rank 0 alone, once for each start
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert history(run, "train/loss") == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in steps]

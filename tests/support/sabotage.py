@@ -26,7 +26,7 @@ from colm_scale.cli import main as cli
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
-from colm_scale.engines.base import TorchEngine
+from colm_scale.engines.single_and_ddp import TorchEngine
 from colm_scale.estimators import estimators
 from colm_scale.records import Batch, Candidates
 from colm_scale.sketch.tap import Tap

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from colm_scale.checkpoint.run_state import RunState
-from colm_scale.checkpoint.store import CheckpointFolder
+from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder, NoCheckpointFolder
 from colm_scale.config import (
     DataConfig,
     FsdpConfig,
@@ -42,10 +42,9 @@ from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
-from colm_scale.engines.base import collect
 from colm_scale.engines.choose import make_engine
 from colm_scale.engines.ds_config import read_ds_config
-from colm_scale.engines.shards import held_bytes
+from colm_scale.engines.tensors import collect, held_bytes
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
@@ -136,12 +135,11 @@ CASES = {
             ("_padded", {}, {"packing": "off"}),
         )
     },
-    "forward_reused_offloaded": Case(
-        _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "cpu"}
-    ),
+    "forward_reused_offloaded": Case(_selection(), 3, {"activation_checkpointing": True, "forward_reuse": "cpu"}),
     # Enough for two micro-batches.
     "forward_reused_bounded": Case(
-        _selection(), 3,
+        _selection(),
+        3,
         {"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 2 * 96 * 4 * 32 * 4 / 2**30},
     ),
     "broken": Case(_selection(), break_after=3),
@@ -293,7 +291,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     config = run_config(case, engine_name)
     data = examples()
     module, tap = model(config)
-    ds_config = read_ds_config(config, group.world_size) if config.ds_config else None
+    ds_config = read_ds_config(config, group.world_size)
     inputs = Inputs(
         tokenizer=SimpleNamespace(pad_token_id=PAD),
         sampler=CandidateSampler(data, case.selection.candidates, config.train.seed),
@@ -324,7 +322,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     train = SimpleNamespace(engine=engine.inner)
     watched = SimpleNamespace(sampler=inputs.sampler, refresh=step.refresh, select=select, train=train)
     state = RunState(
-        folder=CheckpointFolder(folder, keep=1) if group.is_first else None,
+        folder=CheckpointFolder(folder, keep=1) if group.is_first else NoCheckpointFolder(),
         identity={"config": {}, "data": "", "model": ""},
         facts={},
         step=watched,
@@ -362,7 +360,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
             parts = make_parts(case, second or first, group, folder)
-            newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else None
+            newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else NO_CHECKPOINT
             assert parts.state.load(newest) == number - 1
         module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
         report, work = step(number, RATE)
@@ -470,9 +468,7 @@ def work(rank: int, world_size: int, port: int, jobs: dict[str, tuple[str, str]]
     group.close()
 
 
-def launch(
-    world_size: int, jobs: dict[str, tuple[str, str]], folder: Path, timeout_seconds: float = 300
-) -> list[dict]:
+def launch(world_size: int, jobs: dict[str, tuple[str, str]], folder: Path, timeout_seconds: float = 300) -> list[dict]:
     """Run ``{name: (engine, case)}`` in turn on ``world_size`` new processes; returns the results of each rank.
 
     The processes are forked from a server that has imported this module. A failure of one ends them all.

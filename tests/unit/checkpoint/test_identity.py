@@ -198,9 +198,7 @@ def test_which_options_are_compared():
         "selection": {"replay"},
         "sources": set(),
         "lora": set(),
-        "train": {
-            *("threads", "timeout", "compile", "activation_checkpointing", "forward_reuse", "forward_reuse_gib")
-        },
+        "train": {*("threads", "timeout", "compile", "activation_checkpointing", "forward_reuse", "forward_reuse_gib")},
     }.items():
         names = {field.name for field in dataclasses.fields(getattr(RunConfig(), section))}
         assert left_out <= names

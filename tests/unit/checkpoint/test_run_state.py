@@ -11,17 +11,19 @@ import torch
 from support.families import adapted_model, batch_of
 
 from colm_scale.checkpoint.run_state import RunState
-from colm_scale.checkpoint.store import CheckpointFolder
+from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import LossScale, TorchEngine, collect
+from colm_scale.engines.base import LossScale
+from colm_scale.engines.single_and_ddp import TorchEngine
+from colm_scale.engines.tensors import collect
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.moments import AdamMoments
 from colm_scale.selection.quota import RecentSources
-from colm_scale.sketch.store import SketchStore
-from colm_scale.step.source_refresh import FixedSources
+from colm_scale.sketch.store import NoSketchStore, SketchStore
+from colm_scale.step.source_refresh import SourceRefresh
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 IDENTITY = {"config": {"train.seed": 0}, "data": "d", "model": "m"}
@@ -44,13 +46,13 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     """A run whose every part says ``number``."""
     engine = TorchEngine(ExampleLoss(adapted_model("llama")), TrainConfig(), GROUP)
     moments = AdamMoments(torch.ones(3) * number, torch.ones(3), number, (0.9, 0.99), 1e-8)
-    estimator = SimpleNamespace(moments=moments, store=None)
+    estimator = SimpleNamespace(moments=moments, store=NoSketchStore())
     sampler, session = Part(number), Part(number)
     recent = RecentSources(torch.tensor([number > 3, False]), torch.tensor([number, 2]))
     sources = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
     select = SimpleNamespace(sketch=SimpleNamespace(estimator=estimator), sources=sources)
     train = SimpleNamespace(engine=engine)
-    step = SimpleNamespace(sampler=sampler, refresh=FixedSources(), select=select, train=train)
+    step = SimpleNamespace(sampler=sampler, refresh=SourceRefresh(), select=select, train=train)
     state = RunState(CheckpointFolder(folder, 1), identity, {}, step, session, GROUP)
     return SimpleNamespace(
         engine=engine, estimator=estimator, sources=sources, sampler=sampler, session=session, state=state
@@ -73,7 +75,7 @@ def saved(tmp_path) -> SimpleNamespace:
 
 
 def load(run: SimpleNamespace, folder: Path) -> int:
-    return run.state.load(CheckpointFolder(folder, 1).newest(fallback=False))
+    return run.state.load(CheckpointFolder(folder, 1).newest(fallback=False) or NO_CHECKPOINT)
 
 
 def test_every_part_comes_back(saved, tmp_path):
@@ -124,7 +126,7 @@ def test_a_state_of_another_version_is_told_with_it(saved, tmp_path):
     del state["sampler"]
     state["written_by"]["colm_scale"] = "0.0.9"
     CheckpointFolder(tmp_path, 1).write(20, state, found.tensors)
-    with pytest.raises(UserError, match=r"written by colm_scale 0\.0\.9, which kept other things \('sampler'\)"):
+    with pytest.raises(UserError, match=r"written by colm_scale 0\.0\.9, which saved other things \('sampler'\)"):
         load(parts(tmp_path, 1), tmp_path)
 
 
@@ -132,8 +134,8 @@ def test_sketches_that_still_count_come_back(tmp_path):
     run, again = parts(tmp_path, 7), parts(tmp_path, 1)
     for one in (run, again):
         one.estimator.store = SketchStore(reuse=4, entries=8)
-    run.estimator.store.keep(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
-    run.estimator.store.keep(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    run.estimator.store.add(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
+    run.estimator.store.add(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
     run.state.save(20)
     assert load(again, tmp_path) == 20
     places = again.estimator.store.find(torch.tensor([90, 70, 80, 60]), 21)

@@ -21,8 +21,6 @@ NAN_BITS = 0x7FC12345
 """A quiet NaN with a payload."""
 
 
-
-
 # What is written comes back
 
 
@@ -194,7 +192,7 @@ def test_with_fallback_the_newest_whole_one_is_found_and_says_which_were_not(thr
 
 def test_with_fallback_and_none_whole_the_run_does_not_silently_begin_anew(three):
     damage(three, 10, 20, 30)
-    with pytest.raises(UserError, match="none of the 3 checkpoints is whole") as error:
+    with pytest.raises(UserError, match="all 3 checkpoints are damaged") as error:
         CheckpointFolder(three, 3).newest(fallback=True)
     assert all(f"step-000000{step}" in str(error.value) for step in (10, 20, 30))
 
@@ -240,4 +238,4 @@ def test_a_folder_that_cannot_be_looked_into(three, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", fail)
-    assert refused(three.parent) == f"{three} cannot be looked into for checkpoints: Permission denied"
+    assert refused(three.parent) == f"{three} cannot be searched for checkpoints: Permission denied"

@@ -61,10 +61,10 @@ def test_a_missing_file(one, name):
 def test_a_pipe_or_a_folder_in_the_place_of_a_file(one, name):
     (one / name).unlink()
     os.mkfifo(one / name)
-    assert f"{name} is no file" in refused(one)
+    assert f"{name} is not a file" in refused(one)
     (one / name).unlink()
     (one / name).mkdir()
-    assert f"{name} is no file" in refused(one)
+    assert f"{name} is not a file" in refused(one)
 
 
 def test_a_file_that_cannot_be_read(one, monkeypatch):
@@ -190,7 +190,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(one, tmp_path, name, monk
     opened = []
     real = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path) or real(path))
-    assert f"manifest.json names {name!r}, which is no file of a checkpoint" in refused(one)
+    assert f"manifest.json names {name!r}, which is not a checkpoint file" in refused(one)
     assert opened == [one / "manifest.json"]
 
 
@@ -214,7 +214,7 @@ def tensor_file(header: object, data: bytes = b"") -> bytes:
 def test_a_file_that_is_no_safetensors_file(one, content):
     (one / "adapter.safetensors").write_bytes(content)
     seal(one)
-    assert f"checkpoint {one}: adapter.safetensors is no safetensors file" in refused(one)
+    assert f"checkpoint {one}: adapter.safetensors is not a safetensors file" in refused(one)
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(one):

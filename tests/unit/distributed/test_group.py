@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from colm_scale.distributed.group import _interface_to, meet
+from colm_scale.distributed.group import interface_to, meet
 
 
 def met(store: dist.Store, order: list[int]) -> list[str]:
@@ -54,5 +54,5 @@ def test_a_rank_does_not_take_the_answer_that_its_predecessor_got():
 
 
 def test_the_way_to_a_host_is_an_interface():
-    assert _interface_to("127.0.0.1") == "lo"
-    assert _interface_to("nowhere.invalid") is None
+    assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("nowhere.invalid") is None

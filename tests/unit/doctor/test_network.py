@@ -69,7 +69,7 @@ def test_the_pair_that_is_cut_is_named_and_so_is_a_rank_that_did_not_come():
 
 def test_a_meeting_point_that_is_not_there():
     found = answer(start(1, 2, free_port(), seconds=1.0))
-    assert "rank 1 cannot come to the meeting point 127.0.0.1:" in found.error
+    assert "rank 1 cannot reach the meeting point 127.0.0.1:" in found.error
     assert findings_of(found)[0].status == "problem"
 
 

@@ -6,7 +6,7 @@ import pytest
 from support.families import FAMILIES, adapted_model
 
 from colm_scale.engines.fsdp import units
-from colm_scale.engines.shards import held_bytes
+from colm_scale.engines.tensors import held_bytes
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
 

@@ -19,7 +19,7 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe
 from colm_scale.plan.fake import FakeModel, fake_model, tried
-from colm_scale.plan.memory import engine_memory, peaks
+from colm_scale.plan.memory import Batches, engine_memory, peaks
 from colm_scale.plan.plan import arranged, make_plan
 from colm_scale.plan.show import shown
 from colm_scale.profiling.live_tensors import LiveBytes
@@ -83,7 +83,7 @@ def test_traced_growth_is_real_growth(family, checkpointing):
     config = config_of(train={"activation_checkpointing": checkpointing})
     expected = real_growth(config, family)
     fake = fake_of(config, family)
-    found = peaks(config, None, fake, 1, [LENGTHS], [LENGTHS], label_share=0.5)
+    found = peaks(config, {}, fake, 1, Batches([LENGTHS], [LENGTHS]), label_share=0.5)
     for phase, real in expected.items():
         assert found.phases[phase] - found.engine.resident == pytest.approx(real, rel=0.03)
 
@@ -98,12 +98,14 @@ def test_nothing_of_the_model_is_allocated():
 def test_the_sketch_holds_more_with_every_micro_batch():
     config = config_of()
     one, three = (
-        peaks(config, None, fake_of(config), 1, [LENGTHS] * count, [LENGTHS]).phases["sketch"] for count in (1, 3)
+        peaks(config, {}, fake_of(config), 1, Batches([LENGTHS] * count, [LENGTHS])).phases["sketch"]
+        for count in (1, 3)
     )
     assert three > one
     config = config_of(selection={"estimator": "zeroth_order"})
     one, three = (
-        peaks(config, None, fake_of(config), 1, [LENGTHS] * count, [LENGTHS]).phases["sketch"] for count in (1, 3)
+        peaks(config, {}, fake_of(config), 1, Batches([LENGTHS] * count, [LENGTHS])).phases["sketch"]
+        for count in (1, 3)
     )
     assert three == one  # a number each
 
@@ -111,12 +113,14 @@ def test_the_sketch_holds_more_with_every_micro_batch():
 @SLOW
 def test_like_micro_batches_are_not_traced_again_and_again():
     config, lengths = config_of(), [(31, 24), (20, 20), (31, 24), (31, 24), (31, 24)]
-    found = peaks(config, None, fake_of(config), 1, lengths, lengths).phases
+    found = peaks(config, {}, fake_of(config), 1, Batches(lengths, lengths)).phases
     order = [(31, 24), (20, 20), (31, 24)]
-    few = peaks(config, None, fake_of(config), 1, order, order).phases
+    few = peaks(config, {}, fake_of(config), 1, Batches(order, order)).phases
     assert found["train"] == few["train"]
     # What a micro-batch leaves behind is the same for each of its kind: four of them leave as much as two and two.
-    one, two = (peaks(config, None, fake_of(config), 1, [(31, 24)] * count, order).phases["sketch"] for count in (1, 2))
+    one, two = (
+        peaks(config, {}, fake_of(config), 1, Batches([(31, 24)] * count, order)).phases["sketch"] for count in (1, 2)
+    )
     assert found["sketch"] == few["sketch"] + 2 * (two - one)
 
 
@@ -128,7 +132,7 @@ def test_forward_reuse_keeps_what_goes_into_each_block():
         train={"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 1000 / 2**30}
     )
     plain, kept, on_cpu, few = (
-        peaks(config, None, fake_of(config), 1, [LENGTHS] * 2, [LENGTHS]).phases
+        peaks(config, {}, fake_of(config), 1, Batches([LENGTHS] * 2, [LENGTHS])).phases
         for config in (checkpointed, reusing, offloaded, bounded)
     )
     each = OPTIONS["num_hidden_layers"] * 64 * 4 * sum(LENGTHS)
@@ -143,31 +147,31 @@ def test_what_engines_hold():
     fake = fake_of(config)
     adapters = sum(weight.numel() for weight in trainable(fake.module).values())
     whole = sum(weight.numel() * weight.element_size() for weight in fake.module.parameters())
-    alone, ddp = (engine_memory(config, None, fake, ranks) for ranks in (1, 2))
+    alone, ddp = (engine_memory(config.train, {}, fake, ranks) for ranks in (1, 2))
     assert alone.resident == whole + 8 * adapters
     assert ddp.resident == alone.resident + 4 * adapters
     zero = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
-    two = engine_memory(config, zero, fake, 2)
+    two = engine_memory(config.train, zero, fake, 2)
     assert two.resident == whole + 4 * adapters + 3 * 4 * adapters // 2
     assert two.reducing == 4000 + 4 * adapters // 2
     zero["zero_optimization"] |= {"overlap_comm": True, "offload_optimizer": {"device": "cpu"}}
-    offloaded = engine_memory(config, zero, fake, 2)
+    offloaded = engine_memory(config.train, zero, fake, 2)
     assert offloaded.reducing == 8000 + 4 * adapters // 2
     assert offloaded.resident == whole + 4 * adapters
     zero = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}}
-    three = engine_memory(config, zero, fake, 4)
+    three = engine_memory(config.train, zero, fake, 4)
     assert three.weights == pytest.approx(whole / 4, abs=4)
     assert three.buffers == 4000
     assert max(whole // 20, 1) < three.gathered < whole
     sgd = dataclasses.replace(config, train=dataclasses.replace(config.train, optimizer="sgd", learning_rate=1.0))
-    assert engine_memory(sgd, None, fake, 1).optimizer == 4 * adapters
+    assert engine_memory(sgd.train, {}, fake, 1).optimizer == 4 * adapters
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_fsdp_is_traced_as_it_shards(offload):
     config = config_of(engine="fsdp", fsdp=FsdpConfig(cpu_offload=offload), train={"activation_checkpointing": True})
     whole = sum(weight.numel() * weight.element_size() for weight in fake_of(config).module.parameters())
-    two, eight = (peaks(config, None, fake_of(config), ranks, [LENGTHS], [LENGTHS]) for ranks in (2, 8))
+    two, eight = (peaks(config, {}, fake_of(config), ranks, Batches([LENGTHS], [LENGTHS])) for ranks in (2, 8))
     assert not torch.distributed.is_initialized()
     if offload:
         assert two.engine.resident == 0
@@ -199,7 +203,7 @@ def test_a_plan_says_what_fits():
     assert fits.trained
     for tokens, inside in ((most, True), (2 * most, False)):
         lengths = [(20,) * (tokens // 20)]
-        again = peaks(config_of(), None, fake_of(config_of()), 2, lengths, lengths)
+        again = peaks(config_of(), {}, fake_of(config_of()), 2, Batches(lengths, lengths))
         assert (again.step <= 1.02 * room) == inside
     assert found.floor_seconds == (found.forward_flops + found.training_flops) / 1e11
     text = shown(found)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from support.families import batch_of_rows
 
-from colm_scale.config import DataConfig, EvalConfig, ModelConfig
+from colm_scale.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.examples import tokenise
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.load import load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.run.evaluate import HeldOutEvaluator
+from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
 
 CPU = torch.device("cpu")
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
@@ -29,7 +29,8 @@ def parts():
 def evaluator(parts, **options) -> HeldOutEvaluator:
     tokenizer, examples, _ = parts
     sizes, small = torch.tensor([600, 300, 100]), torch.tensor([False, False, True])
-    return HeldOutEvaluator(examples, sizes, small, tokenizer, EvalConfig(**options), GROUP, 256, seed=0)
+    held_out, train = HeldOut(examples, sizes, small, tokenizer), TrainConfig(micro_batch_tokens=256)
+    return HeldOutEvaluator(held_out, EvalConfig(**options), train, GROUP)
 
 
 def test_means_are_over_the_natural_mixture_over_sources_and_over_small_ones(parts):
@@ -105,5 +106,5 @@ def test_an_evaluation_draws_nothing_at_random(parts):
 
 def test_what_is_above_the_limit_is_counted(parts):
     of = evaluator(parts, generate=0, limit=10)
-    assert set(of.left_out.values()) == {14}
+    assert set(of.left_out["held-out examples above --eval.limit, not evaluated"].values()) == {14}
     assert set(of(parts[2], 0).counts.values()) == {10}

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 from support.runs import SOURCES, evaluation
 
 from colm_scale.reporting.summary import Evaluation
-from colm_scale.run.reports import NoReports
+from colm_scale.run.reports import Reports
 from colm_scale.run.session import Session
 
 
@@ -17,7 +17,7 @@ def kept(monkeypatch, *evaluations: Evaluation) -> list[int]:
     """The steps whose adapter is saved as the best so far, of evaluations one after the other."""
     saved, coming = [], iter(evaluations)
     engine, evaluator = SimpleNamespace(module=None), Mock(evaluates=True, side_effect=lambda *_, whole: next(coming))
-    session = Session(engine, evaluator, NoReports(), group=None)
+    session = Session(engine, evaluator, Reports(), group=None)
     monkeypatch.setattr(Session, "_save", lambda self, name: saved.append((name, self._best.step)))
     for one in evaluations:
         session.evaluate(one.step, whole=one.whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from colm_scale.config import EvalConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
-from colm_scale.reporting.facts import rounding_facts
+from colm_scale.run.banner import rounding_lines
 from colm_scale.run.prepare import resolve
 from colm_scale.run.schedule import evaluation_period, learning_rate, total_steps
 from colm_scale.sketch.zeroth_order import PERTURBATION
@@ -76,10 +76,10 @@ NF4 = {**BF16, "model": ModelConfig(quantize="nf4")}
         ({}, BF16, None),
         ({"estimator": "last_layer"}, NF4, None),
         ({"method": "stratified"}, NF4, None),
-        ({}, NF4, "nf4 in bfloat16: give --train.dtype float32"),
+        ({}, NF4, "nf4 in bfloat16, finite differences"),
     ],
 )
 def test_finite_differences_that_are_rounding_are_told(selection, options, told):
     config = RunConfig(selection=SelectionConfig(**{"estimator": "zeroth_order", **selection}), **options)
-    found = rounding_facts(config)
+    found = rounding_lines(config)
     assert found == [] if told is None else told in found[0]

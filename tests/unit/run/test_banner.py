@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from colm_scale.config import RunConfig, SelectionConfig, TrainConfig
-from colm_scale.reporting.facts import kept_facts, update_facts
+from colm_scale.run.banner import kept_lines, update_lines
 
 NAMES = ("a", "b", "c")
 SIZES = torch.tensor([10, 60, 30])
@@ -14,7 +14,7 @@ SOME = torch.tensor([0, 12, 3])
 
 
 def facts(protected: torch.Tensor = NONE, **options) -> list[str]:
-    return kept_facts(SelectionConfig(candidates=100, **options), NAMES, SIZES, KEPT, protected)
+    return kept_lines(SelectionConfig(candidates=100, **options), NAMES, SIZES, KEPT, protected)
 
 
 @pytest.mark.parametrize("method", ["colm", "stratified"])
@@ -33,9 +33,9 @@ def test_too_little_room_is_told_with_the_share_that_enters():
     # On average 40 of 100 candidates are of a kept source, and 12 more are protected.
     assert len(facts(budget=40)) == 1
     *_, warning = facts(budget=30)
-    assert "about 75% of the candidates of kept sources enter" in warning
+    assert "about 75% of the candidates of kept sources fit" in warning
     *_, warning = facts(SOME, budget=39)
-    assert "about 75% of the kept and protected candidates enter" in warning
+    assert "about 75% of the kept and protected candidates fit" in warning
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,6 @@ def test_too_little_room_is_told_with_the_share_that_enters():
 )
 def test_updates_that_are_nothing_but_a_sign_are_told(optimizer, method, estimator, probes, warned):
     selection = SelectionConfig(method=method, estimator=estimator, num_probes=probes)
-    facts = update_facts(RunConfig(selection=selection, train=TrainConfig(optimizer=optimizer)))
+    facts = update_lines(RunConfig(selection=selection, train=TrainConfig(optimizer=optimizer)))
     assert len(facts) == warned
     assert all(f"--train.optimizer {optimizer}" in fact and "--selection.num_probes" in fact for fact in facts)

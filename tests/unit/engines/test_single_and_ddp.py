@@ -10,8 +10,10 @@ from support.families import adapted_model, batch_of
 
 from colm_scale.config import RunConfig, TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import TorchEngine, collect, restore, trainable
+from colm_scale.engines.base import trainable
 from colm_scale.engines.choose import check_optimizer
+from colm_scale.engines.single_and_ddp import TorchEngine
+from colm_scale.engines.tensors import collect, restore
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 
@@ -92,7 +94,7 @@ def test_what_is_collected_is_all_that_a_run_goes_on_with(optimizer):
     ],
 )
 def test_optimizers_of_whole_matrices_are_refused_where_they_are_cut(optimizer, engine, stage, where):
-    file, ds_config = (None, None) if stage is None else ("ds.json", {"zero_optimization": {"stage": stage}})
+    file, ds_config = (None, {}) if stage is None else ("ds.json", {"zero_optimization": {"stage": stage}})
     config = RunConfig(engine=engine, ds_config=file, train=TrainConfig(optimizer=optimizer))
     if not where or optimizer not in ("adafactor", "muon"):
         check_optimizer(config, ds_config)

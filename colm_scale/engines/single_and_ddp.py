@@ -1,0 +1,37 @@
+"""Training without shards: in one process, or under DDP."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from colm_scale.config import TrainConfig
+from colm_scale.distributed.group import Group
+from colm_scale.engines.base import Engine
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.records import Batch
+
+
+class TorchEngine(Engine):
+    """Trains in one process, or with DistributedDataParallel one replica per rank."""
+
+    def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group):
+        super().__init__(module, config)
+        self._ranks = group.world_size
+        self.name = "ddp" if group.world_size > 1 else "single"
+        self._wrapped: ExampleLoss | DistributedDataParallel = module
+        if group.world_size > 1:
+            self._wrapped = DistributedDataParallel(
+                module, device_ids=[group.device.index] if group.device.type == "cuda" else None
+            )
+
+    def forward(self, batch: Batch) -> Tensor:
+        losses: Tensor = self._wrapped(batch)
+        return losses
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        wrapped = self._wrapped
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
+            (loss * (self._ranks * self.scale.scale)).backward()
