@@ -23,11 +23,7 @@ from colm_scale.distributed import connectivity
 connectivity._CONNECT_SECONDS = 0.5
 if {deaf}:
     connectivity._Meeting._answer = lambda self: None
-<<<<<<< HEAD:tests/unit/doctor/test_network.py
 from colm_scale.doctor.network import _main
-=======
-from colm_scale.doctor.ranks import _main
->>>>>>> h-p4:tests/unit/doctor/test_ranks.py
 _main()
 """
 
