@@ -3,8 +3,10 @@ PYTHON ?= python3
 # Every GPU there is, or two processes on the CPU.
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-# Two tests at a time; those that share runs stay together (tests/conftest.py).
-WORKERS ?= -n 2 --dist loadgroup
+# Two files at a time, in order: the long ones come first, and the tests of a file share the runs that it has started.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# Two tests at a time, for those that share nothing that is dear.
+QUICK_WORKERS ?= -n 2 --dist worksteal
 ARGS ?=
 BIN := .venv/bin
 PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
@@ -33,7 +35,7 @@ test: install
 	$(MAKE) --no-print-directory --jobs=2 lint quick
 
 quick: install
-	$(PYTEST) $(WORKERS) -m 'not slow and not faults' --hypothesis-profile quick $(QUICK) $(ARGS)
+	$(PYTEST) $(QUICK_WORKERS) -m 'not slow and not faults' --hypothesis-profile quick $(QUICK) $(ARGS)
 
 # Everything but the long faults.
 test-all: install lint

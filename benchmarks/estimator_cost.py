@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.data.batching import collate
 from colm_scale.distributed.group import Group
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.modeling.load import add_adapters, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe

@@ -1,4 +1,4 @@
-"""How near the coreset's gradient over all adapters is to that of all candidates, for every estimator and ranking.
+"""Nearness of the coreset's gradient over all adapters to that of all candidates, for every estimator and ranking.
 
 python benchmarks/gradient_match.py       the built-in base and mixture, before training and after 40 steps
 python benchmarks/gradient_match.py --model FOLDER --data F.jsonl --steps 0 --pool 512 -- --train.dtype bfloat16
@@ -31,7 +31,7 @@ from colm_scale.data.batching import collate
 from colm_scale.distributed.group import connect
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.errors import UserError
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator

@@ -23,7 +23,9 @@ from torch import Tensor
 from colm_scale.config import SelectionConfig
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
-from colm_scale.estimators.estimators import Estimator, LastLayer, ZerothOrder
+from colm_scale.estimators.base import Estimator
+from colm_scale.estimators.last_layer import LastLayer
+from colm_scale.estimators.zeroth_order import ZerothOrder
 from colm_scale.profiling.memory import MemoryMeter, memory_meter
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, SketchPlan, long_tensor

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# One host's share of a run on many hosts, by torchrun. Run the same line on every host:
+# Runs on many hosts with torchrun. Run the same line on every host:
 #
 #   NNODES=2 RDZV_ENDPOINT=10.0.0.1:29500 launchers/torchrun.sh -- --output_dir /shared/run
 #   launchers/torchrun.sh [OPTIONS OF torchrun] -- [OPTIONS OF launchers/train.py]
 #
-# The environment says where hosts meet; options before -- go to torchrun, where they win over what is set here.
+# The environment sets where hosts meet. Options before -- go to torchrun and override what is set here.
 #
-#   NNODES          how many hosts take part (1)
+#   NNODES          number of hosts (1)
 #   NPROC_PER_NODE  ranks per host (auto: one per GPU, or per core without a GPU)
 #   RDZV_ENDPOINT   HOST:PORT of one of the hosts, where all meet and agree on their ranks (c10d)
-#   MASTER_ADDR     instead: the host of rank 0 (static), with MASTER_PORT (29500) and each host's own NODE_RANK
-#   RDZV_ID         names the run, where several share an endpoint (colm_scale)
-#   MAX_RESTARTS    how often all ranks start again after one has failed (3)
+#   MASTER_ADDR     alternatively the host of rank 0 (static), with MASTER_PORT (29500) and each host's NODE_RANK
+#   RDZV_ID         name of the run, if several share an endpoint (colm_scale)
+#   MAX_RESTARTS    number of restarts of all ranks after one fails (3)
 #
-# Ranks that start again go on from the newest checkpoint, so --resume auto is added unless --resume is given, and
-# --output_dir (or a --config with output_dir) is required: a folder on a file system that all hosts share.
+# Restarted ranks resume from the newest checkpoint, so --resume auto is the default here, and --output_dir (or --config
+# with output_dir) is required: a folder on a file system that all hosts share.
 
 set -euo pipefail
 
@@ -23,8 +23,8 @@ fail() {
     exit 2
 }
 
-# This host's address on the way to another, and whether it is that other. A host's own name often leads nowhere
-# from outside, or to 127.0.1.1. Connecting a datagram socket sends nothing.
+# Prints this host's address on the route to another, and whether it is that other. A host's own name is often unknown
+# outside, or resolves to 127.0.1.1. Connecting a datagram socket sends nothing.
 way_to() {
     python3 - "$1" <<'PYTHON'
 import socket, sys

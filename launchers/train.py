@@ -1,4 +1,4 @@
-"""The main job: CoLM inside sharded LoRA fine-tuning.
+"""Sharded LoRA fine-tuning with CoLM.
 
 deepspeed launchers/train.py --ds_config ds_configs/zero2.json      ZeRO-2, all GPUs (one process on CPU)
 torchrun --nproc_per_node 2 launchers/train.py                      DDP on 2 processes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.distributed.group import Group
-from colm_scale.estimators.estimators import Estimator
+from colm_scale.estimators.base import Estimator
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import RecentSources
 from colm_scale.step.source_state import SourceState
@@ -32,8 +32,7 @@ class SelectionState:
     def tensors(self, step: int) -> dict[str, dict[str, Tensor]]:
         """Return the state after ``step``; equal on every rank."""
         found = {"sources": self._sources(), "moments": self._estimator.moments.tensors()}
-        if self._estimator.store is not None:
-            found["sketches"] = self._estimator.store.state(step)
+        found["sketches"] = self._estimator.store.state(step)
         return {name: tensors for name, tensors in found.items() if tensors}
 
     def put_back(self, moment_steps: int, saved: Files) -> None:
@@ -45,12 +44,12 @@ class SelectionState:
         moments = self._estimator.moments
         if shapes := moments.tensors():
             self._estimator.moments = moments.with_tensors(self._shared("moments", shapes, saved), moment_steps)
-        if self._estimator.store is not None:
+        if self._estimator.store.entries:
             count, columns = self._group.share_json([*saved["sketches"]["rows"].shape] if self._group.is_first else [])
             numbers = torch.zeros(count, dtype=torch.int64)
             shapes = {"ids": numbers, "steps": numbers, "rows": torch.zeros(count, columns)}
             sketches = self._shared("sketches", shapes, saved)
-            self._estimator.store.keep(**{name: value.cpu() for name, value in sketches.items()})
+            self._estimator.store.add(**{name: value.cpu() for name, value in sketches.items()})
         of_sources = self._shared("sources", self._sources(), saved)
         of_sources = {name: value.cpu() for name, value in of_sources.items()}
         self._known.recent = RecentSources(kept=of_sources["kept"], seen=of_sources["seen"])

@@ -264,10 +264,10 @@ def _write_file(path: Path, content: bytes) -> dict[str, object]:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return _facts(content)
+    return _entry(content)
 
 
-def _facts(content: bytes) -> dict[str, object]:
+def _entry(content: bytes) -> dict[str, object]:
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
@@ -308,10 +308,8 @@ def _read(folder: Path) -> Checkpoint:
     if _STATE not in files:
         _refuse(folder, _MANIFEST, f"names no {_STATE}")
     state = _parse_json(folder, _STATE, _verified(folder, _STATE, files.pop(_STATE)))
-    tensors = {}
-    for name, facts in files.items():
-        tensors[name.removesuffix(_TENSORS)] = _parse_tensors(folder, name, _verified(folder, name, facts))
-    return Checkpoint(folder, state, tensors)
+    parsed = {name: _parse_tensors(folder, name, _verified(folder, name, entry)) for name, entry in files.items()}
+    return Checkpoint(folder, state, {name.removesuffix(_TENSORS): named for name, named in parsed.items()})
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, object]]:
@@ -337,12 +335,12 @@ def _are_entries(files: object) -> TypeGuard[dict[str, dict[str, object]]]:
     )
 
 
-def _verified(folder: Path, name: str, facts: dict[str, object]) -> bytes:
+def _verified(folder: Path, name: str, entry: dict[str, object]) -> bytes:
     """Read a file, and check that its bytes are those that were written."""
     content = _content(folder, name)
-    if len(content) != facts["size"]:
-        _refuse(folder, name, f"has {len(content)} bytes, but {facts['size']} were written")
-    if _facts(content) != facts:
+    if len(content) != entry["size"]:
+        _refuse(folder, name, f"has {len(content)} bytes, but {entry['size']} were written")
+    if _entry(content) != entry:
         _refuse(folder, name, "has changed since it was written (its SHA-256 differs)")
     return content
 

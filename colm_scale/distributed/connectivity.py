@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import metadata
-from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -28,14 +27,6 @@ _HELLO = b"colm"
 _CONNECT_SECONDS = 5.0
 _SAME = ("torch", "transformers", "peft", "deepspeed")
 """Packages whose versions should be equal on all ranks."""
-
-
-class _Place(TypedDict):
-    """Address and versions of a rank."""
-
-    address: str
-    port: int
-    versions: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +87,13 @@ class _Meeting:
         own = own_address(os.environ["MASTER_ADDR"])
         self._listener = socket.create_server((own, 0), family=socket.AF_INET6 if ":" in own else socket.AF_INET)
         threading.Thread(target=self._answer, daemon=True).start()
-        place: _Place = {"address": own, "port": self._listener.getsockname()[1], "versions": _versions()}
-        store.set(f"place/{rank}", json.dumps(place))
+        store.set(f"place/{rank}", json.dumps([own, self._listener.getsockname()[1], _versions()]))
 
     def hold(self) -> Reach:
         """Run all three stages."""
         said = self._collected("place", range(self._ranks), self._seconds)
-        places: dict[int, _Place] = {peer: json.loads(place) for peer, place in said.items()}
-        cut = [(peer, self._connection(place)) for peer, place in places.items() if peer != self._rank]
+        places: dict[int, tuple[str, int, str]] = {peer: json.loads(place) for peer, place in said.items()}
+        cut = [(peer, _connect(address, port)) for peer, (address, port, _) in places.items() if peer != self._rank]
         self._store.set(f"cut/{self._rank}", json.dumps([(peer, why) for peer, why in cut if why]))
         if self._rank:
             if self._awaited("go", 5 * self._seconds + self._ranks * _CONNECT_SECONDS) == b"yes":
@@ -115,7 +105,7 @@ class _Meeting:
         pairs = [(rank, peer, why) for rank, row in sorted(rows.items()) for peer, why in row]
         self._store.set("go", "no" if absent or pairs else "yes")
         failed = {} if absent or pairs else self._backends()
-        versions = {peer: place["versions"] for peer, place in sorted(places.items())}
+        versions = {peer: found for peer, (_, _, found) in sorted(places.items())}
         return Reach(self._ranks, absent, pairs, failed, versions if len(set(versions.values())) > 1 else {})
 
     def _collected(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, bytes]:
@@ -130,15 +120,6 @@ class _Meeting:
             self._store.wait([key], timedelta(seconds=seconds))
             return self._store.get(key)
         return b""
-
-    def _connection(self, place: _Place) -> str:
-        """Connect to a rank; return the error, empty if there is none."""
-        where = f"{place['address']}:{place['port']}"
-        try:
-            with socket.create_connection((place["address"], place["port"]), _CONNECT_SECONDS) as way:
-                return "" if way.recv(len(_HELLO)) == _HELLO else f"{where} does not answer"
-        except OSError as error:
-            return f"{where}: {error.strerror or error}"
 
     def _answer(self) -> None:
         while True:
@@ -177,6 +158,15 @@ class _Meeting:
         except RuntimeError as error:
             return _first_line(error)
         return "" if found == self._ranks else f"{self._ranks} ones add up to {found}"
+
+
+def _connect(address: str, port: int) -> str:
+    """Connect to a rank; return the error, empty if there is none."""
+    try:
+        with socket.create_connection((address, port), _CONNECT_SECONDS) as way:
+            return "" if way.recv(len(_HELLO)) == _HELLO else f"{address}:{port} does not answer"
+    except OSError as error:
+        return f"{address}:{port}: {error.strerror or error}"
 
 
 def _versions() -> str:

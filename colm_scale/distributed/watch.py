@@ -57,7 +57,7 @@ class Watch:
         self._step = 0
         self._place = (0, "start", time.monotonic())
         self.stop_requested = False
-        """Whether this rank was asked to stop. All ranks then save a checkpoint after the step and end."""
+        """Set when this rank is asked to stop. All ranks then save a checkpoint after the step and end."""
         self._alone = group.world_size == 1
         self._store: Store = HashStore() if self._alone else _rendezvous_store()
         for number in (signal.SIGTERM, signal.SIGINT):

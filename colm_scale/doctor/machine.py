@@ -15,6 +15,7 @@ import torch
 
 from colm_scale.doctor.finding import Finding, Status
 from colm_scale.reporting.environment import driver_version
+from colm_scale.reporting.run_directory import nearest_folder
 
 _GIB = 2**30
 _SHARED_MEMORY = Path("/dev/shm")
@@ -106,7 +107,7 @@ def check_attention() -> list[Finding]:
 
 def check_disk(output_dir: str) -> list[Finding]:
     """Check that the output folder can be written and has free space."""
-    nearest, writable = _existing(Path(output_dir).absolute())
+    nearest, writable = nearest_folder(Path(output_dir))
     if not writable:
         return [Finding("disk", "problem", f"{nearest} is not a writable folder", "use another --output_dir")]
     free = shutil.disk_usage(nearest).free / _GIB
@@ -143,13 +144,7 @@ def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
 
 
 def _cache(variable: str, path: Path, what: str) -> Finding:
-    if _existing(path)[1]:
+    if nearest_folder(path)[1]:
         return Finding(f"cache: {variable}", "ok", str(path))
     found = f"{path} cannot be written ({what})"
     return Finding(f"cache: {variable}", "warning", found, f"set {variable} to a writable folder")
-
-
-def _existing(path: Path) -> tuple[Path, bool]:
-    """The path, or its nearest parent that exists, and whether it is a writable folder."""
-    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
-    return nearest, nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)

@@ -23,7 +23,7 @@ from colm_scale.modeling.optimizers import begun_state, make_optimizer, state_ke
 from colm_scale.records import Batch
 
 WEIGHT = "weight"
-"""Key of an adapter tensor itself, beside those of its averages in the optimizer."""
+"""Key of an adapter tensor itself; its other keys are averages of the optimizer."""
 
 
 @dataclass(frozen=True, slots=True)

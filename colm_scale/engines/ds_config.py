@@ -12,7 +12,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from colm_scale.config import RunConfig, TrainConfig
+from colm_scale.config import RunConfig
 from colm_scale.errors import UserError
 from colm_scale.records import Json
 
@@ -28,7 +28,12 @@ _DECIDED_HERE = {
     "torch_autocast": "--train.dtype",
     "data_types": "--train.dtype",
 }
-_ARITHMETIC = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_ARITHMETIC = {
+    "train_batch_size": "--selection.budget",
+    "train_micro_batch_size_per_gpu": "--train.micro_batch_tokens",
+    "gradient_accumulation_steps": "--train.micro_batch_tokens",
+    "gradient_clipping": "--train.max_grad_norm",
+}
 _ALLOWED = (
     "zero_optimization",
     "communication_data_type",
@@ -166,13 +171,9 @@ def _check_zero(zero: object, path: Path) -> None:
 
 
 def _check_decisions(given: Json, config: RunConfig, path: Path) -> None:
-    ours = {
-        "train_batch_size": (config.selection.budget, "--selection.budget"),
-        "train_micro_batch_size_per_gpu": ("decided per step", "--train.micro_batch_tokens"),
-        "gradient_accumulation_steps": ("decided per step", "--train.micro_batch_tokens"),
-        "gradient_clipping": (config.train.max_grad_norm, "--train.max_grad_norm"),
-    }
-    for key, (value, option) in ours.items():
+    ours = {"train_batch_size": config.selection.budget, "gradient_clipping": config.train.max_grad_norm}
+    for key, option in _ARITHMETIC.items():
+        value = ours.get(key, "decided per step")
         if given.get(key, value) != value:
             raise UserError(
                 f"--ds_config {path}: {key} is {given[key]!r}, but the run uses {value!r} ({option}): remove the key "
@@ -184,9 +185,5 @@ def _check_decisions(given: Json, config: RunConfig, path: Path) -> None:
         if key in given and not switched_off:
             raise UserError(
                 f"--ds_config {path}: {key} is {json.dumps(theirs)}, but the run decides this "
-                f"({option}, here {_decision(key, config.train)}): remove the key"
+                f"({option}, here {getattr(config.train, option.rpartition('.')[2])}): remove the key"
             )
-
-
-def _decision(key: str, train: TrainConfig) -> str:
-    return {"optimizer": train.optimizer, "scheduler": train.schedule}.get(key, train.dtype)

@@ -1,21 +1,21 @@
-"""Sketches that serve for several steps: whoever was sketched a short while ago is not forwarded again."""
+"""Sketch reuse: a candidate sketched a few steps ago is not forwarded again."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig
-from colm_scale.estimators.estimators import Estimator
+from colm_scale.estimators.base import Estimator
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan
 from colm_scale.selection.moments import Moments
 from colm_scale.sketch.store import SketchStore
 
 
 def reusing(estimator: Estimator, config: SelectionConfig, examples: int) -> Estimator:
-    """The estimator, whose sketches count for ``config.reuse`` steps; itself if that is 0.
+    """Wrap an estimator so that its sketches stay valid for ``config.reuse`` steps; with 0, return it as it is.
 
     Args:
-        examples: How many there are, at most; more than that are never kept.
+        examples: Upper bound of the number of training examples.
     """
     if not config.reuse:
         return estimator
@@ -23,17 +23,15 @@ def reusing(estimator: Estimator, config: SelectionConfig, examples: int) -> Est
 
 
 class Reusing(Estimator):
-    """Another estimator, whose numbers of a candidate count for some steps (``--selection.reuse``).
+    """Reuses another estimator's numbers of a candidate for some steps (``--selection.reuse``).
 
-    What is stale is what the model was then. `ZerothOrder` makes rows of old coefficients with the moments of now. In
-    `CountSketched`, whose rows are normalised before they are projected, the moments are stale too, and they learn only
-    from rows that were picked in the step that made them. A sketch that failed is not kept: it is made anew.
+    Reused numbers describe the model of an earlier step. `ZerothOrder` turns old coefficients into rows with the
+    current moments. `CountSketched` normalises before it projects, so its reused rows have old moments as well, and its
+    moments learn only from rows picked in the step that made them. A failed sketch is not stored: it is repeated.
 
     Args:
-        inner: In fixed coordinates; numbers of different steps could not be compared otherwise.
+        inner: In fixed coordinates, so that numbers from different steps can be compared.
     """
-
-    store: SketchStore
 
     def __init__(self, inner: Estimator, store: SketchStore):
         assert inner.fixed_coordinates
@@ -49,8 +47,7 @@ class Reusing(Estimator):
 
     def known(self, candidates: Candidates) -> Tensor:
         self._candidates, self._places = candidates, self.store.find(candidates.ids, candidates.step)
-        fresh, known = self._places >= 0, self.inner.known(candidates)
-        return fresh if known is None else fresh | known
+        return (self._places >= 0) | self.inner.known(candidates)
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._plan = plan
@@ -68,7 +65,7 @@ class Reusing(Estimator):
         new = self._plan.forwarded & numbers.isfinite().all(1).cpu()
         if new.any():
             ids = self._candidates.ids[positions[new]]
-            self.store.keep(ids, ids.new_full(ids.shape, step), numbers[new.to(numbers.device)].cpu())
+            self.store.add(ids, ids.new_full(ids.shape, step), numbers[new.to(numbers.device)].cpu())
         return numbers
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:

@@ -1,4 +1,4 @@
-"""CoLM in training loops that are not colm_scale's: transformers' ``Trainer``, TRL's ``SFTTrainer``, one's own."""
+"""CoLM in other training loops: transformers' ``Trainer``, TRL's ``SFTTrainer``, or your own."""
 
 from __future__ import annotations
 

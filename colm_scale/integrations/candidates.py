@@ -1,11 +1,11 @@
-"""Batches of somebody else's loader as candidates: the rows of every example, its source and its id."""
+"""Candidates from another library's loader: examples with their sources and ids."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, SupportsInt, runtime_checkable
+from typing import Any
 
 import datasets
 import torch
@@ -17,16 +17,18 @@ from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
 
 ID = "coreset_id"
-"""Column with an example's id: added with the row's number where there is none."""
+"""Column with an example's id; `numbered` adds it, with the row's number, if it is missing."""
+Row = Mapping[str, Any]
+"""A row of a data set, raw or collated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Where a row says what it is.
+    """The columns of a row that describe its example.
 
     Attributes:
         source: Column with the source.
-        protected: Column with true for an example that enters whenever it is a candidate; it need not be there.
+        protected: Optional column, true for an example that enters the coreset whenever it is a candidate.
         names: ``[Q]`` the sources.
     """
 
@@ -38,11 +40,11 @@ class Columns:
     def all(self) -> tuple[str, ...]:
         return self.source, self.protected, ID
 
-    def number(self, row: Mapping[str, object]) -> int:
+    def number(self, row: Row) -> int:
         """The source of a row, 0..Q-1.
 
         Raises:
-            UserError: It has none, or one that is not known.
+            UserError: The source is missing or unknown.
         """
         name = str(row.get(self.source, ""))
         if name not in self.names:
@@ -53,56 +55,44 @@ class Columns:
 
 
 def as_examples(
-    rows: Sequence[Mapping[str, object]], collated: Sequence[Mapping[str, object]], columns: Columns
+    rows: Sequence[Row], collated: Sequence[Row], columns: Columns
 ) -> Examples:
-    """Examples of rows and of what a collator has made of each, ``[1, T]`` tensors by name.
+    """Make examples from rows and each row's collated tensors, ``[1, T]`` by name.
 
-    Those without a token to learn are left out and counted.
+    Examples without a token to learn are dropped and counted.
 
     Raises:
-        UserError: A collator gives no labels, or labels that are not the tokens themselves.
+        UserError: There are no labels, or labels that differ from the tokens.
     """
     dropped: Counter[str] = Counter()
-    kept: list[tuple[Mapping[str, object], Tensor, Tensor]] = []
+    found: list[tuple[Row, Tensor, Tensor]] = []
     for row, batch in zip(rows, collated):
         tokens, labelled = _tokens(batch)
         if labelled.any():
-            kept.append((row, tokens, labelled))
+            found.append((row, tokens, labelled))
         else:
             dropped[columns.names[columns.number(row)]] += 1
     nothing = torch.zeros(0)
     return Examples(
-        tokens=torch.cat([nothing.int(), *(tokens for _, tokens, _ in kept)]),
-        labelled=torch.cat([nothing.bool(), *(labelled for *_, labelled in kept)]),
-        offsets=offsets_of(long_tensor([len(tokens) for _, tokens, _ in kept])),
-        ids=long_tensor([_id(row) for row, *_ in kept]),
-        sources=long_tensor([columns.number(row) for row, *_ in kept]),
-        protected=torch.tensor([bool(row.get(columns.protected, False)) for row, *_ in kept], dtype=torch.bool),
+        tokens=torch.cat([nothing.int(), *(tokens for _, tokens, _ in found)]),
+        labelled=torch.cat([nothing.bool(), *(labelled for *_, labelled in found)]),
+        offsets=offsets_of(long_tensor([len(tokens) for _, tokens, _ in found])),
+        ids=long_tensor([int(row.get(ID, -1)) for row, *_ in found]),
+        sources=long_tensor([columns.number(row) for row, *_ in found]),
+        protected=torch.tensor([bool(row.get(columns.protected, False)) for row, *_ in found], dtype=torch.bool),
         source_names=columns.names,
         dropped=dict(dropped),
         cut={},
     )
 
 
-def _id(row: Mapping[str, object]) -> int:
-    found = row.get(ID, -1)
-    assert isinstance(found, SupportsInt | str)
-    return int(found)
-
-
-def _flat(batch: Mapping[str, object], name: str) -> Tensor:
-    found = batch[name]
-    assert isinstance(found, Tensor)
-    return found.reshape(-1).cpu()
-
-
-def _tokens(batch: Mapping[str, object]) -> tuple[Tensor, Tensor]:
-    """Tokens ``[T]`` int32 of one example without its padding, and ``[T]`` bool which of them carry loss."""
+def _tokens(batch: Row) -> tuple[Tensor, Tensor]:
+    """Tokens ``[T]`` int32 of one example without padding, and ``[T]`` bool, those that carry loss."""
     if "labels" not in batch:
-        raise UserError(f"a batch has {', '.join(batch)}, but no labels: give a data collator that makes them")
-    tokens, labels = _flat(batch, "input_ids"), _flat(batch, "labels")
+        raise UserError(f"a batch has {', '.join(batch)}, but no labels: use a data collator that makes them")
+    tokens, labels = (batch[name].reshape(-1).cpu() for name in ("input_ids", "labels"))
     if "attention_mask" in batch:
-        real = _flat(batch, "attention_mask").bool()
+        real = batch["attention_mask"].reshape(-1).cpu().bool()
         tokens, labels = tokens[real], labels[real]
     labelled = labels != -100
     if (labels != tokens)[labelled].any():
@@ -115,32 +105,25 @@ def _tokens(batch: Mapping[str, object]) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(batch: Mapping[str, Tensor | Sequence[object]]) -> list[dict[str, object]]:
-    """The examples of a collated batch, one by one."""
+    """Split a collated batch into its examples."""
     count = len(batch["input_ids"])
     return [{name: values[number] for name, values in batch.items()} for number in range(count)]
 
 
 class CandidateCollator:
-    """Makes examples of a loader's rows, each as another collator makes it alone."""
+    """Makes examples from a loader's rows, each collated alone by another collator."""
 
-    def __init__(self, inner: Callable[[list[dict[str, object]]], Mapping[str, object]], columns: Columns):
+    def __init__(self, inner: Callable[[list[dict[str, object]]], Row], columns: Columns):
         self._inner, self._columns = inner, columns
 
-    def __call__(self, rows: Sequence[Mapping[str, object]]) -> Examples:
-        own = self._columns.all
-        plain = [{name: value for name, value in row.items() if name not in own} for row in rows]
+    def __call__(self, rows: Sequence[Row]) -> Examples:
+        ours = self._columns.all
+        plain = [{name: value for name, value in row.items() if name not in ours} for row in rows]
         return as_examples(rows, [self._inner([row]) for row in plain], self._columns)
 
 
-@runtime_checkable
-class _Rows(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, object]: ...
-
-
 class _Numbered(Dataset[dict[str, object]]):
-    def __init__(self, rows: _Rows):
+    def __init__(self, rows: Any):
         self._rows = rows
 
     def __len__(self) -> int:
@@ -150,42 +133,35 @@ class _Numbered(Dataset[dict[str, object]]):
         return {ID: index, **self._rows[index]}
 
 
-def numbered(data: object) -> object:
-    """A data set whose rows say their number, before anything shuffles or filters them.
+def numbered(data: Any) -> object:
+    """Add the row's number to each row of a data set, before anything shuffles or filters it.
 
     Raises:
-        UserError: A stream that is not of the ``datasets`` library.
+        UserError: The data set is a stream of another library than ``datasets``.
     """
     if isinstance(data, datasets.Dataset):
         return data if ID in data.column_names else data.add_column(ID, list(range(len(data))))
     if isinstance(data, datasets.IterableDataset):
         return data.map(lambda row, number: {ID: number, **row}, with_indices=True)
     if isinstance(data, torch.utils.data.IterableDataset):
-        raise UserError("train_dataset is a stream whose rows cannot be numbered: give a datasets.IterableDataset")
-    assert isinstance(data, _Rows)
+        raise UserError("train_dataset is a stream whose rows cannot be numbered: use a datasets.IterableDataset")
     return _Numbered(data)
 
 
-def count_sources(data: object, column: str) -> dict[str, int]:
-    """Examples of each source, by name.
+def count_sources(data: Any, column: str) -> dict[str, int]:
+    """Count the examples of each source, by name.
 
     Raises:
-        UserError: The data set has no such column, or cannot be counted.
+        UserError: The data set has no such column or is a stream.
     """
-    if isinstance(data, torch.utils.data.IterableDataset):  # those of the datasets library are too
-        raise UserError("train_dataset is a stream, so give sources={NAME: EXAMPLES, ...} beside coreset")
-    if isinstance(data, datasets.Dataset):
-        if column not in data.column_names:
-            raise _no_column(column, data.column_names)
-        return dict(Counter(map(str, data.with_format(None)[column])))
-    assert isinstance(data, _Rows)
-    if column not in data[0]:
-        raise _no_column(column, data[0])
-    return dict(Counter(str(data[index][column]) for index in range(len(data))))
-
-
-def _no_column(column: str, there: Iterable[str]) -> UserError:
-    return UserError(
-        f"train_dataset has no column {column!r} with the source of each example (it has {', '.join(there)}): add one, "
-        f"or name it with coreset=RunConfig(data=DataConfig(columns={{'source': ...}}), selection=...)"
-    )
+    if isinstance(data, torch.utils.data.IterableDataset):  # includes the datasets library's
+        raise UserError("train_dataset is a stream, which cannot be counted: add sources={NAME: EXAMPLES, ...}")
+    is_table = isinstance(data, datasets.Dataset)
+    columns = data.column_names if is_table else [*data[0]]
+    if column not in columns:
+        raise UserError(
+            f"train_dataset has no column {column!r} with the source of each example (it has {', '.join(columns)}): "
+            f"add one, or name it with coreset=RunConfig(data=DataConfig(columns={{'source': ...}}), selection=...)"
+        )
+    values = data.with_format(None)[column] if is_table else (data[index][column] for index in range(len(data)))
+    return dict(Counter(map(str, values)))

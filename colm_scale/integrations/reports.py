@@ -1,46 +1,41 @@
-"""What a trainer's logs and files are told about the selection."""
+"""Metrics of the selection for a trainer's logs and for the run directory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import fmean
 
 import torch
 
 from colm_scale.records import StepReport
-from colm_scale.reporting.run_directory import RunDirectory
 
 PREFIX = "coreset/"
 _GIB = 2**30
 
 
 class Reports:
-    """Writes each step's rows, and adds up what is logged less often.
+    """Passes on each step's report, and averages metrics between the trainer's logs.
 
     Args:
-        directory: Where ``metrics.jsonl`` and ``selection.jsonl`` are written, already created; None on every rank but
-            the first.
-        names: ``[Q]`` the sources.
+        write: Called with each report; on the first rank it writes ``metrics.jsonl`` and ``selection.jsonl``.
     """
 
-    def __init__(self, directory: RunDirectory | None, names: Sequence[str]):
-        self._directory, self._names = directory, names
+    def __init__(self, write: Callable[[StepReport], None]):
+        self._write = write
         self._steps: list[dict[str, float]] = []
         self._peaks: list[tuple[int, ...]] = []
         self._dropped: Counter[str] = Counter()
 
     def add(self, report: StepReport, dropped: Mapping[str, int]) -> None:
-        """Add a step, with the examples per source that had no token to learn."""
-        if self._directory is not None:
-            self._directory.report(report, self._names)
-        self._steps.append(numbers(report))
+        """Add a step, with the number of examples per source that had no token to learn."""
+        self._write(report)
+        self._steps.append(metrics(report))
         self._peaks.append(report.peak_bytes)
         self._dropped.update(dropped)
 
     def take(self) -> dict[str, float]:
-        """Means over the steps since the last call, and each rank's peak memory; what was dropped is since the
-        beginning."""
+        """Return means and each rank's peak memory since the last call, and dropped examples since the beginning."""
         if not self._steps:
             return {}
         found = {name: fmean(step[name] for step in self._steps) for name in self._steps[0]}
@@ -50,13 +45,13 @@ class Reports:
         return {PREFIX + name: value for name, value in found.items()}
 
 
-def numbers(report: StepReport) -> dict[str, float]:
-    """What is logged of a step.
+def metrics(report: StepReport) -> dict[str, float]:
+    """The logged metrics of a step.
 
-    ``selected_share``: of the candidates. ``kept_share``: of the coreset, those that no ranking had to pick.
-    ``coverage``: of the sources among the candidates, those that the coreset has examples of. ``imbalance``: tokens of
-    the busiest rank over the mean. ``seconds_select``, ``seconds_step``: of the slowest rank, until training begins and
-    in all. ``invalid``, ``overflow``: candidates whose sketch was not finite, and kept ones that found no room.
+    ``selected_share`` of the candidates; ``kept_share`` of the coreset; ``coverage``: the share of the candidates'
+    sources that the coreset has examples of; ``imbalance``: tokens of the busiest rank over the mean;
+    ``seconds_select`` and ``seconds_step`` of the slowest rank, until training begins and in total; ``invalid``:
+    candidates whose sketch was not finite; ``overflow``: kept candidates beyond the budget.
     """
     sources, selection, seconds = report.candidates.sources, report.selection, report.seconds
     there, trained = (torch.unique(of).numel() for of in (sources, sources[selection.positions]))

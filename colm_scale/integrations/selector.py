@@ -1,6 +1,6 @@
-"""The first half of a step, for a training loop that is not colm_scale's: candidates in, micro-batches to train on out.
+"""Selection for another library's training loop: candidates in, micro-batches to train on out.
 
-The parts, and so ids and losses, are those of `colm_scale.step.step`; what differs is who trains.
+The stages, and so ids and losses, are those of `colm_scale.step.step`; only the training is the loop's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.config import RunConfig, SelectionConfig
@@ -22,13 +24,17 @@ from colm_scale.data.examples import Examples
 from colm_scale.distributed.examples import gather_examples
 from colm_scale.distributed.group import Group, connect
 from colm_scale.engines.base import Update
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.errors import UserError
+from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.integrations.candidates import Columns, as_examples, rows_of
-from colm_scale.integrations.model import prepare
 from colm_scale.integrations.options import LOOP, as_run
-from colm_scale.modeling.causal import CausalModel
-from colm_scale.modeling.forward_reuse import NoBlockInputs
+from colm_scale.modeling.attention import PACKED, PACKED_SDPA
+from colm_scale.modeling.causal import CausalModel, moved
+from colm_scale.modeling.forward_reuse import BlockInputs
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.probe import find_probe, in_last_block, sample_of_model, trial_batch, without_dropout
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Candidates, MicroBatch, Route, Selection, StepReport, long_tensor
@@ -36,25 +42,25 @@ from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.selection.shares import check_shares, source_shares
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.checks import check_losses
-from colm_scale.step.measure import Measurement, Trained
+from colm_scale.step.measure import Measurement
 from colm_scale.step.select import Chosen, SelectionStage
-from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
-from colm_scale.step.source_refresh import FixedSources
+from colm_scale.step.sketch import EstimatorStage, SketchStage
+from colm_scale.step.source_refresh import SourceRefresh
 from colm_scale.step.source_state import SourceState
-from colm_scale.step.train import Routed, route_coreset
+from colm_scale.step.train import Routed, Trained, check_losses, route_coreset
 
 
 @dataclass(frozen=True, slots=True)
 class Coreset:
-    """What to train on in one step.
+    """The coreset of one step.
 
     Attributes:
-        candidates: Of all ranks; with one rank in the order of the batch, but for examples without a token to learn.
-        selection: Positions among them, and weights.
-        micro_batches: This rank's, as many as on every other; each loss by `CoresetSelector.loss`.
-        route: Which rank trains which.
-        dropped: Examples per source that have no token to learn, so were no candidates.
+        candidates: Candidates of all ranks; with one rank in the order of the batch, without the examples that have no
+            token to learn.
+        selection: Positions among the candidates, and weights.
+        micro_batches: This rank's; every rank has the same number. `CoresetSelector.loss` gives the loss of each.
+        route: The rank that trains each selected candidate.
+        dropped: Number of examples per source that have no token to learn.
     """
 
     candidates: Candidates
@@ -65,22 +71,22 @@ class Coreset:
 
 
 class CoresetSelector:
-    """Selects what a training loop trains on. All ranks make one, and call it, together.
+    """Selects the examples that a training loop trains on. All ranks create it and call it together.
 
     Args:
-        model: A causal language model with LoRA adapters (of any kind with a method other than colm), without what
-            trains it (DDP, an engine), but in shards if it is to be.
+        model: A causal language model with LoRA adapters (optional unless the method is colm), without the wrapper that
+            trains it (DDP, an engine), but already sharded if it will be.
         coreset: The options of the selection; or a run's, of which ``selection`` and some of ``data`` and ``train``
-            count.
+            have an effect.
         sources: Training examples of each source, by name.
-        group: The ranks; by default those that a launcher has started.
+        group: The ranks; by default those that the launcher started.
 
     Attributes:
         names: ``[Q]`` the sources, sorted.
-        step: How many steps have been selected for.
+        step: Number of the last step.
 
     Raises:
-        UserError: An option has no effect here, a kept source is none, or the model has no probe.
+        UserError: An option has no effect here, a kept source does not exist, or the model has no probe.
     """
 
     def __init__(
@@ -95,27 +101,27 @@ class CoresetSelector:
         self.names = tuple(sorted(sources))
         self.columns = Columns(config.data.column("source"), config.data.column("protected"), self.names)
         self.sizes = long_tensor([sources[name] for name in self.names])
-        selection, refreshed = config.selection, config.sources.refresh_every > 0
+        selection, train, refresh_every = config.selection, config.train, config.sources.refresh_every
         kept = kept_sources(self.sizes, self.names, selection.kept_sources)
-        check_shares(selection, self.names, kept, refreshed=refreshed)
+        check_shares(selection, self.names, kept, refreshed=refresh_every > 0)
         shares = source_shares(selection.shares, self.names, self.sizes)
-        self._module, tap = prepare(model, config, self.group.device)
+        self._module, tap = _prepare(model, selection, train.packing, self.group.device)
+        packed = self._module.packs
         pad_id = self._module.causal_model.config.get_text_config().pad_token_id or 0
-        self._batching = Batching(pad_id, config.train.micro_batch_tokens, self._module.packs, self.group.device)
+        self._batching = Batching(pad_id, train.micro_batch_tokens, packed, self.group.device)
         self.meter = memory_meter(self.group.device)
         self._spans, self._training = Spans(self.group.device, self.meter), ExitStack()
-        rule = SelectionRule(selection, kept, config.train.seed, shares)
-        state = SourceState(kept, shares, config)
+        rule = SelectionRule(selection, kept, train.seed, shares)
+        state = SourceState(kept, shares, selection, refresh_every)
         self._select = SelectionStage(rule, self._sketch_stage(tap), state, self.group, self._spans)
         self.state = SelectionState(self._select.sketch.estimator, state, self.group)
-        seed, packed = config.train.seed, self._batching.packed
-        self._measure = Measurement(self.group, self._spans, seed, packed=packed, audits=config.audit)
+        self._measure = Measurement(self.group, self._spans, train.seed, packed=packed, audits=config.audit)
         self._open: _Open | None = None
         self.step = 0
 
     @property
-    def padded_because(self) -> str | None:
-        """Why micro-batches are padded; None if they are packed."""
+    def padded_because(self) -> str:
+        """Why micro-batches are padded; empty if they are packed."""
         return self._module.padded_because
 
     def select(
@@ -126,17 +132,17 @@ class CoresetSelector:
         micro_batches: int | None = None,
         learning_rate: float = math.nan,
     ) -> Coreset:
-        """Select among a batch of candidates, or of each rank's; ends the step before (`finish`).
+        """Select among the candidates in each rank's batch. Ends the previous step (`finish`).
 
-        Fewer candidates than `SelectionConfig.candidates`, at the end of an epoch, have a budget in proportion.
+        With fewer candidates than `SelectionConfig.candidates`, at the end of an epoch, the budget is proportional.
 
         Args:
-            batch: What a collator makes: ``input_ids`` and ``labels`` ``[B, T]``, and ``attention_mask`` if there is
-                padding; with the names of the sources as ``source``, and as ``coreset_id`` ids, if there are any. Or
-                parts of examples, see `gather_examples`.
-            step: From 1; by default the one after the last.
-            micro_batches: How many every rank is to get; by default as many as ``train.micro_batch_tokens`` demands.
-            learning_rate: Of the step, for its report.
+            batch: Output of a collator: ``input_ids`` and ``labels`` ``[B, T]``, and ``attention_mask`` if there is
+                padding; names of the sources as ``source``, and optional ids as ``coreset_id``. Or parts of examples,
+                see `gather_examples`.
+            step: Its number, from 1; by default the one after the last.
+            micro_batches: Number per rank; by default as many as ``train.micro_batch_tokens`` requires.
+            learning_rate: For the report.
         """
         self.finish()
         self.step = self.step + 1 if step is None else step
@@ -152,12 +158,13 @@ class CoresetSelector:
         return Coreset(chosen.candidates, chosen.selection, tuple(routed.micro_batches), routed.route, dropped)
 
     def loss(self, micro_batch: MicroBatch, through: nn.Module | None = None) -> Tensor:
-        """A micro-batch's part of the loss of the step, which is the weighted mean over the coreset's examples; the sum
-        over all micro-batches and ranks is that loss, so where ranks' gradients are averaged it is to be multiplied
-        by their number.
+        """A micro-batch's part of the loss of the step.
+
+        The sum over all micro-batches and ranks is the weighted mean loss of the coreset. Where ranks average their
+        gradients, multiply it by their number.
 
         Args:
-            through: What is called in place of the model that it wraps: DDP's wrapper, an engine.
+            through: Called in place of the model that it wraps: DDP's wrapper, an engine.
         """
         assert self._open is not None
         losses: Tensor = self._module(micro_batch.batch, through)
@@ -167,8 +174,10 @@ class CoresetSelector:
         return (losses * micro_batch.shares).sum()
 
     def finish(self) -> StepReport | None:
-        """End the step that is under way, if one is, and report it. All ranks call it together. The report has no loss
-        unless every loss came from `loss`."""
+        """End the current step, if there is one, and report it. All ranks call it together.
+
+        The report has no loss (NaN) unless every loss came from `loss`.
+        """
         if self._open is None:
             return None
         self._training.close()
@@ -186,32 +195,63 @@ class CoresetSelector:
 
     def _sketch_stage(self, tap: Tap | None) -> SketchStage:
         if tap is None:
-            return NoSketchStage(self.group.world_size)
+            return SketchStage(self.group.world_size)
         selection, train = self.config.selection, self.config.train
         estimator = make_estimator(tap, selection, train, self.group)
         estimator = reusing(estimator, selection, int(self.sizes.sum()))
-        return EstimatorStage(estimator, self._batching, NoBlockInputs(), FixedSources(), self.group, self._spans)
+        return EstimatorStage(estimator, self._batching, BlockInputs(), SourceRefresh(), self.group, self._spans)
 
     def _draw(self, batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples]) -> tuple[Candidates, Examples]:
-        """The candidates of all ranks; ids that are not given count the candidates."""
-        examples = gather_examples(self._parts(batch), self.group)
+        """The candidates of all ranks. Missing ids are replaced by the running number of the candidate."""
+        if isinstance(batch, Mapping):
+            rows = rows_of(batch)
+            batch = [as_examples(rows, rows, self.columns)]
+        examples = gather_examples(batch, self.group)
         number = torch.arange(len(examples))
         ids = torch.where(examples.ids < 0, (self.step - 1) * self.config.selection.candidates + number, examples.ids)
         protected = examples.protected if examples.protected.any() else None
         return Candidates(self.step, number, ids, examples.sources, examples.lengths, protected), examples
 
-    def _parts(self, batch: Mapping[str, Tensor | Sequence[object]] | Sequence[Examples]) -> Sequence[Examples]:
-        if not isinstance(batch, Mapping):
-            return batch
-        rows = rows_of(batch)
-        return [as_examples(rows, rows, self.columns)]
-
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A step that is under way; ``losses`` ``[2, n]`` are those known on this rank, and which they are."""
+    """The step between `select` and `finish`; ``losses`` ``[2, n]``: this rank's, and 1 where they are known."""
 
     chosen: Chosen
     routed: Routed
     losses: Tensor
     learning_rate: float
+
+
+def _prepare(
+    model: CausalModel, selection: SelectionConfig, packing: str, device: torch.device
+) -> tuple[ExampleLoss, Tap | None]:
+    """The loss around a model that already has adapters and may be sharded, and the tap if the method is colm.
+
+    All ranks call it together. Packing and the probe are tried out on a sample of the model.
+
+    Raises:
+        UserError: It is not a model of transformers, or has no adapter at the probe.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise UserError(f"{type(base).__name__} is not a model of transformers; load one with transformers")
+    module = ExampleLoss(model, whole=True)
+    own = base.config._attn_implementation
+    packs = own in ("sdpa", PACKED, PACKED_SDPA)
+    sample = moved(sample_of_model(base, "sdpa" if packs else "eager"), base.dtype)
+    if packs:
+        module.padded_because = use_packing(sample, packing, device)
+        base.config._attn_implementation = sample.config._attn_implementation
+    if selection.method != "colm":
+        # The first forward may run twice (`ExampleLoss`), and one that a backward follows must not.
+        with torch.no_grad(), without_dropout(module):
+            module(trial_batch([torch.arange(1, 8)], device))
+        return module, None
+    if model is base:
+        raise UserError(
+            "method colm compares gradients of a LoRA adapter, and this model has none: add adapters with peft, or "
+            "use SelectionConfig(method='stratified'), which compares nothing"
+        )
+    probe = find_probe(sample, selection.probe)
+    return module, Tap(module, in_last_block(base, probe))

@@ -1,10 +1,10 @@
-"""Packed micro-batches: examples one after the other in a single row, none of which sees another.
+"""Attention for packed micro-batches: the examples follow each other in one row, and none sees another.
 
-Everything but attention treats tokens one by one, and attention is an interface of transformers: what is registered
-here under a name runs wherever a model's configuration names it. Which tokens belong together reaches it as the
-attention mask. A model hands a mask with four dimensions on as it is, so the offsets of the examples travel as one,
-``[1, 1, longest, B + 1]``, whose third dimension is there for its size alone and takes no memory. Any other mask, and
-none, means a padded batch, which the attention treats as sdpa does.
+All other layers treat each token separately. The functions here are registered in transformers' attention interface and
+run in models whose configuration names them. The boundaries of the examples arrive as the attention mask: models pass a
+four-dimensional mask through unchanged, so it holds the examples' offsets, expanded to ``[1, 1, longest, B + 1]``; the
+third dimension only carries the length of the longest example and takes no memory. With any other mask, or none, the
+batch is padded and runs as in sdpa.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from colm_scale.records import Packing
 
 PACKED = "packed"
-"""torch's flash kernel for sequences of any lengths where it runs (a GPU, half precision), else `PACKED_SDPA`."""
+"""torch's flash kernel for variable lengths where it runs (on a GPU, in half precision), else `PACKED_SDPA`."""
 PACKED_SDPA = "packed_sdpa"
-"""sdpa on the examples side by side, padded for as long as attention takes."""
+"""sdpa on the examples side by side, padded within the attention only."""
 _WINDOWS = "window_size" in inspect.signature(varlen_attn).parameters
-"""Whether the flash kernel of this torch can look back a limited number of tokens."""
+"""True if the flash kernel of this torch supports a sliding window."""
 _sdpa: Callable[..., tuple[Tensor, None]] = sdpa_attention_forward
 
 
 def mask_of(packing: Packing) -> Tensor:
-    """What a packed batch has in place of an attention mask."""
+    """The attention mask of a packed batch, int32 ``[1, 1, longest, B + 1]``."""
     return packing.offsets.expand(1, 1, packing.longest, -1)
 
 
@@ -49,9 +49,9 @@ def _packed(
     """An attention function of transformers: ``[R, heads, T, head_dim]`` to ``[R, T, heads, head_dim]``."""
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return _sdpa(module, query, key, value, attention_mask, **kwargs)
-    offsets, longest = attention_mask[0, 0, 0], attention_mask.shape[2]
-    run: Callable[..., Tensor] = _flash if may_flash and _takes_flash(query, value, kwargs) else _side_by_side
-    return run(module, query, key, value, offsets, longest, **kwargs), None
+    flash = may_flash and _takes_flash(query, value, kwargs)
+    run: Callable[..., Tensor] = _flash if flash else partial(_side_by_side, module)
+    return run(query, key, value, attention_mask, **kwargs), None
 
 
 for _name, _function in ((PACKED, _packed), (PACKED_SDPA, partial(_packed, may_flash=False))):
@@ -70,20 +70,19 @@ def _takes_flash(query: Tensor, value: Tensor, kwargs: dict[str, object]) -> boo
 
 
 def _flash(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    offsets: Tensor,
-    longest: int,
+    mask: Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: object,
 ) -> Tensor:
+    offsets, longest = mask[0, 0, 0], mask.shape[2]
     rows, heads, tokens, _head_dim = query.shape
     groups = heads // key.shape[1]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-    # Further rows are branches of a sketch: the same examples again, one row of tokens later each.
+    # Further rows are branches of a sketch: the same examples, each time one row of tokens later.
     shifts = torch.arange(rows, dtype=torch.int32, device=offsets.device).unsqueeze(1) * tokens
     every = torch.cat([offsets[:1], (offsets[1:] + shifts).flatten()])
     window = -1 if sliding_window is None else sliding_window - 1
@@ -99,18 +98,18 @@ def _side_by_side(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    offsets: Tensor,
-    longest: int,
+    mask: Tensor,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> Tensor:
+    offsets, longest = mask[0, 0, 0], mask.shape[2]
     rows, _, tokens, _ = query.shape
     examples = len(offsets) - 1
-    mask = None
+    window = None
     if sliding_window is not None and sliding_window < longest:
         back = torch.arange(longest, device=query.device)
         back = back.unsqueeze(1) - back
-        mask = ((back >= 0) & (back < sliding_window)).view(1, 1, longest, longest)
+        window = ((back >= 0) & (back < sliding_window)).view(1, 1, longest, longest)
     places = None
     if examples * longest != tokens:
         token = torch.arange(tokens, dtype=torch.int32, device=offsets.device)
@@ -123,7 +122,7 @@ def _side_by_side(
             x = x.new_zeros(rows, examples * longest, *x.shape[2:]).index_copy(1, places, x)
         return x.reshape(rows * examples, longest, *x.shape[2:]).transpose(1, 2)
 
-    # Padding stands behind the tokens of its example, which never look that way.
-    found, _ = _sdpa(module, apart(query), apart(key), apart(value), mask, **kwargs)
+    # Padding follows the tokens of its example, so the causal attention never sees it.
+    found, _ = _sdpa(module, apart(query), apart(key), apart(value), window, **kwargs)
     found = found.reshape(rows, examples * longest, *found.shape[2:])
     return found if places is None else found.index_select(1, places)

@@ -1,12 +1,15 @@
-"""Causal language models of transformers and peft, with the types that their own annotations leave open."""
+"""Typed access to causal language models of transformers and peft."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 CausalModel = PreTrainedModel | PeftModel
@@ -15,7 +18,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def base_of(model: CausalModel) -> PreTrainedModel:
-    """The causal language model itself, in whose layers the adapters are."""
+    """The causal language model itself, with the adapters in its layers."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     return base
@@ -29,5 +32,15 @@ def input_weight(model: PreTrainedModel) -> Tensor:
 
 
 def moved(model: _Module, to: torch.device | torch.dtype) -> _Module:
-    """``model`` itself, on a device or in a type (mypy cannot bind the ``to`` of transformers' models)."""
+    """``model.to(to)``, in place (mypy cannot bind the ``to`` of transformers' models)."""
     return model.to(to)
+
+
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """A context after which these hooks are removed."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

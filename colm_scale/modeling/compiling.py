@@ -12,14 +12,14 @@ from colm_scale.errors import UserError
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile something small.
+    """Compile a small function.
 
     Raises:
-        UserError: This machine cannot: there is no C++ compiler, or no Triton for its GPU.
+        UserError: This machine has no C++ compiler, or no Triton for its GPU.
     """
     try:
         torch.compile(lambda x: (x * x).sin())(torch.ones(8, device=device))
-    except Exception as error:  # whatever a compiler and those that call it may raise
+    except Exception as error:  # compilers and their callers raise many types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--train.compile true: torch cannot compile for {device.type} here ({reason}): install a C++ compiler "
@@ -28,11 +28,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compile what each block computes, for batches of any shape, at the first forward.
+    """Compile each block's ``forward``, for batches of any shape, at its first call.
 
-    Not the call around it: hooks on the block itself (of engines that shard, of the sketch, of kept block inputs) run
-    outside as ever. What is hooked inside a compiled block is lost or breaks it in two, so a block that the sketch
-    looks into stays as it is.
+    Hooks on the block itself (of sharding engines, of the sketch) still run, outside the compiled code. Hooks inside it
+    would be lost or split the graph, so the blocks that the sketch hooks inside must not be compiled.
     """
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=True)
@@ -40,6 +39,6 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Every forward within it runs as if nothing had been compiled."""
+    """A context in which every forward runs without compiled code."""
     with torch.compiler.set_stance("force_eager"):
         yield

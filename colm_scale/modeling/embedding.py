@@ -1,4 +1,4 @@
-"""What a model makes of an example: the mean of its last hidden states (after the final norm, before the head).
+"""Embeddings of examples: the mean of their last hidden states (after the final norm, before the head).
 
     B  examples of a micro-batch        c  numbers of a hidden state
 """
@@ -17,9 +17,10 @@ from colm_scale.selection.route import form_micro_batches
 
 
 def mean_states(batch: Batch, hidden: Tensor) -> Tensor:
-    """``[B, c]`` float32 mean over each example's own tokens, of hidden states ``[B, T, c]``, or ``[1, T, c]`` packed.
+    """``[B, c]`` float32 mean over each example's own tokens, without padding.
 
-    Padding has no part in it.
+    Args:
+        hidden: ``[B, T, c]``, or ``[1, T, c]`` if the batch is packed.
     """
     states = batch.by_example(hidden).float()
     lengths = torch.tensor(batch.lengths, device=hidden.device).unsqueeze(1)
@@ -34,19 +35,16 @@ def embed(model: CausalModel, rows: Sequence[Tensor], token_budget: int) -> Tens
     Args:
         model: A causal language model in evaluation mode, with adapters or without.
         rows: Tokens of each example, ``[length]`` int64, at least one each.
-        token_budget: Most tokens (padding included) of one forward; a longer example is one of its own.
+        token_budget: Most tokens of one forward, padding included; a longer example has a forward to itself.
     """
     decoder = base_of(model).base_model
     device = next(decoder.parameters()).device
     lengths = long_tensor([len(row) for row in rows])
-    found: Tensor | None = None
+    found: dict[int, Tensor] = {}
     for positions in map(long_tensor, form_micro_batches(lengths, torch.arange(len(rows)), token_budget)):
         some = [rows[position] for position in positions.tolist()]
-        marks = [torch.zeros_like(row, dtype=torch.bool) for row in some]  # nothing is learned
+        marks = [torch.zeros_like(row, dtype=torch.bool) for row in some]  # no token carries loss
         batch = make_batch(some, marks, positions, 0, device)
         output = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        states = mean_states(batch, output.last_hidden_state).cpu()
-        found = states.new_zeros(len(rows), states.shape[1]) if found is None else found
-        found[positions] = states
-    assert found is not None  # there is an example
-    return found
+        found |= zip(positions.tolist(), mean_states(batch, output.last_hidden_state).cpu())
+    return torch.stack([found[position] for position in range(len(rows))])

@@ -1,11 +1,11 @@
-"""Forward reuse: the coreset's backward starts from block inputs that the sketch of the candidates has held.
+"""Forward reuse: the coreset's backward starts from block inputs held during the sketch of the candidates.
 
 With activation checkpointing a training step runs each block forward, holds its input, and runs it again in the
-backward pass. The sketch has run the same blocks on the same weights before, so their inputs are known: a micro-batch
-that *reuses* that forward skips the first of these two, and costs one recomputation and the backward (DESIGN 3).
+backward pass. The sketch has already run the same blocks with the same weights, so their inputs are known: a
+micro-batch that *reuses* its forward skips the first of the two runs (DESIGN 3).
 
-Only the blocks below the first *live* one are reused. From there on, where the sketch has branched or has computed in
-another precision, and in the head, such a micro-batch runs as any other.
+Only the blocks below the first *live* one are reused. From the live block on, the sketch branches or computes in
+another precision, so the live blocks and the head run as usual.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,52 +28,39 @@ from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.records import Batch
 
 _Found = Tensor | tuple[Tensor, ...]
-"""What a block returns."""
+"""The output of a block."""
 
 
 @dataclass(slots=True)
 class _Held:
-    """What went into the blocks with one micro-batch: of each block ``[tokens, hidden]``, padding included."""
+    """The inputs of each block for one micro-batch, ``[tokens, hidden]``, padding included."""
 
     batch: Batch
     inputs: list[Tensor]
 
 
-class BlockInputs(Protocol):
-    """Holds what goes into a model's blocks, and lets micro-batches of the same examples start from it.
+class BlockInputs:
+    """Inputs of a model's blocks, held for the training of the same examples. The base class holds none.
 
     Attributes:
-        most_tokens: How many tokens of a rank can be held.
+        most_tokens: Number of tokens that can be held on a rank.
     """
-
-    most_tokens: int
-
-    def holding(self, most: int) -> AbstractContextManager[None]:
-        """A block whose first ``most`` forwards hold what goes into the model's blocks."""
-
-    def arrange(self, batches: Sequence[Batch]) -> None:
-        """Lay out what is held for ``batches``, whose examples are held, and forget the rest.
-
-        A batch without positions, which only keeps step, starts from zeros.
-        """
-
-    def reusing(self, batch: Batch) -> AbstractContextManager[None]:
-        """A block in which one forward of an arranged batch skips the blocks below the live one; its backward makes up
-        for it."""
-
-
-class NoBlockInputs(BlockInputs):
-    """Holds nothing, so every micro-batch runs its own forward."""
 
     most_tokens = 0
 
     def holding(self, most: int) -> AbstractContextManager[None]:
+        """A context in which the first ``most`` forwards hold the block inputs."""
         return nullcontext()
 
     def arrange(self, batches: Sequence[Batch]) -> None:
-        """Nothing is held."""
+        """Arrange the held inputs for ``batches``, whose examples are all held, and forget the rest.
+
+        An empty batch (no positions) starts from zeros.
+        """
 
     def reusing(self, batch: Batch) -> AbstractContextManager[None]:
+        """A context in which one forward of an arranged batch skips the blocks below the live one. Its backward
+        computes them."""
         return nullcontext()
 
 
@@ -81,21 +68,21 @@ class HeldBlockInputs(BlockInputs):
     """Holds block inputs on the device or in CPU memory.
 
     Args:
-        model: The loss module around the adapted model, sharded or not. Its blocks' forward is replaced by one that
-            does the same but inside `holding` and `reusing`.
-        live: The first block that a micro-batch runs that reuses the forward.
-        store: ``device`` or ``cpu``, where the inputs are held.
-        most_bytes: Most memory for them.
+        model: The loss module around the adapted model, sharded or not. The forward of its blocks is wrapped; outside
+            of `holding` and `reusing` it does the same as before.
+        live: The first block that is not reused.
+        store: ``device`` or ``cpu``, the memory in which inputs are held.
+        most_bytes: Limit for the held inputs.
 
     Raises:
-        UserError: The model draws at random while it trains, so that its forward is another each time.
+        UserError: The model has dropout, so that each forward is different.
     """
 
     def __init__(self, model: ExampleLoss, live: int, store: str = "device", most_bytes: float = math.inf):
         _check_no_dropout(model)
         self._model, self._store = model, store
         self._blocks = decoder_blocks(model.causal_model)[1][: live + 1]
-        self._mode: str | None = None
+        self._mode = "run"
         self._most = 0
         self._like = torch.empty(0)
         self._in_tuples = False
@@ -104,11 +91,11 @@ class HeldBlockInputs(BlockInputs):
         self._reused: list[Tensor] = []
         self.most_tokens = sys.maxsize if most_bytes == math.inf else int(most_bytes // self.bytes_per_token)
         for number, block in enumerate(self._blocks):
-            block.forward = self._standing_in(number, block)
+            block.forward = self._wrapped(number, block)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that are held of a token."""
+        """Bytes held per token."""
         model = self._model.causal_model
         hidden: int = model.config.get_text_config().hidden_size
         return len(self._blocks) * hidden * input_weight(model).element_size()
@@ -119,7 +106,7 @@ class HeldBlockInputs(BlockInputs):
         try:
             yield
         finally:
-            self._mode = None
+            self._mode = "run"
 
     def arrange(self, batches: Sequence[Batch]) -> None:
         places = [self._places(batch) for batch in batches]
@@ -128,7 +115,7 @@ class HeldBlockInputs(BlockInputs):
             for batch, of_batch in zip(batches, places):
                 self._arranged[id(batch)].append(self._laid_out(batch, of_batch, number))
             for held in self._held:
-                held.inputs[number] = torch.empty(0)  # block by block, so that hardly more is held than before
+                held.inputs[number] = torch.empty(0)  # block by block, to limit the peak memory
         self._held = []
 
     @contextmanager
@@ -140,9 +127,9 @@ class HeldBlockInputs(BlockInputs):
                     stack.enter_context(_not_checkpointed(block))
                 yield
         finally:
-            self._mode, self._reused = None, []
+            self._mode, self._reused = "run", []
 
-    def _standing_in(self, number: int, block: nn.Module) -> Callable[..., _Found]:
+    def _wrapped(self, number: int, block: nn.Module) -> Callable[..., _Found]:
         live, forward = number == len(self._blocks) - 1, block.forward
 
         def again(known: Tensor, *args: object, **kwargs: object) -> _Found:
@@ -150,7 +137,7 @@ class HeldBlockInputs(BlockInputs):
                 found: _Found = forward(known, *args, **kwargs)
             return found
 
-        def stand_in(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
+        def wrapped(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
             found: _Found
             if self._mode == "hold":
                 self._hold(number, hidden_states)
@@ -168,7 +155,7 @@ class HeldBlockInputs(BlockInputs):
             )
             return (passed,) if self._in_tuples else passed
 
-        return stand_in
+        return wrapped
 
     def _hold(self, number: int, hidden: Tensor) -> None:
         batch = self._model.current_batch
@@ -177,17 +164,18 @@ class HeldBlockInputs(BlockInputs):
             if len(self._held) < self._most:
                 self._held.append(_Held(batch, []))
         if self._held and self._held[-1].batch is batch:
-            # A branched micro-batch begins with the examples as they are; one that is lifted to float32 was not yet.
+            # The first rows of a branched micro-batch are unchanged, and its input is not yet in float32.
             hidden = hidden.detach()[: len(batch.input_ids)].flatten(0, 1).to(self._like.dtype)
             self._held[-1].inputs.append(hidden.to("cpu", non_blocking=True) if self._store == "cpu" else hidden)
 
     def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
-        """Of each micro-batch that is held: its number, tokens of it, and where in ``batch`` they belong."""
-        starts: dict[int, tuple[int, int]] = {}
+        """For each held micro-batch with examples of ``batch``: its number, tokens, and their places in ``batch``."""
+        starts = {
+            position: (number, start)
+            for number, held in enumerate(self._held)
+            for position, start in zip(held.batch.positions.tolist(), held.batch.starts)
+        }
         found: list[tuple[int, Tensor, Tensor]] = []
-        for number, held in enumerate(self._held):
-            for position, start in zip(held.batch.positions.tolist(), held.batch.starts):
-                starts[position] = number, start
         by_held: dict[int, list[tuple[int, int, int]]] = {}
         for position, start, length in zip(batch.positions.tolist(), batch.starts, batch.lengths):
             number, held_start = starts[position]
@@ -208,7 +196,7 @@ class HeldBlockInputs(BlockInputs):
 
 
 class _HeldInput(torch.autograd.Function):
-    """What goes into the live block, in place of what came out of the one before."""
+    """Replaces the live block's input by the held one."""
 
     @staticmethod
     def forward(_ctx: object, hidden: Tensor, known: Tensor) -> Tensor:
@@ -219,38 +207,27 @@ class _HeldInput(torch.autograd.Function):
         return gradient, None
 
 
-class _Context(Protocol):
-    """autograd's context, with what `_ReusedBlock` puts there."""
-
-    needs_input_grad: tuple[bool, ...]
-    inputs: list[Tensor]
-    number: int
-    block: Callable[[Tensor], _Found]
-    shape: torch.Size
-    device: torch.device
-
-
 class _ReusedBlock(torch.autograd.Function):
-    """A block that is not run: what goes in comes out. Its backward computes it, from the input that was held.
+    """Skips a block in the forward: its input is returned. The backward computes the block from the held input.
 
-    ``anchor`` requires a gradient where the first block's input does not, so that there is a backward.
+    ``anchor`` requires a gradient, so that there is a backward even if the first block's input requires none.
     """
 
     @staticmethod
     def forward(
-        ctx: _Context,
+        ctx: Any,
         hidden: Tensor,
         anchor: Tensor,
         inputs: list[Tensor],
         number: int,
         block: Callable[[Tensor], _Found],
     ) -> Tensor:
-        ctx.inputs, ctx.number, ctx.block, ctx.shape = inputs, number, block, hidden.shape
-        ctx.device = hidden.device
+        ctx.inputs, ctx.number, ctx.block = inputs, number, block
+        ctx.shape, ctx.device = hidden.shape, hidden.device
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         known = ctx.inputs[ctx.number].to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
         ctx.inputs[ctx.number] = torch.empty(0)
         with torch.enable_grad():
@@ -262,7 +239,7 @@ class _ReusedBlock(torch.autograd.Function):
 
 @contextmanager
 def _not_checkpointed(block: nn.Module) -> Iterator[None]:
-    """A reused block is computed once, in the backward: to checkpoint it would be to compute it once more."""
+    """A context without activation checkpointing of ``block``, which is only computed in the backward."""
     if not isinstance(block, GradientCheckpointingLayer):
         yield
         return
@@ -280,6 +257,6 @@ def _check_no_dropout(model: ExampleLoss) -> None:
     drops += [name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)]
     if drops:
         raise UserError(
-            f"--train.forward_reuse needs a model without dropout, and this one has it, the first at {drops[0]}: leave "
-            f"it out, or give --lora.dropout 0"
+            f"--train.forward_reuse needs a model without dropout, and this one has dropout in {drops[0]}: leave it "
+            f"out, or use --lora.dropout 0"
         )

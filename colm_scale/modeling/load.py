@@ -1,4 +1,4 @@
-"""Loading a base model, its tokenizer and its adapters; what can be wrong is found out before weights are read."""
+"""Loading of base models, tokenizers and adapters. Checks come first, before any weights are read."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _OPTION = "model.name"
 
 
 def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
-    """The model's configuration, read without its weights.
+    """Read a model's configuration, without its weights.
 
     Args:
-        option: Where its name comes from, here and below.
+        option: The option with the model's name, for messages; here and below.
 
     Raises:
-        UserError: There is no such model, it brings code that was not asked for, or it is no causal language model.
+        UserError: There is no such model, it brings its own code, or it is not a causal language model.
     """
     with _one_line(config, option):
         found: PretrainedConfig = AutoConfig.from_pretrained(_name(config), **_hub_arguments(config))
@@ -63,7 +63,7 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
 
 
 def context_length(config: PretrainedConfig, most: int = _LONGEST_DEFAULT) -> int:
-    """Tokens the model was made for, at most ``most``, whose default makes it that of ``--data.max_length``."""
+    """The model's context length in tokens, at most ``most``; by default that of ``--data.max_length``."""
     text = config.get_text_config()
     known: Iterator[int | None]
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
@@ -71,11 +71,10 @@ def context_length(config: PretrainedConfig, most: int = _LONGEST_DEFAULT) -> in
 
 
 def check_adapter(config: LoraConfig) -> None:
-    """Whether ``config.adapter``, if there is one, can be trained on; reads neither its weights nor the model's.
+    """Check that ``config.adapter``, if set, can be trained further. Reads no weights.
 
     Raises:
-        UserError: There is no such adapter, its output does not pass through LoRA's B matrix alone, or its weights are
-            of a format that can hold code.
+        UserError: There is no such adapter, it is not plain LoRA, or its weights are in a format that can hold code.
     """
     name = config.adapter
     if name is None:
@@ -92,27 +91,27 @@ def check_adapter(config: LoraConfig) -> None:
 
 
 def _weights_folder(name: str) -> str:
-    """The folder with an adapter's safetensors; without them peft would go on to unpickle what else is there."""
+    """The folder with an adapter's safetensors file. Without one, peft would unpickle other files."""
     try:
         found = cached_file(name, SAFETENSORS_WEIGHTS_NAME)
     except OSError as error:
         why = "" if Path(name).is_dir() else f" ({_flat(error)})"
         raise UserError(
-            f"--lora.adapter {name} has no {SAFETENSORS_WEIGHTS_NAME}, and weights in other formats, which can hold "
-            f"code, are not read{why}"
+            f"--lora.adapter {name} has no {SAFETENSORS_WEIGHTS_NAME}, and other formats can hold code, so are not "
+            f"read: save it as safetensors{why}"
         ) from None
-    assert found is not None  # it raises
+    assert found is not None  # else cached_file raises
     return str(Path(found).parent)
 
 
 def check_kernels(config: ModelConfig, train: TrainConfig, sharding: str | None) -> None:
-    """Whether what the options ask for can run here: flash attention, 4-bit weights.
+    """Check that flash attention and 4-bit weights, if asked for, can run here.
 
     Args:
-        sharding: What cuts the frozen weights into shards, if anything does.
+        sharding: The engine that shards the frozen weights, if one does.
 
     Raises:
-        UserError: It is not installed, or does not go together with the device, the type or the engine.
+        UserError: A library is missing, or the device, dtype or engine does not support it.
     """
     if config.attention == "flash_attention_2":
         if not torch.cuda.is_available() or train.dtype == "float32":
@@ -127,11 +126,11 @@ def check_kernels(config: ModelConfig, train: TrainConfig, sharding: str | None)
             )
     if config.quantize == "nf4":
         if not is_bitsandbytes_available():
-            raise UserError("--model.quantize nf4 needs bitsandbytes: pip install 'colm_scale[quantize]'")
+            raise UserError("--model.quantize nf4 requires bitsandbytes: pip install 'colm_scale[quantize]'")
         if sharding:
             raise UserError(
-                f"--model.quantize nf4 does not go with {sharding}, which would have to cut the packed 4-bit weights: "
-                f"use DDP or ZeRO-1 or 2, whose ranks each hold the quantised base"
+                f"--model.quantize nf4 does not work with {sharding}, which would shard the packed 4-bit weights: use "
+                f"DDP, ZeRO-1 or ZeRO-2, where each rank holds the whole quantised base"
             )
 
 
@@ -140,7 +139,7 @@ def _has_flash_attention() -> bool:
 
 
 def load_tokenizer(config: ModelConfig, option: str = _OPTION) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. One without a padding token pads with its end token, which the mask hides."""
+    """Load the model's tokenizer. If it has no padding token, it pads with its end token, which the mask hides."""
     with _one_line(config, option, what="a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(_name(config), **_hub_arguments(config))
     if tokenizer.pad_token_id is None:
@@ -156,29 +155,29 @@ def load_model(
     *,
     prefers_flash: bool = False,
 ) -> PreTrainedModel:
-    """The base model, frozen, in ``dtype`` on ``device``.
+    """Load the base model, frozen, in ``dtype`` on ``device``.
 
-    Its attention is the one that is named, else (with ``prefers_flash``) flash attention where that runs, else what the
-    model picks itself.
+    With ``--model.attention auto`` and ``prefers_flash`` it uses flash attention where that runs, else the model's own
+    choice.
 
     Raises:
-        UserError: The weights cannot be read, or are not all those that the model's configuration asks for.
+        UserError: The weights cannot be read, or do not match the model's configuration.
     """
-    if config.attention != "auto":
-        model, read = _load(config, dtype, device, option, attn_implementation=config.attention)
-    elif prefers_flash and torch.cuda.is_available() and dtype != torch.float32 and _has_flash_attention():
+    named = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    flash = prefers_flash and not named and torch.cuda.is_available() and dtype != torch.float32
+    if flash and _has_flash_attention():
         try:
             model, read = _load(config, dtype, device, option, attn_implementation="flash_attention_2")
-        except UserError:  # this model has no such attention, or its kernel cannot be had: what was picked is shown
+        except UserError:  # the model does not support it, or its kernel is not available
             model, read = _load(config, dtype, device, option)
     else:
-        model, read = _load(config, dtype, device, option)
-    # What is not in the files was drawn at random, by every rank for itself.
+        model, read = _load(config, dtype, device, option, **named)
+    # Weights missing in the files were drawn at random, differently on every rank.
     drawn = sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})
     if drawn:
         raise UserError(
-            f"--{option} {_name(config)}: {len(drawn)} weights that its config.json asks for are not in its files or "
-            f"have another shape there, the first is {drawn[0]}: the folder is incomplete or mixes two models"
+            f"--{option} {_name(config)}: {len(drawn)} weights that its config.json asks for are missing in its files "
+            f"or have another shape, the first is {drawn[0]}: the folder is incomplete or mixes two models"
         )
     return moved(model.requires_grad_(False), device)
 
@@ -186,8 +185,8 @@ def load_model(
 def _load(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, option: str, **options: object
 ) -> tuple[PreTrainedModel, Json]:
-    """The model, and what transformers says about its weights."""
-    read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # does not say that it can return a pair
+    """The model, and transformers' report on its weights."""
+    read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # its annotations lack the pair
     if config.quantize == "nf4":
         options |= {
             "device_map": {"": device},
@@ -203,21 +202,21 @@ def _load(
             _name(config),
             dtype=dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in what is said, and refused in one line
+            ignore_mismatched_sizes=True,  # they are in the report, and refused in one line
             output_loading_info=True,
             **options,
             **_hub_arguments(config),
         )
     assert isinstance(found, tuple)
-    model, said = found
-    return model, said
+    model, report = found
+    return model, report
 
 
 def keep_block_inputs_only(model: PreTrainedModel) -> None:
-    """Switch activation checkpointing on, in the variant without a backward of its own (non-reentrant).
+    """Enable activation checkpointing, in its non-reentrant variant.
 
     Raises:
-        UserError: The model's blocks cannot do it.
+        UserError: The model does not support it.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
@@ -227,7 +226,7 @@ def keep_block_inputs_only(model: PreTrainedModel) -> None:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """The model with LoRA adapters in float32, in training mode: new ones, equal on every rank, or ``config.adapter``.
+    """Add LoRA adapters in float32, in training mode: new ones, equal on every rank, or ``config.adapter``.
 
     Raises:
         UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
@@ -247,7 +246,7 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             f"--lora.targets {targets}: no linear layer is called {unknown or targets}; "
             f"the linear layers of the blocks are: {', '.join(_block_layers(model))}"
         )
-    configure: Callable[..., PeftLoraConfig] = PeftLoraConfig  # says that alpha is an int
+    configure: Callable[..., PeftLoraConfig] = PeftLoraConfig  # its annotations say that alpha is an int
     peft_config = configure(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -268,7 +267,7 @@ def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--lora.adapter {name} does not fit this model: {_flat(error, lines=2)}") from None
-    # peft loads what happens to match and leaves the rest as it was drawn.
+    # peft loads the weights that match and leaves the others random.
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     odd = sorted(wanted ^ {key for key in read if "lora_" in key})
     if odd:
@@ -278,7 +277,7 @@ def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
 
 
 def _block_layers(model: nn.Module) -> list[str]:
-    """Names, below the block, of every linear layer of the decoder blocks."""
+    """Names, relative to the block, of all linear layers of the decoder blocks."""
     blocks_name, blocks = decoder_blocks(model)
     names = (name for i, block in enumerate(blocks) for name in linear_layers(block, f"{blocks_name}.{i}"))
     return sorted({name.removeprefix(f"{blocks_name}.").split(".", 1)[1] for name in names})
@@ -294,13 +293,13 @@ def _hub_arguments(config: ModelConfig) -> dict[str, object]:
 
 @contextmanager
 def _one_line(config: ModelConfig, option: str, what: str = "a model") -> Iterator[None]:
-    """Turn what the hub library raises into one line that says what was tried."""
+    """Turn errors of the hub library into one line that names the place it looked in."""
     name = _name(config)
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
-            # As the commands have it that are no runs, and as runs do.
+            # The first for commands on their own, the second for runs.
             trusting = "trust_remote_code" if option == "model" else "model.trust_remote_code"
             message = f"--{option} {name} brings its own code, which is run only with --{trusting} true"
             raise UserError(message) from None
@@ -309,6 +308,6 @@ def _one_line(config: ModelConfig, option: str, what: str = "a model") -> Iterat
 
 
 def _flat(error: Exception, lines: int | None = None) -> str:
-    """The first ``lines`` lines of what a library says, in one."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(said[:lines]) or type(error).__name__
+    """The first ``lines`` lines of an error's message, joined."""
+    found = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(found[:lines]) or type(error).__name__

@@ -1,17 +1,15 @@
-"""The loss of an example: the mean over its own label tokens, computed only where labels are (DESIGN 2.1, hook 3).
+"""The loss of an example: the mean over its label tokens, computed only at these tokens (DESIGN 2.1, hook 3).
 
-The output embedding is the widest layer of the model, so two things are kept from it: positions that carry no loss,
-and a micro-batch's logits all at once. A forward-pre-hook on the output embedding sees the final hidden states, takes
-the rows whose shifted label counts, and computes their cross-entropy chunk by chunk; the layer itself is then left a
-single row to multiply.
+The output embedding is the widest layer of the model, so it never sees tokens that carry no loss, nor all of a
+micro-batch at once. A forward-pre-hook on it takes the final hidden states of the tokens whose shifted label counts,
+and computes their cross-entropy chunk by chunk; the layer itself then multiplies a single row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.modeling.attention import PACKED, PACKED_SDPA, mask_of
-from colm_scale.modeling.causal import CausalModel, base_of
+from colm_scale.modeling.causal import CausalModel, base_of, hooked
 from colm_scale.records import Batch, Targets
 
 CHUNK_BYTES = 64 * 2**20
@@ -27,43 +25,35 @@ CHUNK_BYTES = 64 * 2**20
 _Post = Callable[[Tensor], Tensor]
 
 
-class _Context(Protocol):
-    """autograd's context, as far as `_FrozenHeadCrossEntropy` uses it."""
-
-    needs_input_grad: tuple[bool, ...]
-    saved_tensors: tuple[Tensor, ...]
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-
-
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """Cross-entropy of ``post(hidden @ weight.T + bias)`` per row, for a head that is not trained.
 
-    A frozen head needs no gradient of its own, so the gradient with respect to the hidden states can be formed chunk
-    by chunk in the forward pass: ``[N, hidden]`` numbers are kept instead of ``[N, vocabulary]``, nothing is computed
-    twice, and the backward pass needs no weight (which a sharded engine would have to gather again).
+    A frozen head needs no gradient itself, so the forward pass can compute the gradient of the hidden states chunk by
+    chunk: it saves ``[N, hidden]`` numbers instead of ``[N, vocabulary]``, computes nothing twice, and the backward
+    pass needs no weight (which a sharded engine would have to gather again).
     """
 
     @staticmethod
     def forward(
-        ctx: _Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        trained = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden if trained else hidden[:0])
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
                 raw = F.linear(hidden[rows], weight, bias).detach().float().requires_grad_(True)
                 nll = F.cross_entropy(post(raw), targets[rows], reduction="none")
             losses[rows] = nll.detach()
-            if gradient is not None:
+            if trained:
                 (raw_gradient,) = torch.autograd.grad(nll, raw, torch.ones_like(nll))
                 gradient[rows] = raw_gradient.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
-    def backward(ctx: _Context, output_gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         scaled = gradient.float() * output_gradient.unsqueeze(1)
         return scaled.to(gradient.dtype), None, None, None, None, None
@@ -72,7 +62,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 def _cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
 ) -> Tensor:
-    """What `_FrozenHeadCrossEntropy` computes."""
+    """Cross-entropy as in `_FrozenHeadCrossEntropy`, without a saved gradient."""
     losses = [
         F.cross_entropy(post(F.linear(rows, weight, bias).float()), wanted, reduction="none")
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk))
@@ -81,7 +71,7 @@ def _cross_entropy(
 
 
 def _post_processing(config: PretrainedConfig) -> _Post:
-    """What the model does to its logits after the head (Gemma-2 caps them, Cohere and Granite scale them)."""
+    """The model's transformation of its logits (Gemma-2 caps them, Cohere and Granite scale them)."""
     cap: float | None = getattr(config, "final_logit_softcapping", None)
     scale: float = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -94,18 +84,23 @@ def _post_processing(config: PretrainedConfig) -> _Post:
 
 
 class ExampleLoss(nn.Module):
-    """A causal language model whose forward returns one loss per example. This is what an engine wraps.
+    """A causal language model whose forward returns one loss per example. Engines wrap this module.
 
     ``forward(batch) -> [branches * B]`` float32 mean token losses; ``branches`` is 1 unless a sketch repeats the
     micro-batch at the last block. An example without a target has loss 0.
 
-    A model may do to its logits what `_post_processing` does not know. The row that is left to the head shows it in the
-    first forward: from then on the model makes the logits of the label rows itself, all of them at a time.
+    A model may transform its logits in a way that `_post_processing` does not know. The first forward finds out by the
+    one row that the head computes; from then on the model computes the logits of all label tokens itself, at once.
 
     Args:
-        whole: Whether ``model`` runs as a whole, as it must where something else has cut it into shards and gathers
-            what is outside the blocks when the whole is called.
+        whole: Whether to call ``model`` itself, wrappers included, because another library has sharded it and gathers
+            the weights outside the blocks in that call.
+
+    Attributes:
+        current_batch: The batch of the current forward.
     """
+
+    current_batch: Batch
 
     def __init__(self, model: CausalModel, *, whole: bool = False):
         super().__init__()
@@ -116,93 +111,76 @@ class ExampleLoss(nn.Module):
         self._fused = frozen and type(head) is nn.Linear
         self._post = _post_processing(model.config.get_text_config())
         self._post_checked = False
-        self.padded_because: str | None = None
-        """Why its micro-batches are padded, if that was looked into and they are."""
-        self.on_hidden: Callable[[Batch, Tensor], None] | None = None
-        """Called in each forward with the last hidden states, ``[*batch.input_ids.shape, c]``; where the micro-batch is
-        repeated, with their mean."""
-        self._pass: _Pass | None = None
+        self.padded_because = ""
+        """Why micro-batches are padded, from `use_packing`; empty if they are packed."""
+        self.watchers: list[Callable[[Batch, Tensor], None]] = []
+        """Called in each forward with the batch and its last hidden states ``[*batch.input_ids.shape, c]``: the mean
+        over the branches, if a sketch repeats the micro-batch."""
 
     def knows_logits(self) -> None:
-        """Take for granted that the model does to its logits what `_post_processing` knows, without a look at them."""
+        """Trust `_post_processing` without checking the first forward."""
         self._post_checked = True
 
     @property
     def causal_model(self) -> PreTrainedModel:
-        """The causal language model itself, in whose layers the adapters are."""
+        """The causal language model itself, with the adapters in its layers."""
         return base_of(self.model)
 
     @property
     def packs(self) -> bool:
-        """Whether the model takes packed micro-batches."""
+        """True if the model takes packed micro-batches."""
         return self.causal_model.config._attn_implementation in (PACKED, PACKED_SDPA)
 
-    @property
-    def current_batch(self) -> Batch:
-        """What is in the forward that is under way."""
-        assert self._pass is not None
-        return self._pass.batch
-
     def forward(self, batch: Batch, through: nn.Module | None = None) -> Tensor:
-        """As above; ``through`` is called in place of the model that it wraps (DDP, a DeepSpeed engine)."""
+        """See the class; ``through`` is called in place of the model that it wraps (DDP, a DeepSpeed engine)."""
         if through is None:
-            # Past peft's wrapper, which would call the model's forward without the hooks by which FSDP2 gathers it.
+            # Not through peft's wrapper, whose call would skip the hooks by which FSDP2 gathers the weights.
             through = self.model if self._whole else self.causal_model
-        current = self._pass = _Pass(batch)
+        self.current_batch, current = batch, _Pass(batch)
+        head = self.causal_model.get_output_embeddings()
         try:
-            with self._hooked(self.causal_model.get_output_embeddings(), current):
-                logits: Tensor = through(input_ids=batch.input_ids, **_what_is_seen(batch), use_cache=False).logits
+            # Registered last, they run after ZeRO-3's hooks have gathered the head.
+            with hooked(
+                head.register_forward_pre_hook(partial(self._before_head, current)),
+                head.register_forward_hook(current.keep_logits),
+            ):
+                logits: Tensor = through(input_ids=batch.input_ids, **_mask_arguments(batch), use_cache=False).logits
         finally:
-            self._pass = None
+            del self.current_batch
         if self._fused and not self._post_checked:
             self._post_checked = True
             self._fused = _close(self._post(current.raw_logits.float()), logits.float())
             if not self._fused:
                 again: Tensor = self(batch, through)
                 return again
-        if current.losses is None:
+        if not self._fused:
             current.losses = F.cross_entropy(logits[0].float(), current.wanted, reduction="none")
         found = _mean_per_example(current.losses.view(current.branches, len(batch.targets.tokens)), batch.targets)
-        # What has cut the whole into shards waits in the backward for a gradient of what it returns: it gets zeros.
+        # A library that shards the whole model expects a gradient of its output in the backward: it gets zeros.
         return found + logits.flatten()[:0].sum() if self._whole and logits.requires_grad else found
-
-    @contextmanager
-    def _hooked(self, head: nn.Linear, current: _Pass) -> Iterator[None]:
-        """Hooks for one forward: as the last to be registered they run when ZeRO-3's have gathered the head."""
-        handles = (
-            head.register_forward_pre_hook(partial(self._before_head, current)),
-            head.register_forward_hook(current.keep_logits),
-        )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _before_head(self, current: _Pass, head: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
         targets, tokens = current.batch.targets, current.batch.input_ids.numel()
         current.branches = hidden.shape[:-1].numel() // tokens
-        if self.on_hidden is not None:
+        for watcher in self.watchers:
             states = hidden.detach().reshape(current.branches, tokens, -1).mean(0)
-            self.on_hidden(current.batch, states.view(*current.batch.input_ids.shape, -1))
+            watcher(current.batch, states.view(*current.batch.input_ids.shape, -1))
         taken = hidden.reshape(current.branches, tokens, -1)[:, targets.rows].flatten(0, 1)
         if not self._fused:
             return (taken.unsqueeze(0), *args[1:])
         chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-        # Without a graph nothing is kept.
         cross_entropy = _FrozenHeadCrossEntropy.apply if torch.is_grad_enabled() else _cross_entropy
         current.losses = cross_entropy(taken, head.weight, head.bias, current.wanted, self._post, chunk)
         return (hidden[:1, :1], *args[1:])
 
 
 class _Pass:
-    """What one forward leaves at the head: of every branch the tokens to predict and their losses
-    ``[branches * N]``."""
+    """State of one forward: the losses ``[branches * N]`` of the target tokens, branch by branch."""
 
     def __init__(self, batch: Batch):
         self.batch, self.branches = batch, 1
-        self.losses: Tensor | None = None
+        self.losses: Tensor
         self.raw_logits: Tensor
 
     @property
@@ -214,12 +192,12 @@ class _Pass:
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two rows of logits differ by no more than rounding to bfloat16."""
+    """Compare two rows of logits, up to rounding to bfloat16."""
     return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
 
 
-def _what_is_seen(batch: Batch) -> dict[str, Tensor | None]:
-    """The model's arguments that keep padding, or the other examples of a packed row, out of sight."""
+def _mask_arguments(batch: Batch) -> dict[str, Tensor | None]:
+    """The model's arguments that mask padding, or the other examples of a packed row."""
     if batch.packing is None:
         return {"attention_mask": batch.attention_mask}
     return {"attention_mask": mask_of(batch.packing), "position_ids": batch.packing.position_ids}

@@ -1,4 +1,4 @@
-"""The optimizers of ``--train.optimizer``, and what each keeps about a parameter.
+"""The optimizers of ``--train.optimizer``, and their state per parameter.
 
 Weight decay is decoupled in all of them: a parameter shrinks by ``learning rate * weight decay`` of itself.
 """
@@ -15,8 +15,6 @@ from colm_scale.config import OptimizerName, TrainConfig
 
 NEED_WHOLE_MATRICES = ("adafactor", "muon")
 """Optimizers whose update of an entry depends on its whole row and column."""
-
-
 _LEARNING_RATES: dict[OptimizerName, tuple[float, float]] = {
     "adamw": (1e-2, 2e-4),
     "sgd": (0.5, 1e-2),
@@ -24,20 +22,20 @@ _LEARNING_RATES: dict[OptimizerName, tuple[float, float]] = {
     "adafactor": (1e-2, 2e-4),
     "muon": (3e-2, 6e-4),
 }
-"""For the built-in base, where they were tried, and for any other model, in the same proportion to AdamW's."""
+"""For the built-in base, where they were tuned, and for other models, in the same proportion to AdamW's."""
 
 
 def default_learning_rate(optimizer: OptimizerName, *, builtin: bool) -> float:
-    """The peak learning rate of a run that names none."""
+    """The default of ``--train.learning_rate``."""
     return _LEARNING_RATES[optimizer][0 if builtin else 1]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> Optimizer:
-    """The optimizer of a run. Its learning rate, 0 here, is set at every step.
+    """Make the optimizer of a run. Its learning rate, 0 here, is set at every step.
 
-    Adafactor and Muon are set up so that a learning rate means about what it means to AdamW: a share of a root mean
-    square of 1 and of 0.2, whatever the size of a parameter. (Adafactor's own step is in proportion to the parameter,
-    and LoRA's B begins at zero.)
+    Adafactor and Muon are configured so that the learning rate has about the same scale as in AdamW: the root mean
+    square of the update is the learning rate times 1 or 0.2, whatever the size of a parameter. (Adafactor's own
+    relative step would never move LoRA's B, which starts at zero.)
     """
     parameters, decay = list(parameters), config.weight_decay
     match config.optimizer:
@@ -90,7 +88,7 @@ class Lion(Optimizer):
                 momentum.lerp_(parameter.grad, 1 - beta2)
 
 
-_KEPT: dict[type[Optimizer], tuple[str, ...]] = {
+_AVERAGES: dict[type[Optimizer], tuple[str, ...]] = {
     AdamW: ("exp_avg", "exp_avg_sq"),
     Sgd: ("momentum_buffer",),
     Lion: ("exp_avg",),
@@ -101,14 +99,14 @@ _COUNTING = (AdamW, Adafactor)
 
 
 def state_keys(optimizer: Optimizer) -> tuple[str, ...]:
-    """Names of the averages that ``optimizer`` keeps about each parameter."""
-    return _KEPT[type(optimizer)]
+    """Names of the averages that ``optimizer`` stores per parameter."""
+    return _AVERAGES[type(optimizer)]
 
 
 def begun_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What ``optimizer`` keeps about a parameter, as it begins where it has kept nothing yet.
+    """The state of a parameter in ``optimizer``, initialised if it has none yet.
 
-    That is the averages, and where the update depends on it, ``step``: how many updates there have been.
+    It holds the averages and, if the update depends on it, ``step``, the number of updates so far.
     """
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
@@ -120,7 +118,7 @@ def begun_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _part(parameter: Tensor, key: str) -> Tensor:
-    """Of as many numbers as an average has; ``parameter`` is a matrix where it has fewer."""
+    """A part of ``parameter`` with the shape of one of its averages."""
     match key:
         case "row_var":
             return parameter[:, :1]

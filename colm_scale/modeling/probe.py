@@ -1,4 +1,8 @@
-"""Where the sketch looks: a linear layer of the last decoder block."""
+"""The probe: the linear layer of the last decoder block whose gradients are sketched; and how to find it.
+
+Packing and probes are tried out on small models: the first blocks of a model, or a sample of one block with random
+weights, for a model that already has adapters, is sharded, or is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
+from colm_scale.randomness import global_draws
+from colm_scale.records import Batch
+
+_SAMPLE_VOCABULARY = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The place where the sketch looks.
+    """The layer that the sketch probes.
 
     Attributes:
         block: Qualified name of the decoder block.
@@ -32,7 +41,7 @@ class Probe:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it was in."""
+    """A context in evaluation mode; afterwards every module is back in its own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -43,7 +52,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: the ModuleList of like modules that holds most parameters."""
+    """Name and list of the decoder blocks: the largest ModuleList of modules of one type."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -55,13 +64,12 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def first_blocks(base: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A model of the first ``count`` blocks of another, with its embeddings, final norm and head, on the same weights.
+    """A model of the first ``count`` blocks of another, with its embeddings, final norm and head, sharing its weights.
 
-    What an engine does with the base's parameters (cut them into shards, move them) leaves these as they are, and no
-    weight is there twice as long as nothing does.
+    An engine that shards or moves the base's parameters does not affect the copy.
     """
     name, blocks = decoder_blocks(base)
-    # Parameters of its own around the same numbers; 4-bit ones, which no engine cuts, are the same.
+    # New parameters on the same storage; 4-bit ones, which no engine shards, are shared as they are.
     memo: dict[int, object] = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
     memo |= {id(block): nn.Identity() for block in blocks[count:]}
     model = copy.deepcopy(base, memo)
@@ -71,16 +79,22 @@ def first_blocks(base: PreTrainedModel, count: int) -> PreTrainedModel:
     return model
 
 
+def trial_batch(rows: list[Tensor], device: torch.device, *, packed: bool = False) -> Batch:
+    """A batch of rows of tokens, all of which carry loss, to try a model out."""
+    marks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return make_batch(rows, marks, torch.arange(len(rows)), 0, device, packed=packed)
+
+
 def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
-    """Find the probe in the last block of a causal language model that has no adapters yet.
+    """Find the probe in the last block of a causal language model without adapters.
 
     Args:
         model: The base model, on any device, in any floating-point type.
-        which: The user's choice (``--selection.probe``): v, q, k, o or mlp, or a linear layer of the last block by its
-            full name, or its end if that is unique.
+        which: ``--selection.probe``: v, q, k, o or mlp; or the name of a linear layer of the last block, in full or a
+            unique ending.
 
     Raises:
-        UserError: No layer (or more than one) has this role or name; lists the layers that can be named.
+        UserError: No layer, or more than one, has this role or name. Lists the layers.
     """
     prefix, modules = decoder_blocks(model)
     block = f"{prefix}.{len(modules) - 1}"
@@ -103,3 +117,41 @@ def linear_layers(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit", "Linear8bitLt")
     }
+
+
+def sample_of(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of one block with random weights and a tiny vocabulary: frozen, in float32 on the CPU, reproducible.
+
+    Args:
+        config: Configuration of the whole model.
+    """
+    with global_draws(torch.device("cpu"), 0, "sample"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
+    return model.requires_grad_(False)
+
+
+def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A sample (see `sample_of`) of a loaded model, with the named attention."""
+    config = _shortened(model.config)
+    config._attn_implementation = attention
+    with global_draws(torch.device("cpu"), 0, "sample"):
+        sample = type(model)(config)  # ``from_config`` would shard the weights while a trainer runs ZeRO-3
+    in_float32: PreTrainedModel = sample.float()
+    return in_float32.requires_grad_(False)
+
+
+def in_last_block(model: nn.Module, found: Probe) -> Probe:
+    """The probe found in a sample's only block, in the last block of the whole model."""
+    prefix, blocks = decoder_blocks(model)
+    name = f"{prefix}.{len(blocks) - 1}"
+    return Probe(name, name + found.layer.removeprefix(found.block), found.rows)
+
+
+def _shortened(of: PretrainedConfig) -> PretrainedConfig:
+    config = copy.deepcopy(of)
+    config.num_hidden_layers, config.vocab_size = 1, _SAMPLE_VOCABULARY
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, None)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return config

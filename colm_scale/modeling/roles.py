@@ -1,10 +1,10 @@
-"""What the linear layers of a decoder block do, by what happens when their outputs change rather than by their names.
+"""The roles of the linear layers in a decoder block, found by perturbing their outputs rather than by their names.
 
 Of all linear layers of a block, only the values enter the attention output *linearly and across tokens*: a change of
-V at some tokens reaches later ones in proportion to its size. Keys reach them through a softmax, queries move
-only their own token, and an MLP never mixes tokens. Testing that on tiny forwards finds V, Q and K in every
+V at one token reaches later ones in proportion to its size. Keys reach them through a softmax, queries change
+only their own token, and an MLP never mixes tokens. Testing this on tiny forwards finds V, Q and K in every
 architecture, and inside fused projections (Phi-3's qkv_proj) it finds the rows that belong to each. The output
-projection is the first layer that feels V; the MLP ends with the last layer that runs and is as wide as the model.
+projection is the first layer that V reaches; the MLP's last layer is the last one to run that is as wide as the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import hooked
 from colm_scale.randomness import generator
 
 ROLES = {
@@ -28,20 +29,20 @@ ROLES = {
 
 _TOKENS = 4
 _OWN, _EARLIER = slice(-1, None), slice(-1)
-"""The token at which the other layers are looked at, and those before it."""
+"""The observed token, and the tokens before it."""
 _LARGE = 1e8
-"""Size of a large change (less in float16, whose range ends before): saturates a softmax even through the keys of a
-head whose queries are close to zero, which at 1e4 some heads of a trained model still pass on in proportion."""
+"""Size of a large change (smaller in float16, because of its range). It saturates a softmax even through the keys of a
+head whose queries are close to zero; at 1e4 some heads of a trained model still respond in proportion."""
 _SMALLER = 16
-"""The other large change is so many times smaller. It still saturates, and values stand out of half-precision rounding
-even behind a head that hardly looks at the changed token; a power of two, so that both are rounded alike."""
+"""The second large change is smaller by this factor. It still saturates, and values exceed half-precision rounding even
+in a head that hardly attends to the changed token. A power of two, so that both changes are rounded alike."""
 _LINEAR_TOLERANCE = 0.05
-"""Relative deviation from proportionality. In the tested families values stay below 0.001, half precision included, and
-everything else is above 6; what has saturated is at 15."""
+"""Largest relative deviation from proportionality. In the tested families values stay below 0.001, half precision
+included, and everything else is above 6; saturated layers are at 15."""
 
 
 def find_role(model: PreTrainedModel, linears: dict[str, nn.Module], role: str) -> tuple[str, Tensor]:
-    """The linear layer of the last block that has a role, and which of its output rows have it.
+    """Find the linear layer of the last block with a role, and the output rows that have it.
 
     Args:
         model: A causal language model without adapters, in evaluation mode.
@@ -52,14 +53,14 @@ def find_role(model: PreTrainedModel, linears: dict[str, nn.Module], role: str) 
         The layer's name, and int64 ``[rows]``, ascending.
 
     Raises:
-        UserError: Not exactly one layer behaves like it (a role other than v is told by V). Lists the layers.
+        UserError: Not exactly one layer behaves like it; other roles are found relative to V. Lists the layers.
     """
     trials = _Trials(model, linears)
     reached = {name: trials.in_proportion(name) for name in linears}
     chunks = {name: torch.stack([*by_layer.values()]).any(0) for name, by_layer in reached.items()}
     if role != "v":
         value = _only("v", chunks, model)
-        # Attention hands over to the output projection, which is the first to feel the values of other tokens.
+        # The output projection is the first layer after the attention, so the first that values of other tokens reach.
         output = next(name for name, felt in reached[value].items() if felt.any())
         chunks = _chunks_of(role, trials, output, chunks)
     name = _only(role, chunks, model)
@@ -74,7 +75,7 @@ def width(module: nn.Module) -> int:
 
 
 def listing(linears: Iterable[str]) -> str:
-    """The end of an error that asks for one of these layers."""
+    """The end of an error message, with the layers to choose from."""
     return "its linear layers are: " + ", ".join(linears)
 
 
@@ -83,14 +84,14 @@ def _only(role: str, chunks: dict[str, Tensor], model: nn.Module) -> str:
     if len(found) != 1:
         several = f"{len(found)} layers behave like one" if found else "no layer behaves like one"
         raise UserError(
-            f"cannot tell the {ROLES[role]} of {type(model).__name__}: {several}. Name the layer to probe with "
+            f"cannot identify the {ROLES[role]} of {type(model).__name__}: {several}. Name the layer to probe with "
             f"--selection.probe; {listing(chunks)}"
         )
     return found[0]
 
 
 def _chunks_of(role: str, trials: _Trials, output: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Which chunks of each layer have a role other than V: bool ``[chunks]`` by layer, in the order of ``values``."""
+    """The chunks of each layer with a role other than V: bool ``[chunks]`` by layer, in the order of ``values``."""
     linears = trials.linears
     order = trials.order()
     every, none = torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
@@ -112,9 +113,10 @@ def _chunks_of(role: str, trials: _Trials, output: str, values: dict[str, Tensor
 
 
 class _Trials:
-    """Tiny forwards in which the output of one layer is changed, and what then enters the others is seen.
+    """Tiny forwards in which one layer's output is changed and the inputs of the others are observed.
 
-    A batch holds the same tokens once per *chunk*, as many output rows of the layer as a head has, with those changed.
+    A *chunk* is a head's share of a layer's output rows. A batch repeats the same tokens once per chunk, and changes
+    that chunk.
     """
 
     def __init__(self, model: PreTrainedModel, linears: dict[str, nn.Module]):
@@ -123,13 +125,13 @@ class _Trials:
         self._unchanged: dict[int, dict[str, Tensor]] = {}
 
     def order(self) -> list[str]:
-        """The layers that see all tokens, in the order in which they run."""
+        """The layers that see all tokens, in execution order."""
         return list(self._without_change(1))
 
     def in_proportion(self, name: str) -> dict[str, Tensor]:
-        """Which chunks of a layer act like values: bool ``[chunks]`` by other layer, in the order in which they run.
+        """The chunks of a layer that act like values: bool ``[chunks]`` by other layer, in execution order.
 
-        A chunk does if the other layer feels a change of it at another token, and feels a larger one in proportion.
+        Such a chunk changes the other layer's input at another token, in proportion to its own change.
         """
         smaller, large = (self._changes(name, _EARLIER, self._large / by) for by in (_SMALLER, 1))
         felt = {}
@@ -140,20 +142,20 @@ class _Trials:
         return felt
 
     def felt(self, name: str, tokens: slice, by: str) -> Tensor:
-        """Which chunks of a layer, changed at ``tokens``, another layer feels at the last token: bool ``[chunks]``.
+        """The chunks of a layer whose change at ``tokens`` reaches another layer at the last token: bool ``[chunks]``.
 
-        The change is large, so that one head of a softmax shows it: upwards, or downwards where it was at its limit.
+        The change is large in both directions, because a softmax may already be saturated in one.
         """
         up, down = (self._changes(name, tokens, size)[by] for size in (self._large, -self._large))
         return ((up != 0) | (down != 0)).any(1).cpu()
 
     def _changes(self, name: str, tokens: slice, size: float) -> dict[str, Tensor]:
-        """How the inputs of the other layers change at the last token when a layer's output changes at ``tokens``.
+        """The changes of the other layers' inputs at the last token when a layer's output changes at ``tokens``.
 
-        Both forwards have the same shape, so what does not change is equal to the last bit.
+        Both forwards have the same shape, so unchanged inputs are bitwise equal.
 
         Returns:
-            By layer, in the order in which they run, ``[chunks, d_in]`` change of its input per unit of ``size``.
+            ``[chunks, d_in]`` change of the input per unit of ``size``, by layer, in execution order.
         """
         layer = self.linears[name]
         chunk = _head_dim(self._model, width(layer))
@@ -167,11 +169,8 @@ class _Trials:
             return shifted
 
         before = self._without_change(copies)
-        handle = layer.register_forward_hook(shift)
-        try:
+        with hooked(layer.register_forward_hook(shift)):
             after = self._inputs(copies)
-        finally:
-            handle.remove()
         return {other: (x - before[other]) / size for other, x in after.items() if other != name}
 
     def _without_change(self, copies: int) -> dict[str, Tensor]:
@@ -181,9 +180,9 @@ class _Trials:
 
     @torch.no_grad()
     def _inputs(self, copies: int) -> dict[str, Tensor]:
-        """What enters each layer at the last token: ``[copies, d_in]``, in the order in which they run.
+        """Each layer's input at the last token, ``[copies, d_in]``, in execution order.
 
-        A layer that does not see all tokens, such as one of several experts, is left out.
+        Layers that do not see all tokens, such as single experts, are left out.
         """
         inputs: dict[str, Tensor] = {}
 
@@ -195,13 +194,9 @@ class _Trials:
 
             return hook
 
-        handles = [module.register_forward_pre_hook(watch(name)) for name, module in self.linears.items()]
-        try:
+        with hooked(*(module.register_forward_pre_hook(watch(name)) for name, module in self.linears.items())):
             tokens = torch.arange(1, _TOKENS + 1, device=next(self._model.parameters()).device).repeat(copies, 1)
             self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         return inputs
 
 

@@ -14,8 +14,7 @@ from colm_scale.config import RunConfig
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe
-from colm_scale.modeling.sample import in_last_block, sample_of
+from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, sample_of
 from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")

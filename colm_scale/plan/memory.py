@@ -32,7 +32,7 @@ from colm_scale.sketch import last_layer, zeroth_order
 from colm_scale.sketch.precision import float32_tail
 
 FLOAT32 = 4
-_AVERAGES = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}
+AVERAGES = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}
 """An optimizer's averages per number of an adapter (Adafactor has some per row and column only)."""
 
 MicroBatches = Sequence[Sequence[int]]
@@ -96,11 +96,6 @@ class Peaks:
         return max(self.phases.values())
 
 
-def averages_of(train: TrainConfig) -> int:
-    """Return the optimizer's averages per number of an adapter."""
-    return _AVERAGES[train.optimizer]
-
-
 def engine_memory(train: TrainConfig, ds_config: Json, fake: FakeModel, world_size: int) -> EngineMemory:
     """Compute the memory of an engine other than FSDP2, which is traced.
 
@@ -111,7 +106,7 @@ def engine_memory(train: TrainConfig, ds_config: Json, fake: FakeModel, world_si
     module = fake.module
     adapters = sum(weight.numel() for weight in trainable(module).values())
     whole = sum(_bytes(weight) for weight in module.parameters())
-    averages = averages_of(train)
+    averages = AVERAGES[train.optimizer]
     zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     if not stage:
         ddp = world_size > 1 and not ds_config
@@ -299,7 +294,7 @@ def _fsdp_memory(config: RunConfig, fake: FakeModel) -> EngineMemory:
     """Compute the memory of FSDP2 between steps, for a sharded model. Gradients are shards too."""
     adapters = _shards(trainable(fake.module).values())
     weights = sum(map(_bytes, _shards(fake.module.parameters())))
-    averages = averages_of(config.train) * sum(weight.numel() for weight in adapters) * FLOAT32
+    averages = AVERAGES[config.train.optimizer] * sum(weight.numel() for weight in adapters) * FLOAT32
     if config.fsdp.cpu_offload:
         return EngineMemory(0, 0, 0, 0, 0, False)
     return EngineMemory(weights, averages, 0, 0, 0, False)

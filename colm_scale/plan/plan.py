@@ -19,7 +19,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.load import check_model
 from colm_scale.plan.fake import FakeModel, fake_model, tried
-from colm_scale.plan.memory import FLOAT32, Batches, MicroBatches, Peaks, averages_of, peaks
+from colm_scale.plan.memory import AVERAGES, FLOAT32, Batches, MicroBatches, Peaks, peaks
 from colm_scale.selection.route import deal, form_micro_batches, route
 
 GIB = 2**30
@@ -116,7 +116,7 @@ def make_plan(
         forward_flops=forward * sketched,
         training_flops=forward * passes * trained,
         largest=planner.largest(batches, plan.memory_gib) if plan.memory_gib else {},
-        checkpoint_bytes=sizes.adapters * FLOAT32 * (1 + averages_of(config.train)),
+        checkpoint_bytes=sizes.adapters * FLOAT32 * (1 + AVERAGES[config.train.optimizer]),
         padded_because=fake.padded_because,
     )
 

@@ -54,8 +54,8 @@ class RunDirectory:
                 f"--output_dir {self.path} already holds a run ({self.metrics.name}): use another folder, or "
                 f"--resume auto to continue that run"
             )
-        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        nearest, writable = nearest_folder(self.path)
+        if not writable:
             raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a writable folder")
 
     def create(
@@ -111,6 +111,13 @@ class RunDirectory:
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append the fields of `Evaluation` to ``evaluations.jsonl``."""
         _append(self._evaluations, dataclasses.asdict(evaluation))
+
+
+def nearest_folder(path: Path) -> tuple[Path, bool]:
+    """The path or its nearest parent that exists, and whether that is a writable folder."""
+    path = path.absolute()
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    return nearest, nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def metrics_row(report: StepReport) -> dict[str, object]:

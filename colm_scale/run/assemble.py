@@ -8,10 +8,10 @@ from colm_scale.config import RunConfig
 from colm_scale.data.batching import Batching
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
-from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs, NoBlockInputs
+from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -24,8 +24,8 @@ from colm_scale.sketch.precision import FLOAT32_BLOCKS
 from colm_scale.sketch.tap import Tap
 from colm_scale.step.measure import Measurement
 from colm_scale.step.select import SelectionStage
-from colm_scale.step.sketch import EstimatorStage, NoSketchStage, SketchStage
-from colm_scale.step.source_refresh import FixedSources, ReclusteredSources, SourceRefresh
+from colm_scale.step.sketch import EstimatorStage, SketchStage
+from colm_scale.step.source_refresh import ReclusteredSources, SeenStates, SourceRefresh
 from colm_scale.step.source_state import SourceState
 from colm_scale.step.step import CoresetStep
 from colm_scale.step.train import TrainingStage
@@ -60,21 +60,25 @@ def build_step(
     batching = batching_of(config, inputs, module, group)
     shares = source_shares(config.selection.shares, inputs.source_names, inputs.sizes)
     rule = SelectionRule(config.selection, inputs.kept, train.seed, shares, inputs.record)
-    refresh: SourceRefresh = FixedSources()
+    refresh = SourceRefresh()
     if config.reclusters:
-        refresh = ReclusteredSources(config, module, inputs.source_names, inputs.sizes, inputs.kept, group)
-    held: BlockInputs = NoBlockInputs()
-    sketch: SketchStage = NoSketchStage(group.world_size)
+        seen = SeenStates(module, train.seed, group)
+        table = inputs.source_names, inputs.sizes, inputs.kept
+        refresh = ReclusteredSources(seen, *table, config.selection, config.sources.refresh_every)
+    held = BlockInputs()
+    sketch = SketchStage(group.world_size)
     if tap:
         if train.forward_reuse != "off":
             held = HeldBlockInputs(tap.model, _alike(config, tap), train.forward_reuse, train.forward_reuse_gib * 2**30)
         estimator = make_estimator(tap, config.selection, train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
         sketch = EstimatorStage(estimator, batching, held, refresh, group, spans)
+    refresh_every = 0 if config.reclusters else config.sources.refresh_every
+    sources = SourceState(inputs.kept, shares, config.selection, refresh_every)
     return CoresetStep(
         sampler=inputs.sampler,
         refresh=refresh,
-        select=SelectionStage(rule, sketch, SourceState(inputs.kept, shares, config), group, spans),
+        select=SelectionStage(rule, sketch, sources, group, spans),
         train=TrainingStage(engine, batching, held, refresh, train, group),
         measure=Measurement(group, spans, train.seed, packed=module.packs, audits=config.audit),
         spans=spans,

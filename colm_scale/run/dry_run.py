@@ -25,6 +25,7 @@ from colm_scale.run import process
 from colm_scale.run.assemble import batching_of
 from colm_scale.run.prepare import Prepared, prepare
 from colm_scale.run.reports import Reports
+from colm_scale.run.session import Session
 from colm_scale.step.preview import Preview, preview
 
 _STEPS = 3
@@ -70,14 +71,17 @@ def run(config: RunConfig) -> int:
 def _look(config: RunConfig, group: Group, watch: Watch, seen: list[Sight]) -> bool:
     """Look at the next steps, in place of `train`. All ranks call it together."""
     prepared = prepare(config, group, watch)
-    with prepared.session(Reports()) as session:
+    with Session(prepared.engine, prepared.evaluator, Reports(), group) as session:
         done = prepared.state(session).load(prepared.found)
     batching = batching_of(config, prepared.inputs, prepared.engine.module, group)
     previews, label_share = [], 0.0
     for number in range(done + 1, min(done + _STEPS, prepared.steps) + 1):
         watch.begin(number)
         previews.append(preview(prepared.step, number, batching, group.world_size))
-        label_share = label_share or _label_share(prepared, previews[0])
+        if number == done + 1:
+            candidates = previews[0].candidates
+            labels = prepared.inputs.sampler.examples.label_counts(candidates.indices)
+            label_share = float(labels.sum() / candidates.lengths.sum())
     if group.is_first:
         sight = Sight(
             config=config,
@@ -93,12 +97,6 @@ def _look(config: RunConfig, group: Group, watch: Watch, seen: list[Sight]) -> b
         seen.append(sight)
     group.barrier()
     return True
-
-
-def _label_share(prepared: Prepared, coming: Preview) -> float:
-    candidates = coming.candidates
-    labels = prepared.inputs.sampler.examples.label_counts(candidates.indices)
-    return float(labels.sum() / candidates.lengths.sum())
 
 
 def _places(config: RunConfig, prepared: Prepared) -> dict[str, str]:
@@ -136,7 +134,10 @@ def _show(sight: Sight, console: Console) -> None:
 
 def _planned(sight: Sight) -> str:
     """Plan the step with the longest micro-batch, or say why this run cannot be planned."""
-    found = [_batches(coming) for coming in sight.previews]
+    found = []
+    for coming in sight.previews:
+        lengths = coming.candidates.lengths
+        found.append(Batches(_busiest(coming.plan.shares, lengths), _busiest(coming.routed.micro_batches, lengths)))
     widest = max(found, key=lambda batches: max(map(sum, chain(batches.sketched, batches.trained))))
     candidates, plan = sight.previews[0].candidates, sight.previews[0].plan
     options = PlanConfig(
@@ -149,11 +150,6 @@ def _planned(sight: Sight) -> str:
         return shown(make_plan(sight.config, options, batches=widest))
     except UserError as error:
         return f"memory is not planned: {error}\n"
-
-
-def _batches(coming: Preview) -> Batches:
-    lengths = coming.candidates.lengths
-    return Batches(_busiest(coming.plan.shares, lengths), _busiest(coming.routed.micro_batches, lengths))
 
 
 def _busiest(shares: Sequence[Sequence[tuple[int, ...]]], lengths: Tensor) -> tuple[tuple[int, ...], ...]:

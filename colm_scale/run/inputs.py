@@ -84,7 +84,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         tokenizer = load_tokenizer(config.model)
         longest = config.data.max_length or context_length(model)
         record = SelectionRecord(config.selection.replay) if config.selection.replay else None
-    group.agree(record.digest if record else "", "record of selections (--selection.replay)")
+    group.agree(record.digest if record else "none", "record of selections (--selection.replay)")
     group.agree(str(config.selection.shares), "shares of the sources (--selection.shares)")
     training = _streamed if config.data.streaming else _held
     sampler, names, sizes, protected, digest, rows_digest = training(config, tokenizer, longest, group, record)

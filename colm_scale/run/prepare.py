@@ -62,10 +62,6 @@ class Prepared:
     evaluator: Evaluator
     steps: int
 
-    def session(self, reports: Reports) -> Session:
-        """Start the run's evaluations and reports."""
-        return Session(self.engine, self.evaluator, reports, self.group)
-
     def state(self, session: Session) -> RunState:
         """Collect the parts that change."""
         return RunState(self.folder, self.identity, self.facts(), self.step, session, self.group)

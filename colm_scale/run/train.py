@@ -25,7 +25,7 @@ def run(config: RunConfig) -> int:
 def train(config: RunConfig, group: Group, watch: Watch) -> bool:
     """Train; return False if the run was asked to stop. All ranks call it together."""
     prepared = prepare(config, group, watch)
-    with prepared.session(prepared.reports) as session:
+    with Session(prepared.engine, prepared.evaluator, prepared.reports, group) as session:
         state = prepared.state(session)
         done = state.load(prepared.found)
         prepared.claim(done)

@@ -1,8 +1,8 @@
-"""A random projection of the gradients, fixed for the run: h numbers of each example, whatever the others are.
+"""A random projection of the gradients to h numbers per example, fixed for the run.
 
-Inner products, and with them squared distances, keep their size in expectation, off by about ``sqrt(2 / h)`` of the
-product of the lengths. What is drawn is keyed by the seed, so every rank projects alike, and a row depends on its
-example alone: it is equal whichever rank makes it, and rows of different steps can be compared.
+It preserves inner products, and so squared distances, in expectation, with an error of about ``sqrt(2 / h)`` of the
+product of the lengths. The draws are keyed by the seed and equal on every rank, and a row depends on its example alone:
+it does not matter which rank computes it, and rows from different steps can be compared.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from colm_scale.sketch.last_layer import Gradients
 
 
 class CountSketch:
-    """Each of the d numbers gets a sign and one of h places, and what meets at a place is added up.
+    """Gives each of the d numbers a sign and one of h places, and adds up the numbers at each place.
 
-    Charikar et al. 2002; as a hash of features, Weinberger et al. 2009. With h of d or more every number has a place of
-    its own, and nothing is lost.
+    Charikar et al. 2002; as feature hashing, Weinberger et al. 2009. With h = d every number has its own place, and
+    nothing is lost.
 
     Args:
-        seed: Of the run; the draws are rank-equal.
-        size: Numbers of a row, d.
-        columns: h, at most.
+        seed: Seed of the run.
+        size: Numbers per row, d.
+        columns: h; reduced to d if it is larger.
     """
 
     def __init__(self, seed: int, size: int, columns: int, device: torch.device):
@@ -35,9 +35,9 @@ class CountSketch:
         self._signs, self._places = signs.to(device), places.to(device)
 
     def rows(self, gradients: Gradients, moments: Moments) -> Tensor:
-        """``[B, h]`` float32: the normalised rows, a few columns at a time.
+        """``[B, h]`` float32: the projected normalised rows, computed a few columns at a time.
 
-        They are added up in float64: what the order of additions does there (a GPU's is not fixed) is far below the
+        They are added up in float64, where the order of additions (not fixed on a GPU) changes far less than the
         rounding of the result.
         """
         found = torch.zeros(len(gradients.rows), self.columns, dtype=torch.float64, device=self._signs.device)

@@ -1,9 +1,9 @@
-"""The exact per-example gradient of the probe tensor, of which only a few columns ever leave the rank (DESIGN 2.2).
+"""The exact per-example gradient of the probe tensor, of which only a few columns leave the rank (DESIGN 2.2).
 
-The gradient of example i is ``G_i = delta_i.T @ a_i``. A rank keeps its own examples' gradients as these
-factors (or multiplied out, where that is smaller) and answers three questions about them: the sum of the normalised
-rows per source, the rows at given columns, and the sums that the moments learn from. The sums are taken in fixed point:
-integer addition does not depend on order, so the answers do not depend on which rank holds which example.
+The gradient of example i is ``G_i = delta_i.T @ a_i``. A rank holds its examples' gradients as these factors, or
+multiplied out if that is smaller, and computes three things: the sum of the normalised rows per source, the rows at
+given columns, and the sums that update the moments. Sums are in fixed point: integer addition does not depend on order,
+so the results do not depend on which rank holds which example.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from colm_scale.selection.moments import Moments
 from colm_scale.sketch.tap import Tap
 
 BLOCK_NUMBERS = 2**22
-"""Most numbers of a temporary ``[B, columns]`` block of multiplied-out gradients."""
+"""Largest temporary block of multiplied-out gradients ``[B, columns]``, in numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,37 +29,25 @@ class Gradients:
 
     Attributes:
         rows: ``[B]`` row of each example in the candidate matrix.
-        delta: ``[B, T, d_out]`` and
-        a: ``[B, T, r]`` the factors, or None.
-        product: ``[B, d_out, r]`` the gradients, or None.
+        shape: ``(d_out, r)`` of a gradient.
+        parts: The factors, delta ``[B, T, d_out]`` and a ``[B, T, r]``; or the gradients ``[B, d_out, r]`` alone.
     """
 
     rows: Tensor
-    delta: Tensor | None
-    a: Tensor | None
-    product: Tensor | None
+    shape: tuple[int, int]
+    parts: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-        """Keep the factors or their product."""
-        tokens, d_out = delta.shape[1:]
-        if tokens * (d_out + a.shape[2]) < d_out * a.shape[2]:
-            return cls(rows, delta, a, None)
-        return cls(rows, None, None, delta.transpose(1, 2) @ a)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(d_out, r)``."""
-        if self.product is not None:
-            return self.product.shape[1], self.product.shape[2]
-        delta, a = self._factors
-        return delta.shape[2], a.shape[2]
+        """Hold the factors or their product."""
+        (tokens, d_out), r = delta.shape[1:], a.shape[2]
+        factors = tokens * (d_out + r) < d_out * r
+        return cls(rows, (d_out, r), (delta, a) if factors else (delta.transpose(1, 2) @ a,))
 
     @property
     def numbers(self) -> int:
-        """How many numbers are held."""
-        held = self._factors if self.product is None else (self.product,)
-        return sum(tensor.numel() for tensor in held)
+        """Count of the numbers held."""
+        return sum(part.numel() for part in self.parts)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield ``(columns, [B, columns])`` over all d columns, a few output rows of the probe at a time."""
@@ -71,7 +59,7 @@ class Gradients:
 
     def updates(self, moments: Moments) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield ``(examples, columns, [examples, columns])`` of the normalised rows: a few columns of all examples at a
-        time, or all columns of a few examples where the moments need whole rows."""
+        time, or all columns of a few examples if the moments need whole rows."""
         if not moments.whole_rows:
             for columns, block in self.blocks():
                 yield slice(None), columns, moments.normalise(block, columns)
@@ -82,16 +70,16 @@ class Gradients:
             yield examples, slice(None), moments.normalise(self._rows(slice(None), examples))
 
     def updates_at(self, columns: Tensor, moments: Moments) -> Tensor:
-        """Entries ``[B, h]`` of the normalised rows; ``columns`` ``[B, h]`` are each example's own."""
+        """``[B, h]`` entries of the normalised rows at each example's ``columns`` ``[B, h]``."""
         if not moments.whole_rows:
             return moments.normalise(self.at(columns), columns)
         return torch.cat([u.gather(1, columns[examples]) for examples, _, u in self.updates(moments)])
 
     def at(self, columns: Tensor) -> Tensor:
-        """Entries ``[B, h]`` of the gradients; ``columns`` ``[B, h]`` are each example's own."""
-        if self.product is not None:
-            return self.product.flatten(1).gather(1, columns)
-        delta, a = self._factors
+        """``[B, h]`` entries of the gradients at each example's ``columns`` ``[B, h]``."""
+        if len(self.parts) == 1:
+            return self.parts[0].flatten(1).gather(1, columns)
+        delta, a = self.parts
         tokens, r = a.shape[1:]
         delta = delta.gather(2, (columns // r).unsqueeze(1).expand(-1, tokens, -1))
         a = a.gather(2, (columns % r).unsqueeze(1).expand(-1, tokens, -1))
@@ -99,20 +87,14 @@ class Gradients:
 
     def _rows(self, out: slice, examples: slice = slice(None)) -> Tensor:
         """The gradients of some output rows of the probe, ``[B, rows * r]``."""
-        if self.product is not None:
-            return self.product[examples, out].flatten(1)
-        delta, a = self._factors
+        if len(self.parts) == 1:
+            return self.parts[0][examples, out].flatten(1)
+        delta, a = self.parts
         return (delta[examples, :, out].transpose(1, 2) @ a[examples]).flatten(1)
-
-    @property
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        assert self.delta is not None, "the gradients are held, not their factors"
-        assert self.a is not None
-        return self.delta, self.a
 
 
 def sketch(tap: Tap, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Gradients]:
-    """One forward, and one backward of the last block.
+    """Sketch a micro-batch with one forward, and one backward of the last block.
 
     Returns:
         losses ``[B]``; the largest entry of each gradient ``[B]``, NaN or infinite where the gradient is not finite;
@@ -146,18 +128,18 @@ def source_sums(held: list[Gradients], groups: Tensor, num_groups: int, moments:
 
 
 def rows_at(held: list[Gradients], columns: Tensor, groups: Tensor, moments: Moments) -> Tensor:
-    """The normalised rows of this rank's examples at their source's columns.
+    """The normalised rows of this rank's examples at the columns of their source.
 
     Args:
         columns: ``[num_groups, h]``.
         groups: ``[s]``.
 
     Returns:
-        ``[examples of this rank, h]`` in the order they were sketched; zero where no ranking is needed.
+        ``[examples of this rank, h]`` in the order they were sketched; zero for sources that are not ranked.
     """
     rows = [columns.new_zeros(0, columns.shape[1], dtype=torch.float32)]
     if not len(columns):
-        columns = columns.new_zeros(1, columns.shape[1])  # no source is ranked, yet the picked ones move the moments
+        columns = columns.new_zeros(1, columns.shape[1])  # no source is ranked; all rows become zero
     for gradients in held:
         group = groups[gradients.rows]
         own = columns[group.clamp(min=0)]
@@ -171,7 +153,7 @@ def moment_sums(held: list[Gradients], picked: Tensor, d: int, exponent: int) ->
     Args:
         picked: ``[s]`` bool.
         d: Numbers in the probe tensor.
-        exponent: Every entry of a picked gradient is below ``2**exponent`` in size.
+        exponent: Every entry of a picked gradient is smaller than ``2**exponent``.
 
     Returns:
         int64 ``[2, d]``; `from_moment_sums` undoes the scaling.
@@ -194,5 +176,5 @@ def from_moment_sums(sums: Tensor, rows: int, count: int, exponent: int) -> tupl
 
 
 def _moment_bits(rows: int) -> int:
-    """Fraction bits with which the sum over ``rows`` numbers below 1 fits into int64 (a double has 53)."""
+    """Fraction bits such that a sum of ``rows`` numbers below 1 fits into int64 (a double has 53)."""
     return 62 - max(1, rows - 1).bit_length()

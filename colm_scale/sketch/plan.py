@@ -1,6 +1,6 @@
-"""Who is sketched, in which micro-batches, on which rank: a pure function of the candidates (DESIGN 2.1).
+"""The plan of a sketch: candidates, micro-batches and ranks, a pure function of the candidates (DESIGN 2.1).
 
-The micro-batches are formed before they are dealt out, so the shape of every forward, and with it the last bit of every
+Micro-batches are formed before they are distributed, so the shape of every forward, and with it the last bit of every
 sketch, does not depend on the number of ranks.
 """
 
@@ -14,13 +14,13 @@ from colm_scale.selection.route import deal, form_micro_batches
 
 
 def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
-    """Decide whose block inputs each rank holds: of its first micro-batches, as many as stay within ``most_tokens``.
+    """Decide which block inputs each rank holds: those of its first micro-batches, within ``most_tokens``.
 
     Args:
-        lengths: ``[n]`` tokens of each candidate; those of a micro-batch are reckoned as padded, packed or not.
+        lengths: ``[n]`` tokens of each candidate; micro-batches count as padded, even if they are packed.
 
     Returns:
-        ``[n]`` the rank that holds a candidate's inputs, -1 where none does; how many micro-batches each rank holds.
+        ``[n]`` the rank that holds a candidate's inputs, or -1; the number of micro-batches that each rank holds.
     """
     found = torch.full_like(lengths, -1)
     counts = []
@@ -46,11 +46,11 @@ def plan_sketch(
 ) -> SketchPlan:
     """Plan the sketch of one step.
 
-    Candidates that are kept, and those of a source without a quota, are not forwarded: nothing is decided about them.
-    A source is *ranked*, and takes part in choosing columns, if its quota is smaller than what it has.
+    Kept candidates, and those of a source without a quota, are not compared, so they are not sketched. A source is
+    *ranked*, and takes part in the choice of columns, if its quota is smaller than its number of candidates.
 
     Args:
-        known: ``[n]`` bool, candidates that are ranked like the others, but need no forward; none by default.
+        known: ``[n]`` bool, candidates that are compared but need no forward; none by default.
         packed: Whether micro-batches are packed rather than padded.
     """
     positions = quota.to_sketch(candidates.sources)

@@ -1,9 +1,9 @@
-"""In which precision, and by which kernels, the tail of a sketch runs (DESIGN 2.1).
+"""float32 for the last blocks of a zeroth-order sketch (DESIGN 2.1).
 
-Two losses that differ by a change of size eps differ by little more than the rounding of half precision. So everything
-behind the change is computed in float32. Whichever layer runs is lent a float32 copy of its weights, from when its
-engine has gathered them until it is done: no weight is written, a sharded one needs no special case, and one layer's
-copy is alive at a time.
+Two losses whose probe tensors differ by eps are closer to each other than the rounding of half precision. So everything
+after the change is computed in float32. A layer gets a float32 copy of its weights after its engine has gathered them
+and until its forward ends: no weight is written, sharded weights need no special case, and only one layer's copy exists
+at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.sketch.tap import Tap
 
 FLOAT32_BLOCKS = 2
-"""Blocks of the tail that are computed so; without the last, differences are rounding, and a second changes little."""
+"""Blocks in float32. Without the last one, the differences are mostly rounding; more than two change little."""
 
 
 @contextmanager
 def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
-    """sdpa within it, if the model has another attention than that or eager; such kernels take no float32."""
+    """A context with sdpa in place of attention kernels that do not support float32 (all but sdpa and eager)."""
     config = model.causal_model.config.get_text_config()
     chosen = config._attn_implementation
     if chosen not in ("sdpa", "eager"):
@@ -38,9 +38,9 @@ def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
 
 @contextmanager
 def float32_tail(tap: Tap, blocks: int = FLOAT32_BLOCKS) -> Iterator[None]:
-    """The forward within it runs its last ``blocks`` blocks, final norm, head and loss in float32.
+    """A context in which the last ``blocks`` blocks, final norm, head and loss run in float32.
 
-    4-bit layers compute as they do, on float32 activations.
+    4-bit layers stay 4-bit, with float32 activations.
     """
     model = tap.model.causal_model
     every = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tap.block in [*m])
@@ -77,7 +77,7 @@ def float32_tail(tap: Tap, blocks: int = FLOAT32_BLOCKS) -> Iterator[None]:
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for layer in model.modules():
             if layer._parameters and layer not in before:
-                # Within the engine's own hooks, which gather before the layer runs and free the weights behind it.
+                # Inside the engine's own hooks, which gather the weights before the layer runs and free them after it.
                 stack.callback(layer.register_forward_pre_hook(lend).remove)
                 stack.callback(layer.register_forward_hook(take_back, prepend=True).remove)
         yield

@@ -1,6 +1,6 @@
-"""What was found out about examples in earlier steps, for the next time that they are candidates.
+"""Sketches from earlier steps, for sketch reuse.
 
-The store is equal on every rank, for what it keeps has been gathered: it needs no exchange of its own.
+The rows have been gathered before they are stored, so the store is equal on every rank without an exchange.
 
     e  entries, at most     c  numbers per candidate, those that `Estimator.exchange` returns
 """
@@ -14,15 +14,12 @@ from colm_scale.records import long_tensor
 
 
 class SketchStore:
-    """The last `e` rows that were computed, by example: a ring in which the newest take the place of the oldest.
-
-    It is on the CPU and holds `4 c + 16` bytes an entry on each rank, besides some hundred of an index. Part of a
-    checkpoint.
+    """The last `e` rows by example: a ring buffer on the CPU, `4 c + 16` bytes per entry plus an index.
 
     Args:
-        reuse: Most steps for which a row counts; one that was made in step t can still be used in step `t + reuse`.
-        entries: How many rows there is room for. With `reuse` times the candidates of a step, or as many as there are
-            examples, none that counts has to give way.
+        reuse: Steps for which a row is valid: a row from step t can be used until step `t + reuse`.
+        entries: Number of rows. With `reuse` times the candidates of a step, or the number of examples if that is
+            smaller, no valid row is overwritten.
     """
 
     def __init__(self, reuse: int, entries: int):
@@ -33,18 +30,22 @@ class SketchStore:
         self._places: dict[int, int] = {}
         self._next = 0
 
+    @property
+    def entries(self) -> int:
+        return len(self._ids)
+
     def find(self, ids: Tensor, step: int) -> Tensor:
-        """``[n]`` int64 where each example's row is, -1 where there is none that counts in ``step``."""
+        """``[n]`` int64 place of each example's row, -1 if there is none or it is not valid in ``step``."""
         places = long_tensor([self._places.get(id_, -1) for id_ in ids.tolist()])
         return torch.where((places >= 0) & (step - self._steps[places] <= self._reuse), places, -1)
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """``[k, c]`` float32 rows and ``[k]`` int64 steps in which they were made, at ``[k]`` places."""
+        """``[k, c]`` float32 rows, and the ``[k]`` int64 steps they were made in, at ``[k]`` places."""
         return self._rows[places], self._steps[places]
 
-    def keep(self, ids: Tensor, steps: Tensor, rows: Tensor) -> None:
-        """Add the rows ``[k, c]`` of examples ``[k]`` that were made in ``[k]`` steps, the oldest first. Of an example
-        with several rows the last one counts."""
+    def add(self, ids: Tensor, steps: Tensor, rows: Tensor) -> None:
+        """Add rows ``[k, c]`` of examples ``[k]``, made in steps ``[k]``, the oldest first. The last row of an example
+        replaces its others."""
         last = long_tensor([*dict(zip(ids.tolist(), range(len(ids)))).values()])
         ids, steps, rows = ids[last], steps[last], rows[last]
         if self._rows.shape[1] != rows.shape[1]:
@@ -58,8 +59,18 @@ class SketchStore:
         self._next = (self._next + len(ids)) % len(self._ids)
 
     def state(self, step: int) -> dict[str, Tensor]:
-        """What counts after ``step``, as `keep` takes it."""
+        """The rows valid after ``step``, as the arguments of `add`."""
         places = long_tensor([*self._places.values()])
         places = places[self._steps[places] > step - self._reuse]
         places = places[self._steps[places].argsort(stable=True)]
         return {"ids": self._ids[places], "steps": self._steps[places], "rows": self._rows[places]}
+
+
+class NoSketchStore(SketchStore):
+    """Stores nothing, for a run without sketch reuse."""
+
+    def __init__(self) -> None:
+        super().__init__(reuse=0, entries=0)
+
+    def state(self, step: int) -> dict[str, Tensor]:
+        return {}

@@ -1,30 +1,26 @@
-"""The hooks on the last block: branch it, read it, never write a weight (DESIGN 2.1).
+"""Hooks on the last block that branch and read it, and never write a weight (DESIGN 2.1).
 
 Everything below the last block runs once per candidate. From that block on, the tap either repeats the micro-batch once
-per branch and adds a different change to the probe's output in each (`zeroth_order`), or switches autograd on so that
-the probe's output has a gradient (`last_layer`). The hooks act on activations, so a sharded, offloaded or quantised
-weight looks like any other.
+per branch and adds a different change to the probe's output in each (`zeroth_order`), or enables autograd so that
+the probe's output has a gradient (`last_layer`). The hooks act on activations, so sharded, offloaded and quantised
+weights need no special case.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
-from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
+from colm_scale.modeling.causal import hooked
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import Probe, without_dropout
+from colm_scale.modeling.probe import Probe, trial_batch, without_dropout
 from colm_scale.records import Batch
 
 _Arguments = tuple[tuple[object, ...], dict[str, object]]
-"""Of a block: by position, and by name."""
+"""A block's positional and keyword arguments."""
 
 
 class Tap:
@@ -32,15 +28,15 @@ class Tap:
 
     Args:
         model: The loss module around the adapted model.
-        probe: Where the probe is, named as in the base model.
-        like: A tap on the probe of a model of like blocks, to do without a forward of this one.
+        probe: The probe, with names as in the base model.
+        like: A tap on a model with the same kind of blocks, to avoid a forward of this one.
 
     Attributes:
         lora_b: The module whose weight, at ``rows``, is the probe tensor.
         rows: ``[d_out]`` output rows of ``lora_b`` that belong to the probe.
         shape: ``(d_out, r)`` of the probe tensor.
         size: Numbers in the probe tensor, d, row by row.
-        block: The block, at which branches and graph begin.
+        block: The block at which branches and graph begin.
 
     Raises:
         UserError: The probe's layer has no LoRA adapter, or an adapter that does not go through a ``lora_B`` module.
@@ -56,11 +52,11 @@ class Tap:
         self._batched: dict[str, int] = like._batched if like else self._find_batched_arguments()
 
     def branched_losses(self, batch: Batch, changes: Tensor) -> Tensor:
-        """Losses with the probe tensor changed, without changing it.
+        """The losses under changes of the probe tensor, which itself is not written.
 
         Args:
             batch: ``B`` examples.
-            changes: ``[branches, d]`` what is added to the probe tensor in each branch, in float32.
+            changes: ``[branches, d]`` float32, added to the probe tensor in each branch.
 
         Returns:
             ``[branches, B]`` float32.
@@ -75,7 +71,7 @@ class Tap:
             added = torch.bmm(args[0].reshape(branches, -1, r), weights.to(args[0]))
             return self._add_to(output, added.reshape(*output.shape[:-1], d_out))
 
-        with _hooks(
+        with hooked(
             self.block.register_forward_pre_hook(branch, with_kwargs=True),
             self.lora_b.register_forward_hook(change),
         ):
@@ -97,7 +93,7 @@ class Tap:
         def read(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             seen[:] = args[0].detach(), output
 
-        with _hooks(
+        with hooked(
             self.block.register_forward_pre_hook(start_graph, with_kwargs=True),
             self.lora_b.register_forward_hook(read),
         ):
@@ -107,17 +103,17 @@ class Tap:
         return losses.detach(), batch.by_example(self._of_output(delta)).float(), batch.by_example(a).float()
 
     def bare_losses(self, batch: Batch) -> Tensor:
-        """``[B]`` losses by one forward without dropout; the tap's hooks take part only inside its other methods."""
+        """``[B]`` losses of one forward without dropout and without the tap's hooks."""
         with torch.no_grad(), without_dropout(self.model):
             losses: Tensor = self.model(batch)
         return losses
 
     def _of_output(self, output: Tensor) -> Tensor:
-        """``[..., d_out]`` of ``lora_b``'s output (or of its gradient)."""
+        """The probe's part ``[..., d_out]`` of ``lora_b``'s output or of its gradient."""
         return output[..., self.rows.to(output.device)] if self._is_part else output
 
     def _add_to(self, output: Tensor, added: Tensor) -> Tensor:
-        """``lora_b``'s output with ``added`` ``[..., d_out]``; a new tensor."""
+        """``lora_b``'s output plus ``added`` ``[..., d_out]``, as a new tensor."""
         return output.index_add(-1, self.rows.to(output.device), added) if self._is_part else output + added
 
     @property
@@ -125,11 +121,10 @@ class Tap:
         return len(self.rows) < self.lora_b.out_features
 
     def _find_batched_arguments(self) -> dict[str, int]:
-        """The block's tensor arguments that carry the micro-batch in their first dimension, by path.
+        """Find the block's tensor arguments whose first dimension is the micro-batch, by path.
 
-        A first dimension can equal the micro-batch by coincidence (as many examples as tokens), so the question is put
-        to two micro-batches of different size: an argument carries it only if its first dimension follows. The values
-        are how many times as large it is (BLOOM's alibi: as many as there are heads).
+        A first dimension can equal the micro-batch size by coincidence (as many examples as tokens), so this compares
+        two micro-batches of different size. The values are multiples of the size (BLOOM's alibi: the number of heads).
         """
         sizes: list[dict[str, int]] = []
 
@@ -139,12 +134,11 @@ class Tap:
             sizes.append({path: leaf.shape[0] for path, leaf in tensors if leaf.ndim})
 
         device = next(self.model.parameters()).device
-        with _hooks(self.block.register_forward_pre_hook(record, with_kwargs=True)):
+        with hooked(self.block.register_forward_pre_hook(record, with_kwargs=True)):
             for count in (2, 3):
                 rows = [torch.arange(1, 8)] * (count - 1)
-                rows.append(torch.arange(1, 5))  # padding, so that models which drop an empty mask keep it
-                marks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-                self.bare_losses(make_batch(rows, marks, torch.arange(count), 0, device))
+                rows.append(torch.arange(1, 5))  # padding, because some models drop a mask without any
+                self.bare_losses(trial_batch(rows, device))
         two, *_, three = sizes
         return {path: size // 2 for path, size in two.items() if 3 * size == 2 * three.get(path, 0)}
 
@@ -154,7 +148,7 @@ def _repeat(
 ) -> _Arguments:
     """A block's arguments with a micro-batch of ``count`` repeated once per branch.
 
-    A micro-batch without padding has no mask, or one that all share.
+    Without padding there is no mask, or all examples share one; a shared one is not repeated.
     """
 
     def repeat(path: pytree.KeyPath, leaf: object) -> object:
@@ -169,15 +163,6 @@ def _repeat(
     return repeated
 
 
-@contextmanager
-def _hooks(*handles: RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _lora_b(layer: nn.Module, name: str) -> nn.Linear:
     if not isinstance(layer, LoraLayer) or not layer.lora_B:
         raise UserError(
@@ -189,8 +174,8 @@ def _lora_b(layer: nn.Module, name: str) -> nn.Linear:
     if variant is not None:
         kind = type(variant).__name__
         raise UserError(
-            f"the adapter of {name} is not plain LoRA but {kind}, whose output does not pass through lora_B alone: "
-            f"use plain LoRA, or --selection.method stratified, which needs no sketch"
+            f"the adapter of {name} is not plain LoRA but {kind}, whose output is not lora_B's alone: use plain LoRA, "
+            f"or --selection.method stratified, which needs no sketch"
         )
     found = layer.lora_B[active]
     assert isinstance(found, nn.Linear)

@@ -1,8 +1,8 @@
-"""The paper's sketch: how the loss changes along random directions of the probe tensor (DESIGN 2.1, 2.2).
+"""The paper's sketch: changes of the loss along random directions of the probe tensor (DESIGN 2.1, 2.2).
 
-By finite differences, as in the paper. Every example sees the same directions, so its sketch is K numbers and all that
-ranks need to exchange. What the directions look like is known from the seed, so whatever has d columns is rebuilt from
-the K numbers, block by block.
+They are finite differences, as in the paper. All examples share the K directions, so ranks exchange only K numbers per
+example. The directions follow from the seed, so everything with d columns is rebuilt from the K numbers, block by
+block.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from colm_scale.sketch.tap import Tap
 PERTURBATION = 1e-3
 """Step of the finite difference, the paper's eps."""
 BLOCK_COLUMNS = 16_384
-"""Columns that are rebuilt at a time."""
+"""Columns rebuilt at a time."""
 
 
 def probes(seed: int, num_probes: int, size: int, device: torch.device) -> Tensor:
-    """The directions ``z`` ``[K, size]``: standard normal, each keyed by the seed and its number, rank-equal."""
+    """Draw the directions ``z`` ``[K, size]``: standard normal, keyed by seed and number, equal on every rank."""
     drawn = [torch.randn(size, generator=generator(seed, "probe", k)) for k in range(num_probes)]
     return torch.stack(drawn).to(device)
 
 
 def directional_derivatives(tap: Tap, batch: Batch, directions: Tensor, perturbation: float) -> tuple[Tensor, Tensor]:
-    """Two-point estimates of how each example's loss changes along each direction.
+    """Two-point estimates of the directional derivatives of each example's loss.
 
     Args:
         batch: ``B`` examples.
@@ -59,10 +59,10 @@ def rows_from_coefficients(
 
     Args:
         coefficients: ``[s, K]`` finite.
-        valid: ``[s]`` bool; a row that is not valid is zero and has no say in the choice of columns.
+        valid: ``[s]`` bool; other rows are zero and do not influence the choice of columns.
         directions: ``[K, d]``.
-        moments: Of length 1 for K = 1, else d.
-        plan: Names the ranked source of each row.
+        moments: Averages of length 1 for K = 1, else d.
+        plan: Gives the ranked source of each row.
 
     Returns:
         ``[s, 1]`` for K = 1, else ``[s, h]``, float32.
@@ -90,7 +90,7 @@ def rows_from_coefficients(
 
 def _updates(coefficients: Tensor, z: Tensor, moments: Moments) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield ``(candidates, columns, u)``: a few columns of all candidates at a time, or all columns of a few candidates
-    where the moments need whole rows."""
+    if the moments need whole rows."""
     count, d = len(coefficients), z.shape[1]
     if not moments.whole_rows:
         for start in range(0, d, BLOCK_COLUMNS):
@@ -104,7 +104,7 @@ def _updates(coefficients: Tensor, z: Tensor, moments: Moments) -> Iterator[tupl
 
 
 def learn_from_coefficients(moments: Moments, coefficients: Tensor, directions: Tensor) -> Moments:
-    """The moments after a step whose picked (not kept) rows have these ``coefficients`` ``[p, K]``."""
+    """The moments after a step, from the ``coefficients`` ``[p, K]`` of its picked (not kept) rows."""
     if coefficients.shape[1] == 1:
         return moments.learn(coefficients.mean(0), coefficients.square().mean(0))
     z = directions / len(directions)

@@ -1,4 +1,4 @@
-"""The bare floor of a step: the least any implementation must do with its tokens (DESIGN section 3)."""
+"""The bare floor of a step: the time any implementation needs for its tokens (DESIGN section 3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from colm_scale.records import Batch, MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The batches of a step on this rank, so that the floor can run the same tokens again."""
+    """The batches of a step on this rank, for the floor to run again."""
 
     sketched: list[Batch]
     trained: list[MicroBatch]
@@ -29,12 +29,12 @@ def bare_floor_seconds(
 ) -> float:
     """Measure the bare floor on the slowest rank, in seconds. All ranks call it together.
 
-    One forward of the sketched candidates, then forward, backward and optimizer of the coreset, without a hook of
-    ours; afterwards the adapters and the optimizer are as they were.
+    Runs one forward of the sketched candidates, then forward, backward and optimizer of the coreset, without hooks.
+    Adapters and optimizer are restored.
 
     Args:
-        seed: Of the run, for dropout.
-        sketch: Runs a sketched micro-batch in place of the bare forward; an estimator's own gives its floor.
+        seed: Seed of the run, for dropout.
+        sketch: Replaces the bare forward of a sketched micro-batch, for the floor of an estimator.
     """
     restore = engine.snapshot()
     group.barrier()

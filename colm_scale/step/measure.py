@@ -1,14 +1,10 @@
-"""Reports: what a step has cost, and how near its coreset is to the candidates. Nothing here decides anything."""
+"""The report of a step: its losses and costs, and how well its selection represents the candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import Update
 from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
 from colm_scale.records import Audit, Route, StepReport
@@ -16,32 +12,16 @@ from colm_scale.selection import telemetry
 from colm_scale.selection.audit import audit
 from colm_scale.selection.route import padding_share
 from colm_scale.step.select import Chosen
-from colm_scale.step.train import Routed
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What became of a routed coreset.
-
-    Attributes:
-        losses: ``[n]`` of all ranks' examples, zero where not trained.
-        update: What the optimizer did.
-        learning_rate: Of the step.
-    """
-
-    routed: Routed
-    losses: Tensor
-    update: Update
-    learning_rate: float
+from colm_scale.step.train import Trained
 
 
 class Measurement:
-    """Ends a step with its report. All ranks call it together.
+    """Reports a step. All ranks call it together.
 
     Args:
-        packed: Whether micro-batches are packed, so that there is no padding.
-        audits: Whether to say of every candidate why it was trained on or not.
-        seed: Of the run, for the random draw that a selection is compared with.
+        packed: Whether micro-batches are packed, and so without padding.
+        audits: Whether to record why each candidate was selected or not (``--audit``).
+        seed: Seed of the run, for the random selection that each selection is compared with.
     """
 
     def __init__(self, group: Group, spans: Spans, seed: int, *, packed: bool, audits: bool):
@@ -49,7 +29,7 @@ class Measurement:
         self._packed, self._audits = packed, audits and group.is_first
 
     def __call__(self, chosen: Chosen, trained: Trained, facts: Mapping[str, float]) -> StepReport:
-        """Report a step, with these ``facts`` about its selection."""
+        """Report a step; ``facts`` are further numbers about its selection, by name."""
         with self._spans("report"):
             measured = {**self._telemetry(chosen), **facts}
             audited = self._audit(chosen)
@@ -75,7 +55,7 @@ class Measurement:
         )
 
     def _telemetry(self, chosen: Chosen) -> dict[str, float]:
-        """Compare the selection with a random draw with the same quotas, on the first rank only."""
+        """Compare the selection with a random one of the same quotas, on the first rank."""
         if not self._group.is_first:
             return {}
         candidates, selection, matrix = chosen.candidates, chosen.selection, chosen.sketched.matrix
@@ -91,7 +71,7 @@ class Measurement:
         return audit(chosen.candidates, chosen.quota, chosen.selection, matrix, rule.kept, rule.config)
 
     def _padding(self, chosen: Chosen, routed: Route) -> dict[str, float]:
-        """Share of the computed tokens that is padding, by phase."""
+        """The share of computed tokens that is padding, by phase."""
         found = {"train": 1 - sum(routed.tokens) / max(1, sum(routed.padded_tokens))}
         if len(chosen.sketched.plan.positions):
             shares = chosen.sketched.plan.shares

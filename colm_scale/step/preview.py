@@ -1,4 +1,4 @@
-"""A step before it is made: what is known of it without computing anything."""
+"""A preview of a step for ``--dry-run``: its candidates, quotas, plan and routing, without a forward."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from colm_scale.step.step import CoresetStep
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A step that is to be made. Equal on every rank.
+    """A step that has not been computed. Equal on every rank.
 
     Attributes:
-        plan: Who will be sketched where; nobody if the method does not sketch.
-        drawn: A coreset with the step's quotas, drawn at random where the step would rank.
-        routed: Who would train it.
+        plan: The sketch; empty if the method does not sketch.
+        drawn: A random coreset with the step's quotas if the step would rank; else the step's own.
+        routed: The route of ``drawn``.
     """
 
     candidates: Candidates
@@ -30,7 +30,7 @@ class Preview:
 
 
 def preview(step: CoresetStep, number: int, batching: Batching, ranks: int) -> Preview:
-    """Look at step ``number``; of what it changes, only the sampler goes on."""
+    """Preview step ``number``. Only the sampler advances."""
     candidates, _ = step.draw(number)
     rule = step.select.rule(candidates)
     quota = rule.quota(candidates, step.select.sources.coverage)

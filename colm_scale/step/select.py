@@ -1,6 +1,6 @@
-"""The first half of a step, from sample to learn: which candidates enter the coreset (DESIGN 2.1 to 2.3).
+"""The first half of a step, from sample to learn: choose the coreset (DESIGN 2.1 to 2.3).
 
-A run's own step and the trainers of other libraries both use it, so they select the same examples.
+Runs and the trainers of other libraries share this code, so they select the same examples.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from colm_scale.step.sketch import Sketched, SketchStage
 from colm_scale.step.source_state import SourceState
 
 Draw = Callable[[], tuple[Candidates, Examples]]
-"""Returns the candidates of a step, equal on every rank, and the examples that their indices refer to."""
+"""Returns the candidates of a step, equal on every rank, and the examples their indices refer to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A coreset, and everything it was chosen from.
+    """A coreset and everything it was chosen from.
 
     Attributes:
-        examples: What the indices of the candidates refer to.
-        rule: The method as it was in this step.
+        examples: The examples that the candidates' indices refer to.
+        rule: The selection method, with this step's kept sources, shares and budget.
     """
 
     candidates: Candidates
@@ -42,8 +42,8 @@ class SelectionStage:
     """Chooses the coreset of each step. All ranks call it together.
 
     Attributes:
-        sketch: Compares the candidates, or does nothing where the method does not.
-        sources: The kept sources, shares and coverage as they are before the next step.
+        sketch: Computes the candidate matrix; does nothing for a method that does not compare candidates.
+        sources: Kept sources, shares and coverage for the next step.
     """
 
     def __init__(self, rule: SelectionRule, sketch: SketchStage, sources: SourceState, group: Group, spans: Spans):
@@ -54,10 +54,10 @@ class SelectionStage:
         """Choose among the candidates that ``draw`` returns.
 
         Raises:
-            TrainingError: On every rank: ranks disagree, or no sketch is finite.
+            TrainingError: On every rank: the ranks disagree, or no sketch is finite.
         """
         spans = self._spans
-        self._group.take_traffic()  # what was exchanged between steps is not the step's
+        self._group.take_traffic()  # exchanges between steps do not count
         with spans("sample"):
             candidates, examples = draw()
             rule = self.rule(candidates)
@@ -71,11 +71,11 @@ class SelectionStage:
         return Chosen(candidates, examples, rule, quota, sketched, selection)
 
     def rule(self, candidates: Candidates) -> SelectionRule:
-        """The method as it is now, with a budget in proportion to the candidates."""
+        """The selection method with the current kept sources and shares, and a budget for these candidates."""
         return self._rule.now(len(candidates), self.sources.kept, self.sources.shares)
 
     def conclude(self, chosen: Chosen, *, applied: bool) -> None:
-        """Take in that the coreset was trained on; ``applied`` unless the step changed no weight."""
+        """Account for the training of the coreset; ``applied`` unless the step changed no weight."""
         if self.sources.after(chosen.candidates, chosen.selection, applied):
             self.sketch.estimator.restart_moments()
 

@@ -1,9 +1,8 @@
-"""Sketch and gather: the numbers by which the candidates of a step are compared, where the method compares them."""
+"""Sketch and gather: compute the candidate matrix of a step, if the method compares candidates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,24 +10,24 @@ from torch import Tensor
 from colm_scale.data.batching import Batching
 from colm_scale.data.examples import Examples
 from colm_scale.distributed.group import Group
-from colm_scale.estimators.estimators import Estimator, NoEstimator
+from colm_scale.errors import TrainingError
+from colm_scale.estimators.base import Estimator
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Quota, Selection, SketchPlan
 from colm_scale.sketch.plan import held_inputs, plan_sketch
-from colm_scale.step.checks import check_sketches
 from colm_scale.step.source_refresh import SourceRefresh
 
 
 @dataclass(frozen=True, slots=True)
 class Sketched:
-    """What a step knows of its candidates before it selects. Equal on every rank but for ``batches``.
+    """The sketch of a step. Equal on every rank except for ``batches``.
 
     Attributes:
-        plan: Who was sketched where; nobody if the method does not sketch.
-        matrix: The candidate matrix, with a row for each candidate of the plan.
+        plan: The candidates that were compared, and where they were sketched; empty if the method does not sketch.
+        matrix: The candidate matrix, one row per candidate of the plan.
         batches: The micro-batches that this rank has sketched.
-        held_on: ``[n]`` the rank that holds a candidate's block inputs, -1 where none does.
+        held_on: ``[n]`` the rank that holds a candidate's block inputs, or -1.
     """
 
     plan: SketchPlan
@@ -37,23 +36,30 @@ class Sketched:
     held_on: Tensor
 
 
-class SketchStage(Protocol):
-    """Sketches the candidates of a step. All ranks call it together.
+class SketchStage:
+    """The sketch of a step. The base class sketches nothing, for a method that does not compare candidates.
+
+    All ranks call it together.
 
     Attributes:
-        estimator: Finds the numbers, and remembers what it has learned from earlier steps.
+        estimator: Computes the candidate matrix, with moments from earlier steps.
     """
 
-    estimator: Estimator
+    def __init__(self, ranks: int):
+        self.estimator = Estimator()
+        self._empty = SketchPlan.of_nobody(ranks)
 
     def plan(self, candidates: Candidates, quota: Quota) -> SketchPlan:
-        """Plan who is sketched where, without computing anything."""
+        """Plan the sketch without computing it."""
+        return self._empty
 
     def __call__(self, candidates: Candidates, examples: Examples, quota: Quota) -> Sketched:
         """Sketch the candidates that have to be compared."""
+        held_on = torch.full_like(candidates.lengths, -1)
+        return Sketched(self._empty, CandidateMatrix.without_rows(), [], held_on)
 
     def learn(self, sketched: Sketched, selection: Selection, step: int) -> None:
-        """Let the moments learn from what was selected.
+        """Update the moments from the selection.
 
         Raises:
             TrainingError: No sketch is finite.
@@ -61,26 +67,6 @@ class SketchStage(Protocol):
 
     def facts(self, sketched: Sketched, selection: Selection) -> dict[str, float]:
         """Numbers about the sketch for the step's report, by name."""
-
-
-class NoSketchStage(SketchStage):
-    """Sketches nobody, for a method that does not compare candidates."""
-
-    def __init__(self, ranks: int):
-        self.estimator = NoEstimator()
-        self._nobody = SketchPlan.of_nobody(ranks)
-
-    def plan(self, candidates: Candidates, quota: Quota) -> SketchPlan:
-        return self._nobody
-
-    def __call__(self, candidates: Candidates, examples: Examples, quota: Quota) -> Sketched:
-        held_on = torch.full_like(candidates.lengths, -1)
-        return Sketched(self._nobody, CandidateMatrix.without_rows(), [], held_on)
-
-    def learn(self, sketched: Sketched, selection: Selection, step: int) -> None:
-        """There is nothing to learn from."""
-
-    def facts(self, sketched: Sketched, selection: Selection) -> dict[str, float]:
         return {}
 
 
@@ -88,8 +74,8 @@ class EstimatorStage(SketchStage):
     """Runs an estimator on the candidates that have to be compared.
 
     Args:
-        inputs: Holds what goes into the blocks, for training to start from.
-        refresh: Sees the hidden states of the forwards.
+        inputs: Holds the block inputs for forward reuse.
+        refresh: Records the hidden states for re-clustering.
     """
 
     def __init__(
@@ -122,7 +108,7 @@ class EstimatorStage(SketchStage):
         return Sketched(plan, matrix, batches, held_on)
 
     def learn(self, sketched: Sketched, selection: Selection, step: int) -> None:
-        check_sketches(sketched.plan, selection, step)
+        _check_sketches(len(sketched.plan.positions), selection, step)
         with self._spans("learn"):
             self.estimator.learn(selection)
 
@@ -131,3 +117,12 @@ class EstimatorStage(SketchStage):
         if self._inputs.most_tokens:
             facts["forward_reused_share"] = float((sketched.held_on[selection.positions] >= 0).double().mean())
         return facts
+
+
+def _check_sketches(sketched: int, selection: Selection, step: int) -> None:
+    """Refuse a step without a finite sketch. Single bad examples are left out of the selection and counted."""
+    if selection.invalid == sketched and (sketched > 1 or not len(selection)):
+        raise TrainingError(
+            f"step {step}: none of the {sketched} sketched candidates has a finite sketch; the adapter was not changed "
+            f"by this step. Try --train.dtype float32, or --selection.method stratified, which needs no sketch"
+        )

@@ -1,4 +1,4 @@
-"""Kept sources, shares and coverage, followed while a run trains.
+"""Kept sources, shares and coverage during a run.
 
 Every rank knows the selections, so nothing is exchanged.
 """
@@ -7,35 +7,35 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from colm_scale.config import RunConfig
+from colm_scale.config import SelectionConfig
 from colm_scale.records import Candidates, Selection
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.quota import RecentSources
 
 
 class SourceState:
-    """What a run goes by in the next step. Equal on every rank.
+    """The sources as the next step's selection treats them. Equal on every rank.
 
     Args:
-        kept: ``[Q]`` bool, the sources that are kept at the beginning.
+        kept: ``[Q]`` bool, the sources kept at the beginning.
         shares: ``[Q]`` of the sources, see `source_shares`.
+        refresh_every: Choose the kept sources again after this many steps; 0: never, or by re-clustering (`renew`).
 
     Attributes:
         recent: The kept sources, and the candidates of each source since they were chosen.
-        shares: What the quotas of the sources are in proportion to; None: their candidates.
-        coverage: What each source is owed, if there is a floor under what is trained of it.
+        shares: The quotas of the sources are in proportion to them; None: to the candidates.
+        coverage: The examples owed to each source under ``--selection.coverage_floor``.
     """
 
-    def __init__(self, kept: Tensor, shares: Tensor | None, config: RunConfig):
+    def __init__(self, kept: Tensor, shares: Tensor | None, selection: SelectionConfig, refresh_every: int = 0):
         self.recent = RecentSources.beginning(kept)
         self.coverage = Coverage.beginning(len(kept))
         self.shares = shares
-        self._selection = config.selection
-        self._every = 0 if config.reclusters else config.sources.refresh_every
+        self._selection, self._every = selection, refresh_every
 
     @property
     def kept(self) -> Tensor:
-        """``[Q]`` bool, the sources that are kept in the next step."""
+        """``[Q]`` bool, the sources kept in the next step."""
         return self.recent.kept
 
     @property
@@ -44,13 +44,13 @@ class SourceState:
         return {"coverage_owed": float(self.coverage.examples_owed)} if self._selection.coverage_floor else {}
 
     def after(self, candidates: Candidates, selection: Selection, applied: bool) -> bool:
-        """Take in a step.
+        """Account for a step.
 
         Args:
-            applied: Whether the step was an update; if not, nothing of it was trained on.
+            applied: Whether the step updated the weights. If not, its coreset does not count as trained.
 
         Returns:
-            Whether the kept sources were chosen again (`SourcesConfig.refresh_every`), and the moments are to restart.
+            Whether the kept sources were chosen again, so that the moments must restart.
         """
         trained = selection.positions if applied else selection.positions[:0]
         self.coverage = self.coverage.after(candidates.sources, trained, self._selection)
@@ -63,5 +63,5 @@ class SourceState:
         return True
 
     def renew(self, kept: Tensor, shares: Tensor | None) -> None:
-        """Go by re-clustered sources from now on."""
+        """Use re-clustered sources from now on."""
         self.recent, self.shares = RecentSources.beginning(kept), shares

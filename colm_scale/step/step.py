@@ -1,7 +1,7 @@
 """One optimizer step: sample, sketch, gather, select, broadcast, learn, route, train, optimizer, report (DESIGN 2).
 
 Data flows one way, in frozen records: `SelectionStage` chooses the coreset, `TrainingStage` trains on it, and
-`Measurement` reports. Nothing here asks how many ranks there are or what shards the model.
+`Measurement` reports. Nothing here depends on the number of ranks or on how the model is sharded.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import Sampler
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Candidates, StepReport
-from colm_scale.step.checks import check_update
 from colm_scale.step.floor import Work
-from colm_scale.step.measure import Measurement, Trained
+from colm_scale.step.measure import Measurement
 from colm_scale.step.select import SelectionStage
 from colm_scale.step.source_refresh import Drift, SourceRefresh
-from colm_scale.step.train import TrainingStage
+from colm_scale.step.train import Trained, TrainingStage, check_update
 
 PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "report")
 
 
 class CoresetStep:
-    """Makes the steps of a run. All ranks call it together, with the step's number (from 1) and learning rate."""
+    """Trains one step per call. All ranks call it together, with the step's number (from 1) and learning rate."""
 
     def __init__(
         self,
@@ -41,8 +40,8 @@ class CoresetStep:
         """Train one step.
 
         Raises:
-            TrainingError: On every rank: ranks disagree, no sketch is finite, a loss of the coreset is not (names step
-                and ids), or the gradient is not. The weights have not changed.
+            TrainingError: On every rank, with the weights unchanged: the ranks disagree; no sketch is finite; a loss of
+                the coreset is not finite (names step and ids); or the gradient is not finite.
         """
         spans = self._spans
         chosen = self.select(partial(self.draw, number))
@@ -59,10 +58,10 @@ class CoresetStep:
         return report, Work(chosen.sketched.batches, routed.micro_batches)
 
     def draw(self, number: int) -> tuple[Candidates, Examples]:
-        """The candidates of a step with their sources of now, and the examples that their indices refer to."""
+        """Draw the candidates of a step, with their current sources, and the examples their indices refer to."""
         candidates = self.refresh.relabelled(self.sampler(number))
         return candidates, self.sampler.examples
 
     def refresh_sources(self, number: int) -> Drift | None:
-        """Re-cluster the sources after step ``number`` if that is due, and go by them from then on."""
+        """Re-cluster the sources after step ``number`` if due, and use them from the next step on."""
         return self.refresh(number, self.select.sources)

@@ -11,25 +11,25 @@ from torch import Tensor
 from colm_scale.config import TrainConfig
 from colm_scale.data.batching import Batching, weighted
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import Engine
+from colm_scale.engines.base import Engine, Update
+from colm_scale.errors import TrainingError
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.randomness import global_draws
-from colm_scale.records import MicroBatch, Route
+from colm_scale.records import Candidates, MicroBatch, Route, Selection
 from colm_scale.selection.route import route, route_evenly
 from colm_scale.selection.rule import loss_shares
-from colm_scale.step.checks import check_losses
 from colm_scale.step.select import Chosen
 from colm_scale.step.source_refresh import SourceRefresh
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A coreset dealt out to the ranks.
+    """A coreset distributed over the ranks.
 
     Attributes:
-        route: Which rank trains which candidate. Equal on every rank.
-        shares: ``[n]`` what each candidate's loss counts for; zero where it is not selected.
-        micro_batches: Those of this rank, as many as on every other.
+        route: The rank and micro-batch of each selected candidate. Equal on every rank.
+        shares: ``[n]`` weight of each candidate's loss; zero if it is not selected.
+        micro_batches: This rank's; every rank has the same number.
     """
 
     route: Route
@@ -37,14 +37,28 @@ class Routed:
     micro_batches: list[MicroBatch]
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A coreset after the optimizer step.
+
+    Attributes:
+        losses: ``[n]`` losses from all ranks, zero for candidates that were not trained.
+    """
+
+    routed: Routed
+    losses: Tensor
+    update: Update
+    learning_rate: float
+
+
 def route_coreset(
     chosen: Chosen, batching: Batching, loss: str, group: Group, *, micro_batches: int | None = None
 ) -> Routed:
-    """Deal out the coreset.
+    """Distribute the coreset over the ranks.
 
     Args:
-        loss: What is averaged, see `loss_shares`.
-        micro_batches: How many every rank gets; by default as many as the token budget demands.
+        loss: ``--train.loss``, see `loss_shares`.
+        micro_batches: Number per rank; by default as many as the token budget requires.
     """
     candidates, selection = chosen.candidates, chosen.selection
     label_tokens = chosen.examples.label_counts(candidates.indices[selection.positions])
@@ -64,8 +78,8 @@ class TrainingStage:
     """Trains on a coreset. All ranks call it together.
 
     Args:
-        inputs: Holds what the sketch has put into the blocks.
-        refresh: Sees the hidden states of the forwards.
+        inputs: Holds the block inputs for forward reuse.
+        refresh: Records the hidden states for re-clustering.
     """
 
     def __init__(
@@ -82,7 +96,7 @@ class TrainingStage:
         self._config, self._group = config, group
 
     def route(self, chosen: Chosen) -> Routed:
-        """Deal out the coreset, and lay out the block inputs that are held for it."""
+        """Distribute the coreset over the ranks, and arrange the held block inputs accordingly."""
         routed = route_coreset(chosen, self._batching, self._config.loss, self._group)
         self._inputs.arrange([micro_batch.batch for micro_batch in routed.micro_batches if micro_batch.reuses_forward])
         return routed
@@ -91,10 +105,10 @@ class TrainingStage:
         """Run forward and backward of the coreset.
 
         Returns:
-            ``[n]`` losses of all ranks' examples, zero where not trained.
+            ``[n]`` losses from all ranks, zero for candidates that were not trained.
 
         Raises:
-            TrainingError: On every rank: one of them is not finite.
+            TrainingError: On every rank: a loss is not finite.
         """
         group, last, step = self._group, len(routed.micro_batches), chosen.candidates.step
         losses = torch.zeros(len(chosen.candidates), device=group.device)
@@ -110,3 +124,32 @@ class TrainingStage:
             losses = group.all_reduce(losses, "report").cpu()
         check_losses(chosen.candidates, chosen.selection, losses)
         return losses
+
+
+def check_losses(candidates: Candidates, selection: Selection, losses: Tensor, *, updated: bool = False) -> None:
+    """Refuse a loss of the coreset that is not finite.
+
+    Args:
+        losses: ``[n]`` of the candidates.
+        updated: Whether the optimizer has already stepped, as it has in another library's training loop.
+
+    Raises:
+        TrainingError: Names step and ids.
+    """
+    bad = selection.positions[~losses[selection.positions].isfinite()]
+    if len(bad):
+        ids, changed = candidates.ids[bad].tolist(), "changed" if updated else "not changed"
+        raise TrainingError(
+            f"step {candidates.step}: the training loss of {len(ids)} selected example(s) is not finite, "
+            f"ids {ids[:8]}{' ...' if len(ids) > 8 else ''}; the adapter was {changed} by this step. "
+            f"Try a smaller --train.learning_rate, or look at these rows of the data"
+        )
+
+
+def check_update(update: Update, step: int) -> None:
+    """Refuse a gradient that is not finite, unless the loss scale can still be reduced."""
+    if not update.applied and update.loss_scale == 1.0:
+        raise TrainingError(
+            f"step {step}: the norm of the gradient is {update.norm}, though every loss is finite. "
+            f"Try a smaller --train.learning_rate, or --train.dtype float32"
+        )

@@ -2,7 +2,7 @@
 
     colm-scale train --selection.estimator docs/examples/loss_estimator.py:loss --selection.ranking systematic
 
-It costs a forward of the candidates. `--selection.ranking top` with it trains on the highest losses.
+It costs one forward of the candidates. With `--selection.ranking top`, it trains on the highest losses.
 """
 
 from __future__ import annotations
@@ -14,5 +14,5 @@ from colm_scale.sketch.tap import Tap
 
 
 def loss(tap: Tap, batch: Batch) -> Tensor:
-    """``[B, 1]``: the loss of each example, which is compared where nothing follows it."""
+    """``[B, 1]``: the loss of each example, which is also the number to compare, as no other follows it."""
     return tap.bare_losses(batch).unsqueeze(1)

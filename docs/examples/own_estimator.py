@@ -1,8 +1,8 @@
-"""An estimator of your own: candidates are compared by what the model makes of them, not by their gradients.
+"""An estimator of your own: candidates are compared by their hidden states rather than their gradients.
 
     colm-scale train --selection.estimator docs/examples/own_estimator.py:mean_hidden_state --selection.metric cosine
 
-One forward of the candidates and nothing else: as cheap as comparing losses (loss_estimator.py).
+It costs one forward of the candidates, as much as comparing losses (loss_estimator.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from colm_scale.sketch.tap import Tap
 
 
 def mean_hidden_state(tap: Tap, batch: Batch) -> Tensor:
-    """``[B, 1 + width]``: the loss of each example, and the mean over its tokens of what leaves the last block.
+    """``[B, 1 + width]``: the loss of each example, and the mean of the last block's output over its tokens.
 
-    ``tap.factors(batch)`` gives exact gradients of the probe tensor, ``tap.branched_losses(batch, changes)`` losses
-    with them changed. Every rank calls this equally often, so a sharded model can be forwarded here.
+    Other measurements: ``tap.factors(batch)``, exact gradients of the probe tensor; ``tap.branched_losses(batch,
+    changes)``, losses under changes of it. Every rank makes the same number of calls, so a sharded model works too.
     """
     seen: list[Tensor] = []
 
@@ -30,7 +30,7 @@ def mean_hidden_state(tap: Tap, batch: Batch) -> Tensor:
         losses = tap.bare_losses(batch)
     finally:
         handle.remove()
-    hidden = batch.by_example(seen[0]).float()  # [B, longest, width], however the micro-batch is laid out
+    hidden = batch.by_example(seen[0]).float()  # [B, longest, width], packed or padded
     lengths = torch.tensor(batch.lengths, device=hidden.device)
     real = torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
     means = (hidden * real.unsqueeze(2)).sum(1) / lengths.unsqueeze(1)

@@ -1,6 +1,6 @@
-"""CoLM in a training loop of one's own: python docs/examples/plain_loop.py DATA.jsonl [MODEL] [STEPS]
+"""CoLM in your own training loop: python docs/examples/plain_loop.py DATA.jsonl [MODEL] [STEPS]
 
-A row of DATA has ``prompt``, ``completion`` and ``source``. Without MODEL, the small base in the package.
+Each row of DATA has ``prompt``, ``completion`` and ``source``. MODEL defaults to the small base in the package.
 """
 
 import json

@@ -1,6 +1,6 @@
 """CoLM in TRL's SFTTrainer: python docs/examples/sft_trainer.py DATA.jsonl OUTPUT [MODEL] [STEPS]
 
-A row of DATA has ``prompt``, ``completion`` and ``source``. Without MODEL, the small base in the package.
+Each row of DATA has ``prompt``, ``completion`` and ``source``. MODEL defaults to the small base in the package.
 """
 
 import sys
@@ -23,7 +23,7 @@ def main(data: str, output: str, name: str = str(BASE_MODEL), steps: str = "20")
         args=SFTConfig(
             output_dir=output,
             per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,  # with one process, 16 examples are trained on in a step
+            gradient_accumulation_steps=2,  # one process trains on 8 x 2 = 16 examples per step
             max_steps=int(steps),
             learning_rate=1e-3,
             logging_steps=5,

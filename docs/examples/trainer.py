@@ -1,7 +1,7 @@
 """CoLM in transformers' Trainer: python docs/examples/trainer.py DATA.jsonl OUTPUT [MODEL] [STEPS]
 
-Also with torchrun, and with DeepSpeed or FSDP as the Trainer takes them. A row of DATA has ``prompt``, ``completion``
-and ``source``. Without MODEL, the small base in the package.
+Also runs under torchrun, and with the Trainer's DeepSpeed or FSDP. Each row of DATA has ``prompt``, ``completion`` and
+``source``. MODEL defaults to the small base in the package.
 """
 
 import sys
@@ -37,7 +37,7 @@ def main(data: str, output: str, name: str = str(BASE_MODEL), steps: str = "20")
         args=TrainingArguments(
             output_dir=output,
             per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,  # with one process, 16 examples are trained on in a step
+            gradient_accumulation_steps=2,  # one process trains on 8 x 2 = 16 examples per step
             max_steps=int(steps),
             learning_rate=1e-3,
             logging_steps=5,

@@ -25,7 +25,7 @@ import deepspeed  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 import colm_scale.run.train  # noqa: E402, F401
-from colm_scale import cli  # noqa: E402
+from colm_scale.cli.main import main  # noqa: E402
 from support import sabotage  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def code_of_run(words: list[str]) -> int:
     try:
         if command == "train":
             sabotage.main()
-        cli.main(words)
+        main(words)
     except SystemExit as end:
         return end.code
     finally:

@@ -71,7 +71,7 @@ def wait_for_a_stop() -> None:
 
 
 WATCHES: list[Watch] = []
-"""This rank's, once a step has begun."""
+"""This rank's, after the start of a step."""
 DEEDS = {
     "raise": raise_error,
     "exit": lambda: os._exit(3),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine, LossScale, Update, optimizer_tensors, trainable
 from colm_scale.engines.tensors import local_tensors
-from colm_scale.estimators.estimators import Estimator
+from colm_scale.estimators.base import Estimator
 from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
 
 

@@ -30,7 +30,7 @@ DIRECTORY = "coreset"
 
 
 class CoresetTrainer(CoresetTrainerMixin, Trainer):
-    """As users write it."""
+    """The class as a user defines it."""
 
 
 def data(case: worker.Case, steps: int) -> datasets.Dataset:
@@ -94,7 +94,7 @@ def make(kind: str, case: worker.Case, folder: Path, steps: int, ranks: int = 1,
     from trl import SFTConfig, SFTTrainer
 
     class CoresetSFTTrainer(CoresetTrainerMixin, SFTTrainer):
-        """As users write it."""
+        """The class as a user defines it."""
 
     args = SFTConfig(**given, bf16=False, gradient_checkpointing=False, dataset_kwargs={"skip_prepare_dataset": True})
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)  # only the padding token is used

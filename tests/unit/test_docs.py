@@ -13,6 +13,7 @@ import pytest
 from colm_scale.cli import main as cli
 from colm_scale.config.command_line import option_types, parse, parse_plan
 from colm_scale.config.commands import PlanConfig
+from colm_scale.config.removed import OPTIONS, VALUES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -21,7 +22,7 @@ PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glo
 
 def lines_of(page: str, start: str) -> list[list[str]]:
     """The arguments of the commands that a page shows, which begin with ``start``."""
-    found = re.findall(rf"^    {re.escape(start)} (.*)", PAGES[page], re.MULTILINE)
+    found = re.findall(rf"^    {re.escape(start)} (.*)", PAGES[page].replace("\\\n", ""), re.MULTILINE)
     return [shlex.split(line) for line in found]
 
 

@@ -19,7 +19,6 @@ from colm_scale.config import RunConfig
 from colm_scale.engines import ds_config
 from colm_scale.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("wheel")  # one worker builds it
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "colm_scale"
 EXTRAS = {"deepspeed", "flash", "quantize", "report", "dev"}

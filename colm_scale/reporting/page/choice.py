@@ -10,7 +10,7 @@ import numpy as np
 
 from colm_scale.reporting.nearness import TITLES, Nearness
 from colm_scale.reporting.page.charts import Chart, Line, binned
-from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of, mixed
+from colm_scale.reporting.page.parts import Cell, Section, Table, by_run, colour_of, mixed
 from colm_scale.reporting.page.read import Run
 
 _SHARES = 12
@@ -27,19 +27,14 @@ def coverage(runs: Sequence[Run]) -> Section:
         [title, _size(runs, of_group), *(_covered(run, of_group, place) for place, run in enumerate(runs, 1))]
         for title, of_group in groups.items()
     ]
+    head = ["source", "examples", *(run.name for run in runs)]
     return Section(
         id="coverage",
         title="Coverage",
         text="Share of each source's training examples that were candidates at least once, and share that was trained "
         "on at least once.",
         legend=[("bar-outer", "were candidates"), ("bar-inner", "were trained on")],
-        tables=[
-            Table(
-                caption="Candidates / trained on, as shares of a source's examples",
-                head=["source", "examples", *(run.name for run in runs)],
-                rows=rows,
-            )
-        ],
+        tables=[Table(caption="Candidates / trained on, as shares of a source's examples", head=head, rows=rows)],
         missing=[f"{run.name} does not record the size of its sources: counts instead of shares." for run in runs
                  if not run.sizes],
     )
@@ -60,13 +55,7 @@ def shares(runs: Sequence[Run]) -> Section:
         "points). A source was favoured where the solid line is above the dotted one.",
         legend=[("solid", "of the coreset"), ("dotted", "of the candidates")],
         charts=charts,
-        tables=[
-            Table(
-                caption="Mean share of the candidates → of the coreset",
-                head=["source", *(run.name for run in runs)],
-                rows=rows,
-            )
-        ],
+        tables=[by_run("Mean share of the candidates → of the coreset", "source", runs, rows)],
     )
 
 
@@ -100,7 +89,7 @@ def nearness(runs: Sequence[Run]) -> Section:
         charts=charts,
         tables=[
             Table(caption="Verdicts", head=["run", "verdict"], rows=verdicts, words=True),
-            Table(caption="Means over the steps", head=["figure", *(run.name for run in runs)], rows=rows, words=True),
+            by_run("Means over the steps", "figure", runs, rows, words=True),
         ],
     )
 

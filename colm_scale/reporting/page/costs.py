@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from colm_scale.reporting.page.charts import Chart, Line, binned, number
-from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of, middle, mixed
+from colm_scale.reporting.page.parts import Cell, Section, Table, by_run, colour_of, middle, mixed
 from colm_scale.reporting.page.read import Run
 from colm_scale.reporting.summary import gib
 
@@ -40,6 +40,7 @@ def times(runs: Sequence[Run]) -> Section:
     ]
     slowest = [middle(run.column("seconds", "step"), 95) for run in runs]
     top = _HEADROOM * max((seconds for seconds in slowest if seconds > 0), default=1.0)
+    caption = "Median seconds of each phase (share of the step); bare floor with 20th and 80th percentiles"
     without = [run.name for run in runs if np.isnan(run.column("measured_over_floor")).all()]
     return Section(
         id="time",
@@ -49,13 +50,7 @@ def times(runs: Sequence[Run]) -> Section:
         "single slow steps may exceed it.",
         legend=[*((f"fill phase-{group}", meaning) for group, meaning in _MEANING.items()), ("floor", "bare floor")],
         charts=[_time_chart(run, top) for run in runs],
-        tables=[
-            Table(
-                caption="Median seconds of each phase (share of the step); bare floor with 20th and 80th percentiles",
-                head=["phase", *(run.name for run in runs)],
-                rows=rows,
-            )
-        ],
+        tables=[by_run(caption, "phase", runs, rows)],
         missing=[f"{name} has not measured the bare floor yet." for name in without],
     )
 
@@ -79,20 +74,14 @@ def memory(runs: Sequence[Run]) -> Section:
         for kind in run.below("phase_peak_bytes")
         for rank in run.below("phase_peak_bytes", kind, "step")
     ]
+    head = ["run", "kind", "rank", "peak GiB", "median step, GiB", "highest phase"]
     return Section(
         id="memory",
         title="Memory of each rank",
         text="Peak of every step, by kind: nvml is the driver's figure for the process, allocator is torch's, resident "
         f"is the process's memory in a run on CPUs. One line per rank; the range beyond {_MOST_RANKS} ranks.",
         charts=charts,
-        tables=[
-            Table(
-                caption="Peak memory of the run",
-                head=["run", "kind", "rank", "peak GiB", "median step, GiB", "highest phase"],
-                rows=rows,
-                folded=len(rows) > 16,
-            )
-        ],
+        tables=[Table(caption="Peak memory of the run", head=head, rows=rows, folded=len(rows) > 16)],
     )
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 
 from colm_scale.reporting.page.charts import Chart, Line, binned, number
-from colm_scale.reporting.page.parts import Cell, Section, Table, colour_of, mixed
+from colm_scale.reporting.page.parts import Cell, Section, Table, by_run, colour_of, mixed
 from colm_scale.reporting.page.read import Run
 from colm_scale.reporting.summary import Evaluation, HeldOutLoss
 
@@ -30,11 +30,10 @@ def held_out(runs: Sequence[Run]) -> Section:
     rows = [[title, *(_change(run, value) for run in runs)] for title, value in values.items()]
     accuracies = (change([evaluation.accuracy for evaluation in run.evaluations], percent=True) for run in runs)
     rows.append(["accuracy, mean over sources", *accuracies])
-    head = ["source", *(run.name for run in runs)]
-    tables = [Table(caption="First and last evaluation", head=head, rows=rows)]
+    tables = [by_run("First and last evaluation", "source", runs, rows)]
     if not all(evaluation.whole for run in runs for evaluation in run.evaluations):
         rows = [[title, *(change(map(value, _samples(run))) for run in runs)] for title, value in values.items()]
-        tables.append(Table(caption="First and last point of the curves", head=head, rows=rows, folded=True))
+        tables.append(by_run("First and last point of the curves", "source", runs, rows, folded=True))
     return Section(
         id="held-out",
         title="Held-out loss",

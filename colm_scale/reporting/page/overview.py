@@ -9,7 +9,7 @@ import numpy as np
 
 from colm_scale.reporting.page.charts import number
 from colm_scale.reporting.page.learning import MEANS, change
-from colm_scale.reporting.page.parts import Cell, Section, Table, middle
+from colm_scale.reporting.page.parts import Cell, Section, Table, by_run, middle
 from colm_scale.reporting.page.read import Run
 from colm_scale.reporting.summary import gib
 
@@ -49,10 +49,9 @@ def _compared(title: str, what: str, found: Sequence[Mapping[str, object]], runs
     names = dict.fromkeys(name for of_run in found for name in of_run)
     rows = [[name, *(_shown(of_run, name) for of_run in found)] for name in names]
     different = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in _OF_EACH_RUN]
-    head = [what, *(run.name for run in runs)]
-    tables = [Table(caption=f"All {what}s", head=head, rows=rows, folded=True, words=True)] if rows else []
-    if different:
-        tables.insert(0, Table(caption="Differences between the runs", head=head, rows=different, words=True))
+    tables = [by_run("Differences between the runs", what, runs, different, words=True)] if different else []
+    if rows:
+        tables.append(by_run(f"All {what}s", what, runs, rows, folded=True, words=True))
     same = " The runs do not differ here." if len(runs) > 1 and rows and not different else ""
     return Section(id=title.lower(), title=title, text=f"{len(rows)} {what}s.{same}", tables=tables)
 

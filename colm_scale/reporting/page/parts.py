@@ -66,6 +66,11 @@ def colour_of(number: int) -> str:
     return f"run-{number}"
 
 
+def by_run(caption: str, what: str, runs: Sequence[Run], rows: Sequence[Sequence[Cell | str]], **style: bool) -> Table:
+    """A table with a column for each run; ``what`` is the heading of the first column."""
+    return Table(caption=caption, head=[what, *(run.name for run in runs)], rows=rows, **style)
+
+
 def mixed(runs: Iterable[Run], names: Callable[[Run], Iterable[str]]) -> list[str]:
     """The names of all runs, each once, in the order of the runs."""
     return list(dict.fromkeys(name for run in runs for name in names(run)))

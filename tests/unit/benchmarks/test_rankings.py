@@ -156,7 +156,7 @@ def test_pursuit_balances_a_large_row_and_takes_equal_ones_in_order():
 
 
 def frequencies(draw, n: int) -> Tensor:
-    """How often each of ``n`` candidates enters, over many seeds."""
+    """Frequency of each of ``n`` candidates over many seeds."""
     counts = torch.zeros(n, dtype=torch.int64)
     for seed in range(DRAWS):
         counts[draw(generator(seed, "draw"))] += 1

@@ -22,8 +22,8 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
 from colm_scale.selection.moments import AdamMoments
 from colm_scale.selection.quota import RecentSources
-from colm_scale.sketch.store import SketchStore
-from colm_scale.step.source_refresh import FixedSources
+from colm_scale.sketch.store import NoSketchStore, SketchStore
+from colm_scale.step.source_refresh import SourceRefresh
 
 GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 IDENTITY = {"config": {"train.seed": 0}, "data": "d", "model": "m"}
@@ -46,13 +46,13 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     """A run whose every part says ``number``."""
     engine = TorchEngine(ExampleLoss(adapted_model("llama")), TrainConfig(), GROUP)
     moments = AdamMoments(torch.ones(3) * number, torch.ones(3), number, (0.9, 0.99), 1e-8)
-    estimator = SimpleNamespace(moments=moments, store=None)
+    estimator = SimpleNamespace(moments=moments, store=NoSketchStore())
     sampler, session = Part(number), Part(number)
     recent = RecentSources(torch.tensor([number > 3, False]), torch.tensor([number, 2]))
     sources = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
     select = SimpleNamespace(sketch=SimpleNamespace(estimator=estimator), sources=sources)
     train = SimpleNamespace(engine=engine)
-    step = SimpleNamespace(sampler=sampler, refresh=FixedSources(), select=select, train=train)
+    step = SimpleNamespace(sampler=sampler, refresh=SourceRefresh(), select=select, train=train)
     state = RunState(CheckpointFolder(folder, 1), identity, {}, step, session, GROUP)
     return SimpleNamespace(
         engine=engine, estimator=estimator, sources=sources, sampler=sampler, session=session, state=state
@@ -134,8 +134,8 @@ def test_sketches_that_still_count_come_back(tmp_path):
     run, again = parts(tmp_path, 7), parts(tmp_path, 1)
     for one in (run, again):
         one.estimator.store = SketchStore(reuse=4, entries=8)
-    run.estimator.store.keep(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
-    run.estimator.store.keep(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    run.estimator.store.add(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
+    run.estimator.store.add(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
     run.state.save(20)
     assert load(again, tmp_path) == 20
     places = again.estimator.store.find(torch.tensor([90, 70, 80, 60]), 21)

@@ -10,7 +10,7 @@ from support.families import BLOCKS, PROBES, ROWS, adapted_model, batch_of, part
 
 from colm_scale.config import SelectionConfig, TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.estimators.estimators import make_estimator
+from colm_scale.estimators.make import make_estimator
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe
 from colm_scale.records import Candidates, Quota, long_tensor

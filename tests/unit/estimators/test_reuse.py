@@ -9,7 +9,8 @@ from torch import Tensor
 from colm_scale.config import SelectionConfig
 from colm_scale.distributed.group import Group
 from colm_scale.errors import UserError
-from colm_scale.estimators.estimators import Estimator, Length
+from colm_scale.estimators.base import Estimator
+from colm_scale.estimators.measured import Length
 from colm_scale.estimators.reuse import Reusing, reusing
 from colm_scale.records import Batch, CandidateMatrix, Candidates, Quota, SketchPlan, long_tensor
 from colm_scale.sketch.plan import plan_sketch
@@ -26,8 +27,9 @@ class Telling(Estimator):
         self.failing = failing
         self.forwarded: list[list[int]] = []
 
-    def known(self, candidates: Candidates) -> None:
+    def known(self, candidates: Candidates) -> Tensor:
         self._candidates = candidates
+        return super().known(candidates)
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._plan = plan

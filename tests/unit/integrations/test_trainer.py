@@ -216,7 +216,7 @@ def test_what_cannot_be_followed_is_refused_by_name(coreset, options, said, tmp_
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "sgd", "lion_32bit", "adafactor"])
 def test_known_optimizers(name, tmp_path):
-    from colm_scale.integrations.support import optimizer_of
+    from colm_scale.integrations.options import optimizer_of
 
     found = optimizer_of(TrainingArguments(output_dir=str(tmp_path), optim=name, report_to=[]))
     assert found["optimizer"] == name.partition("_")[0]

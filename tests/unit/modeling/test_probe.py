@@ -71,7 +71,7 @@ def test_every_row_of_a_trained_model_is_found(role, dtype):
 def test_an_mlp_without_a_linear_layer_is_refused():
     model = base_model("mixtral")  # its experts are one parameter each
     assert find_probe(model, "o").layer == "model.layers.1.self_attn.o_proj"
-    with pytest.raises(UserError, match="cannot tell the last layer of the MLP of MixtralForCausalLM: no layer"):
+    with pytest.raises(UserError, match="cannot identify the last layer of the MLP of MixtralForCausalLM: no layer"):
         find_probe(model, "mlp")
 
 
@@ -79,7 +79,7 @@ def test_a_second_layer_of_queries_is_refused():
     model = base_model("llama")
     attention = model.model.layers[1].self_attn
     attention.q_proj = nn.Sequential(attention.q_proj, nn.Linear(32, 32))
-    with pytest.raises(UserError, match=r"cannot tell the Q projection of .*: 2 layers behave like one.*q_proj\.1"):
+    with pytest.raises(UserError, match=r"cannot identify the Q projection of .*: 2 layers behave like one.*q_proj\.1"):
         find_probe(model, "q")
     assert find_probe(model, "q_proj.1").layer == "model.layers.1.self_attn.q_proj.1"
 

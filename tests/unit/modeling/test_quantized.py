@@ -73,14 +73,14 @@ def test_the_exact_sketch_is_the_gradient_of_the_quantised_model(quantized):
 
 @pytest.mark.parametrize("sharding", ["fsdp", "zero3"])
 def test_packed_weights_are_not_cut_into_shards(sharding):
-    with pytest.raises(UserError, match=f"--model.quantize nf4 does not go with {sharding}"):
+    with pytest.raises(UserError, match=f"--model.quantize nf4 does not work with {sharding}"):
         check_kernels(ModelConfig(quantize="nf4"), TrainConfig(), sharding)
     check_kernels(ModelConfig(quantize="nf4"), TrainConfig(), None)
 
 
 def test_without_its_package_it_is_refused(monkeypatch):
     monkeypatch.setattr(load, "is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match=r"nf4 needs bitsandbytes: pip install 'colm_scale\[quantize\]'"):
+    with pytest.raises(UserError, match=r"nf4 requires bitsandbytes: pip install 'colm_scale\[quantize\]'"):
         check_kernels(ModelConfig(quantize="nf4"), TrainConfig(), None)
 
 

@@ -128,7 +128,7 @@ def test_source_table(summary):
 
 
 def test_protected_candidates_have_a_column_where_there_are_any(summary):
-    """Those that entered for that; one that is selected otherwise does not count."""
+    """Counts those that enter as protected, and not those that are selected otherwise."""
     step = report(4, [0, 1, 0, 2], [0, 3, 1], 2, {"step": 1.0}, None, {}, {"step": (GIB, GIB)})
     marked = torch.tensor([True, True, False, False])
     before = lines(summary.source_table())

@@ -94,7 +94,7 @@ def test_threads_stay_as_they_are(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple]:
-    """What the packages were called with; importing them finds fakes."""
+    """Calls of the fake packages."""
     made: list[tuple] = []
 
     def recording(name: str, result: object = None):

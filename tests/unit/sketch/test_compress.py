@@ -36,7 +36,7 @@ def dense() -> Tensor:
 
 
 def gradients() -> Gradients:
-    return Gradients(torch.arange(EXAMPLES), *factors(), None)
+    return Gradients(torch.arange(EXAMPLES), SHAPE, factors())
 
 
 def as_they_are() -> SgdMoments:
@@ -51,7 +51,7 @@ def averages(optimizer: str) -> Moments:
 
 def matrix_of(sketch: CountSketch) -> Tensor:
     """``[d, h]``, from what becomes of each number by itself."""
-    basis = Gradients(torch.arange(D), None, None, torch.eye(D).view(D, *SHAPE))
+    basis = Gradients(torch.arange(D), SHAPE, (torch.eye(D).view(D, *SHAPE),))
     return sketch.rows(basis, as_they_are())
 
 
@@ -124,6 +124,6 @@ def test_what_is_not_finite_stays_in_its_row():
     sketch, healthy = count_sketch(8), rows_of(count_sketch(8))
     delta, a = factors()
     delta[2, 0, 0] = torch.nan
-    found = sketch.rows(Gradients(torch.arange(EXAMPLES), delta, a, None), as_they_are())
+    found = sketch.rows(Gradients(torch.arange(EXAMPLES), SHAPE, (delta, a)), as_they_are())
     assert found.isfinite().all(1).tolist() == [True, True, False, True]
     torch.testing.assert_close(found[[0, 1, 3]], healthy[[0, 1, 3]], **ROUNDING)

@@ -15,7 +15,7 @@ def keep(store: SketchStore, step: int, *ids: int) -> None:
     """Rows that tell whose they are and when they were made."""
     numbers = long_tensor(ids)
     steps = torch.full_like(numbers, step)
-    store.keep(numbers, steps, torch.stack([numbers, steps], dim=1).float())
+    store.add(numbers, steps, torch.stack([numbers, steps], dim=1).float())
 
 
 def found(store: SketchStore, step: int, *ids: int) -> list[int | None]:
@@ -49,7 +49,7 @@ def test_the_last_row_of_an_example_counts():
     keep(store, 1, 70)
     keep(store, 5, 70, 80)
     assert found(store, 6, 70, 80) == [5, 5]
-    store.keep(long_tensor([90, 90]), long_tensor([6, 6]), torch.tensor([[0.0, 0.0], [90.0, 6.0]]))
+    store.add(long_tensor([90, 90]), long_tensor([6, 6]), torch.tensor([[0.0, 0.0], [90.0, 6.0]]))
     assert found(store, 7, 90) == [6]
 
 
@@ -82,7 +82,7 @@ def test_a_store_that_is_saved_and_loaded_goes_on_alike(examples):
         ids = torch.randint(examples, (count,), generator=drawn).tolist()
         other = SketchStore(reuse, min(reuse * count, examples))
         state = store.state(step - 1)
-        other.keep(**state)
+        other.add(**state)
         assert found(other, step, *range(examples)) == found(store, step, *range(examples))
         assert len(state["ids"]) == sum(made is not None for made in found(store, step, *range(examples)))
         if step % 7 == 0:

@@ -18,13 +18,13 @@ from colm_scale.randomness import generator
 from colm_scale.records import Candidates, long_tensor
 from colm_scale.run.reports import drift_line
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.source_refresh import DIMENSIONS, FixedSources, ReclusteredSources
+from colm_scale.step.source_refresh import DIMENSIONS, ReclusteredSources, SeenStates, SourceRefresh
 from colm_scale.step.source_state import SourceState
 
 CONFIG = RunConfig(data=DataConfig(train=["a.jsonl"], sources="b.jsonl"), sources=SourcesConfig(refresh_every=2))
 LENGTHS = [9, 5, 7]
 
-STATE = SourceState(torch.zeros(3, dtype=torch.bool), None, CONFIG)
+STATE = SourceState(torch.zeros(3, dtype=torch.bool), None, CONFIG.selection)
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def parts() -> SimpleNamespace:
     module = ExampleLoss(with_adapters(base))
     sizes = long_tensor([30, 20, 10])
     kept = torch.tensor([False, False, True])
-    refresh = ReclusteredSources(CONFIG, module, ("a", "b", "c"), sizes, kept, connect())
+    seen = SeenStates(module, 0, connect())
+    refresh = ReclusteredSources(seen, ("a", "b", "c"), sizes, kept, CONFIG.selection, refresh_every=2)
     return SimpleNamespace(module=module, tap=Tap(module, probe), refresh=refresh)
 
 
@@ -58,7 +59,7 @@ def test_what_is_remembered_is_the_mean_of_the_last_hidden_states(parts):
     saved = parts.refresh.state()
     assert saved["ids"].tolist() == [100, 101, 102]
     assert saved["sources"].tolist() == [0, 1, 2]
-    expected = mean_states(batch, hidden) @ parts.refresh._projection
+    expected = mean_states(batch, hidden) @ parts.refresh._seen._projection
     torch.testing.assert_close(saved["states"], expected)
 
 
@@ -88,7 +89,7 @@ def test_a_refresh_moves_examples_sizes_and_kept_sources(parts):
     refresh.relabelled(candidates(*sources))
     groups = torch.tensor([0.0] * 6 + [9.0] * 6).unsqueeze(1)
     groups = groups + 0.1 * torch.randn(12, DIMENSIONS, generator=generator(0, "test"))
-    refresh._local = torch.cat([groups, torch.ones(12, 1)], dim=1)
+    refresh._seen._local = torch.cat([groups, torch.ones(12, 1)], dim=1)
     refresh.gather(candidates(*sources))
     assert refresh(1, STATE) is None
     drift = refresh(2, STATE)
@@ -105,13 +106,13 @@ def test_nothing_is_known_where_nothing_was_seen(parts):
 
 
 def test_kept_sources_and_shares_are_those_of_the_sizes_now(parts):
-    state = SourceState(torch.tensor([True, False, False]), None, CONFIG)
+    state = SourceState(torch.tensor([True, False, False]), None, CONFIG.selection)
     parts.refresh(2, state)
     assert state.kept.tolist() == parts.refresh.kept.tolist() == [False, False, True]
 
 
 def test_fixed_sources_stay_as_the_data_gives_them():
-    fixed, given = FixedSources(), candidates(0, 1, 2)
+    fixed, given = SourceRefresh(), candidates(0, 1, 2)
     assert fixed.relabelled(given) is given
     assert fixed(2, STATE) is None
     assert fixed.state() == {}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from colm_scale.config import DataConfig, RunConfig, SelectionConfig, SourcesConfig
+from colm_scale.config import RunConfig, SelectionConfig, SourcesConfig
 from colm_scale.records import Candidates, Selection, long_tensor
 from colm_scale.step.source_state import SourceState
 
@@ -12,7 +12,8 @@ SOURCES = long_tensor([0] * 6 + [1] * 3 + [2])
 
 def kept_after(steps: int, config: RunConfig) -> list[tuple[bool, list[bool]]]:
     """Whether kept sources were chosen again after each step, and which they then are."""
-    state, n, found = SourceState(NONE, None, config), torch.arange(len(SOURCES)), []
+    state = SourceState(NONE, None, config.selection, config.sources.refresh_every)
+    n, found = torch.arange(len(SOURCES)), []
     for step in range(1, steps + 1):
         candidates = Candidates(step, n, n, SOURCES, n)
         again = state.after(candidates, Selection(n[:4], torch.ones(4)), applied=True)
@@ -32,14 +33,8 @@ def test_kept_sources_are_chosen_again_when_due():
     assert not any(again for again, _ in kept_after(9, RunConfig()))
 
 
-def test_where_sources_are_clustered_again_that_tells_which_are_kept():
-    data = DataConfig(train=["a.jsonl"], sources="b.jsonl")
-    config = RunConfig(data=data, sources=SourcesConfig(refresh_every=1))
-    assert kept_after(3, config) == [(False, NONE.tolist())] * 3
-
-
 def test_what_was_no_update_has_trained_on_nothing():
     config, n = RunConfig(selection=SelectionConfig(coverage_floor=0.5)), torch.arange(len(SOURCES))
-    state = SourceState(NONE, None, config)
+    state = SourceState(NONE, None, config.selection)
     state.after(Candidates(1, n, n, SOURCES, n), Selection(n[:4], torch.ones(4)), applied=False)
     assert state.coverage.owed.tolist() == [3_000_000, 1_500_000, 500_000]

@@ -15,7 +15,7 @@ def line(y, **other) -> Line:
 
 
 def heights(chart: Chart) -> np.ndarray:
-    """How far up the points of the chart's first line are."""
+    """Heights of the points of the chart's first line."""
     root = ElementTree.fromstring(chart.svg("s"))
     (series,) = (element for element in root.iter("g") if element.get("class") == "series run-1")
     points = np.array(re.findall(r"[\d.]+", series.find("path").get("d")), dtype=float).reshape(-1, 2)
