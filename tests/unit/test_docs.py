@@ -82,6 +82,12 @@ def test_relative_links_lead_to_files_and_headings_that_exist(page):
         assert not anchor or anchor in anchors_of(target.read_text("utf-8")), link
 
 
+@pytest.mark.parametrize("page", LINKED, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_lines_are_short_outside_tables(page):
+    lines = page.read_text("utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))]
+
+
 def test_anchors_are_made_as_github_makes_them():
     text = "# Before: `--dry-run`\n## 1. Does it run, here?\n## Same\n```\n# no heading\n```\n### [Same](a.md)\n"
     assert anchors_of(text) == {"before---dry-run", "1-does-it-run-here", "same", "same-1"}

@@ -25,3 +25,10 @@ def test_files_exist():
     assert make_targets == {"train", "test"}
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}: " in makefile for target in make_targets)
+
+
+def test_the_way_to_begin_comes_before_any_table_and_the_results_fit_on_a_screen():
+    assert README.index("make train") < README.index("## Your model, your data") < README.index("\n|")
+    worth = re.search(r"<!-- table: worth -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert worth
+    assert {line.count("|") - 1 for line in worth[1].splitlines()} <= {1, 2, 3, 4, 5}
