@@ -27,7 +27,7 @@ from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
 from colm_scale.engines.single_and_ddp import TorchEngine
-from colm_scale.estimators import estimators
+from colm_scale.estimators import base, last_layer
 from colm_scale.records import Batch, Candidates
 from colm_scale.sketch.tap import Tap
 
@@ -163,8 +163,8 @@ def spoil_rank(value: float) -> None:
 
 def spoil_matrix(value: float) -> None:
     """All gathered values, on every rank."""
-    gather = estimators.gather_rows
-    estimators.gather_rows = lambda *arguments: gather(*arguments).fill_(value)
+    gather = base.gather_rows
+    base.gather_rows = last_layer.gather_rows = lambda *arguments: gather(*arguments).fill_(value)
 
 
 def spoil_training(value: float) -> None:
