@@ -1,4 +1,4 @@
-"""Compiled blocks train what plain ones do, under every engine."""
+"""Compiled blocks train what plain ones do, on one process; so do their graphs, run uncompiled, under every engine."""
 
 from __future__ import annotations
 
