@@ -181,11 +181,13 @@ def _read(parser: _Parser, arguments: Sequence[str], leave_out: tuple[str, ...] 
     given = _split(parser, arguments)
     files = [path for name, path in given if name == "config" and name in parser.extras]
     options = parser.types.keys() - parser.extras
+    mappings = tuple(f"{name}." for name, kind in parser.types.items() if kind.startswith("dict["))
     entries = [entry for path in files for entry in _entries(path, options) if not entry[1].startswith(leave_out)]
     for place, name, value in [*entries, *(("", name, value) for name, value in given)]:
         if place and is_harmless(name, value):
             continue
-        _check_name(place, name, value, options if place else parser.types)
+        if not name.startswith(mappings):  # the option itself checks its keys
+            _check_name(place, name, value, options if place else parser.types)
         parser.stated[name] = (place, value if isinstance(value, str) else json.dumps(value, default=str))
     words = [f"--{name}={value}" for name, (_, value) in parser.stated.items() if name not in parser.extras]
     made: Namespace = parser.instantiate(parser.parse_args(words))
@@ -263,6 +265,7 @@ def _joined(name: str, words: Sequence[str], kind: str) -> str:
 def _readable(kind: str) -> str:
     """Describe a type in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    kind = kind.replace("dict[str, str]", "{NAME: TEXT, ...}").replace("dict[str, float]", "{NAME: NUMBER, ...}")
     choices = re.sub(r"Literal\[(.*?)\]", r"one of \1", kind.replace(" | None", "").replace(" | ", " or "))
     return re.sub(r"\b(int|float|bool|str)\b(?!')", lambda name: words[name[0]], choices)
 

@@ -97,13 +97,13 @@ OPTIONS = {
         "--selection.candidates 8193 --selection.ranking matching", ("--selection.candidates 8193", "at most 8192")
     ),
     "no steps": Case("--train.steps 0", ("--train.steps is 0", "at least 1")),
-    "steps and epochs": Case("--train.epochs 1", ("--train.steps 2", "--train.epochs 1", "give one")),
+    "steps and epochs": Case("--train.epochs 1", ("--train.steps 2", "--train.epochs 1", "leave one out")),
     "deepspeed without a file": Case("--engine deepspeed", ("--engine deepspeed", "--ds_config zero2")),
     "file for another engine": Case("--engine ddp --ds_config f.json", ("--ds_config f.json", "--engine ddp")),
     "config missing": Case("--config {here}/no.yaml", ("--config", "no.yaml", "No such file")),
     "config not YAML": Case("--config {here}/c.yaml", ("c.yaml line 2", "not YAML"), {"c.yaml": "train:\n steps: ]"}),
     "config a list": Case("--config {here}/c.yaml", ("c.yaml", "list"), {"c.yaml": "- 1\n"}),
-    "config empty": Case("--config {here}/c.yaml", ("c.yaml", "must hold options"), {"c.yaml": ""}),
+    "config empty": Case("--config {here}/c.yaml", ("c.yaml", "must contain options"), {"c.yaml": ""}),
     "config with an unknown key": Case(
         "--config {here}/c.yaml", ("c.yaml line 2", "train.stepz", "did you mean --train.steps?"),
         {"c.yaml": "train:\n  stepz: 1"},
@@ -173,7 +173,7 @@ FILES = {
     "DDP of one": good("--engine ddp", "--engine ddp needs several processes", "torchrun"),
     "ds_config with a batch size": ds('{"train_micro_batch_size_per_gpu": 4}', "train_micro_batch_size_per_gpu is 4"),
     "ds_config with clipping": ds(
-        '{"gradient_clipping": 2.0}', "gradient_clipping is 2.0", "the run's is 0.5", "--train.max_grad_norm",
+        '{"gradient_clipping": 2.0}', "gradient_clipping is 2.0", "the run uses 0.5", "--train.max_grad_norm",
         options="--train.max_grad_norm 0.5",
     ),
     "ds_config with a type": ds('{"bf16": {"enabled": true}}', "bf16", "--train.dtype", "float32"),
@@ -298,7 +298,7 @@ def test_the_console_command(arguments, words, folder):
         (None, ["--selection.candidates", "15"], ["--selection.candidates is 15", "2 ranks", "a multiple of 2"]),
         (None, ["--train.step_s", "15"], ["unknown option --train.step_s"]),
         (torchrun, ["--engine", "single"], ["--engine single runs one process", "there are 2"]),
-        (deepspeed, ["--ds_config", "{here}/ds.json"], ["train_batch_size is 5", "the run's is 8"]),
+        (deepspeed, ["--ds_config", "{here}/ds.json"], ["train_batch_size is 5", "the run uses 8"]),
     ],
 )
 def test_one_rank_says_it_and_all_end(launcher, options, words, forked, tmp_path):

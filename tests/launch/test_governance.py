@@ -179,7 +179,7 @@ def test_a_protected_source_is_trained_on_whole_whatever_else_is_kept(forked, fo
         (["replay", "RUN", "--train.setps", "4"], ["unknown option --train.setps", "--train.steps"]),
         (["replay", "RUN", "--train.steps", "7"], ["has 6 steps", "would make 7: use --train.steps 6"]),
         (["explain"], ["RUN is missing"]),
-        (["explain", "nowhere"], ["nowhere holds no run"]),
+        (["explain", "nowhere"], ["nowhere is not the directory of a run"]),
         (["explain", "RUN", "--fromat", "json"], ["unknown option --fromat", "--format"]),
         (["explain", "RUN", "--alpha", "2"], ["--alpha is 2.0"]),
     ],

@@ -179,7 +179,7 @@ def test_doctor_tries_local_ranks_and_ends_with_0_or_1(forked, tmp_path):
 
 def test_doctor_on_two_ranks_speaks_once(forked, tmp_path):
     said = forked.run("doctor", ["--output_dir", str(tmp_path)], tmp_path / "log", ranks=2).stdout
-    assert said.count("every rank reaches every other") == 1
+    assert said.count("all ranks reach each other") == 1
     assert said.count("problem(s)") == 1
 
 

@@ -63,7 +63,7 @@ def test_an_estimator_that_returns_no_rows_ends_the_run_in_one_line(forked, tmp_
     outcome = forked.start(given, tmp_path / "log").outcome(60)
     assert outcome.code == 1
     assert "mine.py:f returned a tensor [" in outcome.errors[0]
-    assert "a row for each" in outcome.errors[0]
+    assert "one row per example" in outcome.errors[0]
 
 
 def test_the_package_runs_as_a_module(tmp_path):
