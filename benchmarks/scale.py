@@ -75,7 +75,7 @@ class SimulatedGroup(Group):
         """Let the other ranks send these sketches ``[s, c]``, each from the rank that computes it."""
         rows = [self.plan.rows_of(rank) for rank in range(self.world_size)]
         for of_all in sketches:
-            laid_out = of_all.new_zeros(self.world_size, self.plan.most_rows, of_all.shape[1])
+            laid_out = of_all.new_zeros(self.world_size, int(self.plan.counts.max()), of_all.shape[1])
             for rank, of_rank in enumerate(rows):
                 laid_out[rank, : len(of_rank)] = of_all[of_rank]
             self.sketches[of_all.shape[1]] = laid_out
