@@ -39,6 +39,7 @@ from colm_scale.config import (
     SourcesConfig,
     TrainConfig,
 )
+from colm_scale.data.batching import Batching, weighted
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.exchange import share_selection
@@ -60,10 +61,12 @@ from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.floor import bare_floor_seconds
+from colm_scale.step.floor import Work, bare_floor_seconds
+from colm_scale.step.preview import preview
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy
+from support.state import changed, leaves, random_states
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
@@ -194,8 +197,15 @@ CASES = {
     "ranked_pursuit": Case(_selection(ranking=f"{RANKINGS}:pursuit", weights="unbiased"), 2),
     "ranked_importance": Case(_selection(ranking=f"{RANKINGS}:importance", weights="unbiased"), 2),
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
-    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
-    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
+    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}, floor=True),
+    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}, floor=True),
+    "floored": Case(
+        _selection(estimator="zeroth_order", reuse=3),
+        4,
+        {"activation_checkpointing": True, "forward_reuse": "device", "dtype": "float16"},
+        floor=True,
+        refresh_sources=2,
+    ),
     # Every example is a micro-batch, and three are too few for four ranks.
     "starved": Case(
         _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
@@ -357,6 +367,9 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     forwards = []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
     steps, floor = [], {}
+    if case.floor:
+        floor["changed_at_first"] = _floor(parts, _drawn_work(parts, case, group), group)["changed"]
+        forwards.clear()
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
@@ -378,9 +391,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             steps[-1] |= spy.steps[-1]
         forwards.clear()
         if case.floor and number == FLOOR_AFTER:
-            before = engine.state()
-            seconds = bare_floor_seconds(work, engine, group, run_config(case).train.seed)
-            floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
+            floor |= _floor(parts, work, group) | {"forwards": len(forwards)}
             forwards.clear()
     gradients = engine.gradients[0]
     return {
@@ -392,6 +403,27 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "name": engine.name,
         "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
+
+
+def _floor(parts: Parts, work: Work, group: Group) -> dict:
+    """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
+    engine = parts.engine.inner
+    collect(engine, keep=True)  # begins the optimizer's state, as a checkpoint does
+    held = {"engine": engine, "step": parts.step}
+    before = leaves(held, "run") | random_states()
+    seconds = bare_floor_seconds(work, engine, group, 5)
+    after = leaves(held, "run") | random_states()
+    return {"seconds": seconds, "changed": changed(before, after), "seen": len(before)}
+
+
+def _drawn_work(parts: Parts, case: Case, group: Group) -> Work:
+    """The work of a coreset of the first step's candidates, which need not be its own."""
+    config = run_config(case)
+    batching = Batching(PAD, config.train.micro_batch_tokens, parts.module.packs, group.device)
+    drawn = preview(parts.step, 1, batching, group.world_size)
+    batches = batching.share(examples(), drawn.candidates, drawn.routed.micro_batches[group.rank])
+    shares = torch.full((len(drawn.candidates),), 1 / len(drawn.drawn))
+    return Work(batches, weighted(batches, shares, group.device, 0))
 
 
 def _row(report) -> dict:
