@@ -13,7 +13,7 @@ from torch import Tensor
 Leaves = dict[str, object]
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Enum)
 _WALKED = ("colm_scale.", "support.", "deepspeed.", "torch.nn.", "torch.optim.", "transformers.", "peft.")
-"""Prefixes of the modules whose objects are walked; others, such as locks and loggers, hold nothing that is compared."""
+"""Prefixes of modules whose objects are walked; others, such as locks and loggers, hold nothing to compare."""
 
 
 def leaves(thing: object, name: str) -> Leaves:
@@ -50,7 +50,7 @@ def _walk(thing: object, path: str, seen: dict[int, object]) -> Iterator[tuple[s
     elif isinstance(thing, Mapping):
         yield from _items(thing, path, seen)
     elif isinstance(thing, (str, bytes)) or not isinstance(thing, Iterable) or hasattr(thing, "__dict__"):
-        if type(thing).__module__.startswith(_WALKED):
+        if f"{type(thing).__module__}.".startswith(_WALKED):
             slots = [slot for kind in type(thing).__mro__ for slot in getattr(kind, "__slots__", ())]
             held = {slot: getattr(thing, slot) for slot in slots if hasattr(thing, slot)}
             yield from _items(held | getattr(thing, "__dict__", {}), path, seen)
