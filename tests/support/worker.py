@@ -32,6 +32,7 @@ from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder, NoCheckpointFolder
 from colm_scale.config import (
     DataConfig,
+    EvalConfig,
     FsdpConfig,
     LoraConfig,
     RunConfig,
@@ -43,6 +44,7 @@ from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.engines import tensors
 from colm_scale.engines.choose import make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes
@@ -55,7 +57,9 @@ from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
+from colm_scale.run import evaluate
 from colm_scale.run.assemble import build_step
+from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
@@ -82,6 +86,10 @@ STEPS = 6
 REUSE_STEPS = 9
 """Two epochs of four steps, and the start of a third."""
 FLOOR_AFTER = 3
+END = 7
+"""A token that ends some answers."""
+ROOMS = {"room for all": 2**60, "no room": 0}
+"""Free bytes of a device."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class Case:
     refresh_kept: int = 0
     model: dict = field(default_factory=dict)
     """Options of the model."""
+    generate_after: int | None = None
+    """Generate answers after this step."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -189,6 +199,7 @@ CASES = {
     "countsketch_broken": Case(_selection(compression="countsketch", weights="cluster"), 3, break_after=1),
     "probe_k": Case(_selection(probe="k", weights="cluster"), 3),
     "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
+    "generating": Case(_selection(), 2, generate_after=1),
     "tied": Case(_selection(), 1, model={"tie_word_embeddings": True}),
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
     "ranked_facility": Case(_selection(weights="cluster"), 2),
@@ -364,7 +375,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     held_at_start = held_bytes(parts.module)
     forwards = []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
-    steps, floor = [], {}
+    steps, floor, generated = [], {}, {}
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
@@ -390,6 +401,9 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             seconds = bare_floor_seconds(work, engine, group, run_config(case).train.seed)
             floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
             forwards.clear()
+        if number == case.generate_after:
+            generated = {room: generate(parts, group, room) for room in ROOMS}
+            forwards.clear()
     gradients = engine.gradients[0]
     return {
         "graphs": counters["stats"]["unique_graphs"] - graphs,
@@ -397,11 +411,51 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "gradients": gradients,
         "adapters": collect(engine.inner, keep=True)["adapter"],
         "floor": floor,
+        "generated": generated,
         "name": engine.name,
         "moved": (parts.moved.most, parts.moved.total),
         "weights_kept": _same(whole_weights(module), parts.weights),
         "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
+
+
+class Numbers:
+    """A tokenizer whose text is the numbers of the tokens."""
+
+    pad_token_id, eos_token_id = PAD, END
+
+    def decode(self, tokens: list[int], **_) -> str:
+        return " ".join(map(str, tokens))
+
+    def batch_decode(self, rows: Tensor, **_) -> list[str]:
+        return [self.decode([token for token in row if token != PAD]) for row in rows.tolist()]
+
+
+def generate(parts: Parts, group: Group, room: str) -> dict[str, object]:
+    """Answer a prompt of each source in at most 2, and in at most 12 tokens; every prompt is a micro-batch.
+
+    Returns:
+        By this number: answers by reference, and the collectives that they took. Bytes held while generating.
+    """
+    data, answers, collectives, held = examples(), {2: {}, 12: {}}, {}, []
+    held_out = HeldOut(data, data.sizes, torch.zeros(len(SIZES), dtype=torch.bool), Numbers())
+    train = TrainConfig(micro_batch_tokens=8)
+
+    def compared(answer: str, reference: str) -> bool:
+        answers[tokens][reference] = answer
+        held.append(held_bytes(parts.module))
+        return False
+
+    for tokens in answers:
+        config, before = EvalConfig(limit=1, generate=1, max_new_tokens=tokens), group.collectives()
+        evaluator = HeldOutEvaluator(held_out, config, train, group, gathered=parts.engine.inner.gathered)
+        with (
+            mock.patch.object(evaluate, "is_correct", compared),
+            mock.patch.object(tensors, "free_bytes", return_value=ROOMS[room]),
+        ):
+            evaluator(parts.module, 0)
+        collectives[tokens] = group.collectives() - before
+    return {"answers": answers, "collectives": collectives, "held": max(held)}
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
