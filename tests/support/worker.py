@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -47,6 +47,7 @@ from colm_scale.engines.choose import make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes
 from colm_scale.errors import TrainingError, UserError
+from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -61,6 +62,7 @@ from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
 from colm_scale.step.floor import bare_floor_seconds
+from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy
@@ -95,6 +97,9 @@ class Case:
     break_after: int | None = None
     """Save after this step, and resume from the checkpoint with new objects."""
     perturbation: float = EPSILON
+    scaled_inputs: float = 1.0
+    """Factor of the held block inputs, for a forward reuse that is wrong."""
+    reuse_checked: bool = True
     refresh_sources: int = 0
     refresh_kept: int = 0
 
@@ -142,6 +147,12 @@ CASES = {
         _selection(),
         3,
         {"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 2 * 96 * 4 * 32 * 4 / 2**30},
+    ),
+    "forward_reused_unchecked": Case(
+        _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "device"}, reuse_checked=False
+    ),
+    "forward_reused_wrongly": Case(
+        _selection(), 1, {"activation_checkpointing": True, "forward_reuse": "device"}, scaled_inputs=0.5
     ),
     "broken": Case(_selection(), break_after=3),
     "reclustered": Case(_selection(), refresh_sources=2),
@@ -335,8 +346,11 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
     """Train a case on this rank. ``A > B`` starts under one engine and resumes under another."""
-    with perturbed(case):
-        return _run_case(case, engine_name, group)
+    with perturbed(case), _reusing(case):
+        try:
+            return _run_case(case, engine_name, group)
+        except UserError as error:
+            return {"refused": str(error)}
 
 
 def perturbed(case: Case) -> AbstractContextManager:
@@ -344,13 +358,20 @@ def perturbed(case: Case) -> AbstractContextManager:
     return mock.patch.object(zeroth_order, "PERTURBATION", case.perturbation)
 
 
+@contextmanager
+def _reusing(case: Case):
+    laid_out, check = HeldBlockInputs._laid_out, ReuseCheck.__call__
+    with (
+        mock.patch.object(HeldBlockInputs, "_laid_out", lambda *args: laid_out(*args) * case.scaled_inputs),
+        mock.patch.object(ReuseCheck, "__call__", check if case.reuse_checked else lambda *_: nullcontext()),
+    ):
+        yield
+
+
 def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     first, _, second = engine_name.partition(" > ")
     folder = Path(tempfile.mkdtemp())
-    try:
-        parts = make_parts(case, first, group, folder)
-    except UserError as error:
-        return {"refused": str(error)}
+    parts = make_parts(case, first, group, folder)
     torch._dynamo.reset()  # so that no case reuses compiled code of another
     graphs = counters["stats"]["unique_graphs"]
     held_at_start = held_bytes(parts.module)
