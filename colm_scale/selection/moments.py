@@ -304,16 +304,21 @@ class AdafactorMoments(Moments):
         return torch.cat(updates, dim=-1)
 
     def floor(self, mean_square: Tensor) -> Tensor:
-        weight = (self.step + 1) ** -ADAFACTOR_DECAY
+        weight = self._weight
         return NOISE * ((1 - weight) * self.rows.mean() + weight * mean_square).sqrt().unsqueeze(-1)
 
     def learn(self, mean: Tensor, mean_square: Tensor) -> AdafactorMoments:
         rows, columns = (torch.cat(averages) for averages in self._advanced(mean_square))
         return dataclasses.replace(self, rows=rows, columns=columns, step=self.step + 1)
 
+    @property
+    def _weight(self) -> float:
+        """Of the next gradient in the averages."""
+        return float((self.step + 1) ** -ADAFACTOR_DECAY)
+
     def _advanced(self, square: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return R ``[*, d_out]`` and C ``[*, r]`` of each probe tensor after a gradient with ``square`` ``[*, d]``."""
-        weight = (self.step + 1) ** -ADAFACTOR_DECAY
+        weight = self._weight
         before = zip(*(old.split(sizes) for old, sizes in zip((self.rows, self.columns), zip(*self.shapes))))
         after = [
             ((1 - weight) * rows + weight * own.mean(-1), (1 - weight) * columns + weight * own.mean(-2))
