@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,6 +157,15 @@ class Engine(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(finite=finite)
         return Update(norm, finite, used)
+
+    def gathered(self) -> AbstractContextManager[bool]:
+        """Return a context in which every rank has all weights, if all have memory for them. All ranks enter it
+        together.
+
+        Its value says whether they have: ranks may then run `module` each as often as it needs to, under `no_grad`.
+        Otherwise they run it equally often.
+        """
+        return nullcontext(True)
 
     def snapshot(self) -> Callable[[], None]:
         """Copy all that a step changes; the returned function restores it.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
@@ -20,7 +22,7 @@ from colm_scale.engines.base import (
     unscale,
 )
 from colm_scale.engines.ds_config import zero_stage
-from colm_scale.engines.tensors import local_tensors
+from colm_scale.engines.tensors import all_have_room, local_tensors
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.records import Batch, Json
@@ -42,7 +44,7 @@ class ZeroEngine(Engine):
         deepspeed = _import_deepspeed(group)
         group.ensure_process_group()
         super().__init__(module, config)
-        self._ranks, self._rank = group.world_size, group.rank
+        self._ranks, self._rank, self._group = group.world_size, group.rank, group
         self._stage = zero_stage(ds_config)
         if self._stage == 3:
             _shard(module, ds_config, group)
@@ -83,6 +85,21 @@ class ZeroEngine(Engine):
         else:
             self._engine.zero_grad()
         return norm
+
+    @contextmanager
+    def gathered(self) -> Iterator[bool]:
+        if self._stage < 3:
+            yield True
+        elif not all_have_room(self.module, self._group):
+            yield False
+        else:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            self._engine.empty_partition_cache()  # waits for what was prefetched
+            offload = self._engine.optimizer.parameter_offload
+            # Each hook would release its layer's weights, and record an order of layers that must be that of all ranks.
+            with GatheredParameters(self.module.parameters()), _off([*offload.forward_hooks, *offload.backward_hooks]):
+                yield True
 
     def snapshot(self) -> Callable[[], None]:
         # DeepSpeed trains float32 partitions and copies them into the module: restore both.
@@ -177,6 +194,23 @@ def _shard(module: nn.Module, ds_config: Json, group: Group) -> None:
     init_distributed(dist_init_required=False)  # it counts the ranks
     zero.Init(module=module, config_dict_or_path=ds_config, dtype=next(module.parameters()).dtype)
     moved(module, group.device)  # only buffers are left to move
+
+
+@contextmanager
+def _off(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Switch hooks off; afterwards each is in its old place among those of its module."""
+    numbers = {handle.id for handle in handles}
+    places = {id(hooks): hooks for handle in handles if (hooks := handle.hooks_dict_ref()) is not None}
+    before = [(hooks, dict(hooks)) for hooks in places.values()]
+    for hooks, _ in before:
+        for number in numbers & hooks.keys():
+            del hooks[number]
+    try:
+        yield
+    finally:
+        for hooks, all_of_them in before:
+            hooks.clear()
+            hooks.update(all_of_them)
 
 
 def _import_deepspeed(group: Group) -> ModuleType:
