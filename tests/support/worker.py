@@ -32,6 +32,7 @@ from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder, NoCheckpointFolder
 from colm_scale.config import (
     DataConfig,
+    EvalConfig,
     FsdpConfig,
     LoraConfig,
     RunConfig,
@@ -39,10 +40,12 @@ from colm_scale.config import (
     SourcesConfig,
     TrainConfig,
 )
+from colm_scale.data.batching import Batching, weighted
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.engines import tensors
 from colm_scale.engines.choose import make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes
@@ -56,16 +59,20 @@ from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
+from colm_scale.run import evaluate
 from colm_scale.run.assemble import build_step
+from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.floor import bare_floor_seconds
+from colm_scale.step.floor import Work, bare_floor_seconds
+from colm_scale.step.preview import preview
 from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy, WholeOnDevice, whole_weights
+from support.state import changed, leaves, random_states
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
@@ -84,6 +91,10 @@ STEPS = 6
 REUSE_STEPS = 9
 """Two epochs of four steps, and the start of a third."""
 FLOOR_AFTER = 3
+END = 7
+"""A token that ends some answers."""
+ROOMS = {"room for all": 2**60, "no room": 0}
+"""Free bytes of a device."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,8 @@ class Case:
     refresh_kept: int = 0
     model: dict = field(default_factory=dict)
     """Options of the model."""
+    generate_after: int | None = None
+    """Generate answers after this step."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -199,6 +212,7 @@ CASES = {
     "countsketch_broken": Case(_selection(compression="countsketch", weights="cluster"), 3, break_after=1),
     "probe_k": Case(_selection(probe="k", weights="cluster"), 3),
     "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
+    "generating": Case(_selection(), 2, generate_after=1),
     "tied": Case(_selection(), 1, model={"tie_word_embeddings": True}),
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
     "ranked_facility": Case(_selection(weights="cluster"), 2),
@@ -207,8 +221,15 @@ CASES = {
     "ranked_pursuit": Case(_selection(ranking=f"{RANKINGS}:pursuit", weights="unbiased"), 2),
     "ranked_importance": Case(_selection(ranking=f"{RANKINGS}:importance", weights="unbiased"), 2),
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
-    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
-    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
+    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}, floor=True),
+    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}, floor=True),
+    "floored": Case(
+        _selection(estimator="zeroth_order", reuse=3),
+        4,
+        {"activation_checkpointing": True, "forward_reuse": "device", "dtype": "float16"},
+        floor=True,
+        refresh_sources=2,
+    ),
     # Every example is a micro-batch, and three are too few for four ranks.
     "starved": Case(
         _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
@@ -384,7 +405,10 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     held_at_start = held_bytes(parts.module)
     forwards = []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
-    steps, floor = [], {}
+    steps, floor, generated = [], {}, {}
+    if case.floor:
+        floor["changed_at_first"] = _floor(parts, _drawn_work(parts, case, group), group)["changed"]
+        forwards.clear()
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
@@ -406,9 +430,10 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             steps[-1] |= spy.steps[-1]
         forwards.clear()
         if case.floor and number == FLOOR_AFTER:
-            before = engine.state()
-            seconds = bare_floor_seconds(work, engine, group, run_config(case).train.seed)
-            floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
+            floor |= _floor(parts, work, group) | {"forwards": len(forwards)}
+            forwards.clear()
+        if number == case.generate_after:
+            generated = {room: generate(parts, group, room) for room in ROOMS}
             forwards.clear()
     gradients = engine.gradients[0]
     return {
@@ -417,11 +442,72 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "gradients": gradients,
         "adapters": collect(engine.inner, keep=True)["adapter"],
         "floor": floor,
+        "generated": generated,
         "name": engine.name,
         "moved": (parts.moved.most, parts.moved.total),
         "weights_kept": _same(whole_weights(module), parts.weights),
         "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
+
+
+def _floor(parts: Parts, work: Work, group: Group) -> dict:
+    """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
+    engine = parts.engine.inner
+    collect(engine, keep=True)  # begins the optimizer's state, as a checkpoint does
+    held = {"engine": engine, "step": parts.step}
+    before = leaves(held, "run") | random_states()
+    seconds = bare_floor_seconds(work, engine, group, 5)
+    after = leaves(held, "run") | random_states()
+    return {"seconds": seconds, "changed": changed(before, after), "seen": len(before)}
+
+
+def _drawn_work(parts: Parts, case: Case, group: Group) -> Work:
+    """The work of a coreset of the first step's candidates, which need not be its own."""
+    config = run_config(case)
+    batching = Batching(PAD, config.train.micro_batch_tokens, parts.module.packs, group.device)
+    drawn = preview(parts.step, 1, batching, group.world_size)
+    batches = batching.share(examples(), drawn.candidates, drawn.routed.micro_batches[group.rank])
+    shares = torch.full((len(drawn.candidates),), 1 / len(drawn.drawn))
+    return Work(batches, weighted(batches, shares, group.device, 0))
+
+
+class Numbers:
+    """A tokenizer whose text is the numbers of the tokens."""
+
+    pad_token_id, eos_token_id = PAD, END
+
+    def decode(self, tokens: list[int], **_) -> str:
+        return " ".join(map(str, tokens))
+
+    def batch_decode(self, rows: Tensor, **_) -> list[str]:
+        return [self.decode([token for token in row if token != PAD]) for row in rows.tolist()]
+
+
+def generate(parts: Parts, group: Group, room: str) -> dict[str, object]:
+    """Answer a prompt of each source in at most 2, and in at most 12 tokens; every prompt is a micro-batch.
+
+    Returns:
+        By this number: answers by reference, and the collectives that they took. Bytes held while generating.
+    """
+    data, answers, collectives, held = examples(), {2: {}, 12: {}}, {}, []
+    held_out = HeldOut(data, data.sizes, torch.zeros(len(SIZES), dtype=torch.bool), Numbers())
+    train = TrainConfig(micro_batch_tokens=8)
+
+    def compared(answer: str, reference: str) -> bool:
+        answers[tokens][reference] = answer
+        held.append(held_bytes(parts.module))
+        return False
+
+    for tokens in answers:
+        config, before = EvalConfig(limit=1, generate=1, max_new_tokens=tokens), group.collectives()
+        evaluator = HeldOutEvaluator(held_out, config, train, group, gathered=parts.engine.inner.gathered)
+        with (
+            mock.patch.object(evaluate, "is_correct", compared),
+            mock.patch.object(tensors, "free_bytes", return_value=ROOMS[room]),
+        ):
+            evaluator(parts.module, 0)
+        collectives[tokens] = group.collectives() - before
+    return {"answers": answers, "collectives": collectives, "held": max(held)}
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
