@@ -18,6 +18,7 @@ from colm_scale.randomness import global_draws
 from colm_scale.records import Candidates, MicroBatch, Route, Selection
 from colm_scale.selection.route import route, route_evenly
 from colm_scale.selection.rule import loss_shares
+from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.select import Chosen
 from colm_scale.step.source_refresh import SourceRefresh
 
@@ -72,7 +73,7 @@ def route_coreset(
     else:
         held_on = chosen.sketched.held_on
         routed = route(*to_deal, batching.token_budget, packed=batching.packed, held_on=held_on)
-    batches = batching.share(chosen.examples, candidates, routed.micro_batches[group.rank])
+    batches = batching.share(chosen.examples, candidates, routed.micro_batches, group.rank)
     return Routed(routed, shares, weighted(batches, shares, batching.device, routed.reused))
 
 
@@ -95,6 +96,7 @@ class TrainingStage:
     ):
         self.engine = engine
         self._batching, self._inputs, self._refresh = batching, inputs, refresh
+        self._check = ReuseCheck(engine, config.dtype, group)
         self._config, self._group = config, group
 
     def route(self, chosen: Chosen) -> Routed:
@@ -111,6 +113,7 @@ class TrainingStage:
 
         Raises:
             TrainingError: On every rank: a loss is not finite.
+            UserError: On every rank: forward reuse has changed the gradient, see `ReuseCheck`.
         """
         group, last, step = self._group, len(routed.micro_batches), chosen.candidates.step
         losses = torch.zeros(len(chosen.candidates), device=group.device)
@@ -118,9 +121,10 @@ class TrainingStage:
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
                 reusing = self._inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
-                with reusing, self._refresh.watching():
-                    own = self.engine.forward(batch)
-                self.engine.backward((own * micro_batch.shares).sum(), last=number == last)
+                with self._check(micro_batch, step):
+                    with reusing, self._refresh.watching():
+                        own = self.engine.forward(batch)
+                    self.engine.backward((own * micro_batch.shares).sum(), last=number == last)
                 losses[batch.positions.to(losses.device)] = own.detach()[: len(batch.positions)]
             self._refresh.gather(chosen.candidates)
             losses = group.all_reduce(losses, "report").cpu()
