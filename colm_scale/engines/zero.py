@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
@@ -24,6 +24,7 @@ from colm_scale.engines.base import (
 )
 from colm_scale.engines.ds_config import zero_stage
 from colm_scale.engines.tensors import local_tensors
+from colm_scale.modeling.causal import moved
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import begun_state
 from colm_scale.records import Batch, Json
@@ -33,7 +34,7 @@ class ZeroEngine(Engine):
     """Trains with DeepSpeed's engine.
 
     Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and makes no second copy. Under
-    stage 3 the model comes on the CPU and is sharded tensor by tensor.
+    stage 3 the model comes on the CPU and moves to the device tensor by tensor.
     """
 
     name = "deepspeed"
@@ -44,6 +45,8 @@ class ZeroEngine(Engine):
         super().__init__(module, config)
         self._ranks, self._rank = group.world_size, group.rank
         self._stage = zero_stage(ds_config)
+        if self._stage == 3:
+            _shard(module, ds_config, group)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
         )
@@ -165,6 +168,18 @@ class ZeroEngine(Engine):
             begun_state(self.optimizer, partition)
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _shard(module: nn.Module, ds_config: Json, group: Group) -> None:
+    """Cut one parameter after the other, so that no other is whole on the device; then move the buffers there.
+
+    `deepspeed.initialize` would first move the whole model, if it finds no parameter that is cut.
+    """
+    from deepspeed import init_distributed, zero
+
+    init_distributed(dist_init_required=False)  # it counts the ranks
+    zero.Init(module=module, config_dict_or_path=ds_config, dtype=next(module.parameters()).dtype)
+    moved(module, group.device)  # only buffers are left to move
 
 
 def _import_deepspeed(group: Group) -> ModuleType:

@@ -1,17 +1,19 @@
 """float32 for the last blocks of a zeroth-order sketch (DESIGN 2.1).
 
 Two losses whose probe tensors differ by eps are closer to each other than the rounding of half precision. So everything
-after the change is computed in float32. A layer gets a float32 copy of its weights after its engine has gathered them
-and until its forward ends: no weight is written, sharded weights need no special case, and only one layer's copy exists
-at a time.
+after the change is computed in float32, whatever rounds elsewhere: half-precision weights, autocast, or the mixed
+precision of an engine. A layer gets a float32 copy of its weights after its engine has gathered them and until its
+forward ends: no weight is written, sharded weights need no special case, and only one layer's copy exists at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -38,49 +40,115 @@ def without_flash_attention(model: ExampleLoss) -> Iterator[None]:
 
 @contextmanager
 def float32_tail(tap: Tap, blocks: int = FLOAT32_BLOCKS) -> Iterator[None]:
-    """A context in which the last ``blocks`` blocks, final norm, head and loss run in float32.
+    """A context in which the last ``blocks`` blocks, final norm, head and loss run in float32, without autocast.
 
-    4-bit layers stay 4-bit, with float32 activations.
+    4-bit layers stay 4-bit, with float32 activations. The blocks below run as they do elsewhere.
     """
-    model = tap.model.causal_model
-    every = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tap.block in [*m])
-    tail = every[-blocks:]
+    every = next(m for m in tap.model.causal_model.modules() if isinstance(m, nn.ModuleList) and tap.block in [*m])
     before = {module for block in every[:-blocks] for module in block.modules()}
-    lent: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
-    reached = False
-
-    def enter(_block: nn.Module, args: object, kwargs: object) -> tuple[tuple[object, ...], dict[str, object]]:
-        nonlocal reached
-        reached = True
-        lifted: tuple[tuple[object, ...], dict[str, object]]
-        lifted = pytree.tree_map_only(Tensor, _in_float32, (args, kwargs))
-        return lifted
-
-    def lend(layer: nn.Module, _args: object) -> None:
-        if reached and any(weight is not None and _is_half(weight) for weight in layer._parameters.values()):
-            lent[layer] = layer._parameters
-            copies = {k: None if v is None else _in_float32(v) for k, v in layer._parameters.items()}
-            vars(layer)["_parameters"] = copies  # tensors, where torch has parameters
-
-    def take_back(layer: nn.Module, *_: object) -> None:
-        if layer in lent:
-            layer._parameters = lent.pop(layer)
-
-    def take_all_back() -> None:
-        for layer in [*lent]:
-            take_back(layer)
-
+    tail = _Tail(every[-blocks:])
     with ExitStack() as stack:
         stack.enter_context(without_flash_attention(tap.model))
-        stack.callback(take_all_back)
-        for block in tail:
-            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        for layer in model.modules():
-            if layer._parameters and layer not in before:
-                # Inside the engine's own hooks, which gather the weights before the layer runs and free them after it.
-                stack.callback(layer.register_forward_pre_hook(lend).remove)
-                stack.callback(layer.register_forward_hook(take_back, prepend=True).remove)
+        for block in tail.blocks:
+            stack.enter_context(disable_input_dtype_casting(block))  # of peft, to the type of adapters not yet lent
+        stack.callback(tail.end)
+        stack.callback(tap.model.register_forward_pre_hook(tail.restart).remove)
+        for module in tap.model.modules():
+            if module not in before and module is not tap.model:
+                # Around the engine's own hooks, and inside them, where its weights are gathered.
+                stack.callback(module.register_forward_pre_hook(tail.given, prepend=True, with_kwargs=True).remove)
+                stack.callback(module.register_forward_pre_hook(tail.begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(tail.found, prepend=True).remove)
+                stack.callback(module.register_forward_hook(tail.finish).remove)
         yield
+
+
+class _Tail:
+    """The hooks of `float32_tail` on the modules that are not below it.
+
+    A module runs in the tail once a forward has reached the first block of the tail. An engine with mixed precision
+    rounds the inputs and outputs of the modules that it shards; hooks on both sides of its own undo that.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]):
+        self.blocks = {*blocks}
+        self._autocast = _autocast()
+        self._reached = False
+        self._kept: dict[nn.Module, object] = {}
+        self._lent: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def restart(self, *_: object) -> None:
+        """Start a forward, below the tail."""
+        self._reached = False
+        _set_autocast(self._autocast)
+
+    def end(self) -> None:
+        """Leave the model as it was, also after a forward that failed."""
+        self.restart()
+        for layer in [*self._lent]:
+            self._take_back(layer)
+
+    def given(self, module: nn.Module, args: object, kwargs: object) -> None:
+        """Keep a module's inputs, before the engine rounds them."""
+        if module in self.blocks and not self._reached:
+            self._reached = True
+            _set_autocast(dict.fromkeys(self._autocast, False))
+        if self._reached:
+            self._kept[module] = args, kwargs
+
+    def begin(self, module: nn.Module, *inputs: object) -> tuple[tuple[object, ...], dict[str, object]] | None:
+        """Lend the layer float32 weights, and the block float32 inputs."""
+        if not self._reached:
+            return None
+        if any(weight is not None and _is_half(weight) for weight in module._parameters.values()):
+            self._lent[module] = module._parameters
+            copies = {k: None if v is None else _in_float32(v) for k, v in module._parameters.items()}
+            vars(module)["_parameters"] = copies  # tensors, where torch has parameters
+        exact: tuple[tuple[object, ...], dict[str, object]] = _not_rounded(self._kept.pop(module), inputs)
+        if module in self.blocks:
+            exact = pytree.tree_map_only(Tensor, _in_float32, exact)
+        return exact
+
+    def found(self, module: nn.Module, _args: object, output: object) -> None:
+        """Keep a module's output, before the engine rounds it, and return its weights, before the engine frees them."""
+        self._take_back(module)
+        if self._reached:
+            self._kept[module] = output
+
+    def finish(self, module: nn.Module, _args: object, output: object) -> object:
+        """Return the output as the module computed it."""
+        return _not_rounded(self._kept.pop(module), output) if module in self._kept else output
+
+    def _take_back(self, layer: nn.Module) -> None:
+        if layer in self._lent:
+            layer._parameters = self._lent.pop(layer)
+
+
+def _not_rounded(exact: object, rounded: Any) -> Any:
+    """Nested tensors, with float32 ones of ``exact`` for those that are in half precision only in ``rounded``."""
+    wanted, of_exact = pytree.tree_flatten(exact)
+    leaves, of_rounded = pytree.tree_flatten(rounded)
+    if of_exact != of_rounded:
+        return rounded
+    return pytree.tree_unflatten([_more_exact(*pair) for pair in zip(wanted, leaves)], of_rounded)
+
+
+def _more_exact(exact: object, leaf: object) -> object:
+    if not isinstance(exact, Tensor) or not isinstance(leaf, Tensor):
+        return leaf
+    return exact if exact.dtype == torch.float32 and _is_half(leaf) else leaf
+
+
+def _autocast() -> dict[str, bool]:
+    """Whether autocast is on, on the CPU and on the accelerator."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu", *([] if accelerator is None else [accelerator.type])]
+    return {kind: torch.is_autocast_enabled(kind) for kind in kinds}
+
+
+def _set_autocast(enabled: dict[str, bool]) -> None:
+    for kind, on in enabled.items():
+        torch.set_autocast_enabled(kind, on)
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -106,6 +106,8 @@ class Tap:
         """``[B]`` losses of one forward without dropout and without the tap's hooks."""
         with torch.no_grad(), without_dropout(self.model):
             losses: Tensor = self.model(batch)
+        # Under autocast around sketch and training, the training would take cached casts that have no gradient.
+        torch.clear_autocast_cache()
         return losses
 
     def _of_output(self, output: Tensor) -> Tensor:

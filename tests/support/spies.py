@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
+import weakref
+from contextlib import ExitStack, nullcontext
+from unittest import mock
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm_scale.distributed.group import Group
+from colm_scale.engines import fsdp
 from colm_scale.engines.base import Engine, LossScale, Update, optimizer_tensors, trainable
 from colm_scale.engines.tensors import local_tensors
 from colm_scale.estimators.base import Estimator
@@ -114,3 +119,60 @@ def live_numbers() -> int:
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     storages = {tensor.untyped_storage().data_ptr(): (tensor.untyped_storage(), tensor) for tensor in tensors}
     return sum(storage.nbytes() // tensor.element_size() for storage, tensor in storages.values())
+
+
+class WholeOnDevice(ExitStack):
+    """Counts the numbers of a model's weights that are whole on the device while an engine is made.
+
+    On a CPU nothing is copied there, so a weight counts from the moment on that it is asked to move (``Tensor.to``, or
+    FSDP2's `fully_shard` of its unit), until its storage is cut or gone.
+
+    Attributes:
+        most, total: Numbers of all weights that were whole at a time, and of the model.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._weights = {w.data_ptr(): (weakref.ref(w), w.numel()) for w in module.parameters()}
+        self._moved: set[int] = set()
+        self.most, self.total = 0, sum(numbers for _, numbers in self._weights.values())
+
+    def __enter__(self):
+        to, shard = Tensor.to, fsdp.fully_shard
+
+        def moving(tensor: Tensor, *args, **kwargs) -> Tensor:
+            if any(isinstance(given, torch.device) for given in (*args, *kwargs.values())):
+                self._move([tensor])
+            return to(tensor, *args, **kwargs)
+
+        def sharding(unit, **options):
+            modules = unit if isinstance(unit, list) else [unit]
+            self._move(w for m in modules for w in m.parameters() if not isinstance(w, DTensor))
+            return shard(unit, **options)
+
+        self.enter_context(mock.patch.object(Tensor, "to", moving))
+        self.enter_context(mock.patch.object(fsdp, "fully_shard", sharding))
+        return self
+
+    def _move(self, tensors) -> None:
+        self._moved |= {tensor.data_ptr() for tensor in tensors if tensor.data_ptr() in self._weights}
+        alive = [(weight(), numbers) for weight, numbers in (self._weights[moved] for moved in self._moved)]
+        self.most = max(self.most, sum(n for weight, n in alive if weight is not None and weight.numel() == n))
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all frozen weights and buffers, gathered from all ranks, which call it together."""
+    found = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    for name, weight in module.named_parameters():
+        if not weight.requires_grad:
+            with _gathered(weight):
+                found[name] = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach().clone()
+    return found
+
+
+def _gathered(weight: Tensor):
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([weight])

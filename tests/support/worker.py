@@ -63,7 +63,7 @@ from colm_scale.sketch.tap import Tap
 from colm_scale.step.floor import bare_floor_seconds
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
-from support.spies import EngineSpy, EstimatorSpy
+from support.spies import EngineSpy, EstimatorSpy, WholeOnDevice, whole_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
@@ -98,6 +98,8 @@ class Case:
     perturbation: float = EPSILON
     refresh_sources: int = 0
     refresh_kept: int = 0
+    model: dict = field(default_factory=dict)
+    """Options of the model."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -188,6 +190,7 @@ CASES = {
     "countsketch_broken": Case(_selection(compression="countsketch", weights="cluster"), 3, break_after=1),
     "probe_k": Case(_selection(probe="k", weights="cluster"), 3),
     "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
+    "tied": Case(_selection(), 1, model={"tie_word_embeddings": True}),
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
     "ranked_facility": Case(_selection(weights="cluster"), 2),
     "ranked_matching": Case(_selection(ranking="matching"), 2),
@@ -254,9 +257,9 @@ def examples() -> Examples:
     )
 
 
-def model(config: RunConfig | None = None, device: torch.device = CPU) -> tuple[ExampleLoss, Tap]:
+def model(config: RunConfig | None = None, device: torch.device = CPU, **options) -> tuple[ExampleLoss, Tap]:
     """The model before training and the tap on its probe, equal in every process."""
-    options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS}
+    options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, **options}
     base = base_model("llama", **options).requires_grad_(False).to(device)
     probe = find_probe(base, "v" if config is None else config.selection.probe)
     if config is not None:
@@ -287,12 +290,16 @@ class Parts:
     state: RunState
     held: list[int]
     """Bytes of weights held while the last layer of each block ran."""
+    moved: WholeOnDevice
+    weights: dict[str, Tensor]
+    """Frozen weights and buffers before the engine was made."""
 
 
 def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Parts:
     config = run_config(case, engine_name)
     data = examples()
-    module, tap = model(config)
+    module, tap = model(config, **case.model)
+    weights = whole_weights(module)
     ds_config = read_ds_config(config, group.world_size)
     inputs = Inputs(
         tokenizer=SimpleNamespace(pad_token_id=PAD),
@@ -306,7 +313,8 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         ds_config=ds_config,
     )
     held: list[int] = []
-    engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
+    with WholeOnDevice(module) as moved:
+        engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
     blocks = [] if config.train.compile else decoder_blocks(module.causal_model)[1]  # hooks change compiled code
     for block in blocks:  # the engine's own hooks, which gather, come first
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
@@ -331,7 +339,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         session=nothing,
         group=group,
     )
-    return Parts(module, engine, step, spy, state, held)
+    return Parts(module, engine, step, spy, state, held, moved, weights)
 
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
@@ -391,8 +399,14 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "adapters": collect(engine.inner, keep=True)["adapter"],
         "floor": floor,
         "name": engine.name,
+        "moved": (parts.moved.most, parts.moved.total),
+        "weights_kept": _same(whole_weights(module), parts.weights),
         "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], values) for name, values in other.items())
 
 
 def _row(report) -> dict:

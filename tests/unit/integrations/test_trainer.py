@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from colm_scale.config import DataConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.errors import UserError
 from colm_scale.integrations import CoresetTrainerMixin
+from colm_scale.sketch import zeroth_order
 
 STEPS = 6
 
@@ -48,6 +49,25 @@ def test_what_our_own_loop_selects_and_learns(kind, name, tmp_path):
     assert_same(found, expected)
     weights = [row["weights"] for row in rows(tmp_path / "coreset" / "selection.jsonl")]
     assert weights == expected["weights"]
+
+
+def test_a_trainer_under_autocast_sketches_almost_as_in_float32(tmp_path, monkeypatch):
+    """The trainer turns autocast on within the model's own call; the base is in float32."""
+    case, real, seen = worker.CASES["zeroth_order_3"], zeroth_order.directional_derivatives, []
+
+    def spy(tap, batch, directions, perturbation):
+        found = real(tap, batch, directions, perturbation)
+        seen.append((batch, directions, perturbation, found[1]))
+        return found
+
+    monkeypatch.setattr(zeroth_order, "directional_derivatives", spy)
+    trainers.train("transformers", case, tmp_path, 1, bf16=True)
+    _, tap = worker.model(worker.run_config(case))
+    expected = torch.cat([real(tap, *given)[1] for *given, _ in seen])
+    found = torch.cat([coefficients for *_, coefficients in seen])
+    assert len(found) > 10
+    # The lower half of the blocks rounds its products to 2^-9: about 0.015. With autocast in the tail it was 1.2.
+    assert 0 < (found - expected).norm() / expected.norm() < 0.03
 
 
 @pytest.mark.slow

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.families import BLOCKS, FAMILIES, PROBES, ROWS, adapted_model, base_model, batch_of, with_adapters
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe
@@ -166,3 +169,108 @@ def test_flash_attention_is_sdpa_within_and_itself_behind(chosen, within):
         with context():
             assert tap.block.self_attn.config._attn_implementation == within
         assert config._attn_implementation == chosen
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_changes_nothing_in_the_tail_and_is_on_below_and_behind(family, dtype):
+    """A float32 base of two blocks: with both in the tail, the differences are those without autocast."""
+    tap, batch = tap_of(family, torch.float32), batch_of(LENGTHS)
+    z = probes(0, 8, tap.size, torch.device("cpu"))
+    expected = directional_derivatives(tap, batch, z, EPS)
+    with torch.autocast("cpu", dtype):
+        rounded = directional_derivatives(tap, batch, z, EPS)[1]
+        with float32_tail(tap, 2):
+            found = directional_derivatives(tap, batch, z, EPS)
+        assert torch.is_autocast_enabled("cpu")
+        with float32_tail(tap, 1):
+            lower = directional_derivatives(tap, batch, z, EPS)[1]
+    assert relative_error(rounded, expected[1]) > (1 if dtype == torch.bfloat16 else 0.2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # The lower block rounds its products to 2^-9 or 2^-12, and the derivatives follow in proportion.
+    assert 0 < relative_error(lower, expected[1]) < (0.3 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_autocast_is_off_from_the_first_block_of_the_tail_on_in_each_forward():
+    model, probe = four_blocks()
+    tap, seen = Tap(model.float(), probe), []
+    head = model.causal_model.lm_head
+    for layer in (*model.causal_model.model.layers, model.causal_model.model.norm, head):
+        layer.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16), float32_tail(tap, 2):
+        tap.bare_losses(batch_of(LENGTHS))
+        tap.bare_losses(batch_of(LENGTHS))
+    assert seen == 2 * [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_autocast_is_as_it_was_after_a_forward_that_fails(inner):
+    """Also where the model's own call turns autocast on, as accelerate's does."""
+    tap, batch = tap_of("llama", torch.float32), batch_of(LENGTHS)
+    if inner:
+        base = tap.model.causal_model
+        base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)
+
+    def fail(*_):
+        raise RuntimeError("within a layer")
+
+    tap.block.mlp.down_proj.base_layer.register_forward_pre_hook(fail)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=not inner),
+        pytest.raises(RuntimeError, match="within a layer"),
+    ):
+        with float32_tail(tap, 2):
+            tap.bare_losses(batch)
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inner):
+        with pytest.raises(RuntimeError, match="within a layer"), float32_tail(tap, 2):
+            tap.bare_losses(batch)
+        assert torch.is_autocast_enabled("cpu") is not inner
+
+
+def test_a_training_in_the_same_autocast_as_the_sketch_has_its_gradients():
+    """Autocast keeps the casts of weights, and those from a sketch have no graph."""
+    gradients = []
+    for sketches in (False, True):
+        tap, batch = tap_of("llama", torch.float32), batch_of(LENGTHS)
+        z = probes(0, 1, tap.size, torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16):
+            if sketches:
+                tap.bare_losses(batch)
+                with float32_tail(tap, 1):
+                    directional_derivatives(tap, batch, z, EPS)
+                tap.factors(batch)
+            tap.model(batch).sum().backward()
+        gradients.append([p.grad for p in tap.model.parameters() if p.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_mixed_precision_of_fsdp2_changes_nothing_in_the_tail(one_rank, alone):
+    """As accelerate sets it: weights, inputs and outputs of each unit in bfloat16; with norm and head ``alone`` too.
+
+    The adapters are lent as well: they are in bfloat16 like the base, and the same sketch without shards is known.
+    """
+    batch = batch_of(LENGTHS)
+    whole, tap = tap_of("llama", torch.float32), tap_of("llama", torch.float32)
+    for weight in whole.model.parameters():
+        rounded = weight.data.bfloat16()
+        weight.data = rounded.float() if weight.requires_grad else rounded
+    z = probes(0, 8, tap.size, torch.device("cpu"))
+    with float32_tail(whole, 2):
+        expected = directional_derivatives(whole, batch, z, EPS)
+    base, policy = tap.model.causal_model, MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    for unit in (*base.model.layers, *([base.model.norm, base.lm_head] if alone else []), base):
+        fully_shard(unit, mesh=one_rank, mp_policy=policy)
+    rounded = directional_derivatives(tap, batch, z, EPS)[1]
+    with float32_tail(tap, 2):
+        found = directional_derivatives(tap, batch, z, EPS)
+    assert relative_error(rounded, expected[1]) > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
