@@ -17,7 +17,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.causal import hooked
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, trial_batch, without_dropout
-from colm_scale.records import Batch
+from colm_scale.records import Batch, on_device
 
 _Arguments = tuple[tuple[object, ...], dict[str, object]]
 """A block's positional and keyword arguments."""
@@ -120,7 +120,7 @@ class Tap:
 
     def _rows_at(self, device: torch.device) -> Tensor:
         """The rows there: they move once, when the model is where it stays."""
-        self.rows = self.rows.to(device)
+        self.rows = on_device(self.rows, device)
         return self.rows
 
     @property

@@ -14,6 +14,7 @@ What it does not have: kernels of its own (flash attention), several streams, th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -301,10 +302,34 @@ class Event:
         return 1.0
 
 
+class Stream:
+    """The device's only stream."""
+
+    def __init__(self, device: object = None, priority: int = 0):
+        self.device = torch.device(NAME, 0)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record()
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        """It waits for itself."""
+
+    def wait_stream(self, stream: Stream) -> None:
+        """It waits for itself."""
+
+    def synchronize(self) -> None:
+        _waited("synchronize")
+
+
 def _module() -> SimpleNamespace:
     """The functions that ``torch.cuda`` has too."""
     return SimpleNamespace(
         Event=Event,
+        Stream=Stream,
+        current_stream=lambda _device=None: Stream(),
+        stream=lambda _stream: contextlib.nullcontext(),
         current_device=lambda: 0,
         device_count=lambda: 1,
         set_device=lambda _device: None,

@@ -192,4 +192,5 @@ def _medoids(ranked: Ranked, similarity: Tensor) -> tuple[Tensor, Tensor]:
     if not len(similarity):
         similarity = similarities(on_device(ranked.rows, ranked.device).double(), config.metric)
     picks = greedy(similarity, k)
-    return picks.cpu(), cluster_sizes(similarity, picks).cpu()
+    picks, counts = on_host([picks, cluster_sizes(similarity, picks)])
+    return picks, counts
