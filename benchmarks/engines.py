@@ -3,6 +3,7 @@
 python benchmarks/engines.py              every engine, float32
 python benchmarks/engines.py fsdp zero3   only these
 python benchmarks/engines.py --dtypes bfloat16 float16    the first step that differs, in half precision
+python benchmarks/engines.py --seeds 10   only the ids, in float32, with seeds 0 to 9; goes on where it was interrupted
 
 For each engine, --processes ranks train the built-in model on the built-in data: 20 steps under DDP, the same steps
 under the engine, and the rest of them again from the engine's checkpoint of step 7. The time of a step is compared with
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,8 +34,11 @@ RUN = (
     *("--profile.floor_every", "0", "--profile.display", "off"),
     *("--checkpoint.every", str(BREAK), "--checkpoint.keep", "9"),
 )
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "{ranks}", TRAIN)
-DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--num_gpus", "{ranks}", TRAIN, "--ds_config")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "{ranks}", TRAIN)
+DEEPSPEED = (
+    *("-m", "deepspeed.launcher.runner", "--num_gpus", "{ranks}", "--master_port", "{port}"),
+    *(TRAIN, "--ds_config"),
+)
 ENGINES = {
     "single": (TRAIN,),
     "ddp": TORCHRUN,
@@ -49,7 +54,10 @@ ENGINES = {
 
 def run(engine: str, ranks: int, out: Path, *options: str) -> None:
     """Run the product once under an engine."""
-    launcher = [part.format(ranks=ranks) for part in ENGINES[engine]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [part.format(ranks=ranks, port=port) for part in ENGINES[engine]]
     command = [sys.executable, *launcher, *RUN, *options, "--output_dir", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -126,6 +134,39 @@ def goes_on(engine: str, ranks: int, whole: Path, again: Path) -> bool:
     return equal and largest_difference(again, whole) == 0.0
 
 
+IDS = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+"""Engines of `compare_ids`: the others are these with memory elsewhere."""
+
+
+def compare_ids(seeds: int, ranks: int) -> None:
+    """Compare the selected ids of each engine with those of one process, seed by seed."""
+    done = {(row["engine"], row["seed"]) for row in rows.read("engine_ids")}
+    for seed in range(seeds):
+        left = [engine for engine in IDS if (engine, seed) not in done]
+        with tempfile.TemporaryDirectory() as folder:
+            alone = Path(folder) / "alone"
+            if left:
+                run("single", 1, alone, "--train.seed", str(seed), "--checkpoint.every", "0")
+            for engine in left:
+                out = Path(folder) / engine
+                run(engine, ranks, out, "--train.seed", str(seed), "--checkpoint.every", "0")
+                pairs = zip(selected(out), selected(alone), strict=True)
+                equal = sum(ours == theirs for ours, theirs in pairs)
+                found = {"benchmark": "engine_ids", "engine": engine, "seed": seed, "ranks": ranks, "steps": STEPS}
+                rows.append("engine_ids", found | {"steps_equal": equal, "environment": rows.here()})
+                print(engine, seed, f"{equal} of {STEPS} steps have the same ids", flush=True)
+
+
+def ids_table() -> str:
+    """Steps with the ids of one process, of all steps of all seeds."""
+    lines = ["| engine | seeds | steps | with the ids of one process |", "|---|---:|---:|---:|"]
+    for engine in IDS:
+        of_engine = [row for row in rows.read("engine_ids") if row["engine"] == engine]
+        steps, equal = (sum(row[key] for row in of_engine) for key in ("steps", "steps_equal"))
+        lines.append(f"| `{engine}` | {len(of_engine)} | {steps} | {equal} |")
+    return "\n".join(lines)
+
+
 def engine_table() -> str:
     """One row per engine in float32; the last measurement of each."""
     last = {row["engine"]: row for row in rows.read("engines") if row["dtype"] == "float32"}
@@ -161,7 +202,7 @@ def half_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"engines": engine_table, "half precision": half_table}
+TABLES = {"engines": engine_table, "engine ids": ids_table, "half precision": half_table}
 
 
 def main() -> None:
@@ -170,7 +211,11 @@ def main() -> None:
     parser.add_argument("engines", nargs="*", metavar="ENGINE", help=", ".join(ENGINES))
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=0, help="compare ids alone, with seeds from 0 on")
     given = parser.parse_args()
+    if given.seeds:
+        compare_ids(given.seeds, given.processes)
+        return
     for dtype in given.dtypes:
         with tempfile.TemporaryDirectory() as alone:
             run("single", 1, Path(alone) / "run", "--train.dtype", dtype)

@@ -17,8 +17,9 @@ def append(name: str, row: dict[str, object]) -> None:
 
 
 def read(name: str) -> list[dict]:
-    """The rows of ``results/NAME.jsonl``, in the order of measurement."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The rows of ``results/NAME.jsonl``, in the order of measurement; none if nothing was measured yet."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:

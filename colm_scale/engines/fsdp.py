@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from colm_scale.config import FsdpConfig, TrainConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
+from colm_scale.engines.tensors import all_have_room
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
 from colm_scale.records import Batch
@@ -69,7 +70,8 @@ class FsdpEngine(Engine):
     name = "fsdp"
 
     def __init__(self, module: ExampleLoss, train: TrainConfig, fsdp: FsdpConfig, group: Group, mesh: DeviceMesh):
-        self._device, self._ranks = group.device, group.world_size
+        self._device, self._ranks, self._group = group.device, group.world_size, group
+        self._reshard = fsdp.reshard_after_forward
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         offload = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
         root = module.causal_model
@@ -77,7 +79,7 @@ class FsdpEngine(Engine):
             fully_shard(
                 unit,
                 mesh=mesh,
-                reshard_after_forward=fsdp.reshard_after_forward,
+                reshard_after_forward=self._reshard,
                 mp_policy=precision,
                 offload_policy=offload,
             )
@@ -93,6 +95,22 @@ class FsdpEngine(Engine):
         self._root.set_is_last_backward(last)
         self._root.set_requires_gradient_sync(last)
         (loss * (self._ranks * self.scale.scale)).backward()
+
+    @contextmanager
+    def gathered(self) -> Iterator[bool]:
+        if not all_have_room(self.module, self._group):
+            yield False
+            return
+        sharded = [module for module in self.module.causal_model.modules() if isinstance(module, FSDPModule)]
+        self._root.set_reshard_after_forward(False)
+        for module in sharded:
+            module.unshard()
+        try:
+            yield True
+        finally:
+            self._root.set_reshard_after_forward(self._reshard)
+            for module in sharded:
+                module.reshard()
 
     def read(self, name: str, key: str) -> Tensor:
         # Offloaded shards are on the CPU, where NCCL cannot gather.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,25 @@ def held_bytes(module: nn.Module) -> int:
     """Count the bytes of parameters that this rank holds between steps; tied weights count once."""
     tensors = [tensor for parameter in module.parameters() for tensor in local_tensors(parameter)]
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def all_have_room(module: nn.Module, group: Group) -> bool:
+    """Return whether all weights fit into half of what is free on every rank; the other half is for running them.
+
+    All ranks call it together.
+    """
+    sizes = ((getattr(weight, "ds_numel", weight.numel()), weight.element_size()) for weight in module.parameters())
+    missing = sum(numbers * size for numbers, size in sizes) - held_bytes(module)
+    return not group.any(missing > free_bytes(group) / 2)
+
+
+def free_bytes(group: Group) -> int:
+    """Count the free bytes of this rank's device, those in the allocator's cache too; of a CPU, this rank's share."""
+    if group.device.type != "cuda":
+        available: int = psutil.virtual_memory().available
+        return available // group.local_world_size
+    cached = torch.cuda.memory_reserved(group.device) - torch.cuda.memory_allocated(group.device)
+    return torch.cuda.mem_get_info(group.device)[0] + cached
 
 
 def collect(engine: Engine, *, keep: bool) -> dict[str, dict[str, Tensor]]:

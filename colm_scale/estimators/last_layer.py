@@ -40,8 +40,8 @@ class LastLayer(Sketching):
             if not count:  # no rows: forward only, to stay in step with the other ranks
                 self._tap.factors(batch)
                 continue
-            losses, largest, gradients = last_layer.sketch(self._tap, batch, rows[:count])
-            found.append(torch.stack([losses, largest], dim=1))
+            losses, gradients = last_layer.sketch(self._tap, batch, rows[:count])
+            found.append(torch.stack([losses, gradients.largest], dim=1))
             self._held.append(gradients)
             rows = rows[count:]
         self._local = torch.cat(found)

@@ -130,7 +130,7 @@ class HeldBlockInputs(BlockInputs):
             self._mode, self._reused = "run", []
 
     def _wrapped(self, number: int, block: nn.Module) -> Callable[..., _Found]:
-        live, forward = number == len(self._blocks) - 1, block.forward
+        live, forward = len(self._blocks) - 1, block.forward
 
         def again(known: Tensor, *args: object, **kwargs: object) -> _Found:
             with _not_checkpointed(block):
@@ -138,20 +138,18 @@ class HeldBlockInputs(BlockInputs):
             return found
 
         def wrapped(hidden_states: Tensor, *args: object, **kwargs: object) -> _Found:
-            found: _Found
             if self._mode == "hold":
                 self._hold(number, hidden_states)
-            if self._mode != "reuse":
-                found = forward(hidden_states, *args, **kwargs)
+            if self._mode != "reuse" or number == live:
+                found: _Found = forward(hidden_states, *args, **kwargs)
                 self._in_tuples = isinstance(found, tuple)
                 return found
-            inputs = self._reused
-            if live:
-                found = forward(_HeldInput.apply(hidden_states, inputs[number]), *args, **kwargs)
-                return found
+            inputs, shape = self._reused, hidden_states.shape
             anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
+            # The last reused block hands on the live block's input, so that the live block's recomputation gets it too.
+            onward = inputs.pop().to(anchor.device).view(shape) if number == live - 1 else hidden_states
             passed: Tensor = _ReusedBlock.apply(
-                hidden_states, anchor, inputs, number, lambda known: again(known, *args, **kwargs)
+                hidden_states, onward, anchor, inputs, lambda known: again(known, *args, **kwargs)
             )
             return (passed,) if self._in_tuples else passed
 
@@ -195,41 +193,28 @@ class HeldBlockInputs(BlockInputs):
         return found
 
 
-class _HeldInput(torch.autograd.Function):
-    """Replaces the live block's input by the held one."""
-
-    @staticmethod
-    def forward(_ctx: object, hidden: Tensor, known: Tensor) -> Tensor:
-        return known.to(hidden.device).view_as(hidden).clone()
-
-    @staticmethod
-    def backward(_ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 class _ReusedBlock(torch.autograd.Function):
-    """Skips a block in the forward: its input is returned. The backward computes the block from the held input.
+    """Skips a block in the forward, which returns ``onward``. The backward computes the block from its held input.
 
-    ``anchor`` requires a gradient, so that there is a backward even if the first block's input requires none.
+    ``inputs`` are those of the blocks up to this one when its backward begins: the last is taken. ``anchor`` requires a
+    gradient, so that there is a backward even if the first block's input requires none.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
+        onward: Tensor,
         anchor: Tensor,
         inputs: list[Tensor],
-        number: int,
         block: Callable[[Tensor], _Found],
     ) -> Tensor:
-        ctx.inputs, ctx.number, ctx.block = inputs, number, block
-        ctx.shape, ctx.device = hidden.shape, hidden.device
-        return hidden.view_as(hidden)
+        ctx.inputs, ctx.block, ctx.shape, ctx.device = inputs, block, hidden.shape, hidden.device
+        return onward.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        known = ctx.inputs[ctx.number].to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
-        ctx.inputs[ctx.number] = torch.empty(0)
+        known = ctx.inputs.pop().to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
         with torch.enable_grad():
             found = ctx.block(known)
         found = found[0] if isinstance(found, tuple) else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -60,6 +61,7 @@ class HeldOutEvaluator:
 
     Args:
         entered: Called with a name for each micro-batch, see `Watch.enter`.
+        gathered: A context for generating, see `Engine.gathered`.
 
     Attributes:
         left_out: Examples that are not evaluated whole, by reason and source.
@@ -74,10 +76,12 @@ class HeldOutEvaluator:
         train: TrainConfig,
         group: Group,
         entered: Callable[[str], None] = lambda _: None,
+        gathered: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True),
     ):
         self._examples, self._tokenizer = held_out.examples, held_out.tokenizer
         self._config, self._group = config, group
         self._train_sizes, self._small, self._entered = held_out.train_sizes, held_out.small, entered
+        self._gathered = gathered
         self._budget = _TOKENS_PER_TRAINED * train.micro_batch_tokens
         examples = held_out.examples
         chosen = [self._draw(source, config.limit, train.seed) for source in range(len(examples.source_names))]
@@ -123,18 +127,23 @@ class HeldOutEvaluator:
             lengths[chosen] = long_tensor([len(prompts[int(i)][0]) for i in chosen])
             lengths += self._config.max_new_tokens
             micro_batches = form_micro_batches(lengths, chosen, self._budget)
-            for indices in deal(micro_batches, lengths, self._group.world_size)[self._group.rank]:
-                self._entered("generate")
-                # A rank with nothing to generate still takes part, because weights may be gathered from all ranks.
-                answers = self._generate(module, [prompts[i][0] for i in indices or (int(chosen[0]),)])
-                for index, answer in zip(indices, answers):
-                    reference = self._tokenizer.decode(prompts[index][1], skip_special_tokens=True)
-                    assert isinstance(reference, str)
-                    correct[index] = is_correct(answer, reference)
+            own = deal(micro_batches, lengths, self._group.world_size)[self._group.rank]
+            with self._gathered() as independent:
+                for indices in own:
+                    self._entered("generate")
+                    # Where each token gathers weights from all ranks, one with nothing to generate still takes part.
+                    taken = indices if independent else indices or (int(chosen[0]),)
+                    answers = self._generate(module, [prompts[i][0] for i in taken], lockstep=not independent)
+                    for index, answer in zip(indices, answers):
+                        reference = self._tokenizer.decode(prompts[index][1], skip_special_tokens=True)
+                        assert isinstance(reference, str)
+                        correct[index] = is_correct(answer, reference)
         return self._combined(correct, chosen)
 
-    def _generate(self, module: ExampleLoss, prompts: list[list[int]]) -> list[str]:
-        """Complete prompts greedily, padded on the left."""
+    def _generate(self, module: ExampleLoss, prompts: list[list[int]], *, lockstep: bool) -> list[str]:
+        """Complete prompts greedily, padded on the left; in lockstep, as many tokens on every rank."""
+        if not prompts:
+            return []
         longest = max(map(len, prompts))
         pad_id = self._tokenizer.pad_token_id
         tokens = torch.full((len(prompts), longest), pad_id)
@@ -151,7 +160,7 @@ class HeldOutEvaluator:
                 max_new_tokens=self._config.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                synced_gpus=self._group.world_size > 1,
+                synced_gpus=lockstep and self._group.world_size > 1,
                 pad_token_id=pad_id,
                 eos_token_id=sorted(self._ends(module)),
             )

@@ -123,7 +123,7 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     evaluator: Evaluator = NoEvaluator()
     if inputs.eval is not None:
         held_out = HeldOut(inputs.eval, inputs.sizes, small, inputs.tokenizer)
-        evaluator = HeldOutEvaluator(held_out, config.eval, config.train, group, watch.enter)
+        evaluator = HeldOutEvaluator(held_out, config.eval, config.train, group, watch.enter, engine.gathered)
     reports: Reports = Reports()
     folder: CheckpointFolder | NoCheckpointFolder = NoCheckpointFolder()
     if directory is not None:

@@ -25,6 +25,10 @@ ADAFACTOR_DECAY = 0.8
 """In step t, Adafactor's averages decay by ``1 - t ** -0.8`` (Shazeer and Stern, 2018, sec. 7)."""
 MUON_SCALE = 0.2
 """Root mean square of Muon's scaled update, about that of Adam's (Liu et al. 2025, section 2.2)."""
+NOISE = 0.01
+"""Share of a gradient's scale below which an entry counts in proportion to its size. An update divides each entry by
+its own size; what float32 rounds to nothing would become a full step of either sign, and the last bit would choose the
+coreset. Rounding is 1e-6 of the scale in float32 and 4e-3 in bfloat16."""
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -32,6 +36,7 @@ Shapes = tuple[tuple[int, int], ...]
 """``(d_out, r)`` of each probe tensor; a row holds the d numbers of all, one tensor after the other."""
 Columns = Tensor | slice
 ALL = slice(None)
+NO_FLOOR = torch.zeros(())
 
 
 class Moments(Protocol):
@@ -51,17 +56,32 @@ class Moments(Protocol):
     @property
     def size(self) -> int: ...
 
-    def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
+    def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         """Compute the update ``u`` for each row's gradient alone, without the learning rate.
 
         Args:
             rows: ``[*, c]`` gradients.
             columns: Indices of the rows' columns among the d entries: ``[c]``, or the shape of ``rows`` if they differ
                 by row. `ALL` if `whole_rows` is set.
+            floor: ``[*, 1]`` sizes that are added to what entries are divided by (see `floor`). None of them is the
+                optimizer itself.
 
         Returns:
             The shape of ``rows``.
         """
+
+    def floor(self, mean_square: Tensor) -> Tensor:
+        """Find the size below which entries are rounding, `NOISE` of the gradient's scale.
+
+        Zero where an entry is not divided by its own size.
+
+        Args:
+            mean_square: ``[*]`` of each row over all its d entries.
+
+        Returns:
+            ``[*, 1]``.
+        """
+        return torch.zeros_like(mean_square).unsqueeze(-1)
 
     def learn(self, mean: Tensor, mean_square: Tensor) -> Moments:
         """Return the moments after a step: the mean of those after each of its picked (not kept) rows alone.
@@ -129,7 +149,7 @@ class NoMoments(Moments):
     step: int = 0
     size = 0
 
-    def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
+    def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         return rows
 
     def learn(self, mean: Tensor, mean_square: Tensor) -> NoMoments:
@@ -164,11 +184,16 @@ class AdamMoments(_Averaged):
     betas: tuple[float, float]
     epsilon: float
 
-    def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
+    def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         first, second = self._advance(rows, rows.square(), columns)
         beta1, beta2 = self.betas
         steps = self.step + 1
-        return first / (1 - beta1**steps) / ((second / (1 - beta2**steps)).sqrt() + self.epsilon)
+        return first / (1 - beta1**steps) / ((second / (1 - beta2**steps)).sqrt() + self.epsilon + floor)
+
+    def floor(self, mean_square: Tensor) -> Tensor:
+        beta2 = self.betas[1]
+        second = beta2 * self.second.mean() + (1 - beta2) * mean_square
+        return NOISE * (second / (1 - beta2 ** (self.step + 1))).sqrt().unsqueeze(-1)
 
     def learn(self, mean: Tensor, mean_square: Tensor) -> AdamMoments:
         first, second = self._advance(mean, mean_square, ALL)
@@ -197,7 +222,7 @@ class SgdMoments(_Averaged):
     momentum: float
     scale: float | Tensor = 1.0
 
-    def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
+    def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         return (self.momentum * self.first[columns] + rows) * self.scale
 
     def learn(self, mean: Tensor, mean_square: Tensor) -> SgdMoments:
@@ -213,9 +238,9 @@ class SgdMoments(_Averaged):
 class LionMoments(_Averaged):
     """Lion's momentum (Chen et al. 2023, algorithm 2). The update is ``sign(b1 m + (1 - b1) g)``.
 
-    L1 distances count the entries whose signs differ, and ties are common: in the columns with the largest mean, all
-    candidates of a source agree. With independent gradients, a source of up to ``1 + log2(d / h)`` candidates ties as a
-    whole, and its first candidates are picked.
+    L1 distances all but count the entries whose signs differ: in the columns with the largest mean, all candidates of a
+    source agree. Those of a source of up to ``1 + log2(d / h)`` candidates with independent gradients differ by the
+    floor alone.
 
     Attributes:
         first: ``[d]`` m, with decay b2.
@@ -225,9 +250,15 @@ class LionMoments(_Averaged):
     step: int
     betas: tuple[float, float]
 
-    def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
+    def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         beta1 = self.betas[0]
-        return (beta1 * self.first[columns] + (1 - beta1) * rows).sign()
+        ahead = beta1 * self.first[columns] + (1 - beta1) * rows
+        return ahead / (ahead.abs() + floor).clamp(min=torch.finfo(ahead.dtype).tiny)
+
+    def floor(self, mean_square: Tensor) -> Tensor:
+        beta1 = self.betas[0]
+        square = beta1**2 * self.first.square().mean() + (1 - beta1) ** 2 * mean_square
+        return NOISE * square.sqrt().unsqueeze(-1)
 
     def learn(self, mean: Tensor, mean_square: Tensor) -> LionMoments:
         beta2 = self.betas[1]
@@ -263,22 +294,31 @@ class AdafactorMoments(Moments):
     def size(self) -> int:
         return sum(d_out * r for d_out, r in self.shapes)
 
-    def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
+    def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         updates = []
         for g, of_rows, of_columns in zip(_matrices(rows, self.shapes), *self._advanced(rows.square())):
             second = of_rows.unsqueeze(-1) * of_columns.unsqueeze(-2)
             second = second / of_rows.mean(-1).clamp(min=self.epsilon)[..., None, None]
-            u = (g * second.clamp(min=self.epsilon**2).rsqrt()).flatten(-2)
+            u = g.flatten(-2) / (second.clamp(min=self.epsilon**2).sqrt().flatten(-2) + floor)
             updates.append(u / u.square().mean(-1, keepdim=True).sqrt().clamp(min=1))
         return torch.cat(updates, dim=-1)
+
+    def floor(self, mean_square: Tensor) -> Tensor:
+        weight = self._weight
+        return NOISE * ((1 - weight) * self.rows.mean() + weight * mean_square).sqrt().unsqueeze(-1)
 
     def learn(self, mean: Tensor, mean_square: Tensor) -> AdafactorMoments:
         rows, columns = (torch.cat(averages) for averages in self._advanced(mean_square))
         return dataclasses.replace(self, rows=rows, columns=columns, step=self.step + 1)
 
+    @property
+    def _weight(self) -> float:
+        """Of the next gradient in the averages."""
+        return float((self.step + 1) ** -ADAFACTOR_DECAY)
+
     def _advanced(self, square: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return R ``[*, d_out]`` and C ``[*, r]`` of each probe tensor after a gradient with ``square`` ``[*, d]``."""
-        weight = (self.step + 1) ** -ADAFACTOR_DECAY
+        weight = self._weight
         before = zip(*(old.split(sizes) for old, sizes in zip((self.rows, self.columns), zip(*self.shapes))))
         after = [
             ((1 - weight) * rows + weight * own.mean(-1), (1 - weight) * columns + weight * own.mean(-2))
@@ -305,7 +345,7 @@ class MuonMoments(_Averaged):
     momentum: float
     whole_rows = True
 
-    def normalise(self, rows: Tensor, columns: Columns = ALL) -> Tensor:
+    def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         ahead = rows.lerp(self.first.to(rows).lerp(rows, 1 - self.momentum), self.momentum)
         updates = [
             _orthogonalised(matrix) * (MUON_SCALE * max(matrix.shape[-2:]) ** 0.5)

@@ -8,6 +8,7 @@ so the results do not depend on which rank holds which example.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,18 +33,26 @@ class Gradients:
             are known there, and to look for them on the device would make the host wait.
         shape: ``(d_out, r)`` of a gradient.
         parts: The factors, delta ``[B, T, d_out]`` and a ``[B, T, r]``; or the gradients ``[B, d_out, r]`` alone.
+        largest: ``[B]`` size of each gradient's largest entry, NaN or infinite where the gradient is not finite.
+        mean_square: ``[B]`` of each gradient's entries.
     """
 
     rows: Tensor
     shape: tuple[int, int]
     parts: tuple[Tensor, ...]
+    largest: Tensor
+    mean_square: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
         """Hold the factors or their product."""
         (tokens, d_out), r = delta.shape[1:], a.shape[2]
         factors = tokens * (d_out + r) < d_out * r
-        return cls(rows, (d_out, r), (delta, a) if factors else (delta.transpose(1, 2) @ a,))
+        parts = (delta, a) if factors else (delta.transpose(1, 2) @ a,)
+        unmeasured = cls(rows, (d_out, r), parts, *delta.new_zeros(2, len(rows)))
+        sizes = [torch.stack([block.abs().amax(1), block.square().sum(1)]) for _, block in unmeasured.blocks()]
+        largest, squares = torch.stack(sizes).unbind(1)
+        return dataclasses.replace(unmeasured, largest=largest.amax(0), mean_square=squares.sum(0) / (d_out * r))
 
     @property
     def numbers(self) -> int:
@@ -61,19 +70,20 @@ class Gradients:
     def updates(self, moments: Moments) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield ``(examples, columns, [examples, columns])`` of the normalised rows: a few columns of all examples at a
         time, or all columns of a few examples if the moments need whole rows."""
+        floor = moments.floor(self.mean_square)
         if not moments.whole_rows:
             for columns, block in self.blocks():
-                yield slice(None), columns, moments.normalise(block, columns)
+                yield slice(None), columns, moments.normalise(block, columns, floor)
             return
         step = max(1, BLOCK_NUMBERS // moments.size)
         for start in range(0, len(self.rows), step):
             examples = slice(start, start + step)
-            yield examples, slice(None), moments.normalise(self._rows(slice(None), examples))
+            yield examples, slice(None), moments.normalise(self._rows(slice(None), examples), floor=floor[examples])
 
     def updates_at(self, columns: Tensor, moments: Moments) -> Tensor:
         """``[B, h]`` entries of the normalised rows at each example's ``columns`` ``[B, h]``."""
         if not moments.whole_rows:
-            return moments.normalise(self.at(columns), columns)
+            return moments.normalise(self.at(columns), columns, moments.floor(self.mean_square))
         return torch.cat([u.gather(1, columns[examples]) for examples, _, u in self.updates(moments)])
 
     def at(self, columns: Tensor) -> Tensor:
@@ -94,17 +104,14 @@ class Gradients:
         return (delta[examples, :, out].transpose(1, 2) @ a[examples]).flatten(1)
 
 
-def sketch(tap: Tap, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Gradients]:
+def sketch(tap: Tap, batch: Batch, rows: Tensor) -> tuple[Tensor, Gradients]:
     """Sketch a micro-batch with one forward, and one backward of the last block.
 
     Returns:
-        losses ``[B]``; the largest entry of each gradient ``[B]``, NaN or infinite where the gradient is not finite;
-        the gradients.
+        losses ``[B]``, and the gradients.
     """
     losses, delta, a = tap.factors(batch)
-    gradients = Gradients.of(rows, delta, a)
-    largest = torch.stack([block.abs().amax(1) for _, block in gradients.blocks()]).amax(0)
-    return losses, largest, gradients
+    return losses, Gradients.of(rows, delta, a)
 
 
 def source_sums(held: list[Gradients], groups: Tensor, num_groups: int, moments: Moments, valid: Tensor) -> Tensor:

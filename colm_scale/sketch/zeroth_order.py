@@ -77,33 +77,41 @@ def rows_from_coefficients(
     c = torch.where(counted, coefficients[ranked], 0.0)
     moments = moments.fitted(c.abs().sum(1) * z.abs().max())
     sums = torch.zeros(plan.num_groups, z.shape[1], dtype=torch.int32, device=z.device)
-    for some, block, u in _updates(c, z, moments):
+    floor = moments.floor(_mean_squares(c, z))
+    for some, block, u in _updates(c, z, moments, floor):
         sums[:, block] += source_sums(torch.where(counted[some], u, 0.0), of[some], plan.num_groups, len(valid))
     chosen = top_columns(sums, columns)  # [G, h]
     rows = coefficients.new_zeros(len(coefficients), chosen.shape[1])
     if moments.whole_rows:
-        found = [u.gather(1, chosen[of[some]]) for some, _, u in _updates(c, z, moments)]
+        found = [u.gather(1, chosen[of[some]]) for some, _, u in _updates(c, z, moments, floor)]
         rows[ranked] = torch.cat([rows[:0], *found])
     else:
         for group, of_source in enumerate(chosen):
-            members = on_device((plan.groups == group).nonzero().flatten(), device)
-            rows[members] = moments.normalise(coefficients[members] @ z[:, of_source], of_source)
+            mine = on_device((plan.groups[of_ranked] == group).nonzero().flatten(), device)
+            rows[ranked[mine]] = moments.normalise(c[mine] @ z[:, of_source], of_source, floor[mine])
     return torch.where(valid.unsqueeze(1), rows, 0.0)
 
 
-def _updates(coefficients: Tensor, z: Tensor, moments: Moments) -> Iterator[tuple[slice, slice, Tensor]]:
+def _mean_squares(coefficients: Tensor, z: Tensor) -> Tensor:
+    """``[s]`` mean squares of the rows ``coefficients @ z``, which are never held."""
+    return ((coefficients @ (z @ z.T)) * coefficients).sum(1).clamp(min=0) / z.shape[1]
+
+
+def _updates(
+    coefficients: Tensor, z: Tensor, moments: Moments, floor: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield ``(candidates, columns, u)``: a few columns of all candidates at a time, or all columns of a few candidates
     if the moments need whole rows."""
     count, d = len(coefficients), z.shape[1]
     if not moments.whole_rows:
         for start in range(0, d, BLOCK_COLUMNS):
             block = slice(start, start + BLOCK_COLUMNS)
-            yield slice(None), block, moments.normalise(coefficients @ z[:, block], block)
+            yield slice(None), block, moments.normalise(coefficients @ z[:, block], block, floor)
         return
     step = max(1, count * BLOCK_COLUMNS // d)
     for start in range(0, count, step):
         some = slice(start, start + step)
-        yield some, slice(None), moments.normalise(coefficients[some] @ z)
+        yield some, slice(None), moments.normalise(coefficients[some] @ z, floor=floor[some])
 
 
 def learn_from_coefficients(moments: Moments, coefficients: Tensor, directions: Tensor) -> Moments:

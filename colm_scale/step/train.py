@@ -18,6 +18,7 @@ from colm_scale.randomness import global_draws
 from colm_scale.records import Candidates, MicroBatch, Route, Selection, on_device
 from colm_scale.selection.route import route, route_evenly
 from colm_scale.selection.rule import loss_shares
+from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.select import Chosen
 from colm_scale.step.source_refresh import SourceRefresh
 
@@ -93,6 +94,7 @@ class TrainingStage:
     ):
         self.engine = engine
         self._batching, self._inputs, self._refresh = batching, inputs, refresh
+        self._check = ReuseCheck(engine, config.dtype, group)
         self._config, self._group = config, group
 
     def route(self, chosen: Chosen) -> Routed:
@@ -107,6 +109,9 @@ class TrainingStage:
         Returns:
             ``[n]`` losses from all ranks, zero for candidates that were not trained, for `finish`: the device may still
             be computing them.
+
+        Raises:
+            UserError: On every rank: forward reuse has changed the gradient, see `ReuseCheck`.
         """
         group, last, step = self._group, len(routed.micro_batches), chosen.candidates.step
         losses = torch.zeros(len(chosen.candidates), device=group.device)
@@ -114,9 +119,10 @@ class TrainingStage:
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
                 reusing = self._inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
-                with reusing, self._refresh.watching():
-                    own = self.engine.forward(batch)
-                self.engine.backward((own * micro_batch.shares).sum(), last=number == last)
+                with self._check(micro_batch, step):
+                    with reusing, self._refresh.watching():
+                        own = self.engine.forward(batch)
+                    self.engine.backward((own * micro_batch.shares).sum(), last=number == last)
                 losses[on_device(batch.positions, losses.device)] = own.detach()[: len(batch.positions)]
         return group.all_reduce(losses, "report")
 

@@ -7,14 +7,16 @@ import torch
 
 KINDS = ("", "_branched", "_padded")
 WAYS = ("forward_reused", "not_forward_reused")
-PAIRS = [
+ENGINES = ("auto", "zero1", "zero2", "zero3", "fsdp")
+COMPARED = [
     *[(engine, f"{way}{kind}") for engine in ("auto", "zero2") for kind in KINDS for way in WAYS],
-    *[(engine, way) for engine in ("fsdp", "zero3") for way in WAYS],
+    *[(engine, way) for engine in ("fsdp", "zero1", "zero3") for way in WAYS],
     ("auto", "forward_reused_offloaded"),
     ("auto", "forward_reused_bounded"),
     ("fsdp_offload", "forward_reused"),
     ("fsdp_offload", "not_forward_reused"),
 ]
+PAIRS = [*COMPARED, *[(engine, f"forward_reused_{how}") for engine in ENGINES for how in ("unchecked", "wrongly")]]
 CASES = [*[f"{way}{kind}" for kind in KINDS for way in WAYS], "forward_reused_offloaded"]
 
 
@@ -36,7 +38,25 @@ def test_on_one_process(alone, kind):
         assert 0 < share < 1
 
 
-@pytest.mark.parametrize(("engine", "case"), [pair for pair in PAIRS if pair[1].startswith("forward_reused")])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_check_changes_nothing(ranks, engine):
+    for cases in ranks:
+        found, unchecked = (cases[f"{engine}/forward_reused{how}"] for how in ("", "_unchecked"))
+        for step, other in zip(found["steps"], unchecked["steps"], strict=True):
+            assert (step["loss"], step["norm"]) == (other["loss"], other["norm"])
+            assert step["ids"].tolist() == other["ids"].tolist()
+        for name, weight in found["adapters"].items():
+            assert weight.equal(unchecked["adapters"][name]), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_rank_refuses_wrong_gradients(ranks, engine):
+    first, second = (cases[f"{engine}/forward_reused_wrongly"]["refused"] for cases in ranks)
+    assert first == second
+    assert "step 1: with forward reuse" in first
+
+
+@pytest.mark.parametrize(("engine", "case"), [pair for pair in COMPARED if pair[1].startswith("forward_reused")])
 def test_on_two_ranks(ranks, alone, engine, case):
     kind = case.removeprefix("forward_reused")
     twice = "not_forward_reused" if kind in ("_offloaded", "_bounded") else f"not_forward_reused{kind}"

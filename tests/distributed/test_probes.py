@@ -63,7 +63,7 @@ def test_rows_are_projections_of_each_examples_gradient(alone):
     delta, a = (torch.stack(of_examples) for of_examples in zip(*factors))
     seed, columns, cpu = config.train.seed, config.selection.columns, torch.device("cpu")
     moments = make_moments(config.train, ((D_OUT, RANK),))
-    held = Gradients(torch.arange(len(delta)), (D_OUT, RANK), (delta, a))
+    held = Gradients.of(torch.arange(len(delta)), delta, a)
     exact = CountSketch(seed, D, columns, cpu).rows(held, moments)
     # Updates are signs, and of an entry that is all rounding either sign may be found: of few, and each moves 1 by 2.
     apart = (step["matrix"]["rows"][:SOME] - exact).abs()

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm_scale.distributed.group import Group
 from colm_scale.engines import fsdp
-from colm_scale.engines.base import Engine, LossScale, Update, optimizer_tensors, trainable
-from colm_scale.engines.tensors import local_tensors
+from colm_scale.engines.base import Engine, LossScale, Update, trainable
 from colm_scale.estimators.base import Estimator
 from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
 
@@ -44,15 +43,6 @@ class EngineSpy:
             return safe_get_full_grad(parameter)
         gradient = parameter.grad
         return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-
-    def state(self) -> list[Tensor]:
-        """Copies of everything that a step changes, independent of the engine's own `snapshot`."""
-        own = [local for parameter in trainable(self.module).values() for local in local_tensors(parameter)]
-        return [_local(tensor).detach().clone() for tensor in [*optimizer_tensors(self.inner.optimizer), *own]]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class EstimatorSpy:

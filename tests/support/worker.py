@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -32,6 +32,7 @@ from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder, NoCheckpointFolder
 from colm_scale.config import (
     DataConfig,
+    EvalConfig,
     FsdpConfig,
     LoraConfig,
     RunConfig,
@@ -39,14 +40,17 @@ from colm_scale.config import (
     SourcesConfig,
     TrainConfig,
 )
+from colm_scale.data.batching import Batching, weighted
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.engines import tensors
 from colm_scale.engines.choose import make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes
 from colm_scale.errors import TrainingError, UserError
+from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -55,15 +59,20 @@ from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
+from colm_scale.run import evaluate
 from colm_scale.run.assemble import build_step
+from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.floor import bare_floor_seconds
+from colm_scale.step.floor import Work, bare_floor_seconds
+from colm_scale.step.preview import preview
+from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy, WholeOnDevice, whole_weights
+from support.state import changed, leaves, random_states
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
@@ -83,6 +92,10 @@ STEPS = 6
 REUSE_STEPS = 9
 """Two epochs of four steps, and the start of a third."""
 FLOOR_AFTER = 3
+END = 7
+"""A token that ends some answers."""
+ROOMS = {"room for all": 2**60, "no room": 0}
+"""Free bytes of a device."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +109,15 @@ class Case:
     break_after: int | None = None
     """Save after this step, and resume from the checkpoint with new objects."""
     perturbation: float = EPSILON
+    scaled_inputs: float = 1.0
+    """Factor of the held block inputs, for a forward reuse that is wrong."""
+    reuse_checked: bool = True
     refresh_sources: int = 0
     refresh_kept: int = 0
     model: dict = field(default_factory=dict)
     """Options of the model."""
+    generate_after: int | None = None
+    """Generate answers after this step."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -146,6 +164,12 @@ CASES = {
         3,
         {"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 2 * 96 * 4 * 32 * 4 / 2**30},
     ),
+    "forward_reused_unchecked": Case(
+        _selection(), 3, {"activation_checkpointing": True, "forward_reuse": "device"}, reuse_checked=False
+    ),
+    "forward_reused_wrongly": Case(
+        _selection(), 1, {"activation_checkpointing": True, "forward_reuse": "device"}, scaled_inputs=0.5
+    ),
     "broken": Case(_selection(), break_after=3),
     "reclustered": Case(_selection(), refresh_sources=2),
     "reclustered_broken": Case(_selection(), refresh_sources=2, break_after=3),
@@ -162,9 +186,8 @@ CASES = {
     },
     "shared": Case(_selection(method="stratified", shares={"a": 5, "b": 1, "c": 2, "d": 0, "e": 1}, kept_sources=[])),
     "shared_ranked": Case(_selection(shares=0.5, kept_sources=[])),
-    # Adam's moments that have just restarted make +1 or -1 of entries that are rounding noise; momentum does not.
-    "refreshed": Case(_selection(kept_sources=0.4), train={"optimizer": "sgd"}, refresh_kept=2),
-    "refreshed_broken": Case(_selection(kept_sources=0.4), train={"optimizer": "sgd"}, refresh_kept=2, break_after=3),
+    "refreshed": Case(_selection(kept_sources=0.4), refresh_kept=2),
+    "refreshed_broken": Case(_selection(kept_sources=0.4), refresh_kept=2, break_after=3),
     "covered": Case(_selection(coverage_floor=0.45, kept_sources=[])),
     "covered_broken": Case(_selection(coverage_floor=0.45, kept_sources=[]), break_after=3),
     "loss": Case(_selection(estimator=LOSS), 3),
@@ -190,6 +213,7 @@ CASES = {
     "countsketch_broken": Case(_selection(compression="countsketch", weights="cluster"), 3, break_after=1),
     "probe_k": Case(_selection(probe="k", weights="cluster"), 3),
     "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
+    "generating": Case(_selection(), 2, generate_after=1),
     "tied": Case(_selection(), 1, model={"tie_word_embeddings": True}),
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
     "ranked_facility": Case(_selection(weights="cluster"), 2),
@@ -198,8 +222,15 @@ CASES = {
     "ranked_pursuit": Case(_selection(ranking=f"{RANKINGS}:pursuit", weights="unbiased"), 2),
     "ranked_importance": Case(_selection(ranking=f"{RANKINGS}:importance", weights="unbiased"), 2),
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
-    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
-    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
+    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}, floor=True),
+    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}, floor=True),
+    "floored": Case(
+        _selection(estimator="zeroth_order", reuse=3),
+        4,
+        {"activation_checkpointing": True, "forward_reuse": "device", "dtype": "float16"},
+        floor=True,
+        refresh_sources=2,
+    ),
     # Every example is a micro-batch, and three are too few for four ranks.
     "starved": Case(
         _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
@@ -344,8 +375,11 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
 
 def run_case(case: Case, engine_name: str, group: Group) -> dict:
     """Train a case on this rank. ``A > B`` starts under one engine and resumes under another."""
-    with perturbed(case):
-        return _run_case(case, engine_name, group)
+    with perturbed(case), _reusing(case):
+        try:
+            return _run_case(case, engine_name, group)
+        except UserError as error:
+            return {"refused": str(error)}
 
 
 def perturbed(case: Case) -> AbstractContextManager:
@@ -353,19 +387,29 @@ def perturbed(case: Case) -> AbstractContextManager:
     return mock.patch.object(zeroth_order, "PERTURBATION", case.perturbation)
 
 
+@contextmanager
+def _reusing(case: Case):
+    laid_out, check = HeldBlockInputs._laid_out, ReuseCheck.__call__
+    with (
+        mock.patch.object(HeldBlockInputs, "_laid_out", lambda *args: laid_out(*args) * case.scaled_inputs),
+        mock.patch.object(ReuseCheck, "__call__", check if case.reuse_checked else lambda *_: nullcontext()),
+    ):
+        yield
+
+
 def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     first, _, second = engine_name.partition(" > ")
     folder = Path(tempfile.mkdtemp())
-    try:
-        parts = make_parts(case, first, group, folder)
-    except UserError as error:
-        return {"refused": str(error)}
+    parts = make_parts(case, first, group, folder)
     torch._dynamo.reset()  # so that no case reuses compiled code of another
     graphs = counters["stats"]["unique_graphs"]
     held_at_start = held_bytes(parts.module)
     forwards = []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
-    steps, floor = [], {}
+    steps, floor, generated = [], {}, {}
+    if case.floor:
+        floor["changed_at_first"] = _floor(parts, _drawn_work(parts, case, group), group)["changed"]
+        forwards.clear()
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
@@ -387,9 +431,10 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             steps[-1] |= spy.steps[-1]
         forwards.clear()
         if case.floor and number == FLOOR_AFTER:
-            before = engine.state()
-            seconds = bare_floor_seconds(work, engine, group, run_config(case).train.seed)
-            floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
+            floor |= _floor(parts, work, group) | {"forwards": len(forwards)}
+            forwards.clear()
+        if number == case.generate_after:
+            generated = {room: generate(parts, group, room) for room in ROOMS}
             forwards.clear()
     gradients = engine.gradients[0]
     return {
@@ -398,11 +443,72 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "gradients": gradients,
         "adapters": collect(engine.inner, keep=True)["adapter"],
         "floor": floor,
+        "generated": generated,
         "name": engine.name,
         "moved": (parts.moved.most, parts.moved.total),
         "weights_kept": _same(whole_weights(module), parts.weights),
         "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
+
+
+def _floor(parts: Parts, work: Work, group: Group) -> dict:
+    """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
+    engine = parts.engine.inner
+    collect(engine, keep=True)  # begins the optimizer's state, as a checkpoint does
+    held = {"engine": engine, "step": parts.step}
+    before = leaves(held, "run") | random_states()
+    seconds = bare_floor_seconds(work, engine, group, 5)
+    after = leaves(held, "run") | random_states()
+    return {"seconds": seconds, "changed": changed(before, after), "seen": len(before)}
+
+
+def _drawn_work(parts: Parts, case: Case, group: Group) -> Work:
+    """The work of a coreset of the first step's candidates, which need not be its own."""
+    config = run_config(case)
+    batching = Batching(PAD, config.train.micro_batch_tokens, parts.module.packs, group.device)
+    drawn = preview(parts.step, 1, batching, group.world_size)
+    batches = batching.share(examples(), drawn.candidates, drawn.routed.micro_batches[group.rank])
+    shares = torch.full((len(drawn.candidates),), 1 / len(drawn.drawn))
+    return Work(batches, weighted(batches, shares, group.device, 0))
+
+
+class Numbers:
+    """A tokenizer whose text is the numbers of the tokens."""
+
+    pad_token_id, eos_token_id = PAD, END
+
+    def decode(self, tokens: list[int], **_) -> str:
+        return " ".join(map(str, tokens))
+
+    def batch_decode(self, rows: Tensor, **_) -> list[str]:
+        return [self.decode([token for token in row if token != PAD]) for row in rows.tolist()]
+
+
+def generate(parts: Parts, group: Group, room: str) -> dict[str, object]:
+    """Answer a prompt of each source in at most 2, and in at most 12 tokens; every prompt is a micro-batch.
+
+    Returns:
+        By this number: answers by reference, and the collectives that they took. Bytes held while generating.
+    """
+    data, answers, collectives, held = examples(), {2: {}, 12: {}}, {}, []
+    held_out = HeldOut(data, data.sizes, torch.zeros(len(SIZES), dtype=torch.bool), Numbers())
+    train = TrainConfig(micro_batch_tokens=8)
+
+    def compared(answer: str, reference: str) -> bool:
+        answers[tokens][reference] = answer
+        held.append(held_bytes(parts.module))
+        return False
+
+    for tokens in answers:
+        config, before = EvalConfig(limit=1, generate=1, max_new_tokens=tokens), group.collectives()
+        evaluator = HeldOutEvaluator(held_out, config, train, group, gathered=parts.engine.inner.gathered)
+        with (
+            mock.patch.object(evaluate, "is_correct", compared),
+            mock.patch.object(tensors, "free_bytes", return_value=ROOMS[room]),
+        ):
+            evaluator(parts.module, 0)
+        collectives[tokens] = group.collectives() - before
+    return {"answers": answers, "collectives": collectives, "held": max(held)}
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from support.families import FAMILIES, adapted_model, base_model, batch_of, some_of, with_adapters
+from torch.utils.checkpoint import checkpoint
 
 from colm_scale.errors import UserError
 from colm_scale.modeling.forward_reuse import HeldBlockInputs
@@ -64,6 +67,38 @@ def test_losses_and_gradients_are_those_of_a_second_forward(family, packs, store
     torch.testing.assert_close(gradients(module, trained), expected, rtol=1e-5, atol=1e-6)  # and as before without
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_where_a_block_is_checkpointed_outside_of_its_forward(family):
+    module = module_of(family, packs=False)
+    checkpoint_calls(module)
+    trained = some_of(ALL, TRAINED)
+    expected = gradients(module, trained)
+    inputs = HeldBlockInputs(module, 2)
+    hold(inputs, module)
+    inputs.arrange([trained])
+    with inputs.reusing(trained):
+        losses = module(trained)
+    module.zero_grad()
+    (losses * SHARES).sum().backward()
+    found = [losses.detach(), *(p.grad for p in module.parameters() if p.requires_grad)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def checkpoint_calls(module: ExampleLoss) -> None:
+    """Checkpoint the call of each block, hooks included, which transformers up to 5.22 does instead of its forward."""
+    blocks = decoder_blocks(module.causal_model)[1]
+
+    class Checkpointed(type(blocks[0])):
+        def __call__(self, *args, **kwargs):
+            call = partial(super().__call__, **kwargs)
+            if self.gradient_checkpointing and self.training:
+                return checkpoint(call, *args, use_reentrant=False)
+            return call(*args)
+
+    for block in blocks:
+        block.__class__ = Checkpointed
+
+
 def count_calls(module: ExampleLoss) -> list[int]:
     """Of each block how often its MLP or attention ran: its submodules are called only if it is."""
     ran = []
@@ -91,7 +126,7 @@ def test_without_a_graph_below_nothing_is_held_but_the_inputs():
     with inputs.reusing(trained):
         losses = module(trained)
     losses.sum().backward()
-    assert [x.numel() for x in arranged[:2]] == [0, 0]  # let go of one by one
+    assert not arranged  # let go of one by one
 
 
 def test_only_as_many_micro_batches_are_held_as_asked_for():

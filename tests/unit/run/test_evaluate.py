@@ -12,6 +12,7 @@ from colm_scale.data.examples import tokenise
 from colm_scale.distributed.group import Group
 from colm_scale.modeling.load import load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.run import evaluate
 from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
 
 CPU = torch.device("cpu")
@@ -73,6 +74,24 @@ def test_right_answers_are_counted_per_source(parts, monkeypatch):
     assert seen[0]["max_new_tokens"] == 9
     assert seen[0]["do_sample"] is False
     assert tokenizer.eos_token_id in seen[0]["eos_token_id"]
+
+
+def answers_of(parts, monkeypatch, micro_batch_tokens: int) -> dict[str, str]:
+    """By reference, the answers of the base to two prompts of each source."""
+    tokenizer, examples, module = parts
+    held_out = HeldOut(examples, torch.tensor([1, 1, 1]), torch.zeros(3, dtype=torch.bool), tokenizer)
+    config = EvalConfig(generate=2, limit=2, max_new_tokens=10)
+    train = TrainConfig(micro_batch_tokens=micro_batch_tokens)
+    answers = {}
+    monkeypatch.setattr(evaluate, "is_correct", lambda answer, reference: answers.update({reference: answer}) or False)
+    HeldOutEvaluator(held_out, config, train, GROUP)(module, 0)
+    return answers
+
+
+def test_answers_of_a_batch_padded_on_the_left_are_those_of_one_prompt_at_a_time(parts, monkeypatch):
+    together, alone = answers_of(parts, monkeypatch, 4096), answers_of(parts, monkeypatch, 1)
+    assert len(set(together.values())) == len(together) == 6
+    assert together == alone
 
 
 def test_every_evaluation_scores_the_same_sample(parts):

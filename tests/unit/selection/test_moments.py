@@ -82,6 +82,34 @@ def test_the_result_has_the_type_of_the_rows(dtype):
     assert moments.normalise(normal(2, 5).to(dtype)).dtype == dtype
 
 
+def test_an_entry_far_below_its_gradients_scale_counts_as_what_it_is():
+    """The first update of Adam is the sign, of rounding too; with a floor of 1 % of the scale it is not."""
+    rows = torch.tensor([[3.0, -1.0, 0.02, -2e-8, 0.0]], dtype=torch.float64)
+    moments = AdamMoments(*torch.zeros(2, 5, dtype=torch.float64), 0, BETAS, 0.0)
+    scale = (10.0004 / 5) ** 0.5
+    floor = moments.floor(rows.square().mean(1))
+    torch.testing.assert_close(floor, torch.tensor([[0.01 * scale]], dtype=torch.float64), rtol=1e-12, atol=0)
+    expected = [3 / (3 + 0.01 * scale), -1 / (1 + 0.01 * scale), 0.02 / (0.02 + 0.01 * scale), -2e-6 / scale, 0.0]
+    torch.testing.assert_close(
+        moments.normalise(rows, floor=floor), torch.tensor([expected], dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    smaller = 1e-3 * rows  # the update does not depend on the gradient's scale
+    torch.testing.assert_close(
+        moments.normalise(smaller, floor=moments.floor(smaller.square().mean(1))),
+        moments.normalise(rows, floor=floor),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_the_scale_is_that_of_the_averages_too():
+    """A small gradient among large ones is divided by what the large ones left."""
+    moments, row = after_steps(2), 1e-6 * normal(1, 5, trial=9)
+    second = (0.99 * moments.second + 0.01 * row.square()) / (1 - 0.99**3)
+    floor = moments.floor(row.square().mean(1))
+    torch.testing.assert_close(floor, 0.01 * second.mean(1, keepdim=True).sqrt(), rtol=1e-12, atol=0)
+
+
 # The other optimizers
 
 SHAPES = ((6, 3), (4, 3))
@@ -199,6 +227,27 @@ def test_the_others_fit_as_they_are(optimizer):
     moments, rows = learned(optimizer, 2), 1e4 * normal(4, D, trial=9).float()
     assert moments.fitted(rows.abs().amax(1)) is moments
     assert moments.normalise(rows).abs().max() < LARGEST
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_floors_are_a_hundredth_of_the_scale(optimizer, steps):
+    """Of a gradient as large as those before it, whose entries all are of size 1."""
+    moments = fresh(optimizer)
+    for _ in range(steps):
+        moments = moments.learn(torch.ones(D), torch.ones(D))
+    ahead = (0.9 * (1 - 0.99**steps)) ** 2 + 0.1**2 if optimizer == "lion" else 1.0
+    floor = moments.floor(torch.ones(3))
+    torch.testing.assert_close(floor, torch.full((3, 1), 0.01 * ahead**0.5), rtol=1e-5, atol=0)
+    rows = torch.full((3, D), 1e-9)
+    u = fresh(optimizer).normalise(rows, floor=floor)
+    assert 0 < u.max() < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_where_no_entry_is_divided_by_its_own_size_there_is_no_floor(optimizer):
+    """Muon enlarges what is small by at most 3.4 in each of its five rounds."""
+    assert not learned(optimizer, 2).floor(torch.ones(3)).any()
 
 
 def test_muon_orthogonalises():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support.families import PROBES, ROWS, adapted_model, batch_of
@@ -44,12 +46,17 @@ def moments() -> AdamMoments:
     return AdamMoments(0.1 * normal("m", D), normal("v", D).square(), step=3, betas=(0.9, 0.99), epsilon=1e-8)
 
 
+def updates(moments: Moments) -> Tensor:
+    """``[s, d]`` of `dense`, above the rounding of each."""
+    return moments.normalise(dense(), floor=moments.floor(dense().square().mean(1)))
+
+
 def as_factors(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-    return Gradients(rows, (D_OUT, RANK), (delta, a))
+    return dataclasses.replace(Gradients.of(rows, delta, a), parts=(delta, a))
 
 
 def as_product(rows: Tensor, delta: Tensor, a: Tensor) -> Gradients:
-    return Gradients(rows, (D_OUT, RANK), (delta.transpose(1, 2) @ a,))
+    return dataclasses.replace(Gradients.of(rows, delta, a), parts=(delta.transpose(1, 2) @ a,))
 
 
 def held(split: list[list[int]], make=as_factors) -> list[Gradients]:
@@ -102,7 +109,7 @@ def test_entries_at_each_examples_own_columns(make):
 @pytest.mark.usefixtures("_block_size")
 def test_source_sums_by_brute_force(split, make):
     sums = last_layer.source_sums(held(split, make), GROUPS, 2, moments(), VALID)
-    u = moments().normalise(dense())
+    u = updates(moments())
     expected = torch.stack([u[[2, 6]].sum(0), u[[0, 3, 5]].sum(0)])  # row 1 is not ranked, row 4 not finite
     one = float(to_fixed(torch.tensor(1.0), ROWS_TOTAL))
     assert sums.dtype == torch.int32
@@ -130,7 +137,7 @@ def test_rows_at_their_sources_columns(split, make):
     columns = torch.tensor([[0, 4, 9], [2, 7, 17]])
     rows = last_layer.rows_at(held(split, make), columns, GROUPS, moments())
     order = [row for rows_of in split for row in rows_of]
-    u = moments().normalise(dense())
+    u = updates(moments())
     for row, at in zip(rows, order):
         if not VALID[at]:
             assert row.isnan().all()
@@ -159,7 +166,7 @@ def test_moment_sums_are_means_of_g_and_its_square(split, make, scale):
 def test_moment_sums_of_the_largest_entries_fit():
     count = 1000
     largest = torch.full((count, 1, 1), 4.0 - 2**-22)  # just below 2 ** exponent
-    gradients = [Gradients(torch.arange(count), (1, 1), (largest,))]
+    gradients = [Gradients.of(torch.arange(count), largest, torch.ones_like(largest))]
     sums = last_layer.moment_sums(gradients, torch.ones(count, dtype=torch.bool), 1, torch.tensor(2))
     mean, mean_square = last_layer.from_moment_sums(sums, count, count, torch.tensor(2))
     torch.testing.assert_close(mean, largest[0, 0])
@@ -188,14 +195,15 @@ def test_the_sketch_of_a_model(lengths):
     family = "phi3"
     probe = Probe("model.layers.1", PROBES[family], torch.tensor(ROWS[family]))
     tap, batch = Tap(ExampleLoss(adapted_model(family)), probe), batch_of(lengths, prompt=1)
-    losses, largest, gradients = last_layer.sketch(tap, batch, torch.tensor([5, 2]))
+    losses, gradients = last_layer.sketch(tap, batch, torch.tensor([5, 2]))
     exact_losses, delta, a = tap.factors(batch)
     exact = delta.transpose(1, 2) @ a
     assert len(gradients.parts) == (2 if lengths[0] == 3 else 1)
     assert gradients.rows.tolist() == [5, 2]
     assert gradients.shape == tap.shape
     torch.testing.assert_close(losses, exact_losses)
-    torch.testing.assert_close(largest, exact.abs().amax((1, 2)))
+    torch.testing.assert_close(gradients.largest, exact.abs().amax((1, 2)))
+    torch.testing.assert_close(gradients.mean_square, exact.square().mean((1, 2)))
     torch.testing.assert_close(torch.cat([b for _, b in gradients.blocks()], dim=1), exact.flatten(1), **ROUNDING)
 
 
@@ -205,8 +213,8 @@ def test_a_gradient_that_is_not_finite_shows_in_its_largest_entry():
             delta, a = factors()
             return torch.zeros(ROWS_TOTAL), delta, a
 
-    _, largest, _ = last_layer.sketch(Broken(), None, torch.arange(ROWS_TOTAL))
-    assert torch.equal(largest.isfinite(), VALID)
+    _, gradients = last_layer.sketch(Broken(), None, torch.arange(ROWS_TOTAL))
+    assert torch.equal(gradients.largest.isfinite(), VALID)
 
 
 # Updates that depend on whole rows
@@ -223,7 +231,7 @@ def whole_row_moments(optimizer: str) -> Moments:
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_updates_of_whole_rows_by_brute_force(optimizer, split, make):
     moments, columns = whole_row_moments(optimizer), torch.tensor([[0, 4, 9], [2, 7, 17]])
-    u = torch.stack([moments.normalise(row) for row in dense()])
+    u = updates(moments)
     sums = last_layer.source_sums(held(split, make), GROUPS, 2, moments, VALID)
     one = float(to_fixed(torch.tensor(1.0), ROWS_TOTAL))
     expected = torch.stack([u[[2, 6]].sum(0), u[[0, 3, 5]].sum(0)])

@@ -12,7 +12,7 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe
 from colm_scale.randomness import generator
 from colm_scale.records import SketchPlan
-from colm_scale.selection.moments import AdamMoments, make_moments
+from colm_scale.selection.moments import AdamMoments, Moments, make_moments
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
 from colm_scale.sketch.zeroth_order import (
@@ -54,6 +54,11 @@ def dense(coefficients: Tensor, directions: Tensor) -> Tensor:
     """``g_i = mean_k c_ik z_k``, ``[s, d]``, term by term."""
     rows = [sum(c * z for c, z in zip(row, directions)) for row in coefficients]
     return torch.stack(rows) / len(directions)
+
+
+def updates(moments: Moments, gradients: Tensor) -> Tensor:
+    """Of whole rows, above the rounding of each."""
+    return moments.normalise(gradients, floor=moments.floor(gradients.square().mean(1)))
 
 
 def largest_columns(u: Tensor, h: int) -> list[int]:
@@ -104,7 +109,7 @@ def test_rows_by_brute_force(monkeypatch, block_columns, columns, num_probes):
     monkeypatch.setattr(zeroth_order, "BLOCK_COLUMNS", block_columns)
     z, c = probes(0, num_probes, D, CPU), coefficients(num_probes)
     rows = rows_from_coefficients(c, VALID, z, moments(D), plan(), columns)
-    u = moments(D).normalise(dense(c, z))
+    u = updates(moments(D), dense(c, z))
     expected = torch.zeros(len(GROUPS), min(columns, D))
     for of_source in ([2, 6, 7], [0, 3, 5]):  # row 1 is not ranked, row 4 not valid
         expected[of_source] = u[of_source][:, largest_columns(u[of_source], columns)]
@@ -178,7 +183,7 @@ def test_rows_of_the_other_optimizers_are_the_dense_ones(monkeypatch, block_colu
     of = make_moments(TrainConfig(optimizer=optimizer), ((8, 5),))
     of = of.learn(0.1 * normal("m", D), normal("v", D).square())
     rows = rows_from_coefficients(c, VALID, z, of, plan(), D)  # every column of every source
-    u = of.normalise(dense(c, z))
+    u = updates(of, dense(c, z))
     ranked = VALID & (GROUPS >= 0)
     assert not rows[~ranked].any()
     scale = 2.0 ** round(math.log2(float(rows[0] @ u[0] / (u[0] @ u[0]))))  # SGD's rows are fitted
