@@ -356,7 +356,7 @@ class StepReport:
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to the device, through pinned memory, so that the host does not wait for earlier work."""
-    if device.type == "cpu" or tensor.device.type != "cpu":
+    if device.type in ("cpu", "meta") or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
