@@ -18,6 +18,7 @@ from colm_scale.engines import fsdp
 from colm_scale.engines.base import Engine, LossScale, Update, trainable
 from colm_scale.estimators.base import Estimator
 from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
+from colm_scale.selection.moments import Moments
 
 
 class EngineSpy:
@@ -54,6 +55,14 @@ class EstimatorSpy:
 
     def __getattr__(self, name: str):
         return getattr(self.inner, name)
+
+    @property
+    def moments(self) -> Moments:
+        return self.inner.moments
+
+    @moments.setter
+    def moments(self, moments: Moments) -> None:
+        self.inner.moments = moments
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._watch = LargestTensor() if not self.steps else nullcontext()
