@@ -26,6 +26,9 @@ def collate(
     rows, labelled = zip(*[examples.example(index) for index in indices.tolist()])
     return make_batch([row.long() for row in rows], labelled, positions, pad_id, device, packed=packed)
 
+Shares = Sequence[Sequence[tuple[int, ...]]]
+"""``shares[rank][j]`` is a micro-batch, a tuple of positions among the candidates."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batching:
@@ -43,11 +46,18 @@ class Batching:
     packed: bool
     device: torch.device
 
-    def share(self, examples: Examples, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
-        """Collate a rank's share, tuples of positions; for an empty one, the shortest candidate without a position."""
+    def share(self, examples: Examples, candidates: Candidates, shares: Shares, rank: int) -> list[Batch]:
+        """Collate a rank's share, tuples of positions; for an empty one, the shortest candidate of any share without a
+        position.
+
+        A candidate in no share may have been left out for a loss that is not finite, of which no weight makes zero.
+        """
         batches = []
-        shortest = candidates.indices[candidates.lengths.argmin().view(1)]
-        for positions in map(long_tensor, share):
+        shared = long_tensor(sorted({position for share in shares for positions in share for position in positions}))
+        if not len(shared):
+            return []
+        shortest = candidates.indices[shared[candidates.lengths[shared].argmin().view(1)]]
+        for positions in map(long_tensor, shares[rank]):
             indices = candidates.indices[positions] if len(positions) else shortest
             batches.append(collate(examples, indices, positions, self.pad_id, self.device, packed=self.packed))
         return batches

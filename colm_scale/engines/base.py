@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +168,21 @@ class Engine(ABC):
         return nullcontext(True)
 
     def snapshot(self) -> Callable[[], None]:
-        """Copy the adapters and the optimizer's state; the returned function restores them."""
-        return remember(optimizer_tensors(self.optimizer))
+        """Copy all that a step changes; the returned function restores it.
+
+        An optimizer that has not stepped yet gets the state with which its first step would begin.
+        """
+        self._begin_state()
+        rewrite = remember([*self._stepped(), *optimizer_tensors(self.optimizer)])
+        scale, rates = replace(self.scale), [group["lr"] for group in self.optimizer.param_groups]
+
+        def restore() -> None:
+            rewrite()
+            self.scale = replace(scale)
+            for group, rate in zip(self.optimizer.param_groups, rates):
+                group["lr"] = rate
+
+        return restore
 
     def read(self, name: str, key: str) -> Tensor:
         """Return a whole adapter tensor (`WEIGHT`) or one of its `state_keys`, in float32. All ranks call it."""
@@ -183,11 +196,20 @@ class Engine(ABC):
     @property
     def updates(self) -> int:
         """Number of updates so far; 0 if the optimizer does not count them."""
-        return updates_of(self.optimizer, next(iter(self._parameters.values())))
+        return updates_of(self.optimizer, self._stepped()[0])
 
     @updates.setter
     def updates(self, count: int) -> None:
-        set_updates_of(self.optimizer, self._parameters.values(), count)
+        set_updates_of(self.optimizer, self._stepped(), count)
+
+    def _stepped(self) -> list[Tensor]:
+        """Return the tensors that the optimizer has a state of."""
+        return [*self._parameters.values()]
+
+    def _begin_state(self) -> None:
+        """Create the optimizer's state, if it has not made a step yet."""
+        for tensor in self._stepped():
+            begun_state(self.optimizer, tensor)
 
     def _tensor(self, name: str, key: str) -> Tensor:
         parameter = self._parameters[name]

@@ -18,18 +18,17 @@ from colm_scale.engines.base import (
     WEIGHT,
     Engine,
     Update,
-    optimizer_tensors,
     remember,
-    set_updates_of,
     unscale,
-    updates_of,
 )
 from colm_scale.engines.ds_config import zero_stage
 from colm_scale.engines.tensors import all_have_room, local_tensors
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.optimizers import begun_state
 from colm_scale.records import Batch, Json
+
+_COUNTS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""DeepSpeed's counts of steps."""
 
 
 class ZeroEngine(Engine):
@@ -59,7 +58,7 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)  # it stays as set, so set it every time
-        if self._stage and self.scale.scale != 1.0:
+        if self._stage and self.scale.scale != self._engine.optimizer.loss_scale:
             self._engine.optimizer.override_loss_scale(self.scale.scale)
         by_hand = 1.0 if self._stage else self.scale.scale
         self._engine.backward(loss * (self._ranks * by_hand), scale_wrt_gas=False)
@@ -104,8 +103,16 @@ class ZeroEngine(Engine):
 
     def snapshot(self) -> Callable[[], None]:
         # DeepSpeed trains float32 partitions and copies them into the module: restore both.
-        module = [tensor for parameter in self._parameters.values() for tensor in local_tensors(parameter)]
-        return remember([*self._partitions(), *optimizer_tensors(self.optimizer), *module])
+        rewrite = remember(tensor for parameter in self._parameters.values() for tensor in local_tensors(parameter))
+        restore_stepped, counts = super().snapshot(), {name: getattr(self._engine, name) for name in _COUNTS}
+
+        def restore() -> None:
+            restore_stepped()
+            rewrite()
+            for name, count in counts.items():
+                setattr(self._engine, name, count)
+
+        return restore
 
     def read(self, name: str, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -131,14 +138,6 @@ class ZeroEngine(Engine):
             self._write_partition(parameter, key, value)
         else:
             self._write_shard(parameter, key, value)
-
-    @property
-    def updates(self) -> int:
-        return updates_of(self.optimizer, self._partitions()[0])
-
-    @updates.setter
-    def updates(self, count: int) -> None:
-        set_updates_of(self.optimizer, self._partitions(), count)
 
     def _write_partition(self, parameter: Tensor, key: str, value: Tensor) -> None:
         """Write under stages 1 and 2: the module has the whole tensor, and each rank trains a part of it in float32."""
@@ -167,12 +166,12 @@ class ZeroEngine(Engine):
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(value)
 
-    def _partitions(self) -> list[Tensor]:
-        """Return what the optimizer trains: float32 partitions of all adapters together, or (stage 0) the adapters."""
+    def _stepped(self) -> list[Tensor]:
+        # Float32 partitions of all adapters together, or (stage 0) the adapters.
         found: list[Tensor]
         match self._stage:
             case 0:
-                found = [*self._parameters.values()]
+                found = super()._stepped()
             case 3:
                 found = self._engine.optimizer.fp32_partitioned_groups_flat
             case _:
@@ -180,10 +179,8 @@ class ZeroEngine(Engine):
         return found
 
     def _begin_state(self) -> None:
-        """Create the optimizer's averages, if it has not made a step yet, and register them with DeepSpeed."""
-        for partition in self._partitions():
-            begun_state(self.optimizer, partition)
-        if self._stage in (1, 2):
+        super()._begin_state()
+        if self._stage in (1, 2):  # DeepSpeed finds the state of each adapter in that of the partition
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 

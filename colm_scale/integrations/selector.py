@@ -173,10 +173,13 @@ class CoresetSelector:
         self._open.losses[0, at], self._open.losses[1, at] = losses.detach()[: len(positions)], 1.0
         return (losses * micro_batch.shares).sum()
 
-    def finish(self) -> StepReport | None:
+    def finish(self, *, applied: bool = True) -> StepReport | None:
         """End the current step, if there is one, and report it. All ranks call it together.
 
         The report has no loss (NaN) unless every loss came from `loss`.
+
+        Args:
+            applied: False if the loop's optimizer skipped the step, as it does in float16 after an overflow.
         """
         if self._open is None:
             return None
@@ -188,8 +191,8 @@ class CoresetSelector:
             check_losses(chosen.candidates, selection, losses, updated=True)
         else:
             losses = torch.full_like(losses, math.nan)
-        self._select.conclude(chosen, applied=True)
-        update = Update(norm=math.nan, applied=True, loss_scale=1.0)
+        self._select.conclude(chosen, applied=applied)
+        update = Update(norm=math.nan, applied=applied, loss_scale=1.0)
         trained = Trained(done.routed, losses, update, done.learning_rate)
         return self._measure(chosen, trained, self._select.facts(chosen))
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,15 @@ class CoresetTrainerMixin(Trainer):
         coreset = self._coresets.select(parts, self.state.global_step + 1, rate)
         return [_as_inputs(micro_batch) for micro_batch in coreset.micro_batches], None
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on a micro-batch. Its loss is not divided by the number of micro-batches, as releases of transformers
+        without `loss_is_scaled_for_ga` would do."""
+        steps, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self.current_gradient_accumulation_steps = steps
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -173,7 +182,7 @@ class _Coresets(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Report the step after the optimizer."""
-        report = self._selector.finish()
+        report = self._selector.finish(applied=not self._trainer.accelerator.optimizer_step_was_skipped)
         assert report is not None
         self.reports.add(report, self._current.dropped)
 

@@ -71,7 +71,7 @@ def route_coreset(
     else:
         held_on = chosen.sketched.held_on
         routed = route(*to_deal, batching.token_budget, packed=batching.packed, held_on=held_on)
-    batches = batching.share(chosen.examples, candidates, routed.micro_batches[group.rank])
+    batches = batching.share(chosen.examples, candidates, routed.micro_batches, group.rank)
     return Routed(routed, shares, weighted(batches, shares, batching.device, routed.reused))
 
 

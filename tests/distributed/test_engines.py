@@ -6,6 +6,7 @@ All engines run one after the other in the same two processes (`support.worker`)
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -34,17 +35,28 @@ PAIRS = [(engine, case) for engine, cases in CASES.items() for case in cases]
 HALF = ("bfloat16", "float16")
 CHANGES = ("auto > fsdp", "fsdp > zero3", "zero3 > zero1", "zero2 > auto")
 """Engines to begin and to go on under."""
+SCRATCH = re.compile(
+    "_lazy_init_ran|_has_rebuilt_buckets"  # of DDP, after its first forward
+)
+DEEPSPEEDS_SCRATCH = re.compile(
+    "tput_timer|param_coordinator|_hook_state|applied_pre_backward|_step_applied"  # of the last step and backward
+    "|grad|ipg_bucket|param_buffer_of_bit16"  # gradients and other buffers, written before they are read
+    "|loss_scale"  # set before each backward
+)
 LAST_BITS = 1e-2 * RATE
 """Largest deviation of most adapter entries. Gradients are float32 sums in another order, off by some 2**-23 of their
 size; Adam makes of an entry's gradient a change of about RATE whatever its size, and of its error the same share. Only
 where a gradient is itself rounding is the change arbitrary."""
 
 
+SKIPPED = ("overflowing", "poisoned")
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """By rank, the result of each ``engine/case``."""
     jobs = {f"{engine}/{case}": (engine, case) for engine, case in PAIRS}
-    jobs |= {f"{engine}/{case}": (engine, case) for engine in MAIN for case in HALF}
+    jobs |= {f"{engine}/{case}": (engine, case) for engine in MAIN for case in (*HALF, *SKIPPED)}
     jobs |= {f"{change}/broken": (change, "broken") for change in CHANGES}
     found = worker.launch(2, jobs, tmp_path_factory.mktemp("engines"), timeout_seconds=900)
     return [rank["cases"] for rank in found]
@@ -52,7 +64,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    jobs = {case: ("auto", case) for case in (*ALL, *HALF, "not_clipped", "last_layer")}
+    jobs = {case: ("auto", case) for case in (*ALL, *HALF, *SKIPPED, "not_clipped", "last_layer", "floored")}
     return worker.launch(1, jobs, tmp_path_factory.mktemp("alone"))[0]["cases"]
 
 
@@ -124,12 +136,32 @@ def test_checkpointing_activations_changes_nothing_but_memory(ranks, engine):
         assert own["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_floor_leaves_everything_as_it_was(ranks, engine):
+FLOORED = [
+    (engine, case)
+    for engine in ENGINES
+    for case in ("last_layer_with_floor", *HALF)
+    if case not in HALF or engine in MAIN
+]
+
+
+@pytest.mark.parametrize(("engine", "case"), FLOORED)
+def test_the_floor_leaves_everything_as_it_was(ranks, engine, case):
+    """Before the first step, and after some."""
     for cases in ranks:
-        floor = cases[f"{engine}/last_layer_with_floor"]["floor"]
-        assert len(floor["before"]) > 2
-        assert all(torch.equal(one, other) for one, other in zip(floor["before"], floor["after"], strict=True))
+        assert_floors_changed_nothing(cases[f"{engine}/{case}"])
+
+
+@pytest.mark.parametrize("case", ["last_layer_with_floor", *HALF, "floored"])
+def test_the_floor_of_one_process_leaves_everything_as_it_was(alone, case):
+    assert_floors_changed_nothing(alone[case])
+
+
+def assert_floors_changed_nothing(result: dict) -> None:
+    floor = result["floor"]
+    assert floor["seen"] > 1000
+    scratch = DEEPSPEEDS_SCRATCH if result["name"] == "deepspeed" else SCRATCH
+    for changed in (floor["changed_at_first"], floor["changed"]):
+        assert not [path for path in changed if not scratch.search(path)]
 
 
 # What a rank holds
@@ -207,3 +239,32 @@ def test_float16_scales_the_loss_and_not_the_gradient(ranks, alone, engine):
     assert first["loss_scale"] == 2.0**16
     assert first["norm"] == pytest.approx(alone["float16"]["steps"][0]["norm"], rel=1e-3)
     assert {step["loss_scale"] for step in ranks[0][f"{engine}/bfloat16"]["steps"]} == {1.0}
+
+
+# What contributes nothing
+
+
+@pytest.mark.parametrize("engine", [*MAIN, "alone"])
+def test_moments_learn_from_applied_steps_only(ranks, alone, engine):
+    runs = [cases[f"{engine}/overflowing"] for cases in ranks] if engine != "alone" else [alone["overflowing"]]
+    for run in runs:
+        first, second, third, fourth = run["steps"]
+        assert [step["applied"] for step in run["steps"]] == [False, True, False, True]
+        assert [step["moment_steps"] for step in run["steps"]] == [0, 1, 1, 2]
+        assert not any(average.any() for average in first["moments_after"])
+        assert all(map(torch.equal, second["moments_after"], third["moments_after"]))
+        assert not any(map(torch.equal, third["moments_after"], fourth["moments_after"]))
+        assert all(map(torch.equal, fourth["moments_after"], runs[0]["steps"][3]["moments_after"]))
+
+
+@pytest.mark.parametrize("engine", MAIN)
+def test_a_micro_batch_without_weight_adds_nothing_whatever_the_losses_of_candidates_left_out(
+    ranks, alone, start, engine
+):
+    for cases in ranks:
+        result = cases[f"{engine}/poisoned"]
+        assert ids(result) == ids(alone["poisoned"])
+        assert_same_adapters(result, alone["poisoned"], start)
+    assert all(cases[f"{engine}/poisoned"]["steps"][0]["trained_batches"] == 3 for cases in ranks)
+    empty = [sum(step["empty_batches"] for step in cases[f"{engine}/poisoned"]["steps"]) for cases in ranks]
+    assert sum(empty) == 3

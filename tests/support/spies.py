@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm_scale.distributed.group import Group
 from colm_scale.engines import fsdp
-from colm_scale.engines.base import Engine, LossScale, Update, optimizer_tensors, trainable
-from colm_scale.engines.tensors import local_tensors
+from colm_scale.engines.base import Engine, LossScale, Update, trainable
 from colm_scale.estimators.base import Estimator
 from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
+from colm_scale.selection.moments import Moments
 
 
 class EngineSpy:
@@ -45,15 +45,6 @@ class EngineSpy:
         gradient = parameter.grad
         return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
-    def state(self) -> list[Tensor]:
-        """Copies of everything that a step changes, independent of the engine's own `snapshot`."""
-        own = [local for parameter in trainable(self.module).values() for local in local_tensors(parameter)]
-        return [_local(tensor).detach().clone() for tensor in [*optimizer_tensors(self.inner.optimizer), *own]]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
 
 class EstimatorSpy:
     """An estimator that records its exchanges and, in the first step, its memory and largest tensor."""
@@ -64,6 +55,14 @@ class EstimatorSpy:
 
     def __getattr__(self, name: str):
         return getattr(self.inner, name)
+
+    @property
+    def moments(self) -> Moments:
+        return self.inner.moments
+
+    @moments.setter
+    def moments(self, moments: Moments) -> None:
+        self.inner.moments = moments
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._watch = LargestTensor() if not self.steps else nullcontext()

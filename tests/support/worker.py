@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,7 @@ from colm_scale.config import (
     SourcesConfig,
     TrainConfig,
 )
+from colm_scale.data.batching import Batching, weighted
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.exchange import share_selection
@@ -65,11 +66,13 @@ from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
-from colm_scale.step.floor import bare_floor_seconds
+from colm_scale.step.floor import Work, bare_floor_seconds
+from colm_scale.step.preview import preview
 from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
 from support.spies import EngineSpy, EstimatorSpy, WholeOnDevice, whole_weights
+from support.state import changed, leaves, random_states
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIGS = ROOT / "ds_configs"
@@ -84,6 +87,9 @@ EPSILON = 1e-3 * (327_680 / D) ** 0.5
 """Step length of the paper on Phi-2, whose probe tensor has 327,680 numbers (the length of z grows with their
 root). With a shorter step, rounding of the two losses decides between candidates, and selected ids soon differ."""
 RATE = 1e-3
+OVERFLOWING = 2.0**40
+POISON = 2
+"""A token that no example has."""
 STEPS = 6
 REUSE_STEPS = 9
 """Two epochs of four steps, and the start of a third."""
@@ -110,6 +116,10 @@ class Case:
     reuse_checked: bool = True
     refresh_sources: int = 0
     refresh_kept: int = 0
+    overflowing: tuple[int, ...] = ()
+    """Steps that begin with a loss scale far too large for float16."""
+    poisoned: bool = False
+    """Whether the loss of the shortest examples is not a number."""
     model: dict = field(default_factory=dict)
     """Options of the model."""
     generate_after: int | None = None
@@ -218,8 +228,20 @@ CASES = {
     "ranked_pursuit": Case(_selection(ranking=f"{RANKINGS}:pursuit", weights="unbiased"), 2),
     "ranked_importance": Case(_selection(ranking=f"{RANKINGS}:importance", weights="unbiased"), 2),
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
-    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}),
-    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}),
+    "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}, floor=True),
+    "float16": Case(_selection(), steps=5, train={"dtype": "float16"}, floor=True),
+    "overflowing": Case(_selection(), 4, {"dtype": "float16"}, overflowing=(1, 3)),
+    # Five examples are micro-batches of their own, too few for two ranks with three each.
+    "poisoned": Case(
+        _selection(candidates=24, budget=5, kept_sources=[]), 3, {"micro_batch_tokens": 1}, poisoned=True
+    ),
+    "floored": Case(
+        _selection(estimator="zeroth_order", reuse=3),
+        4,
+        {"activation_checkpointing": True, "forward_reuse": "device", "dtype": "float16"},
+        floor=True,
+        refresh_sources=2,
+    ),
     # Every example is a micro-batch, and three are too few for four ranks.
     "starved": Case(
         _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
@@ -277,6 +299,13 @@ def examples() -> Examples:
     )
 
 
+def poisoned(data: Examples) -> Examples:
+    """With a token whose embedding is not a number in the shortest examples."""
+    tokens = data.tokens.clone()
+    tokens[data.offsets[:-1][data.lengths <= 9]] = POISON
+    return replace(data, tokens=tokens)
+
+
 def model(config: RunConfig | None = None, **options) -> tuple[ExampleLoss, Tap]:
     """The model before training and the tap on its probe, equal in every process."""
     options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, **options}
@@ -317,8 +346,10 @@ class Parts:
 
 def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Parts:
     config = run_config(case, engine_name)
-    data = examples()
+    data = poisoned(examples()) if case.poisoned else examples()
     module, tap = model(config, **case.model)
+    if case.poisoned:
+        module.causal_model.get_input_embeddings().weight.data[POISON] = torch.nan
     weights = whole_weights(module)
     ds_config = read_ds_config(config, group.world_size)
     inputs = Inputs(
@@ -396,6 +427,9 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     forwards = []
     parts.module.register_forward_hook(lambda *_: forwards.append(1))
     steps, floor, generated = [], {}, {}
+    if case.floor:
+        floor["changed_at_first"] = _floor(parts, _drawn_work(parts, case, group), group)["changed"]
+        forwards.clear()
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
@@ -403,9 +437,13 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else NO_CHECKPOINT
             assert parts.state.load(newest) == number - 1
         module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
+        if case.overflowing:
+            engine.scale.scale = OVERFLOWING if number in case.overflowing else 1024.0
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
         steps[-1]["sketched_batches"] = len(work.sketched)
+        steps[-1]["moment_steps"] = step.select.sketch.estimator.moments.step
+        steps[-1]["moments_after"] = tuple(step.select.sketch.estimator.moments.tensors().values())
         steps[-1]["owed"] = step.select.sources.coverage.owed
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
         steps[-1]["sources"] = report.candidates.sources
@@ -417,9 +455,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             steps[-1] |= spy.steps[-1]
         forwards.clear()
         if case.floor and number == FLOOR_AFTER:
-            before = engine.state()
-            seconds = bare_floor_seconds(work, engine, group, run_config(case).train.seed)
-            floor = {"before": before, "after": engine.state(), "seconds": seconds, "forwards": len(forwards)}
+            floor |= _floor(parts, work, group) | {"forwards": len(forwards)}
             forwards.clear()
         if number == case.generate_after:
             generated = {room: generate(parts, group, room) for room in ROOMS}
@@ -437,6 +473,27 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "weights_kept": _same(whole_weights(module), parts.weights),
         "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
+
+
+def _floor(parts: Parts, work: Work, group: Group) -> dict:
+    """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
+    engine = parts.engine.inner
+    collect(engine, keep=True)  # begins the optimizer's state, as a checkpoint does
+    held = {"engine": engine, "step": parts.step}
+    before = leaves(held, "run") | random_states()
+    seconds = bare_floor_seconds(work, engine, group, 5)
+    after = leaves(held, "run") | random_states()
+    return {"seconds": seconds, "changed": changed(before, after), "seen": len(before)}
+
+
+def _drawn_work(parts: Parts, case: Case, group: Group) -> Work:
+    """The work of a coreset of the first step's candidates, which need not be its own."""
+    config = run_config(case)
+    batching = Batching(PAD, config.train.micro_batch_tokens, parts.module.packs, group.device)
+    drawn = preview(parts.step, 1, batching, group.world_size)
+    batches = batching.share(examples(), drawn.candidates, drawn.routed.micro_batches, group.rank)
+    shares = torch.full((len(drawn.candidates),), 1 / len(drawn.drawn))
+    return Work(batches, weighted(batches, shares, group.device, 0))
 
 
 class Numbers:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.families import adapted_model, batch_of
+from support.state import changed, leaves
 
 from colm_scale.config import RunConfig, TrainConfig
 from colm_scale.distributed.group import Group
@@ -65,6 +66,25 @@ def test_a_step_is_undone_by_its_snapshot_bit_for_bit(optimizer):
         restore()
         assert equal(weights(engine), before)
     assert equal(*trajectories), "the optimizer's moments and step count went back too"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("factor", [1.0, math.inf], ids=["applied", "overflowing"])
+def test_a_first_step_that_is_undone_leaves_no_trace(optimizer, dtype, factor):
+    """Nor in the loss scale and its count, which a step that overflows changes too."""
+    engine, never = (engine_of(optimizer=optimizer, dtype=dtype) for _ in range(2))
+    engine.forward(batch_of([6, 4]))  # looks once at how the model makes its logits
+    restore = engine.snapshot()
+    before = leaves(engine, "engine")
+    engine.backward(engine.forward(batch_of([6, 4])).sum() * factor, last=True)
+    engine.step(1e-2)
+    assert changed(before, leaves(engine, "engine"))
+    restore()
+    assert not changed(before, leaves(engine, "engine"))
+    trained(engine, 2)
+    trained(never, 2)
+    assert not changed(leaves(never, "engine"), leaves(engine, "engine"))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from support import trainers, worker
 from support.commands import ROOT, rows, run, torchrun
 from support.trainers import HAS_TRL, WITHOUT_TRL
@@ -249,6 +250,15 @@ def test_the_state_is_what_the_trainer_saves(tmp_path):
     )
     state = json.loads((tmp_path / "checkpoint-2" / "coreset" / "step-00000002" / "state.json").read_text("utf-8"))
     assert (state["step"], state["moment_steps"]) == (2, 2)
+
+
+def test_the_selection_learns_nothing_from_steps_that_the_optimizer_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: True))
+    case = worker.CASES["last_layer"]
+    trainers.train("transformers", case, tmp_path, 2, save_strategy="steps", save_steps=2)
+    state = json.loads((tmp_path / "checkpoint-2" / "coreset" / "step-00000002" / "state.json").read_text("utf-8"))
+    assert (state["step"], state["moment_steps"]) == (2, 0)
+    assert [row["applied"] for row in rows(tmp_path / "coreset" / "metrics.jsonl")] == [False, False]
 
 
 def test_the_mixin_takes_positional_arguments(tmp_path):
