@@ -246,7 +246,7 @@ def _prepare(
     packs = own in ("sdpa", PACKED, PACKED_SDPA)
     sample = moved(sample_of_model(base, "sdpa" if packs else "eager"), base.dtype)
     if packs:
-        module.padded_because = use_packing(sample, packing, device)
+        module.padded_because, module.sdpa_because = use_packing(sample, packing, device)
         base.config._attn_implementation = sample.config._attn_implementation
     if selection.method != "colm":
         # The first forward may run twice (`ExampleLoss`), and one that a backward follows must not.

@@ -1,6 +1,6 @@
 """Embeddings of examples: the mean of their last hidden states (after the final norm, before the head).
 
-    B  examples of a micro-batch        c  numbers of a hidden state
+B  examples of a micro-batch        c  numbers of a hidden state
 """
 
 from __future__ import annotations
