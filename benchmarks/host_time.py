@@ -147,7 +147,7 @@ class SimulatedStep:
         with stage("plan"):
             plan = plan_sketch(candidates, quota, group.world_size, TOKENS_PER_RANK, packed=batching.packed)
             held_on, _ = held_inputs(plan, candidates.lengths, TOKENS_PER_RANK)
-            batching.share(self.examples, candidates, plan.shares[0])
+            batching.share(self.examples, candidates, plan.shares, 0)
         group.plan = plan
         estimator = self._estimator(candidates)
         estimator.sketch(plan, [])
@@ -162,7 +162,8 @@ class SimulatedStep:
             selection = share_selection(selection, config.budget, candidates, group)
         with stage("learn"):
             estimator.learn(selection)
-        chosen = Chosen(candidates, self.examples, self.rule, quota, Sketched(plan, matrix, [], held_on), selection)
+        sketched = Sketched(plan, matrix, [], held_on)
+        chosen = Chosen(candidates, self.examples, self.rule, quota, sketched, selection, estimator.moments)
         with stage("route"):
             routed = route_coreset(chosen, batching, "example", group)
         with stage("re-cluster"):
@@ -173,7 +174,7 @@ class SimulatedStep:
                 pass
         with stage("report"):
             trained = Trained(routed, torch.ones(len(candidates)), Update(1.0, True, 1.0), 1e-3)
-            report = self.measure(chosen, trained, {})
+            report = self.measure(chosen, trained, self.measure.describe(chosen), {})
         self._write(report)
 
     def _write(self, report: StepReport) -> None:
