@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.data.examples import Examples
-from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Targets, long_tensor
+from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Targets, long_tensor, on_device
 
 
 def collate(
@@ -85,7 +85,7 @@ def make_batch(
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + (length if packed else longest))
-    move = partial(_moved, device=device)
+    move = partial(on_device, device=device)
     targets = _targets(rows, labelled, starts, move)
     if not packed:
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -117,13 +117,6 @@ def _targets(
     )
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device; through pinned memory, so that the copy does not block."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def weighted(batches: Sequence[Batch], shares: Tensor, device: torch.device, reused: int) -> list[MicroBatch]:
     """Attach the weights of the losses to micro-batches.
 
@@ -134,5 +127,5 @@ def weighted(batches: Sequence[Batch], shares: Tensor, device: torch.device, reu
     found = []
     for number, batch in enumerate(batches):
         of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
-        found.append(MicroBatch(batch, of_batch.to(device), number < reused))
+        found.append(MicroBatch(batch, on_device(of_batch, device), number < reused))
     return found

@@ -15,7 +15,7 @@ from colm_scale.engines.base import Engine, Update
 from colm_scale.errors import TrainingError
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.randomness import global_draws
-from colm_scale.records import Candidates, MicroBatch, Route, Selection
+from colm_scale.records import Candidates, MicroBatch, Route, Selection, on_device
 from colm_scale.selection.route import route, route_evenly
 from colm_scale.selection.rule import loss_shares
 from colm_scale.step.reuse_check import ReuseCheck
@@ -109,10 +109,10 @@ class TrainingStage:
         """Run forward and backward of the coreset.
 
         Returns:
-            ``[n]`` losses from all ranks, zero for candidates that were not trained.
+            ``[n]`` losses from all ranks, zero for candidates that were not trained, for `finish`: the device may still
+            be computing them.
 
         Raises:
-            TrainingError: On every rank: a loss is not finite.
             UserError: On every rank: forward reuse has changed the gradient, see `ReuseCheck`.
         """
         group, last, step = self._group, len(routed.micro_batches), chosen.candidates.step
@@ -125,9 +125,17 @@ class TrainingStage:
                     with reusing, self._refresh.watching():
                         own = self.engine.forward(batch)
                     self.engine.backward((own * micro_batch.shares).sum())
-                losses[batch.positions.to(losses.device)] = own.detach()[: len(batch.positions)]
-            self._refresh.gather(chosen.candidates)
-            losses = group.all_reduce(losses, "report").cpu()
+                losses[on_device(batch.positions, losses.device)] = own.detach()[: len(batch.positions)]
+        return group.all_reduce(losses, "report")
+
+    def finish(self, chosen: Chosen, computing: Tensor) -> Tensor:
+        """Wait for the losses, and return them on the CPU.
+
+        Raises:
+            TrainingError: On every rank: a loss is not finite.
+        """
+        losses = computing.cpu()
+        self._refresh.gather(chosen.candidates)
         check_losses(chosen.candidates, chosen.selection, losses)
         return losses
 

@@ -79,6 +79,7 @@ DS_CONFIGS = ROOT / "ds_configs"
 LOSS = f"{ROOT / 'docs' / 'examples' / 'loss_estimator.py'}:loss"
 RANKINGS = ROOT / "benchmarks" / "rankings.py"
 SIZES = (44, 30, 14, 5, 3)
+CPU = torch.device("cpu")
 PAD, VOCABULARY, BLOCKS = 0, 128, 4
 RANK, D_OUT = 64, 32
 D = RANK * D_OUT
@@ -309,14 +310,14 @@ def poisoned(data: Examples) -> Examples:
     return replace(data, tokens=tokens)
 
 
-def model(config: RunConfig | None = None, **options) -> tuple[ExampleLoss, Tap]:
+def model(config: RunConfig | None = None, device: torch.device = CPU, **options) -> tuple[ExampleLoss, Tap]:
     """The model before training and the tap on its probe, equal in every process."""
     options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, **options}
-    base = base_model("llama", **options).requires_grad_(False)
+    base = base_model("llama", **options).requires_grad_(False).to(device)
     probe = find_probe(base, "v" if config is None else config.selection.probe)
     if config is not None:
         base.to(getattr(torch, config.train.dtype))
-        use_packing(base, config.train.packing, torch.device("cpu"))
+        use_packing(base, config.train.packing, device)
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
     module = ExampleLoss(add_adapters(base, LoraConfig(rank=RANK, alpha=RANK), seed=0))
