@@ -342,7 +342,7 @@ class StepReport:
     phase_peak_bytes: dict[str, dict[str, tuple[int, ...]]]
     """Peak memory by kind (``nvml``, ``allocator`` or ``resident``; the headline's first) and phase, on each rank."""
     exchanged_bytes: dict[str, int]
-    """Bytes that the selection's collectives sent per rank, by phase; without the gradient reduction."""
+    """Bytes that the selection's collectives sent per rank, by phase; gradients are not among them."""
     imbalance: float
     padding_share: dict[str, float] = field(default_factory=dict)
     """Share of computed tokens that are padding, by phase (sketch, train)."""
@@ -351,6 +351,8 @@ class StepReport:
     loss_scale: float = 1.0
     telemetry: dict[str, float] = field(default_factory=dict)
     """Figures of the selection, by name (`colm_scale.selection.telemetry`)."""
+    gradient_bytes: int = 0
+    """Bytes of gradients that each rank passed to the engine's reductions; 0 if another library trains."""
     floor: float | None = None
     """Step seconds / bare-floor seconds on the same tokens, in the steps that measure it."""
     audit: Audit | None = None

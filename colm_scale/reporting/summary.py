@@ -112,6 +112,7 @@ class RunSummary:
         self._without_update = 0
         self._exchanged: Counter[str] = Counter()
         self._peaks: dict[str, dict[str, Tensor]] = {}
+        self._gradient_bytes = 0
         self._nearness = Nearness()
 
     def report(self, report: StepReport) -> None:
@@ -132,6 +133,7 @@ class RunSummary:
         if report.floor is not None:
             self._floors.append(report.floor)
         self._exchanged.update(report.exchanged_bytes)
+        self._gradient_bytes += report.gradient_bytes
         self._nearness.add(report.telemetry)
         for kind, by_phase in report.phase_peak_bytes.items():
             so_far = self._peaks.setdefault(kind, {})
@@ -149,6 +151,7 @@ class RunSummary:
             "floors": self._floors,
             "without_update": self._without_update,
             "exchanged": self._exchanged,
+            "gradient_bytes": self._gradient_bytes,
             "peaks": {kind: {name: of.tolist() for name, of in peaks.items()} for kind, peaks in self._peaks.items()},
             "worth": self._nearness.state(),
         }
@@ -162,6 +165,7 @@ class RunSummary:
         self._without_update = state["without_update"]
         self._exchanged, peaks = Counter(state["exchanged"]), state["peaks"].items()
         self._peaks = {kind: {name: long_tensor(of) for name, of in by_phase.items()} for kind, by_phase in peaks}
+        self._gradient_bytes = state.get("gradient_bytes", 0)  # older checkpoints have none
         self._nearness.load(state["worth"])
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -233,6 +237,8 @@ class RunSummary:
         if self._floors:
             _add_row(table, "step / bare floor", f"{median(self._floors):.3f} (median of {len(self._floors)})")
         _add_row(table, "exchanged bytes per step", f"{sum(exchanged.values()):,.0f} ({by_phase or 'one rank'})")
+        if self._gradient_bytes:
+            _add_row(table, "reduced gradient bytes per step", f"{self._gradient_bytes / len(self._seconds):,.0f}")
         for name, value in self._nearness.rows().items():
             _add_row(table, name, value)
         return table

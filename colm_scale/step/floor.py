@@ -44,8 +44,9 @@ def bare_floor_seconds(
             (sketch or engine.module)(batch)
     with global_draws(group.device, seed, "floor"):
         for number, micro_batch in enumerate(work.trained, 1):
-            losses = engine.forward(micro_batch.batch)
-            engine.backward((losses * micro_batch.shares).sum(), last=number == len(work.trained))
+            with engine.micro_batch(last=number == len(work.trained)):
+                losses = engine.forward(micro_batch.batch)
+                engine.backward((losses * micro_batch.shares).sum())
     engine.step(0.0)
     seconds = torch.full((1,), _now(group.device) - started, dtype=torch.float64, device=group.device)
     restore()

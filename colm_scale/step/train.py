@@ -44,12 +44,14 @@ class Trained:
 
     Attributes:
         losses: ``[n]`` losses from all ranks, zero for candidates that were not trained.
+        gradient_bytes: See `Engine.reduced_bytes`; 0 if another library trains.
     """
 
     routed: Routed
     losses: Tensor
     update: Update
     learning_rate: float
+    gradient_bytes: int = 0
 
 
 def route_coreset(
@@ -121,10 +123,10 @@ class TrainingStage:
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
                 reusing = self._inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
-                with self._check(micro_batch, step):
+                with self._check(micro_batch, step), self.engine.micro_batch(last=number == last):
                     with reusing, self._refresh.watching():
                         own = self.engine.forward(batch)
-                    self.engine.backward((own * micro_batch.shares).sum(), last=number == last)
+                    self.engine.backward((own * micro_batch.shares).sum())
                 losses[on_device(batch.positions, losses.device)] = own.detach()[: len(batch.positions)]
         return group.all_reduce(losses, "report")
 

@@ -119,6 +119,8 @@ class Case:
     refresh_kept: int = 0
     overflowing: tuple[int, ...] = ()
     """Steps that begin with a loss scale far too large for float16."""
+    counted: bool = False
+    """Whether to count the collectives of each micro-batch."""
     poisoned: bool = False
     """Whether the loss of the shortest examples is not a number."""
     model: dict = field(default_factory=dict)
@@ -231,6 +233,7 @@ CASES = {
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
     "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}, floor=True),
     "float16": Case(_selection(), steps=5, train={"dtype": "float16"}, floor=True),
+    "counted": Case(_selection(method="stratified"), 2, {"micro_batch_tokens": 32}, counted=True),
     "overflowing": Case(_selection(), 4, {"dtype": "float16"}, overflowing=(1, 3)),
     # Five examples are micro-batches of their own, too few for two ranks with three each.
     "poisoned": Case(
@@ -438,11 +441,14 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else NO_CHECKPOINT
             assert parts.state.load(newest) == number - 1
         module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
+        engine.counts = case.counted
+        engine.collectives.clear()
         if case.overflowing:
             engine.scale.scale = OVERFLOWING if number in case.overflowing else 1024.0
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
         steps[-1]["sketched_batches"] = len(work.sketched)
+        steps[-1]["collectives"] = [dict(counts) for counts in engine.collectives]
         steps[-1]["moment_steps"] = step.select.sketch.estimator.moments.step
         steps[-1]["moments_after"] = tuple(step.select.sketch.estimator.moments.tensors().values())
         steps[-1]["owed"] = step.select.sources.coverage.owed
@@ -550,6 +556,7 @@ def _row(report) -> dict:
         "weights": selection.weights,
         "kept": selection.kept,
         "bytes": report.exchanged_bytes,
+        "gradient_bytes": report.gradient_bytes,
         "phases": len(report.seconds),
         "kinds": len(report.phase_peak_bytes),
         "loss": report.loss,
