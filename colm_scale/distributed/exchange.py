@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colm_scale.distributed.group import Group
 from colm_scale.errors import TrainingError
-from colm_scale.records import Candidates, Selection, SketchPlan
+from colm_scale.records import Candidates, Selection, SketchPlan, on_device
 
 _HEADER = 5
 """Numbers before the positions: counts of selected, kept, overflowing and invalid, and the digest."""
@@ -20,16 +20,17 @@ def gather_rows(local: Tensor, plan: SketchPlan, group: Group, label: str) -> Te
 
     Each rank's share is padded to the largest. Rows that no rank computes are zero; if all are, nothing is exchanged.
     """
-    rows = local.new_zeros(len(plan.positions), local.shape[1])
-    if not plan.most_rows:
+    rows, counts = local.new_zeros(len(plan.positions), local.shape[1]), plan.counts
+    most = int(counts.max())
+    if not most:
         return rows
-    padded = local.new_zeros(plan.most_rows, local.shape[1])
+    padded = local.new_zeros(most, local.shape[1])
     padded[: len(local)] = local
-    gathered = group.all_gather(padded, label)
-    for rank, share in enumerate(gathered):
-        of_rank = plan.rows_of(rank).to(local.device)
-        rows[of_rank] = share[: len(of_rank)]
-    return rows
+    gathered = group.all_gather(padded, label).flatten(0, 1)
+    places = (torch.arange(most) < counts.unsqueeze(1)).flatten().nonzero().flatten()  # those that are not padding
+    of_all = plan.rows_of(*range(len(counts)))
+    of_all, places = on_device(torch.stack([of_all, places]), local.device)
+    return rows.index_copy_(0, of_all, gathered.index_select(0, places))
 
 
 def share_selection(selection: Selection | None, budget: int, candidates: Candidates, group: Group) -> Selection:
@@ -52,9 +53,10 @@ def share_selection(selection: Selection | None, budget: int, candidates: Candid
         message[_HEADER : _HEADER + b] = selection.positions
         message[_HEADER + budget : _HEADER + budget + b] = selection.weights.double().view(torch.int64)
         message[4] = _digest(message, candidates)
-    message = group.broadcast(message.to(group.device), "broadcast").cpu()
-    agrees = torch.tensor([int(message[4]) == _digest(message, candidates)], dtype=torch.int32, device=group.device)
-    different = (group.all_gather(agrees, "control").flatten() == 0).nonzero().flatten().tolist()
+    if group.world_size > 1:
+        message = group.broadcast(on_device(message, group.device), "broadcast").cpu()
+    agrees = group.gathered(int(message[4]) == _digest(message, candidates))
+    different = [rank for rank, agreed in enumerate(agrees) if not agreed]
     if different:
         raise TrainingError(
             f"step {candidates.step}: rank {different[0]} does not agree with rank 0 on the candidates or the "

@@ -143,6 +143,8 @@ class ExampleLoss(nn.Module):
         self._post_checked = False
         self.padded_because = ""
         """Why micro-batches are padded, from `use_packing`; empty if they are packed."""
+        self.sdpa_because = ""
+        """Why attention runs in sdpa though there is a flash kernel, from `use_packing` or `check_flash`."""
         self.watchers: list[Callable[[Batch, Tensor], None]] = []
         """Called in each forward with the batch and its last hidden states ``[*batch.input_ids.shape, c]``: the mean
         over the forward's branches, if a sketch repeats the micro-batch."""

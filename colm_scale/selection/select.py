@@ -28,7 +28,6 @@ def select_coreset(
     to other sources (`reallocate`).
 
     Args:
-        matrix: On the device that does the work.
         sources: ``[n]`` source of each candidate, on the CPU.
         quota: On the CPU.
         config: The ranking, and its metric and weights.
@@ -37,19 +36,20 @@ def select_coreset(
     Returns:
         The selection, on the CPU.
     """
-    valid, of_row = matrix.valid.cpu(), sources[matrix.positions]
+    valid, of_row = matrix.valid, sources[matrix.positions]
     available = torch.bincount(of_row[valid], minlength=len(quota.per_source))
     quotas = reallocate(quota.per_source, available)
     whole = (valid & (quotas == available)[of_row]).nonzero().flatten()
-    picked, weights = [whole], [torch.ones(len(whole))]
+    members, contests = [], []
     for source in ((quotas > 0) & (quotas < available)).nonzero().flatten().tolist():
-        rows = (valid & (of_row == source)).nonzero().flatten()
-        on_device, count = rows.to(matrix.rows.device), int(quotas[source])
+        rows, count = (valid & (of_row == source)).nonzero().flatten(), int(quotas[source])
         represents = len(rows) / count if config.weights == "unbiased" else 1.0
-        ranked = Ranked(
-            matrix.rows[on_device], matrix.losses[on_device], count, represents, config, draws(source)
+        members.append(rows)
+        contests.append(
+            Ranked(matrix.rows[rows], matrix.losses[rows], count, represents, config, draws(source), matrix.device)
         )
-        picks, counts = rank(ranked)
+    picked, weights = [whole], [torch.ones(len(whole))]
+    for rows, (picks, counts) in zip(members, rank(contests)):
         picked.append(rows[picks])
         weights.append(counts.float())
     of_kept = quota.kept_weight if config.weights == "unbiased" else 1.0
@@ -72,11 +72,13 @@ def stratified(sources: Tensor, quota: Quota, generator: torch.Generator, unbias
         generator: Rank-equal.
         unbiased: Weight the picks of a source to represent all its candidates that are not kept, rather than 1 each.
     """
+    is_kept = torch.zeros(len(sources), dtype=torch.bool)
+    is_kept[quota.kept] = True
     positions, weights = [quota.kept], [torch.full((len(quota.kept),), quota.kept_weight if unbiased else 1.0)]
     for source, count in enumerate(quota.per_source.tolist()):
         # Shuffled even for 0, so that a source's quota changes no other draw.
         shuffled = _shuffled((sources == source).nonzero().flatten(), generator)
-        others = shuffled[~torch.isin(shuffled, quota.kept)]
+        others = shuffled[~is_kept[shuffled]]
         positions.append(others[:count].sort().values)
         weights.append(torch.full((count,), len(others) / count if unbiased and count else 1.0))
     return Selection(torch.cat(positions), torch.cat(weights), kept=len(quota.kept), overflow=quota.overflow)

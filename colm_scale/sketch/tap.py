@@ -20,7 +20,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.causal import hooked
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, trial_batch, without_dropout
-from colm_scale.records import Batch
+from colm_scale.records import Batch, on_device
 
 BRANCHES = 2
 """Branches that run at a time, one finite difference. A constant, and the least, so that memory does not grow with the
@@ -143,11 +143,16 @@ class Tap:
 
     def _of_output(self, output: Tensor) -> Tensor:
         """The probe's part ``[..., d_out]`` of ``lora_b``'s output or of its gradient."""
-        return output[..., self.rows.to(output.device)] if self._is_part else output
+        return output[..., self._rows_at(output.device)] if self._is_part else output
 
     def _add_to(self, output: Tensor, added: Tensor) -> Tensor:
         """``lora_b``'s output plus ``added`` ``[..., d_out]``, as a new tensor."""
-        return output.index_add(-1, self.rows.to(output.device), added) if self._is_part else output + added
+        return output.index_add(-1, self._rows_at(output.device), added) if self._is_part else output + added
+
+    def _rows_at(self, device: torch.device) -> Tensor:
+        """The rows there: they move once, when the model is where it stays."""
+        self.rows = on_device(self.rows, device)
+        return self.rows
 
     @property
     def _is_part(self) -> bool:
