@@ -73,9 +73,8 @@ def test_in_half_precision_gradients_are_float32_and_as_exact_as_peft_s(family, 
         found = gradients(module)
         assert {g.dtype for g in found} == {torch.float32}
         errors.append(float((torch.cat([g.flatten() for g in found]) - wanted).norm() / wanted.norm()))
-    print("MEAS", family, dtype, errors)
-    # Both round every product of the base; ours those of the adapters as well.
-    assert errors[0] < 1.5 * errors[1]
+    # Both round every product of the base, 0.7 to 2.3 % here; ours those of the adapters as well, at most 15 % more.
+    assert errors[0] < 1.25 * errors[1]
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
