@@ -106,6 +106,8 @@ def trial_batch(rows: list[Tensor], device: torch.device, *, packed: bool = Fals
 def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
     """Find the probe in the last block of a causal language model without adapters.
 
+    The layers are tried out in a model of that block alone, since no other changes what they do in it.
+
     Args:
         model: The base model, on any device, in any floating-point type.
         which: ``--selection.probe``: v, q, k, o or mlp; or the name of a linear layer of the last block, in full or a
@@ -118,8 +120,9 @@ def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
     block = f"{prefix}.{len(modules) - 1}"
     linears = linear_layers(modules[-1], block)
     if which in ROLES:
-        with without_dropout(model):
-            return Probe(block, *find_role(model, linears, which))
+        alone = few_blocks(model, [len(modules) - 1])
+        with without_dropout(alone):
+            return Probe(block, *find_role(alone, linear_layers(decoder_blocks(alone)[1][0], block), which))
     named = [name for name in linears if name == which or name.endswith("." + which)]
     if len(named) != 1:
         raise UserError(

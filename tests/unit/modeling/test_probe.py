@@ -151,3 +151,20 @@ def test_the_blocks_are_the_largest_list_of_like_modules():
     name, blocks = decoder_blocks(model)
     assert name == "model.layers"
     assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_is_found_without_a_forward_of_the_other_blocks(family):
+    model = base_model(family, num_hidden_layers=4)
+    blocks = decoder_blocks(model)[1]
+    ran = []
+
+    def record(block, *_):
+        ran.append({parameter.data_ptr() for parameter in block.parameters()})
+
+    for block in blocks:
+        block.register_forward_pre_hook(record)  # copies of the block run it too
+    found = find_probe(model)
+    assert found.layer.startswith(f"{decoder_blocks(model)[0]}.3.")
+    assert ran
+    assert all(pointers == {parameter.data_ptr() for parameter in blocks[-1].parameters()} for pointers in ran)
