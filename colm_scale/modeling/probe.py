@@ -86,6 +86,19 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel
     return model
 
 
+def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of another's last block, as in `few_blocks`; the model itself if that block needs what others compute
+    (Gemma 3n's reads the keys and values of an earlier one)."""
+    alone = few_blocks(model, [len(decoder_blocks(model)[1]) - 1])
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad(), without_dropout(alone):
+            alone(input_ids=tokens, attention_mask=tokens, use_cache=False)
+    except Exception:  # a missing key, attribute or argument, each model in its own way
+        return model
+    return alone
+
+
 def kinds_of_blocks(model: PreTrainedModel) -> list[int]:
     """Numbers of the first two blocks, and of the first one of every further kind: with other layers, or with another
     attention (such as a sliding window)."""
@@ -120,9 +133,9 @@ def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
     block = f"{prefix}.{len(modules) - 1}"
     linears = linear_layers(modules[-1], block)
     if which in ROLES:
-        alone = few_blocks(model, [len(modules) - 1])
+        alone = last_block_alone(model)
         with without_dropout(alone):
-            return Probe(block, *find_role(alone, linear_layers(decoder_blocks(alone)[1][0], block), which))
+            return Probe(block, *find_role(alone, linear_layers(decoder_blocks(alone)[1][-1], block), which))
     named = [name for name in linears if name == which or name.endswith("." + which)]
     if len(named) != 1:
         raise UserError(
