@@ -6,6 +6,8 @@ sketch, does not depend on the number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,14 @@ from colm_scale.records import Candidates, Quota, SketchPlan
 from colm_scale.selection.route import deal, form_micro_batches
 
 
-def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
+def held_inputs(
+    plan: SketchPlan, lengths: Tensor, most_tokens: float, size: Callable[[int], int] = int
+) -> tuple[Tensor, list[int]]:
     """Decide which block inputs each rank holds: those of its first micro-batches, within ``most_tokens``.
 
     Args:
         lengths: ``[n]`` tokens of each candidate; micro-batches count as padded, even if they are packed.
+        size: Returns how many of ``most_tokens`` a micro-batch takes.
 
     Returns:
         ``[n]`` the rank that holds a candidate's inputs, or -1; the number of micro-batches that each rank holds.
@@ -27,7 +32,7 @@ def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[
     for rank, share in enumerate(plan.shares):
         held = count = 0
         for members in filter(len, share):
-            held += len(members) * int(lengths[list(members)].max())
+            held += size(len(members) * int(lengths[list(members)].max()))
             if held > most_tokens:
                 break
             found[list(members)] = rank

@@ -158,3 +158,12 @@ def test_a_batch_that_only_keeps_step_starts_from_zeros():
 def test_dropout_is_refused(options):
     with pytest.raises(UserError, match=r"--train\.forward_reuse needs a model without dropout"):
         HeldBlockInputs(ExampleLoss(adapted_model("llama", **options)), 1)
+
+
+def test_pinned_blocks_count_as_large_as_torch_makes_them(monkeypatch):
+    module = module_of("llama", packs=True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    on_device, on_cpu = (HeldBlockInputs(module, 2, store) for store in ("device", "cpu"))
+    # A token has 32 float32 numbers, 128 bytes.
+    assert [on_device.tokens_of(tokens) for tokens in (8, 9)] == [8, 9]
+    assert [on_cpu.tokens_of(tokens) for tokens in (8, 9, 16, 17)] == [8, 16, 16, 32]
