@@ -48,8 +48,8 @@ class BlockInputs:
 
     most_tokens = 0
 
-    def tokens_of(self, tokens: int) -> int:
-        """Return how many of `most_tokens` a micro-batch of ``tokens`` takes."""
+    def tokens_of(self, tokens: Tensor) -> Tensor:
+        """Return how many of `most_tokens` micro-batches of ``tokens`` (int64) take."""
         return tokens
 
     def holding(self, most: int) -> AbstractContextManager[None]:
@@ -105,12 +105,12 @@ class HeldBlockInputs(BlockInputs):
         hidden: int = model.config.get_text_config().hidden_size
         return len(self._blocks) * hidden * input_weight(model).element_size()
 
-    def tokens_of(self, tokens: int) -> int:
+    def tokens_of(self, tokens: Tensor) -> Tensor:
         if self._store == "device" or not torch.accelerator.is_available():
             return tokens
         width = self.bytes_per_token // len(self._blocks)
-        pinned = 1 << (tokens * width - 1).bit_length()  # torch rounds a pinned block up to a power of two
-        return -(-pinned // width)
+        bits = torch.frexp((tokens * width - 1).double()).exponent  # torch rounds a pinned block up to a power of two
+        return (torch.ones_like(tokens) << bits) // width
 
     @contextmanager
     def holding(self, most: int) -> Iterator[None]:

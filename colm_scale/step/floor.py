@@ -12,6 +12,7 @@ import torch
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
 from colm_scale.modeling.probe import without_dropout
+from colm_scale.profiling.memory import free_cached
 from colm_scale.randomness import global_draws
 from colm_scale.records import Batch, MicroBatch
 
@@ -44,11 +45,13 @@ def bare_floor_seconds(
             (sketch or engine.module)(batch)
     with global_draws(group.device, seed, "floor"):
         for number, micro_batch in enumerate(work.trained, 1):
-            losses = engine.forward(micro_batch.batch)
-            engine.backward((losses * micro_batch.shares).sum(), last=number == len(work.trained))
+            with engine.micro_batch(last=number == len(work.trained)):
+                losses = engine.forward(micro_batch.batch)
+                engine.backward((losses * micro_batch.shares).sum())
     engine.step(0.0)
     seconds = torch.full((1,), _now(group.device) - started, dtype=torch.float64, device=group.device)
     restore()
+    free_cached(group.device)
     slowest = group.all_reduce(seconds, "floor", largest=True)
     group.take_traffic()
     return float(slowest)

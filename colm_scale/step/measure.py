@@ -65,6 +65,7 @@ class Measurement:
             peak_bytes=next(iter(phase_peak_bytes.values()))["step"],
             phase_peak_bytes=phase_peak_bytes,
             exchanged_bytes=self._group.take_traffic(),
+            gradient_bytes=trained.gradient_bytes,
             imbalance=routed.route.imbalance,
             padding_share=self._padding(chosen, routed.route),
             telemetry={**described.telemetry, **facts},

@@ -56,7 +56,8 @@ class CoresetStep:
             update = self.train.engine.step(learning_rate)
             self.select.conclude(chosen, applied=update.applied)
         check_update(update, number)
-        trained = Trained(routed, losses, update, learning_rate)
+        reduced_bytes = self.train.engine.reduced_bytes(len(routed.micro_batches))
+        trained = Trained(routed, losses, update, learning_rate, reduced_bytes)
         report = self.measure(chosen, trained, described, self.select.facts(chosen))
         return report, Work(chosen.sketched.batches, routed.micro_batches)
 

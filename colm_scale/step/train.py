@@ -44,12 +44,14 @@ class Trained:
 
     Attributes:
         losses: ``[n]`` losses from all ranks, zero for candidates that were not trained.
+        gradient_bytes: See `Engine.reduced_bytes`; 0 if another library trains.
     """
 
     routed: Routed
     losses: Tensor
     update: Update
     learning_rate: float
+    gradient_bytes: int = 0
 
 
 def route_coreset(
@@ -62,7 +64,9 @@ def route_coreset(
         micro_batches: Number per rank; by default as many as the token budget requires.
     """
     candidates, selection = chosen.candidates, chosen.selection
-    label_tokens = chosen.examples.label_counts(candidates.indices[selection.positions])
+    label_tokens = torch.ones(len(selection))
+    if loss == "token":
+        label_tokens = chosen.examples.label_counts(candidates.indices[selection.positions])
     shares = torch.zeros(len(candidates))
     shares[selection.positions] = loss_shares(selection, label_tokens, loss)
     to_deal = candidates.lengths, selection.positions, group.world_size
@@ -119,10 +123,10 @@ class TrainingStage:
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
                 reusing = self._inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
-                with self._check(micro_batch, step):
+                with self._check(micro_batch, step), self.engine.micro_batch(last=number == last):
                     with reusing, self._refresh.watching():
                         own = self.engine.forward(batch)
-                    self.engine.backward((own * micro_batch.shares).sum(), last=number == last)
+                    self.engine.backward((own * micro_batch.shares).sum())
                 losses[on_device(batch.positions, losses.device)] = own.detach()[: len(batch.positions)]
         return group.all_reduce(losses, "report")
 

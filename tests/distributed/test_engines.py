@@ -52,11 +52,23 @@ where a gradient is itself rounding is the change arbitrary."""
 SKIPPED = ("overflowing", "poisoned")
 
 
+REDUCTIONS = {
+    "auto": ("allreduce_", 0, 1),
+    "zero1": ("allreduce_", 0, 1),
+    "zero2": ("allreduce_", 1, 1),
+    "zero3": ("_reduce_scatter_base_", 1, 1),
+    "fsdp": ("_reduce_scatter_base_", 0, worker.BLOCKS),
+}
+"""Collective that reduces gradients, and its number in a micro-batch and in the last of a step. From ZeRO-2 on a rank
+keeps only its part of the gradients, so all are reduced."""
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """By rank, the result of each ``engine/case``."""
     jobs = {f"{engine}/{case}": (engine, case) for engine, case in PAIRS}
     jobs |= {f"{engine}/{case}": (engine, case) for engine in MAIN for case in (*HALF, *SKIPPED)}
+    jobs |= {f"{engine}/counted": (engine, "counted") for engine in REDUCTIONS}
     jobs |= {f"{change}/broken": (change, "broken") for change in CHANGES}
     found = worker.launch(2, jobs, tmp_path_factory.mktemp("engines"), timeout_seconds=900)
     return [rank["cases"] for rank in found]
@@ -268,3 +280,22 @@ def test_a_micro_batch_without_weight_adds_nothing_whatever_the_losses_of_candid
     assert all(cases[f"{engine}/poisoned"]["steps"][0]["trained_batches"] == 3 for cases in ranks)
     empty = [sum(step["empty_batches"] for step in cases[f"{engine}/poisoned"]["steps"]) for cases in ranks]
     assert sum(empty) == 3
+
+
+# What is exchanged
+
+
+@pytest.mark.parametrize("engine", REDUCTIONS)
+def test_gradients_are_reduced_once_if_the_engine_can_wait(ranks, start, engine):
+    name, each, last = REDUCTIONS[engine]
+    for cases in ranks:
+        for number, step in enumerate(cases[f"{engine}/counted"]["steps"], 1):
+            *others, end = step["collectives"]
+            assert len(others) == 3
+            assert [counts.get(name, 0) for counts in others] == [each] * 3
+            assert end.get(name, 0) == last
+            assert step["gradient_bytes"] == 4 * len(start) * (1 + 3 * (each > 0))
+            if engine == "auto":
+                # In its second step DDP orders its buckets once as gradients came.
+                assert sum(map(len, others)) == (number == 2)
+                assert end == {name: 1}, "no buffers"

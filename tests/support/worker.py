@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -55,8 +55,9 @@ from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probe
+from colm_scale.profiling import memory
 from colm_scale.profiling.memory import memory_meter
-from colm_scale.profiling.spans import Spans
+from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
 from colm_scale.run import evaluate
@@ -119,6 +120,8 @@ class Case:
     refresh_kept: int = 0
     overflowing: tuple[int, ...] = ()
     """Steps that begin with a loss scale far too large for float16."""
+    counted: bool = False
+    """Whether to count the collectives of each micro-batch."""
     poisoned: bool = False
     """Whether the loss of the shortest examples is not a number."""
     model: dict = field(default_factory=dict)
@@ -231,6 +234,7 @@ CASES = {
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
     "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}, floor=True),
     "float16": Case(_selection(), steps=5, train={"dtype": "float16"}, floor=True),
+    "counted": Case(_selection(method="stratified"), 2, {"micro_batch_tokens": 32}, counted=True),
     "overflowing": Case(_selection(), 4, {"dtype": "float16"}, overflowing=(1, 3)),
     # Five examples are micro-batches of their own, too few for two ranks with three each.
     "poisoned": Case(
@@ -371,7 +375,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     for block in blocks:  # the engine's own hooks, which gather, come first
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
-    spans = Spans(group.device, memory_meter(group.device))
+    spans = Spans(group.device, memory_meter(group))
     step = build_step(config, inputs, engine, tap if sketches else None, spans, group)
     spy = None
     if sketches and not config.train.compile:  # it looks at every operation, and nothing is compiled under such a look
@@ -438,11 +442,14 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else NO_CHECKPOINT
             assert parts.state.load(newest) == number - 1
         module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
+        engine.counts = case.counted
+        engine.collectives.clear()
         if case.overflowing:
             engine.scale.scale = OVERFLOWING if number in case.overflowing else 1024.0
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
         steps[-1]["sketched_batches"] = len(work.sketched)
+        steps[-1]["collectives"] = [dict(counts) for counts in engine.collectives]
         steps[-1]["moment_steps"] = step.select.sketch.estimator.moments.step
         steps[-1]["moments_after"] = tuple(step.select.sketch.estimator.moments.tensors().values())
         steps[-1]["owed"] = step.select.sources.coverage.owed
@@ -550,6 +557,7 @@ def _row(report) -> dict:
         "weights": selection.weights,
         "kept": selection.kept,
         "bytes": report.exchanged_bytes,
+        "gradient_bytes": report.gradient_bytes,
         "phases": len(report.seconds),
         "kinds": len(report.phase_peak_bytes),
         "loss": report.loss,
@@ -579,6 +587,7 @@ def run_faults(group: Group) -> dict:
     with _caught(found, "together_two"), group.together():
         if group.rank > 0:
             raise UserError(f"rank {group.rank} found it")
+    found["memory"] = _run_uneven_nvml(group)
     with _caught(found, "agreed"):  # the ranks are still synchronised
         group.agree("same", "training data")
         with group.together():
@@ -587,6 +596,22 @@ def run_faults(group: Group) -> dict:
         shared = share_selection(given, 3, same, group)
         found["shared"] = asdict(shared)
     return found
+
+
+def _run_uneven_nvml(group: Group) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Peaks by kind and phase on ranks with a GPU each, if NVML answers on the first alone."""
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), any=group.any)
+    gauge = SimpleNamespace(label="allocator and NVML", read=lambda: 90) if group.is_first else None
+    numbers = {"reset_peak_memory_stats": None, "max_memory_allocated": 10 + group.rank, "memory_reserved": 50}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(memory, "_nvml_gauge", return_value=gauge))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="GPU"))
+        for name, value in numbers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
+        spans = Spans(group.device, memory_meter(gpu))
+        with spans("train"):
+            pass
+        return over_ranks(*spans.finish(), group)[1]
 
 
 @contextmanager

@@ -83,6 +83,10 @@ def test_two_ranks_select_and_learn_the_same(stage, tmp_path):
     expected = trainers.ours(case, 4)
     assert trainers.selected(tmp_path) == expected["selected"]
     found = torch.load(tmp_path / "found.pt")
+    if not stage:
+        # Two micro-batches a step; beside the gradients, DDP reduces which parameters were used.
+        reductions = [counts.get("allreduce_", 0) for counts in found["collectives"]]
+        assert reductions == [0, 2] * 4
     if stage < 3:  # where the other rank has a half of them
         assert_same(found, expected)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)

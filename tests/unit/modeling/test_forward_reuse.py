@@ -165,5 +165,6 @@ def test_pinned_blocks_count_as_large_as_torch_makes_them(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     on_device, on_cpu = (HeldBlockInputs(module, 2, store) for store in ("device", "cpu"))
     # A token has 32 float32 numbers, 128 bytes.
-    assert [on_device.tokens_of(tokens) for tokens in (8, 9)] == [8, 9]
-    assert [on_cpu.tokens_of(tokens) for tokens in (8, 9, 16, 17)] == [8, 16, 16, 32]
+    tokens = torch.tensor([8, 9, 16, 17])
+    assert on_device.tokens_of(tokens).tolist() == [8, 9, 16, 17]
+    assert on_cpu.tokens_of(tokens).tolist() == [8, 16, 16, 32]
