@@ -62,6 +62,8 @@ ALLOWED = {
         for engine in strict_runs.ENGINES
     },
 }
+ALLOWED["ddp"]["train"] = [f"copy to {where} engines/single_and_ddp.py:forward" for where in ("device", "host")]
+"""In its second step DDP orders its buckets, once."""
 QUICK = ("last_layer", "paper", "stratified", "ddp")
 ROUNDED = ("bfloat16", "float16", "zeroth_order 3", *strict_runs.ENGINES)
 """Other kernels than the CPU's own, or absent ranks: ids are others."""
