@@ -28,7 +28,7 @@ def global_draws(device: torch.device, seed: int, purpose: str, *index: int) -> 
 
     Only for code that cannot take a generator: dropout, and peft when it makes adapters.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(_key(seed, purpose, index))  # noqa: TID251
         yield
 

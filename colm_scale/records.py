@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 Json = dict[str, Any]
 """A JSON object, not yet validated."""
 
@@ -130,19 +131,27 @@ class SketchPlan:
 
 @dataclass(frozen=True, slots=True)
 class CandidateMatrix:
-    """The all-gathered sketches, in the compared coordinates: rows of the optimizer's update.
+    """The all-gathered sketches, in the compared coordinates: rows of the optimizer's update. On the CPU.
 
     Attributes:
         positions: ``[s]`` the candidate of each row, ascending.
         rows: ``[s, h]`` float32; each row has the h columns of its source. Rows that are not ``valid`` are zero.
         valid: ``[s]`` bool; False where a candidate's loss or sketch was not finite (it is never selected).
         losses: ``[s]`` float32 mean token loss of each sketched candidate.
+        device: The device that compares rows in pairs.
     """
 
     positions: Tensor
     rows: Tensor
     valid: Tensor
     losses: Tensor
+    device: torch.device = CPU
+
+    @classmethod
+    def fetched(cls, positions: Tensor, rows: Tensor, valid: Tensor, losses: Tensor) -> CandidateMatrix:
+        """Make the matrix from tensors on the device; the host waits for it once, here."""
+        rows_, losses_, valid_ = on_host([rows, losses, valid.to(rows.dtype)])
+        return cls(positions, rows_, valid_ > 0, losses_, rows.device)
 
     @classmethod
     def without_rows(cls) -> CandidateMatrix:
@@ -330,7 +339,7 @@ class StepReport:
     phase_peak_bytes: dict[str, dict[str, tuple[int, ...]]]
     """Peak memory by kind (``nvml``, ``allocator`` or ``resident``; the headline's first) and phase, on each rank."""
     exchanged_bytes: dict[str, int]
-    """Bytes that the selection's collectives sent per rank, by phase; without the gradient reduction."""
+    """Bytes that the selection's collectives sent per rank, by phase; gradients are not among them."""
     imbalance: float
     padding_share: dict[str, float] = field(default_factory=dict)
     """Share of computed tokens that are padding, by phase (sketch, train)."""
@@ -339,10 +348,28 @@ class StepReport:
     loss_scale: float = 1.0
     telemetry: dict[str, float] = field(default_factory=dict)
     """Figures of the selection, by name (`colm_scale.selection.telemetry`)."""
+    gradient_bytes: int = 0
+    """Bytes of gradients that each rank passed to the engine's reductions; 0 if another library trains."""
     floor: float | None = None
     """Step seconds / bare-floor seconds on the same tokens, in the steps that measure it."""
     audit: Audit | None = None
     """On the first rank, if the run keeps an audit."""
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device, through pinned memory, so that the host does not wait for earlier work."""
+    if device.type in ("cpu", "meta") or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of one type from the device to the CPU; the host waits for it once."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(tensors)
+    together = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
 def long_tensor(values: Tensor | Sequence[int]) -> Tensor:

@@ -31,7 +31,7 @@ from colm_scale.distributed.watch import Watch
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_kernels, check_model, context_length, load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.packing import check_flash, use_packing
 from colm_scale.records import long_tensor
 from colm_scale.reporting.run_directory import finite
 from colm_scale.reporting.summary import Evaluation
@@ -160,9 +160,10 @@ def _module(config: RunConfig, trained: Trained, group: Group) -> ExampleLoss:
     with group.together():
         dtype, flash = getattr(torch, train.dtype), train.packing == "off"
         base = load_model(config.model, dtype, group.device, "model", prefers_flash=flash)
-        padded_because = use_packing(base, train.packing, group.device)
+        check_flash(base, config.model.attention, group.device)
+        tried = use_packing(base, train.packing, group.device)
         module = ExampleLoss(adapted(base, trained))
-        module.padded_because = padded_because
+        module.padded_because = tried.padded_because
     return module
 
 

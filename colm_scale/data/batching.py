@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.data.examples import Examples
-from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Targets, long_tensor
+from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Targets, long_tensor, on_device
 
 
 def collate(
@@ -25,6 +25,9 @@ def collate(
     """
     rows, labelled = zip(*[examples.example(index) for index in indices.tolist()])
     return make_batch([row.long() for row in rows], labelled, positions, pad_id, device, packed=packed)
+
+Shares = Sequence[Sequence[tuple[int, ...]]]
+"""``shares[rank][j]`` is a micro-batch, a tuple of positions among the candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,18 @@ class Batching:
     packed: bool
     device: torch.device
 
-    def share(self, examples: Examples, candidates: Candidates, share: Sequence[tuple[int, ...]]) -> list[Batch]:
-        """Collate a rank's share, tuples of positions; for an empty one, the shortest candidate without a position."""
+    def share(self, examples: Examples, candidates: Candidates, shares: Shares, rank: int) -> list[Batch]:
+        """Collate a rank's share, tuples of positions; for an empty one, the shortest candidate of any share without a
+        position.
+
+        A candidate in no share may have been left out for a loss that is not finite, of which no weight makes zero.
+        """
         batches = []
-        shortest = candidates.indices[candidates.lengths.argmin().view(1)]
-        for positions in map(long_tensor, share):
+        shared = long_tensor(sorted({position for share in shares for positions in share for position in positions}))
+        if not len(shared):
+            return []
+        shortest = candidates.indices[shared[candidates.lengths[shared].argmin().view(1)]]
+        for positions in map(long_tensor, shares[rank]):
             indices = candidates.indices[positions] if len(positions) else shortest
             batches.append(collate(examples, indices, positions, self.pad_id, self.device, packed=self.packed))
         return batches
@@ -75,7 +85,7 @@ def make_batch(
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + (length if packed else longest))
-    move = partial(_moved, device=device)
+    move = partial(on_device, device=device)
     targets = _targets(rows, labelled, starts, move)
     if not packed:
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -107,13 +117,6 @@ def _targets(
     )
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device; through pinned memory, so that the copy does not block."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def weighted(batches: Sequence[Batch], shares: Tensor, device: torch.device, reused: int) -> list[MicroBatch]:
     """Attach the weights of the losses to micro-batches.
 
@@ -124,5 +127,5 @@ def weighted(batches: Sequence[Batch], shares: Tensor, device: torch.device, reu
     found = []
     for number, batch in enumerate(batches):
         of_batch = shares[batch.positions] if len(batch.positions) else torch.zeros(1)
-        found.append(MicroBatch(batch, of_batch.to(device), number < reused))
+        found.append(MicroBatch(batch, on_device(of_batch, device), number < reused))
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colm_scale.distributed.group import Group
 from colm_scale.errors import TrainingError
-from colm_scale.records import Candidates, Selection, SketchPlan
+from colm_scale.records import Candidates, Selection, SketchPlan, on_device
 
 _HEADER = 5
 """Numbers before the positions: counts of selected, kept, overflowing and invalid, and the digest."""
@@ -27,7 +27,7 @@ def gather_rows(local: Tensor, plan: SketchPlan, group: Group, label: str) -> Te
     padded[: len(local)] = local
     gathered = group.all_gather(padded, label)
     for rank, share in enumerate(gathered):
-        of_rank = plan.rows_of(rank).to(local.device)
+        of_rank = on_device(plan.rows_of(rank), local.device)
         rows[of_rank] = share[: len(of_rank)]
     return rows
 
@@ -52,9 +52,10 @@ def share_selection(selection: Selection | None, budget: int, candidates: Candid
         message[_HEADER : _HEADER + b] = selection.positions
         message[_HEADER + budget : _HEADER + budget + b] = selection.weights.double().view(torch.int64)
         message[4] = _digest(message, candidates)
-    message = group.broadcast(message.to(group.device), "broadcast").cpu()
-    agrees = torch.tensor([int(message[4]) == _digest(message, candidates)], dtype=torch.int32, device=group.device)
-    different = (group.all_gather(agrees, "control").flatten() == 0).nonzero().flatten().tolist()
+    if group.world_size > 1:
+        message = group.broadcast(on_device(message, group.device), "broadcast").cpu()
+    agrees = group.gathered(int(message[4]) == _digest(message, candidates))
+    different = [rank for rank, agreed in enumerate(agrees) if not agreed]
     if different:
         raise TrainingError(
             f"step {candidates.step}: rank {different[0]} does not agree with rank 0 on the candidates or the "

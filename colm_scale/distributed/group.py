@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colm_scale.errors import TrainingError, UserError
+from colm_scale.records import on_device
 
 _TIMEOUT = timedelta(days=1)
 """`Watch` ends a hanging run much earlier; but rank 0 may have to read a whole stream first."""
@@ -101,18 +102,29 @@ class Group:
         self._count(label, tensor)
         return tensor
 
+    def gathered(self, number: int) -> list[int]:
+        """Return a small number of every rank on each."""
+        if self.world_size == 1:
+            return [number]
+        # Filled on the device: a copy from the host would wait for it.
+        own = torch.full((1,), number, dtype=torch.int32, device=self.device)
+        found: list[int] = self.all_gather(own, "control").flatten().tolist()
+        return found
+
     def any(self, flag: bool) -> bool:
         """Return on every rank whether the flag is set on any."""
-        return bool(self.all_reduce(torch.tensor([flag], dtype=torch.int32, device=self.device), "control").any())
+        return any(self.gathered(flag))
 
     def share_json(self, value: _Plain | None) -> _Plain:
         """Return rank 0's plain data on every rank; what the others pass is ignored."""
         text = json.dumps(value).encode() if self.is_first else b""
-        size = int(self.broadcast(torch.tensor([len(text)], device=self.device), "control"))
-        encoded = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        if self.is_first:
-            encoded.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        shared: _Plain = json.loads(bytes(self.broadcast(encoded, "control").cpu().numpy()))
+        if self.world_size > 1:
+            size = int(self.broadcast(torch.full((1,), len(text), device=self.device), "control"))
+            encoded = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            if self.is_first:
+                encoded = on_device(torch.frombuffer(bytearray(text), dtype=torch.uint8), self.device)
+            text = bytes(self.broadcast(encoded, "control").cpu().numpy())
+        shared: _Plain = json.loads(text)
         return shared
 
     def barrier(self) -> None:
@@ -140,9 +152,9 @@ class Group:
             yield
         except (UserError, TrainingError) as caught:
             errors.append(caught)
-        failed = self.all_gather(torch.tensor([len(errors)], dtype=torch.int32, device=self.device), "control")
-        if failed.any():
-            first = int(failed.flatten().argmax())
+        failed = self.gathered(len(errors))
+        if any(failed):
+            first = failed.index(1)
             if self.rank == first:
                 raise errors[0]
             raise PeerFailed(f"rank {first} failed")

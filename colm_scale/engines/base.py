@@ -121,25 +121,36 @@ class Engine(ABC):
 
     name: str
 
-    def __init__(self, module: ExampleLoss, config: TrainConfig):
-        self.module = module
+    def __init__(self, module: ExampleLoss, config: TrainConfig, ranks: int):
+        self.module, self._ranks = module, ranks
         self.scale = LossScale.of(config.dtype)
         self._parameters = trainable(module)
+        self._elements = sum(parameter.numel() for parameter in self._parameters.values())
         self.optimizer = make_optimizer(self._parameters.values(), config)
         self.state_keys = state_keys(self.optimizer)
         self._max_norm = config.max_grad_norm or math.inf
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
+        """Return a context for forward and backward of a micro-batch; every rank enters it equally often.
+
+        Args:
+            last: Marks the step's last micro-batch: gradients are reduced once, with it, if the engine can wait.
+        """
+        return nullcontext()
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
         """Compute ``[B]`` losses with a graph; reduce them to a scalar for `backward`."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of a scalar. Every rank makes the same number of calls.
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a scalar."""
 
-        Args:
-            last: Marks the step's last micro-batch on this rank.
-        """
+    def reduced_bytes(self, micro_batches: int) -> int:
+        """Return the bytes of gradients that each rank passes to the reductions of a step of ``micro_batches``."""
+        if self._ranks == 1:
+            return 0
+        return self._elements * torch.float32.itemsize
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Update:

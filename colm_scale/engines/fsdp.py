@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,7 @@ class FsdpEngine(Engine):
     name = "fsdp"
 
     def __init__(self, module: ExampleLoss, train: TrainConfig, fsdp: FsdpConfig, group: Group, mesh: DeviceMesh):
-        self._device, self._ranks, self._group = group.device, group.world_size, group
+        self._device, self._group = group.device, group
         self._reshard = fsdp.reshard_after_forward
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         offload = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
@@ -85,15 +85,18 @@ class FsdpEngine(Engine):
             )
         assert isinstance(root, FSDPModule)
         self._root: FSDPModule = root
-        super().__init__(module, train)  # makes the optimizer over the shards
+        super().__init__(module, train, group.world_size)  # makes the optimizer over the shards
 
     def forward(self, batch: Batch) -> Tensor:
         losses: Tensor = self.module(batch)
         return losses
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         self._root.set_is_last_backward(last)
         self._root.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
         (loss * (self._ranks * self.scale.scale)).backward()
 
     @contextmanager

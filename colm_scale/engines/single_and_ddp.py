@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -18,20 +18,24 @@ class TorchEngine(Engine):
     """Trains in one process, or with DistributedDataParallel one replica per rank."""
 
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group):
-        super().__init__(module, config)
-        self._ranks = group.world_size
+        super().__init__(module, config, group.world_size)
         self.name = "ddp" if group.world_size > 1 else "single"
         self._wrapped: ExampleLoss | DistributedDataParallel = module
         if group.world_size > 1:
             self._wrapped = DistributedDataParallel(
-                module, device_ids=[group.device.index] if group.device.type == "cuda" else None
+                module,
+                device_ids=[group.device.index] if group.device.type == "cuda" else None,
+                broadcast_buffers=False,  # they are equal and no training changes them
             )
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
+        # DDP decides in the forward whether the backward reduces.
+        wrapped = self._wrapped
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
 
     def forward(self, batch: Batch) -> Tensor:
         losses: Tensor = self._wrapped(batch)
         return losses
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        wrapped = self._wrapped
-        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
-            (loss * (self._ranks * self.scale.scale)).backward()
+    def backward(self, loss: Tensor) -> None:
+        (loss * (self._ranks * self.scale.scale)).backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch
@@ -43,8 +43,8 @@ class ZeroEngine(Engine):
     def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: Json):
         deepspeed = _import_deepspeed(group)
         group.ensure_process_group()
-        super().__init__(module, config)
-        self._ranks, self._rank, self._group = group.world_size, group.rank, group
+        super().__init__(module, config, group.world_size)
+        self._rank, self._group = group.rank, group
         self._stage = zero_stage(ds_config)
         if self._stage == 3:
             _shard(module, ds_config, group)
@@ -56,12 +56,20 @@ class ZeroEngine(Engine):
         losses: Tensor = self._engine(batch)
         return losses
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         self._engine.set_gradient_accumulation_boundary(last)  # it stays as set, so set it every time
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
         if self._stage and self.scale.scale != self._engine.optimizer.loss_scale:
             self._engine.optimizer.override_loss_scale(self.scale.scale)
         by_hand = 1.0 if self._stage else self.scale.scale
         self._engine.backward(loss * (self._ranks * by_hand), scale_wrt_gas=False)
+
+    def reduced_bytes(self, micro_batches: int) -> int:
+        # From stage 2 on a rank keeps only its part of a gradient, so each micro-batch is reduced.
+        rounds = micro_batches if self._stage > 1 else 1
+        return super().reduced_bytes(micro_batches) * rounds
 
     def step(self, learning_rate: float) -> Update:
         for group in self._engine.optimizer.param_groups:

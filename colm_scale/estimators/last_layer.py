@@ -10,7 +10,7 @@ from torch import Tensor
 from colm_scale.distributed.exchange import gather_rows
 from colm_scale.distributed.group import Group
 from colm_scale.estimators.base import Sketching, finite, picked_rows
-from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
+from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan, on_device
 from colm_scale.selection.mask import merge_proposals, top_columns
 from colm_scale.selection.moments import Moments
 from colm_scale.sketch import last_layer
@@ -33,7 +33,7 @@ class LastLayer(Sketching):
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._plan = plan
-        rows = plan.rows_of(self._group.rank).to(self._group.device)
+        rows = plan.rows_of(self._group.rank)
         found = [torch.zeros(0, 2, device=self._group.device)]
         for batch in batches:
             count = len(batch.positions)
@@ -50,12 +50,11 @@ class LastLayer(Sketching):
         plan, group = self._plan, self._group
         valid, numbers = finite(numbers)
         self._largest = numbers[:, 1]
-        groups = plan.groups.to(group.device)
         moments = self.moments.fitted(self._largest)
-        columns = self._agree_on_columns(groups, valid, moments)
-        rows = gather_rows(last_layer.rows_at(self._held, columns, groups, moments), plan, group, "gather")
+        columns = self._agree_on_columns(valid, moments)
+        rows = gather_rows(last_layer.rows_at(self._held, columns, plan.groups, moments), plan, group, "gather")
         rows = torch.where(valid.unsqueeze(1), rows, 0.0)
-        return CandidateMatrix(plan.positions, rows, valid, numbers[:, 0])
+        return CandidateMatrix.fetched(plan.positions, rows, valid, numbers[:, 0])
 
     def learn(self, selection: Selection) -> None:
         group = self._group
@@ -63,10 +62,9 @@ class LastLayer(Sketching):
         picked[picked_rows(self._plan, selection)] = True
         picked &= self._plan.forwarded  # only these have a gradient in this step
         count = int(picked.sum())
-        picked = picked.to(group.device)
         if count:
-            largest = float(self._largest[picked].max())
-            exponent = math.frexp(largest)[1] if largest > 0 else 0
+            largest = torch.where(on_device(picked, group.device), self._largest, 0.0).max()
+            exponent = torch.frexp(largest).exponent
             sums = last_layer.moment_sums(self._held, picked, self._tap.size, exponent)
             sums = group.all_reduce(sums, "moments")
             self.moments = self.moments.learn(*last_layer.from_moment_sums(sums, len(picked), count, exponent))
@@ -74,13 +72,13 @@ class LastLayer(Sketching):
             self.moments = self.moments.skip()
         self._held = []
 
-    def _agree_on_columns(self, groups: Tensor, valid: Tensor, moments: Moments) -> Tensor:
+    def _agree_on_columns(self, valid: Tensor, moments: Moments) -> Tensor:
         """``[G, h]`` columns of each ranked source. Each rank sums the columns it owns and proposes its best."""
         plan, group = self._plan, self._group
         d, ranks = self._tap.size, group.world_size
         if not plan.num_groups:
             return torch.zeros(0, min(self._columns, d), dtype=torch.int64, device=group.device)
-        sums = last_layer.source_sums(self._held, groups, plan.num_groups, moments, valid)
+        sums = last_layer.source_sums(self._held, plan.groups, plan.num_groups, moments, valid)
         owned = math.ceil(d / ranks)
         padded = sums.new_zeros(plan.num_groups, ranks * owned)
         padded[:, :d] = sums
@@ -110,4 +108,4 @@ class CountSketched(LastLayer):
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         valid, numbers = finite(numbers)
         self._largest = numbers[:, 1]
-        return CandidateMatrix(self._plan.positions, numbers[:, 2:], valid, numbers[:, 0])
+        return CandidateMatrix.fetched(self._plan.positions, numbers[:, 2:], valid, numbers[:, 0])

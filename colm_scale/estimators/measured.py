@@ -37,7 +37,7 @@ class Measured(Sketching):
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         valid, numbers = finite(numbers)
         compared = numbers[:, 1:] if numbers.shape[1] > 1 else numbers
-        return CandidateMatrix(self._plan.positions, compared, valid, numbers[:, 0])
+        return CandidateMatrix.fetched(self._plan.positions, compared, valid, numbers[:, 0])
 
     def _numbers(self, batch: Batch) -> Tensor:
         numbers = self._measure(self._tap, batch)
@@ -66,8 +66,8 @@ class Length(Estimator):
         self._plan = plan
 
     def exchange(self) -> Tensor:
-        return self._lengths[self._plan.positions].float().unsqueeze(1).to(self._group.device)
+        return self._lengths[self._plan.positions].float().unsqueeze(1)
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:
         valid = torch.ones(len(numbers), dtype=torch.bool, device=numbers.device)
-        return CandidateMatrix(self._plan.positions, numbers, valid, torch.full_like(numbers[:, 0], torch.nan))
+        return CandidateMatrix.fetched(self._plan.positions, numbers, valid, torch.full_like(numbers[:, 0], torch.nan))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.estimators.base import Estimator
-from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan
+from colm_scale.records import Batch, CandidateMatrix, Candidates, Selection, SketchPlan, on_device
 from colm_scale.selection.moments import Moments
 from colm_scale.sketch.store import SketchStore
 
@@ -60,12 +60,13 @@ class Reusing(Estimator):
         self.facts = {"reused_share": float(reused.sum()) / max(1, len(reused)), "reused_age": 0.0}
         if reused.any():
             rows, made = self.store.at(places[reused])
-            numbers[reused.to(numbers.device)] = rows.to(numbers.device)
+            numbers[on_device(reused.nonzero().flatten(), numbers.device)] = on_device(rows, numbers.device)
             self.facts["reused_age"] = step - float(made.double().mean())
-        new = self._plan.forwarded & numbers.isfinite().all(1).cpu()
+        on_host = numbers.cpu()
+        new = self._plan.forwarded & on_host.isfinite().all(1)
         if new.any():
             ids = self._candidates.ids[positions[new]]
-            self.store.add(ids, ids.new_full(ids.shape, step), numbers[new.to(numbers.device)].cpu())
+            self.store.add(ids, ids.new_full(ids.shape, step), on_host[new])
         return numbers
 
     def matrix(self, numbers: Tensor) -> CandidateMatrix:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from colm_scale.distributed.group import Group
 from colm_scale.estimators.base import Sketching, finite, picked_rows
-from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
+from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan, on_device
 from colm_scale.selection.moments import Moments
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.precision import float32_tail
@@ -42,10 +42,10 @@ class ZerothOrder(Sketching):
         rows = zeroth_order.rows_from_coefficients(
             self._coefficients, valid, self._directions, self.moments, self._plan, self._columns
         )
-        return CandidateMatrix(self._plan.positions, rows, valid, numbers[:, -1])
+        return CandidateMatrix.fetched(self._plan.positions, rows, valid, numbers[:, -1])
 
     def learn(self, selection: Selection) -> None:
-        picked = self._coefficients[picked_rows(self._plan, selection).to(self._group.device)]
+        picked = self._coefficients[on_device(picked_rows(self._plan, selection), self._group.device)]
         self.moments = (
             zeroth_order.learn_from_coefficients(self.moments, picked, self._directions)
             if len(picked)

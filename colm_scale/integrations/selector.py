@@ -37,7 +37,7 @@ from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe, in_last_block, sample_of_model, trial_batch, without_dropout
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
-from colm_scale.records import Candidates, MicroBatch, Route, Selection, StepReport, long_tensor
+from colm_scale.records import Candidates, MicroBatch, Route, Selection, StepReport, long_tensor, on_device
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.selection.shares import check_shares, source_shares
@@ -169,29 +169,34 @@ class CoresetSelector:
         assert self._open is not None
         losses: Tensor = self._module(micro_batch.batch, through)
         positions = micro_batch.batch.positions
-        at = positions.to(self.group.device)
+        at = on_device(positions, self.group.device)
         self._open.losses[0, at], self._open.losses[1, at] = losses.detach()[: len(positions)], 1.0
         return (losses * micro_batch.shares).sum()
 
-    def finish(self) -> StepReport | None:
+    def finish(self, *, applied: bool = True) -> StepReport | None:
         """End the current step, if there is one, and report it. All ranks call it together.
 
         The report has no loss (NaN) unless every loss came from `loss`.
+
+        Args:
+            applied: False if the loop's optimizer skipped the step, as it does in float16 after an overflow.
         """
         if self._open is None:
             return None
         self._training.close()
         done, self._open = self._open, None
         chosen, selection = done.chosen, done.chosen.selection
+        with self._spans("report"):
+            described = self._measure.describe(chosen)
         losses, known = self.group.all_reduce(done.losses, "report").cpu()
         if known[selection.positions].all():
             check_losses(chosen.candidates, selection, losses, updated=True)
         else:
             losses = torch.full_like(losses, math.nan)
-        self._select.conclude(chosen, applied=True)
-        update = Update(norm=math.nan, applied=True, loss_scale=1.0)
+        self._select.conclude(chosen, applied=applied)
+        update = Update(norm=math.nan, applied=applied, loss_scale=1.0)
         trained = Trained(done.routed, losses, update, done.learning_rate)
-        return self._measure(chosen, trained, self._select.facts(chosen))
+        return self._measure(chosen, trained, described, self._select.facts(chosen))
 
     def _sketch_stage(self, tap: Tap | None) -> SketchStage:
         if tap is None:
@@ -241,7 +246,7 @@ def _prepare(
     packs = own in ("sdpa", PACKED, PACKED_SDPA)
     sample = moved(sample_of_model(base, "sdpa" if packs else "eager"), base.dtype)
     if packs:
-        module.padded_because = use_packing(sample, packing, device)
+        module.padded_because, module.sdpa_because = use_packing(sample, packing, device)
         base.config._attn_implementation = sample.config._attn_implementation
     if selection.method != "colm":
         # The first forward may run twice (`ExampleLoss`), and one that a backward follows must not.

@@ -182,7 +182,7 @@ class _Coresets(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Report the step after the optimizer."""
-        report = self._selector.finish()
+        report = self._selector.finish(applied=not self._trainer.accelerator.optimizer_step_was_skipped)
         assert report is not None
         self.reports.add(report, self._current.dropped)
 

@@ -1,6 +1,6 @@
 """Embeddings of examples: the mean of their last hidden states (after the final norm, before the head).
 
-    B  examples of a micro-batch        c  numbers of a hidden state
+B  examples of a micro-batch        c  numbers of a hidden state
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from colm_scale.data.batching import make_batch
 from colm_scale.modeling.causal import CausalModel, base_of
-from colm_scale.records import Batch, long_tensor
+from colm_scale.records import Batch, long_tensor, on_device
 from colm_scale.selection.route import form_micro_batches
 
 
@@ -23,7 +23,7 @@ def mean_states(batch: Batch, hidden: Tensor) -> Tensor:
         hidden: ``[B, T, c]``, or ``[1, T, c]`` if the batch is packed.
     """
     states = batch.by_example(hidden).float()
-    lengths = torch.tensor(batch.lengths, device=hidden.device).unsqueeze(1)
+    lengths = on_device(long_tensor(batch.lengths), hidden.device).unsqueeze(1)
     real = torch.arange(states.shape[1], device=hidden.device) < lengths
     return (states * real.unsqueeze(2)).sum(1) / lengths
 

@@ -159,7 +159,8 @@ class HeldBlockInputs(BlockInputs):
         batch = self._model.current_batch
         if number == 0:
             self._like = hidden.detach()[:0]
-            if len(self._held) < self._most:
+            again = bool(self._held) and self._held[-1].batch is batch  # for further branches of a model of one block
+            if len(self._held) < self._most and not again:
                 self._held.append(_Held(batch, []))
         if self._held and self._held[-1].batch is batch:
             # The first rows of a branched micro-batch are unchanged, and its input is not yet in float32.

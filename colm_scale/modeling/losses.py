@@ -7,6 +7,7 @@ and computes their cross-entropy chunk by chunk; the layer itself then multiplie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -63,11 +64,40 @@ def _cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post, chunk: int
 ) -> Tensor:
     """Cross-entropy as in `_FrozenHeadCrossEntropy`, without a saved gradient."""
+    if weight.dtype != hidden.dtype == torch.float32:
+        return _cross_entropy_by_parts(hidden, weight, bias, targets, post)
     losses = [
         F.cross_entropy(post(F.linear(rows, weight, bias).float()), wanted, reduction="none")
         for rows, wanted in zip(hidden.split(chunk), targets.split(chunk))
     ]
     return torch.cat(losses)
+
+
+def _cross_entropy_by_parts(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, post: _Post
+) -> Tensor:
+    """Cross-entropy in float32 with a head in half precision, of which a part of the vocabulary is copied at a time.
+
+    The sum of exponentials goes on from part to part, relative to the largest logit so far (Milakov and Gimelshein
+    2018).
+    """
+    part = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
+    largest, total, own = hidden.new_full((3, len(hidden)), -math.inf)
+    total.zero_()
+    for start in range(0, len(weight), part):
+        lifted = weight[start : start + part].float()
+        added = None if bias is None else bias[start : start + part].float()
+        chunk = max(1, CHUNK_BYTES // (4 * len(lifted)))
+        for rows in map(slice, range(0, len(hidden), chunk), range(chunk, len(hidden) + chunk, chunk)):
+            logits = post(F.linear(hidden[rows], lifted, added))
+            most = torch.maximum(largest[rows], logits.amax(1))
+            total[rows] = total[rows] * (largest[rows] - most).exp() + (logits - most.unsqueeze(1)).exp_().sum(1)
+            largest[rows] = most
+            place = targets[rows] - start
+            found = logits.gather(1, place.clamp(0, len(lifted) - 1).unsqueeze(1)).squeeze(1)
+            own[rows] = torch.where((place >= 0) & (place < len(lifted)), found, own[rows])
+    losses: Tensor = total.log() + (largest - own)
+    return losses
 
 
 def _post_processing(config: PretrainedConfig) -> _Post:
@@ -113,13 +143,20 @@ class ExampleLoss(nn.Module):
         self._post_checked = False
         self.padded_because = ""
         """Why micro-batches are padded, from `use_packing`; empty if they are packed."""
+        self.sdpa_because = ""
+        """Why attention runs in sdpa though there is a flash kernel, from `use_packing` or `check_flash`."""
         self.watchers: list[Callable[[Batch, Tensor], None]] = []
         """Called in each forward with the batch and its last hidden states ``[*batch.input_ids.shape, c]``: the mean
-        over the branches, if a sketch repeats the micro-batch."""
+        over the forward's branches, if a sketch repeats the micro-batch."""
 
     def knows_logits(self) -> None:
         """Trust `_post_processing` without checking the first forward."""
         self._post_checked = True
+
+    @property
+    def fused_head(self) -> nn.Module | None:
+        """The output embedding, if the loss multiplies its weight by itself."""
+        return self.causal_model.get_output_embeddings() if self._fused else None
 
     @property
     def causal_model(self) -> PreTrainedModel:
@@ -172,7 +209,7 @@ class ExampleLoss(nn.Module):
         chunk = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
         cross_entropy = _FrozenHeadCrossEntropy.apply if torch.is_grad_enabled() else _cross_entropy
         current.losses = cross_entropy(taken, head.weight, head.bias, current.wanted, self._post, chunk)
-        return (hidden[:1, :1], *args[1:])
+        return (hidden[:1, :1].to(head.weight.dtype), *args[1:])
 
 
 class _Pass:

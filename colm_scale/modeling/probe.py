@@ -7,7 +7,7 @@ weights, for a model that already has adapters, is sharded, or is not loaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,20 +63,38 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def first_blocks(base: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A model of the first ``count`` blocks of another, with its embeddings, final norm and head, sharing its weights.
+def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
+    """A model of a few blocks of another, in ascending order, with its embeddings, final norm and head, sharing its
+    weights.
 
     An engine that shards or moves the base's parameters does not affect the copy.
     """
     name, blocks = decoder_blocks(base)
     # New parameters on the same storage; 4-bit ones, which no engine shards, are shared as they are.
     memo: dict[int, object] = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
-    memo |= {id(block): nn.Identity() for block in blocks[count:]}
+    memo |= {id(block): nn.Identity() for number, block in enumerate(blocks) if number not in numbers}
     model = copy.deepcopy(base, memo)
     copied = model.get_submodule(name)
     assert isinstance(copied, nn.ModuleList)
-    del copied[count:]
+    for number in reversed(range(len(blocks))):
+        if number not in numbers:
+            del copied[number]
+    config = model.config.get_text_config()
+    if types := getattr(config, "layer_types", None):  # the model looks them up by place
+        others = [kind for number, kind in enumerate(types) if number not in numbers]
+        config.layer_types = [*(types[number] for number in numbers), *others]
     return model
+
+
+def kinds_of_blocks(model: PreTrainedModel) -> list[int]:
+    """Numbers of the first two blocks, and of the first one of every further kind: with other layers, or with another
+    attention (such as a sliding window)."""
+    blocks = decoder_blocks(model)[1]
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(blocks)
+    kinds: dict[object, int] = {}
+    for number, block in enumerate(blocks):
+        kinds.setdefault((types[number], *map(type, block.modules())), number)
+    return sorted({*range(min(2, len(blocks))), *kinds.values()})
 
 
 def trial_batch(rows: list[Tensor], device: torch.device, *, packed: bool = False) -> Batch:

@@ -67,7 +67,7 @@ def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
         UserError: As a run would: a probe or target does not exist, or the model does not support packing.
     """
     one = sample_of(of)
-    padded_because = use_packing(one, config.train.packing, CPU)
+    padded_because = use_packing(one, config.train.packing, CPU).padded_because
     attention = one.config._attn_implementation
     if config.selection.method != "colm":
         return Tried(attention, padded_because, None, None)

@@ -148,7 +148,7 @@ def peaks(
         trace = _Trace(config, fake, there, label_share, drops_gradients=False)
 
         def train(batch: Batch) -> None:
-            engine.backward(engine.forward(batch).sum(), last=True)
+            engine.backward(engine.forward(batch).sum())
 
         return _peaks(memory, trace, batches, world_size, train)
 

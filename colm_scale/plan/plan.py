@@ -38,12 +38,14 @@ class Sizes:
         frozen, adapters: Parameters.
         probe: Size d of the probe tensor; 0 if nothing is sketched.
         frozen_bytes: Of the whole frozen weights.
+        tail_bytes: Of those of the last block and outside the blocks.
     """
 
     frozen: int
     adapters: int
     probe: int
     frozen_bytes: int
+    tail_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,9 @@ class _Planner:
         if sharding(self._config, self._ds_config):
             again = 2 if self._config.engine != "fsdp" or fsdp.reshard_after_forward else 1
             gathers = len(batches.sketched) + again * len(batches.trained)
-            found["weights"] = int(ring * sizes.frozen_bytes * gathers)
+            further = selection.num_probes - 1 if selection.estimator == "zeroth_order" else 0
+            tails = further * len(batches.sketched) * sizes.tail_bytes  # see `sketch.tap.BRANCHES`
+            found["weights"] = int(ring * (sizes.frozen_bytes * gathers + tails))
         return found
 
     def largest(self, batches: Batches, memory_gib: float) -> dict[str, float]:
@@ -213,12 +217,18 @@ class _Planner:
 
 def _sizes(fake: FakeModel) -> Sizes:
     frozen = [weight for weight in {*fake.module.parameters()} if not weight.requires_grad]
+    below = {weight for block in fake.blocks[:-1] for weight in block.parameters()}
     return Sizes(
         frozen=sum(weight.numel() for weight in frozen),
         adapters=sum(weight.numel() for weight in trainable(fake.module).values()),
         probe=fake.tap.size if fake.tap else 0,
-        frozen_bytes=sum(weight.numel() * weight.element_size() for weight in frozen),
+        frozen_bytes=sum(map(_bytes, frozen)),
+        tail_bytes=sum(_bytes(weight) for weight in frozen if weight not in below),
     )
+
+
+def _bytes(weight: torch.Tensor) -> int:
+    return weight.numel() * weight.element_size()
 
 
 def _forward_flops(fake: FakeModel, sizes: Sizes) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from colm_scale.distributed.group import Group
 from colm_scale.profiling.memory import MemoryMeter
+from colm_scale.records import on_device
 
 STEP = "step"
 """Name of the whole step among the phases."""
@@ -27,7 +28,7 @@ class Spans:
     """
 
     def __init__(self, device: torch.device, meter: MemoryMeter, entered: Callable[[str], None] = lambda _: None):
-        self._clock: _StreamClock | _HostClock = _StreamClock(device) if device.type == "cuda" else _HostClock()
+        self._clock: _StreamClock | _HostClock = _HostClock() if device.type == "cpu" else _StreamClock(device)
         self._meter, self._entered = meter, entered
         self._open, self._began = "", 0.0
         self._reset()
@@ -82,7 +83,8 @@ def over_ranks(
     All ranks call it together, with the same phases.
     """
     row = [*seconds.values(), *(float(peak) for of_kind in peaks.values() for peak in of_kind.values())]
-    rows = group.all_gather(torch.tensor(row, dtype=torch.float64, device=group.device), "report").cpu()
+    own = torch.tensor(row, dtype=torch.float64)
+    rows = group.all_gather(on_device(own, group.device), "report").cpu() if group.world_size > 1 else own.unsqueeze(0)
     slowest = dict(zip(seconds, rows[:, : len(seconds)].amax(0).tolist()))
     columns = iter(rows[:, len(seconds) :].long().T.tolist())
     return slowest, {kind: {phase: tuple(next(columns)) for phase in of_kind} for kind, of_kind in peaks.items()}
@@ -103,13 +105,13 @@ class _StreamClock:
     def __init__(self, device: torch.device):
         self._device = device
 
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+    def mark(self) -> Any:
+        event = torch.get_device_module(self._device).Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    def seconds(self, start: Any, end: Any) -> float:
         return float(start.elapsed_time(end)) / 1000
 
     def wait(self) -> None:
-        torch.cuda.synchronize(self._device)
+        torch.get_device_module(self._device).synchronize(self._device)

@@ -135,6 +135,7 @@ def metrics_row(report: StepReport) -> dict[str, object]:
         "peak_bytes": report.peak_bytes,
         "phase_peak_bytes": report.phase_peak_bytes,
         "exchanged_bytes": report.exchanged_bytes,
+        "gradient_bytes": report.gradient_bytes,
         "padding_share": report.padding_share,
         "imbalance": report.imbalance,
         "candidates": len(report.candidates),

@@ -110,6 +110,7 @@ class RunSummary:
         self._floors: list[float] = []
         self._without_update = 0
         self._exchanged: Counter[str] = Counter()
+        self._gradient_bytes = 0
         self._peaks: dict[str, dict[str, list[int]]] = {}
         self._nearness = Nearness()
 
@@ -131,6 +132,7 @@ class RunSummary:
         if report.floor is not None:
             self._floors.append(report.floor)
         self._exchanged.update(report.exchanged_bytes)
+        self._gradient_bytes += report.gradient_bytes
         self._nearness.add(report.telemetry)
         for kind, by_phase in report.phase_peak_bytes.items():
             so_far = self._peaks.setdefault(kind, {})
@@ -147,6 +149,7 @@ class RunSummary:
             "floors": self._floors,
             "without_update": self._without_update,
             "exchanged": self._exchanged,
+            "gradient_bytes": self._gradient_bytes,
             "peaks": self._peaks,
             "worth": self._nearness.state(),
         }
@@ -159,6 +162,7 @@ class RunSummary:
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
         self._without_update = state["without_update"]
         self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]
+        self._gradient_bytes = state.get("gradient_bytes", 0)  # older checkpoints have none
         self._nearness.load(state["worth"])
 
     def evaluation(self, evaluation: Evaluation) -> None:
@@ -230,6 +234,8 @@ class RunSummary:
         if self._floors:
             _add_row(table, "step / bare floor", f"{median(self._floors):.3f} (median of {len(self._floors)})")
         _add_row(table, "exchanged bytes per step", f"{sum(exchanged.values()):,.0f} ({by_phase or 'one rank'})")
+        if self._gradient_bytes:
+            _add_row(table, "reduced gradient bytes per step", f"{self._gradient_bytes / len(self._seconds):,.0f}")
         for name, value in self._nearness.rows().items():
             _add_row(table, name, value)
         return table

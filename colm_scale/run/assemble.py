@@ -13,7 +13,7 @@ from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.packing import check_flash, use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.profiling.spans import Spans
 from colm_scale.run.inputs import Inputs
@@ -40,12 +40,13 @@ def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[
             check_compiler(group.device)
         prefers_flash = config.train.packing == "off"  # otherwise torch's flash kernel, which takes packed rows
         base = load_model(config.model, getattr(torch, config.train.dtype), device, prefers_flash=prefers_flash)
-        padded_because = use_packing(base, config.train.packing, group.device)
+        flash_fails = check_flash(base, config.model.attention, group.device)
+        tried = use_packing(base, config.train.packing, group.device)
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
-        module.padded_because = padded_because
+        module.padded_because, module.sdpa_because = tried.padded_because, flash_fails or tried.sdpa_because
         return module, Tap(module, probe) if probe else None
 
 

@@ -28,6 +28,7 @@ def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Eval
         f"{engine.name} on {group.world_size} rank(s), {group.device.type}; {gib(held_bytes(engine.module))} GiB of "
         f"weights on rank 0",
         *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
+        *([f"attention runs in sdpa: {why}"] if (why := engine.module.sdpa_because) else []),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
         _method_line(selection, inputs),
         *kept_lines(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),

@@ -21,7 +21,7 @@ from colm_scale.modeling.compiling import uncompiled
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
 from colm_scale.randomness import generator
-from colm_scale.records import Batch, long_tensor
+from colm_scale.records import Batch, long_tensor, on_device
 from colm_scale.reporting.summary import Evaluation, HeldOutLoss
 from colm_scale.selection.route import deal, form_micro_batches
 
@@ -115,7 +115,7 @@ class HeldOutEvaluator:
             batch = self._batch(indices or (int(scored[0]),), packed)
             found = module(batch)
             if indices:
-                losses[batch.positions.to(losses.device)] = found
+                losses[on_device(batch.positions, losses.device)] = found
         return self._combined(losses, scored)
 
     def _correct(self, module: ExampleLoss, chosen: Tensor) -> Tensor:
@@ -155,8 +155,8 @@ class HeldOutEvaluator:
         assert isinstance(model, PeftModel | GenerationMixin)
         with uncompiled():  # blocks are not compiled for single tokens on growing caches
             generated = model.generate(
-                input_ids=tokens.to(self._group.device),
-                attention_mask=mask.to(self._group.device),
+                input_ids=on_device(tokens, self._group.device),
+                attention_mask=on_device(mask, self._group.device),
                 max_new_tokens=self._config.max_new_tokens,
                 do_sample=False,
                 num_beams=1,

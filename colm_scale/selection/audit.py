@@ -39,11 +39,11 @@ def audit(
         matrix: Without rows if nothing was sketched; scores and losses are then unknown.
         kept: ``[Q]`` bool, the sources kept in this step.
     """
-    sources, protected, valid = candidates.sources, candidates.protected_mask, matrix.valid.cpu()
+    sources, protected, valid = candidates.sources, candidates.protected_mask, matrix.valid
     scores, losses = torch.full((2, len(candidates)), torch.nan).unbind()
     scores[matrix.positions[valid]] = _scores(matrix, sources, selection, config)[valid]
     if config.estimator != "length":
-        losses[matrix.positions] = matrix.losses.float().cpu()
+        losses[matrix.positions] = matrix.losses.float()
     reasons = torch.full((len(candidates),), _CODE["passed over"], dtype=torch.uint8)
     if config.method in ("colm", "stratified"):
         reasons[quota.per_source[sources] == 0] = _CODE["no quota"]
@@ -58,13 +58,13 @@ def audit(
 def _scores(matrix: CandidateMatrix, sources: Tensor, selection: Selection, config: SelectionConfig) -> Tensor:
     """Score each row of the matrix: ``[s]`` float32; nan if it was compared with nothing."""
     found = torch.full((len(matrix.positions),), torch.nan)
-    valid, picked = matrix.valid.cpu(), torch.isin(matrix.positions, selection.picked)
+    valid, picked = matrix.valid, torch.isin(matrix.positions, selection.picked)
     groups = sources[matrix.positions]
     for group in groups.unique():
         own = ((groups == group) & valid).nonzero().flatten()
-        rows = matrix.rows[own.to(matrix.rows.device)]
+        rows = matrix.rows[own]
         if config.ranking == "systematic":
             found[own] = along_the_mean(rows).float()
         elif picked[own].any():
-            found[own] = nearest(rows, rows[picked[own].to(rows.device)], config.metric).float().cpu()
+            found[own] = nearest(rows, rows[picked[own]], config.metric).float()
     return found

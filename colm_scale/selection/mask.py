@@ -35,6 +35,11 @@ def source_sums(u: Tensor, groups: Tensor, num_groups: int, count: int) -> Tenso
     return sums.index_add_(0, groups, to_fixed(u, count))
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Compute ``2 ** exponent`` exactly, float64, for whole numbers from -1022 to 1023."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
+
+
 def top_columns(sums: Tensor, h: int) -> Tensor:
     """Find the ``h`` columns with the largest absolute sum for each source; the lowest column wins ties.
 

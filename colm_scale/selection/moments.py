@@ -11,7 +11,6 @@ updates: up to the sign pattern of ``z`` (SGD: ``z`` itself, Muon: its orthogona
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.config import TrainConfig
-from colm_scale.selection.mask import LARGEST
+from colm_scale.selection.mask import LARGEST, power_of_two
 
 ADAFACTOR_DECAY = 0.8
 """In step t, Adafactor's averages decay by ``1 - t ** -0.8`` (Shazeer and Stern, 2018, sec. 7)."""
@@ -221,7 +220,7 @@ class SgdMoments(_Averaged):
 
     step: int
     momentum: float
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     def normalise(self, rows: Tensor, columns: Columns = ALL, floor: Tensor = NO_FLOOR) -> Tensor:
         return (self.momentum * self.first[columns] + rows) * self.scale
@@ -231,7 +230,8 @@ class SgdMoments(_Averaged):
 
     def fitted(self, largest: Tensor) -> SgdMoments:
         most = self.momentum * self.first.abs().max() + (largest.max() if len(largest) else 0.0)
-        return dataclasses.replace(self, scale=LARGEST * 2.0 ** -math.frexp(max(float(most), 1e-30))[1])
+        exponent = torch.frexp(most.clamp(min=1e-30)).exponent
+        return dataclasses.replace(self, scale=LARGEST * power_of_two(-exponent))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,6 @@ def select_coreset(
     to other sources (`reallocate`).
 
     Args:
-        matrix: On the device that does the work.
         sources: ``[n]`` source of each candidate, on the CPU.
         quota: On the CPU.
         config: The ranking, and its metric and weights.
@@ -37,19 +36,20 @@ def select_coreset(
     Returns:
         The selection, on the CPU.
     """
-    valid, of_row = matrix.valid.cpu(), sources[matrix.positions]
+    valid, of_row = matrix.valid, sources[matrix.positions]
     available = torch.bincount(of_row[valid], minlength=len(quota.per_source))
     quotas = reallocate(quota.per_source, available)
     whole = (valid & (quotas == available)[of_row]).nonzero().flatten()
-    picked, weights = [whole], [torch.ones(len(whole))]
+    members, contests = [], []
     for source in ((quotas > 0) & (quotas < available)).nonzero().flatten().tolist():
-        rows = (valid & (of_row == source)).nonzero().flatten()
-        on_device, count = rows.to(matrix.rows.device), int(quotas[source])
+        rows, count = (valid & (of_row == source)).nonzero().flatten(), int(quotas[source])
         represents = len(rows) / count if config.weights == "unbiased" else 1.0
-        ranked = Ranked(
-            matrix.rows[on_device], matrix.losses[on_device], count, represents, config, draws(source)
+        members.append(rows)
+        contests.append(
+            Ranked(matrix.rows[rows], matrix.losses[rows], count, represents, config, draws(source), matrix.device)
         )
-        picks, counts = rank(ranked)
+    picked, weights = [whole], [torch.ones(len(whole))]
+    for rows, (picks, counts) in zip(members, rank(contests)):
         picked.append(rows[picks])
         weights.append(counts.float())
     of_kept = quota.kept_weight if config.weights == "unbiased" else 1.0

@@ -23,7 +23,7 @@ COMPARED = ("", "_stratified")
 def could_be_picked(candidates: Candidates, selection: Selection, matrix: CandidateMatrix) -> Tensor:
     """Find the candidates that the selection could have picked, ``[n]`` bool: not kept and, if sketched, valid."""
     found = torch.full((len(candidates),), len(matrix.positions) == 0)
-    found[matrix.positions[matrix.valid.cpu()]] = True
+    found[matrix.positions[matrix.valid]] = True
     found[selection.positions[: selection.kept]] = False
     return found
 
@@ -105,8 +105,8 @@ def ranking(
         if not 0 < int((own[1] > 0).sum()) < len(valid):
             continue
         means = (own / own.sum(1, keepdim=True)).to(matrix.rows) @ matrix.rows
-        products += len(valid) ** 2 * (means.double() @ means.double().T).cpu()
-        ranks.append(effective_rank(matrix.rows[valid[:_RANKED_ROWS].to(matrix.rows.device)]))
+        products += len(valid) ** 2 * means.double() @ means.double().T
+        ranks.append(effective_rank(matrix.rows[valid[:_RANKED_ROWS]]))
         sizes.append(len(valid))
     if sizes:
         found["rank"] = sum(rank * size for rank, size in zip(ranks, sizes)) / sum(sizes)

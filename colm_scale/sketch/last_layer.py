@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colm_scale.records import Batch
-from colm_scale.selection.mask import to_fixed
+from colm_scale.records import Batch, on_device
+from colm_scale.selection.mask import power_of_two, to_fixed
 from colm_scale.selection.moments import Moments
 from colm_scale.sketch.tap import Tap
 
@@ -29,7 +29,8 @@ class Gradients:
     """The gradients of one micro-batch, as factors or multiplied out, whichever is smaller.
 
     Attributes:
-        rows: ``[B]`` row of each example in the candidate matrix.
+        rows: ``[B]`` row of each example in the candidate matrix, on the CPU, like `groups` and `picked` below: they
+            are known there, and to look for them on the device would make the host wait.
         shape: ``(d_out, r)`` of a gradient.
         parts: The factors, delta ``[B, T, d_out]`` and a ``[B, T, r]``; or the gradients ``[B, d_out, r]`` alone.
         largest: ``[B]`` size of each gradient's largest entry, NaN or infinite where the gradient is not finite.
@@ -118,19 +119,21 @@ def source_sums(held: list[Gradients], groups: Tensor, num_groups: int, moments:
 
     Args:
         held: This rank's gradients.
-        groups: ``[s]`` ranked source of each row of the candidate matrix, or -1.
+        groups: ``[s]`` ranked source of each row of the candidate matrix, or -1; on the CPU.
         valid: ``[s]`` bool, rows whose gradient is finite.
 
     Returns:
         int32 ``[num_groups, d]``.
     """
-    sums = torch.zeros(num_groups, moments.size, dtype=torch.int32, device=groups.device)
+    device = valid.device
+    sums = torch.zeros(num_groups, moments.size, dtype=torch.int32, device=device)
     for gradients in held:
-        of = groups[gradients.rows]
-        counted = (of >= 0) & valid[gradients.rows]
+        group = groups[gradients.rows]
+        counted = on_device(group >= 0, device) & valid[on_device(gradients.rows, device)]
+        of = on_device(group.clamp(min=0), device)
         for examples, columns, u in gradients.updates(moments):
-            some = counted[examples]
-            sums[:, columns].index_add_(0, of[examples][some], to_fixed(u[some], len(groups)))
+            u = torch.where(counted[examples].unsqueeze(1), u, 0.0)
+            sums[:, columns].index_add_(0, of[examples], to_fixed(u, len(groups)))
     return sums
 
 
@@ -139,7 +142,7 @@ def rows_at(held: list[Gradients], columns: Tensor, groups: Tensor, moments: Mom
 
     Args:
         columns: ``[num_groups, h]``.
-        groups: ``[s]``.
+        groups: ``[s]``, on the CPU.
 
     Returns:
         ``[examples of this rank, h]`` in the order they were sketched; zero for sources that are not ranked.
@@ -148,38 +151,39 @@ def rows_at(held: list[Gradients], columns: Tensor, groups: Tensor, moments: Mom
     if not len(columns):
         columns = columns.new_zeros(1, columns.shape[1])  # no source is ranked; all rows become zero
     for gradients in held:
-        group = groups[gradients.rows]
+        group = on_device(groups[gradients.rows], columns.device)
         own = columns[group.clamp(min=0)]
         rows.append(gradients.updates_at(own, moments) * (group >= 0).unsqueeze(1))
     return torch.cat(rows)
 
 
-def moment_sums(held: list[Gradients], picked: Tensor, d: int, exponent: int) -> Tensor:
+def moment_sums(held: list[Gradients], picked: Tensor, d: int, exponent: Tensor) -> Tensor:
     """Fixed-point sums of ``g`` and ``g^2`` over this rank's picked examples.
 
     Args:
-        picked: ``[s]`` bool.
+        picked: ``[s]`` bool, on the CPU.
         d: Numbers in the probe tensor.
-        exponent: Every entry of a picked gradient is smaller than ``2**exponent``.
+        exponent: Every entry of a picked gradient is smaller than ``2**exponent``. Of no dimension, on the device.
 
     Returns:
         int64 ``[2, d]``; `from_moment_sums` undoes the scaling.
     """
     one = 2.0 ** _moment_bits(len(picked))
-    sums = torch.zeros(2, d, dtype=torch.int64, device=picked.device)
+    sums = torch.zeros(2, d, dtype=torch.int64, device=exponent.device)
+    unit = power_of_two(-exponent)
     for gradients in held:
-        chosen = picked[gradients.rows]
+        chosen = on_device(picked[gradients.rows].nonzero().flatten(), exponent.device)
         for columns, block in gradients.blocks():
-            scaled = block[chosen].double() * 2.0**-exponent
+            scaled = block[chosen].double() * unit
             sums[0, columns] += (scaled * one).round().long().sum(0)
             sums[1, columns] += (scaled.square() * one).round().long().sum(0)
     return sums
 
 
-def from_moment_sums(sums: Tensor, rows: int, count: int, exponent: int) -> tuple[Tensor, Tensor]:
+def from_moment_sums(sums: Tensor, rows: int, count: int, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """``mean(g)`` and ``mean(g^2)`` ``[d]`` float32 over ``count`` picked of ``rows`` sketched examples."""
     means = sums.double() / (2.0 ** _moment_bits(rows) * count)
-    return (means[0] * 2.0**exponent).float(), (means[1] * 2.0 ** (2 * exponent)).float()
+    return (means[0] * power_of_two(exponent)).float(), (means[1] * power_of_two(2 * exponent)).float()
 
 
 def _moment_bits(rows: int) -> int:

@@ -4,6 +4,7 @@ Two losses whose probe tensors differ by eps are closer to each other than the r
 after the change is computed in float32, whatever rounds elsewhere: half-precision weights, autocast, or the mixed
 precision of an engine. A layer gets a float32 copy of its weights after its engine has gathered them and until its
 forward ends: no weight is written, sharded weights need no special case, and only one layer's copy exists at a time.
+Of the head, the widest layer, the loss copies a part at a time.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ def float32_tail(tap: Tap, blocks: int = FLOAT32_BLOCKS) -> Iterator[None]:
 
     4-bit layers stay 4-bit, with float32 activations. The blocks below run as they do elsewhere.
     """
-    every = next(m for m in tap.model.causal_model.modules() if isinstance(m, nn.ModuleList) and tap.block in [*m])
-    before = {module for block in every[:-blocks] for module in block.modules()}
-    tail = _Tail(every[-blocks:])
+    before = {module for block in tap.blocks[:-blocks] for module in block.modules()}
+    tail = _Tail(tap.model, tap.blocks[-blocks:])
     with ExitStack() as stack:
         stack.enter_context(without_flash_attention(tap.model))
         for block in tail.blocks:
@@ -70,8 +70,9 @@ class _Tail:
     rounds the inputs and outputs of the modules that it shards; hooks on both sides of its own undo that.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module]):
+    def __init__(self, model: ExampleLoss, blocks: Iterable[nn.Module]):
         self.blocks = {*blocks}
+        self._model = model
         self._autocast = _autocast()
         self._reached = False
         self._kept: dict[nn.Module, object] = {}
@@ -100,7 +101,8 @@ class _Tail:
         """Lend the layer float32 weights, and the block float32 inputs."""
         if not self._reached:
             return None
-        if any(weight is not None and _is_half(weight) for weight in module._parameters.values()):
+        halves = any(weight is not None and _is_half(weight) for weight in module._parameters.values())
+        if halves and module is not self._model.fused_head:
             self._lent[module] = module._parameters
             copies = {k: None if v is None else _in_float32(v) for k, v in module._parameters.items()}
             vars(module)["_parameters"] = copies  # tensors, where torch has parameters

@@ -8,6 +8,9 @@ weights need no special case.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -17,8 +20,13 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.causal import hooked
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, trial_batch, without_dropout
-from colm_scale.records import Batch
+from colm_scale.records import Batch, on_device
 
+BRANCHES = 2
+"""Branches that run at a time, one finite difference. A constant, and the least, so that memory does not grow with the
+number of branches; all ranks run the last block equally often; and the shapes, which decide how sums are rounded, are
+the same on all of them. An engine that shards the weights gathers those of the last block and of all outside the
+blocks each time."""
 _Arguments = tuple[tuple[object, ...], dict[str, object]]
 """A block's positional and keyword arguments."""
 
@@ -36,7 +44,8 @@ class Tap:
         rows: ``[d_out]`` output rows of ``lora_b`` that belong to the probe.
         shape: ``(d_out, r)`` of the probe tensor.
         size: Numbers in the probe tensor, d, row by row.
-        block: The block at which branches and graph begin.
+        blocks: The decoder blocks.
+        block: The last of them, at which branches and graph begin.
 
     Raises:
         UserError: The probe's layer has no LoRA adapter, or an adapter that does not go through a ``lora_B`` module.
@@ -46,6 +55,7 @@ class Tap:
         self.model = model
         base = model.causal_model
         self.block = base.get_submodule(probe.block)
+        self.blocks = next(m for m in base.modules() if isinstance(m, nn.ModuleList) and self.block in [*m])
         self.lora_b, self.rows = _lora_b(base.get_submodule(probe.layer), probe.layer), probe.rows
         self.shape = (len(probe.rows), self.lora_b.in_features)
         self.size = self.shape[0] * self.shape[1]
@@ -61,11 +71,22 @@ class Tap:
         Returns:
             ``[branches, B]`` float32.
         """
+        known: list[_Arguments] = []
+        found = []
+        for some in changes.split(BRANCHES):
+            with self._last_block_only() if known else nullcontext():
+                found.append(self._losses_of_branches(batch, some, known))
+        return torch.cat(found)
+
+    def _losses_of_branches(self, batch: Batch, changes: Tensor, known: list[_Arguments]) -> Tensor:
+        """Compute `branched_losses` in one forward. ``known`` keeps the last block's inputs for further forwards."""
         branches, (d_out, r) = len(changes), self.shape
         weights = changes.view(branches, d_out, r).transpose(1, 2)
 
         def branch(_block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> _Arguments:
-            return _repeat(args, kwargs, self._batched, len(batch.input_ids), branches)
+            if not known:
+                known.append((args, kwargs))
+            return _repeat(*known[0], self._batched, len(batch.input_ids), branches)
 
         def change(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             added = torch.bmm(args[0].reshape(branches, -1, r), weights.to(args[0]))
@@ -76,6 +97,16 @@ class Tap:
             self.lora_b.register_forward_hook(change),
         ):
             return self.bare_losses(batch).view(branches, -1)
+
+    @contextmanager
+    def _last_block_only(self) -> Iterator[None]:
+        """A context in which the model does not run the blocks below the last one, and no engine gathers them."""
+        every = self.blocks._modules
+        self.blocks._modules = {name: block for name, block in every.items() if block is self.block}
+        try:
+            yield
+        finally:
+            self.blocks._modules = every
 
     def factors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The exact per-example gradients of the probe tensor, as factors: ``G_i = delta_i.T @ a_i``.
@@ -112,11 +143,16 @@ class Tap:
 
     def _of_output(self, output: Tensor) -> Tensor:
         """The probe's part ``[..., d_out]`` of ``lora_b``'s output or of its gradient."""
-        return output[..., self.rows.to(output.device)] if self._is_part else output
+        return output[..., self._rows_at(output.device)] if self._is_part else output
 
     def _add_to(self, output: Tensor, added: Tensor) -> Tensor:
         """``lora_b``'s output plus ``added`` ``[..., d_out]``, as a new tensor."""
-        return output.index_add(-1, self.rows.to(output.device), added) if self._is_part else output + added
+        return output.index_add(-1, self._rows_at(output.device), added) if self._is_part else output + added
+
+    def _rows_at(self, device: torch.device) -> Tensor:
+        """The rows there: they move once, when the model is where it stays."""
+        self.rows = on_device(self.rows, device)
+        return self.rows
 
     @property
     def _is_part(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.randomness import generator
-from colm_scale.records import Batch, SketchPlan
+from colm_scale.records import Batch, SketchPlan, on_device
 from colm_scale.selection.mask import source_sums, top_columns
 from colm_scale.selection.moments import Moments
 from colm_scale.sketch.tap import Tap
@@ -70,24 +70,26 @@ def rows_from_coefficients(
     if coefficients.shape[1] == 1:
         return moments.normalise(coefficients) * valid.unsqueeze(1)
     z = directions / len(directions)
-    groups = torch.where(valid, plan.groups.to(valid.device), -1)
-    ranked = groups >= 0
-    c, of = coefficients[ranked], groups[ranked]
+    device = valid.device
+    of_ranked = (plan.groups >= 0).nonzero().flatten()  # found on the CPU: the device would make the host wait
+    ranked, of = on_device(of_ranked, device), on_device(plan.groups[of_ranked], device)
+    counted = valid[ranked].unsqueeze(1)
+    c = torch.where(counted, coefficients[ranked], 0.0)
     moments = moments.fitted(c.abs().sum(1) * z.abs().max())
     sums = torch.zeros(plan.num_groups, z.shape[1], dtype=torch.int32, device=z.device)
     floor = moments.floor(_mean_squares(c, z))
     for some, block, u in _updates(c, z, moments, floor):
-        sums[:, block] += source_sums(u, of[some], plan.num_groups, len(groups))
+        sums[:, block] += source_sums(torch.where(counted[some], u, 0.0), of[some], plan.num_groups, len(valid))
     chosen = top_columns(sums, columns)  # [G, h]
     rows = coefficients.new_zeros(len(coefficients), chosen.shape[1])
     if moments.whole_rows:
         found = [u.gather(1, chosen[of[some]]) for some, _, u in _updates(c, z, moments, floor)]
         rows[ranked] = torch.cat([rows[:0], *found])
-        return rows
-    for group, of_source in enumerate(chosen):
-        mine = of == group
-        rows[groups == group] = moments.normalise(c[mine] @ z[:, of_source], of_source, floor[mine])
-    return rows
+    else:
+        for group, of_source in enumerate(chosen):
+            mine = on_device((plan.groups[of_ranked] == group).nonzero().flatten(), device)
+            rows[ranked[mine]] = moments.normalise(c[mine] @ z[:, of_source], of_source, floor[mine])
+    return torch.where(valid.unsqueeze(1), rows, 0.0)
 
 
 def _mean_squares(coefficients: Tensor, z: Tensor) -> Tensor:

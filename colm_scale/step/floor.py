@@ -44,10 +44,11 @@ def bare_floor_seconds(
             (sketch or engine.module)(batch)
     with global_draws(group.device, seed, "floor"):
         for number, micro_batch in enumerate(work.trained, 1):
-            losses = engine.forward(micro_batch.batch)
-            engine.backward((losses * micro_batch.shares).sum(), last=number == len(work.trained))
+            with engine.micro_batch(last=number == len(work.trained)):
+                losses = engine.forward(micro_batch.batch)
+                engine.backward((losses * micro_batch.shares).sum())
     engine.step(0.0)
-    seconds = torch.tensor([_now(group.device) - started], dtype=torch.float64, device=group.device)
+    seconds = torch.full((1,), _now(group.device) - started, dtype=torch.float64, device=group.device)
     restore()
     slowest = group.all_reduce(seconds, "floor", largest=True)
     group.take_traffic()
@@ -55,6 +56,6 @@ def bare_floor_seconds(
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
     return time.perf_counter()

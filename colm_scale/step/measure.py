@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from colm_scale.distributed.group import Group
 from colm_scale.profiling.spans import Spans, over_ranks
@@ -13,6 +14,19 @@ from colm_scale.selection.audit import audit
 from colm_scale.selection.route import padding_share
 from colm_scale.step.select import Chosen
 from colm_scale.step.train import Trained
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A selection, on the first rank.
+
+    Attributes:
+        telemetry: Comparison with a random selection of the same quotas, by name.
+        audit: Why each candidate was selected or not, if the run keeps an audit.
+    """
+
+    telemetry: dict[str, float]
+    audit: Audit | None
 
 
 class Measurement:
@@ -28,11 +42,14 @@ class Measurement:
         self._group, self._spans, self._seed = group, spans, seed
         self._packed, self._audits = packed, audits and group.is_first
 
-    def __call__(self, chosen: Chosen, trained: Trained, facts: Mapping[str, float]) -> StepReport:
+    def describe(self, chosen: Chosen) -> Described:
+        """Describe a selection. Everything is on the CPU already, so the host need not wait for the device."""
+        return Described(self._telemetry(chosen), self._audit(chosen))
+
+    def __call__(
+        self, chosen: Chosen, trained: Trained, described: Described, facts: Mapping[str, float]
+    ) -> StepReport:
         """Report a step; ``facts`` are further numbers about its selection, by name."""
-        with self._spans("report"):
-            measured = {**self._telemetry(chosen), **facts}
-            audited = self._audit(chosen)
         seconds, phase_peak_bytes = over_ranks(*self._spans.finish(), self._group)
         routed, update = trained.routed, trained.update
         return StepReport(
@@ -48,10 +65,11 @@ class Measurement:
             peak_bytes=next(iter(phase_peak_bytes.values()))["step"],
             phase_peak_bytes=phase_peak_bytes,
             exchanged_bytes=self._group.take_traffic(),
+            gradient_bytes=trained.gradient_bytes,
             imbalance=routed.route.imbalance,
             padding_share=self._padding(chosen, routed.route),
-            telemetry=measured,
-            audit=audited,
+            telemetry={**described.telemetry, **facts},
+            audit=described.audit,
         )
 
     def _telemetry(self, chosen: Chosen) -> dict[str, float]:

@@ -63,9 +63,9 @@ class ReuseCheck:
             expected = plain.pop(weight)
             squares[:, weight[0]] += torch.stack([(gradient - expected).square().sum(), expected.square().sum()])
 
-        with _reached(blocks, keep):
+        with _reached(blocks, keep), engine.micro_batch(last=False):
             losses = engine.forward(micro_batch.batch)
-            engine.backward((losses * micro_batch.shares).sum(), last=False)
+            engine.backward((losses * micro_batch.shares).sum())
         with _reached(blocks, compare):
             yield
         self._conclude(squares, step)

@@ -13,6 +13,7 @@ from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Candidates, Quota, Selection
+from colm_scale.selection.moments import Moments
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.step.sketch import Sketched, SketchStage
 from colm_scale.step.source_state import SourceState
@@ -28,6 +29,7 @@ class Chosen:
     Attributes:
         examples: The examples that the candidates' indices refer to.
         rule: The selection method, with this step's kept sources, shares and budget.
+        moments: The estimator's, before they learned from the selection.
     """
 
     candidates: Candidates
@@ -36,6 +38,7 @@ class Chosen:
     quota: Quota
     sketched: Sketched
     selection: Selection
+    moments: Moments
 
 
 class SelectionStage:
@@ -67,15 +70,21 @@ class SelectionStage:
             selection = rule.select(candidates, quota, sketched.matrix) if self._group.is_first else None
         with spans("broadcast"):
             selection = share_selection(selection, rule.most_selected, candidates, self._group)
+        moments = self.sketch.estimator.moments
         self.sketch.learn(sketched, selection, candidates.step)
-        return Chosen(candidates, examples, rule, quota, sketched, selection)
+        return Chosen(candidates, examples, rule, quota, sketched, selection, moments)
 
     def rule(self, candidates: Candidates) -> SelectionRule:
         """The selection method with the current kept sources and shares, and a budget for these candidates."""
         return self._rule.now(len(candidates), self.sources.kept, self.sources.shares)
 
     def conclude(self, chosen: Chosen, *, applied: bool) -> None:
-        """Account for the training of the coreset; ``applied`` unless the step changed no weight."""
+        """Account for the training of the coreset; ``applied`` unless the step changed no weight.
+
+        The optimizer has then learned nothing, and neither do the moments, which stand for its averages.
+        """
+        if not applied:
+            self.sketch.estimator.moments = chosen.moments
         if self.sources.after(chosen.candidates, chosen.selection, applied):
             self.sketch.estimator.restart_moments()
 

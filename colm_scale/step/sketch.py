@@ -99,7 +99,7 @@ class EstimatorStage(SketchStage):
         rank = self._group.rank
         with self._spans("sketch"):
             plan = self.plan(candidates, quota)
-            batches = self._batching.share(examples, candidates, plan.shares[rank])
+            batches = self._batching.share(examples, candidates, plan.shares, rank)
             held_on, counts = held_inputs(plan, candidates.lengths, self._inputs.most_tokens)
             with self._inputs.holding(counts[rank]), self._refresh.watching():
                 self.estimator.sketch(plan, batches)

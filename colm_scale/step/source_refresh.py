@@ -26,7 +26,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.modeling.embedding import mean_states
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.randomness import generator
-from colm_scale.records import Batch, Candidates, Json, long_tensor
+from colm_scale.records import Batch, Candidates, Json, long_tensor, on_device
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.shares import source_shares
 from colm_scale.step.source_state import SourceState
@@ -158,7 +158,8 @@ class SeenStates:
     def _record(self, batch: Batch, hidden: Tensor) -> None:
         if len(batch.positions):
             found = mean_states(batch, hidden)[: len(batch.positions)] @ self._projection
-            self._local[batch.positions.to(found.device)] += torch.cat([found, torch.ones_like(found[:, :1])], dim=1)
+            at = on_device(batch.positions, found.device)
+            self._local[at] += torch.cat([found, torch.ones_like(found[:, :1])], dim=1)
 
     def _changes(self, step: int) -> Json:
         ids = [id_ for id_, (_, state) in self._by_id.items() if state.isfinite().all()]

@@ -1,4 +1,4 @@
-"""One optimizer step: sample, sketch, gather, select, broadcast, learn, route, train, optimizer, report (DESIGN 2).
+"""One optimizer step: sample, sketch, gather, select, broadcast, learn, route, train, report, optimizer (DESIGN 2).
 
 Data flows one way, in frozen records: `SelectionStage` chooses the coreset, `TrainingStage` trains on it, and
 `Measurement` reports. Nothing here depends on the number of ranks or on how the model is sharded.
@@ -18,7 +18,7 @@ from colm_scale.step.select import SelectionStage
 from colm_scale.step.source_refresh import Drift, SourceRefresh
 from colm_scale.step.train import Trained, TrainingStage, check_update
 
-PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "report")
+PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "report", "optimizer")
 
 
 class CoresetStep:
@@ -48,13 +48,17 @@ class CoresetStep:
         with spans("route"):
             routed = self.train.route(chosen)
         with spans("train"):
-            losses = self.train(chosen, routed)
+            computing = self.train(chosen, routed)
+        with spans("report"):
+            described = self.measure.describe(chosen)  # while the device trains
         with spans("optimizer"):
+            losses = self.train.finish(chosen, computing)
             update = self.train.engine.step(learning_rate)
             self.select.conclude(chosen, applied=update.applied)
         check_update(update, number)
-        trained = Trained(routed, losses, update, learning_rate)
-        report = self.measure(chosen, trained, self.select.facts(chosen))
+        reduced_bytes = self.train.engine.reduced_bytes(len(routed.micro_batches))
+        trained = Trained(routed, losses, update, learning_rate, reduced_bytes)
+        report = self.measure(chosen, trained, described, self.select.facts(chosen))
         return report, Work(chosen.sketched.batches, routed.micro_batches)
 
     def draw(self, number: int) -> tuple[Candidates, Examples]:

@@ -15,7 +15,7 @@ from colm_scale.engines.base import Engine, Update
 from colm_scale.errors import TrainingError
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.randomness import global_draws
-from colm_scale.records import Candidates, MicroBatch, Route, Selection
+from colm_scale.records import Candidates, MicroBatch, Route, Selection, on_device
 from colm_scale.selection.route import route, route_evenly
 from colm_scale.selection.rule import loss_shares
 from colm_scale.step.reuse_check import ReuseCheck
@@ -44,12 +44,14 @@ class Trained:
 
     Attributes:
         losses: ``[n]`` losses from all ranks, zero for candidates that were not trained.
+        gradient_bytes: See `Engine.reduced_bytes`; 0 if another library trains.
     """
 
     routed: Routed
     losses: Tensor
     update: Update
     learning_rate: float
+    gradient_bytes: int = 0
 
 
 def route_coreset(
@@ -71,7 +73,7 @@ def route_coreset(
     else:
         held_on = chosen.sketched.held_on
         routed = route(*to_deal, batching.token_budget, packed=batching.packed, held_on=held_on)
-    batches = batching.share(chosen.examples, candidates, routed.micro_batches[group.rank])
+    batches = batching.share(chosen.examples, candidates, routed.micro_batches, group.rank)
     return Routed(routed, shares, weighted(batches, shares, batching.device, routed.reused))
 
 
@@ -107,10 +109,10 @@ class TrainingStage:
         """Run forward and backward of the coreset.
 
         Returns:
-            ``[n]`` losses from all ranks, zero for candidates that were not trained.
+            ``[n]`` losses from all ranks, zero for candidates that were not trained, for `finish`: the device may still
+            be computing them.
 
         Raises:
-            TrainingError: On every rank: a loss is not finite.
             UserError: On every rank: forward reuse has changed the gradient, see `ReuseCheck`.
         """
         group, last, step = self._group, len(routed.micro_batches), chosen.candidates.step
@@ -119,13 +121,21 @@ class TrainingStage:
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
                 reusing = self.inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
-                with self._check(micro_batch, step):
+                with self._check(micro_batch, step), self.engine.micro_batch(last=number == last):
                     with reusing, self._refresh.watching():
                         own = self.engine.forward(batch)
-                    self.engine.backward((own * micro_batch.shares).sum(), last=number == last)
-                losses[batch.positions.to(losses.device)] = own.detach()[: len(batch.positions)]
-            self._refresh.gather(chosen.candidates)
-            losses = group.all_reduce(losses, "report").cpu()
+                    self.engine.backward((own * micro_batch.shares).sum())
+                losses[on_device(batch.positions, losses.device)] = own.detach()[: len(batch.positions)]
+        return group.all_reduce(losses, "report")
+
+    def finish(self, chosen: Chosen, computing: Tensor) -> Tensor:
+        """Wait for the losses, and return them on the CPU.
+
+        Raises:
+            TrainingError: On every rank: a loss is not finite.
+        """
+        losses = computing.cpu()
+        self._refresh.gather(chosen.candidates)
         check_losses(chosen.candidates, chosen.selection, losses)
         return losses
 

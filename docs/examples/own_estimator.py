@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_scale.records import Batch
+from colm_scale.records import Batch, long_tensor, on_device
 from colm_scale.sketch.tap import Tap
 
 
@@ -31,7 +31,7 @@ def mean_hidden_state(tap: Tap, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     hidden = batch.by_example(seen[0]).float()  # [B, longest, width], packed or padded
-    lengths = torch.tensor(batch.lengths, device=hidden.device)
+    lengths = on_device(long_tensor(batch.lengths), hidden.device)  # without waiting for the device
     real = torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
     means = (hidden * real.unsqueeze(2)).sum(1) / lengths.unsqueeze(1)
     return torch.cat([losses.unsqueeze(1), means], dim=1)

@@ -49,11 +49,26 @@ size; Adam makes of an entry's gradient a change of about RATE whatever its size
 where a gradient is itself rounding is the change arbitrary."""
 
 
+SKIPPED = ("overflowing", "poisoned")
+
+
+REDUCTIONS = {
+    "auto": ("allreduce_", 0, 1),
+    "zero1": ("allreduce_", 0, 1),
+    "zero2": ("allreduce_", 1, 1),
+    "zero3": ("_reduce_scatter_base_", 1, 1),
+    "fsdp": ("_reduce_scatter_base_", 0, worker.BLOCKS),
+}
+"""Collective that reduces gradients, and its number in a micro-batch and in the last of a step. From ZeRO-2 on a rank
+keeps only its part of the gradients, so all are reduced."""
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """By rank, the result of each ``engine/case``."""
     jobs = {f"{engine}/{case}": (engine, case) for engine, case in PAIRS}
-    jobs |= {f"{engine}/{case}": (engine, case) for engine in MAIN for case in HALF}
+    jobs |= {f"{engine}/{case}": (engine, case) for engine in MAIN for case in (*HALF, *SKIPPED)}
+    jobs |= {f"{engine}/counted": (engine, "counted") for engine in REDUCTIONS}
     jobs |= {f"{change}/broken": (change, "broken") for change in CHANGES}
     found = worker.launch(2, jobs, tmp_path_factory.mktemp("engines"), timeout_seconds=900)
     return [rank["cases"] for rank in found]
@@ -61,7 +76,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    jobs = {case: ("auto", case) for case in (*ALL, *HALF, "not_clipped", "last_layer", "floored")}
+    jobs = {case: ("auto", case) for case in (*ALL, *HALF, *SKIPPED, "not_clipped", "last_layer", "floored")}
     return worker.launch(1, jobs, tmp_path_factory.mktemp("alone"))[0]["cases"]
 
 
@@ -236,3 +251,51 @@ def test_float16_scales_the_loss_and_not_the_gradient(ranks, alone, engine):
     assert first["loss_scale"] == 2.0**16
     assert first["norm"] == pytest.approx(alone["float16"]["steps"][0]["norm"], rel=1e-3)
     assert {step["loss_scale"] for step in ranks[0][f"{engine}/bfloat16"]["steps"]} == {1.0}
+
+
+# What contributes nothing
+
+
+@pytest.mark.parametrize("engine", [*MAIN, "alone"])
+def test_moments_learn_from_applied_steps_only(ranks, alone, engine):
+    runs = [cases[f"{engine}/overflowing"] for cases in ranks] if engine != "alone" else [alone["overflowing"]]
+    for run in runs:
+        first, second, third, fourth = run["steps"]
+        assert [step["applied"] for step in run["steps"]] == [False, True, False, True]
+        assert [step["moment_steps"] for step in run["steps"]] == [0, 1, 1, 2]
+        assert not any(average.any() for average in first["moments_after"])
+        assert all(map(torch.equal, second["moments_after"], third["moments_after"]))
+        assert not any(map(torch.equal, third["moments_after"], fourth["moments_after"]))
+        assert all(map(torch.equal, fourth["moments_after"], runs[0]["steps"][3]["moments_after"]))
+
+
+@pytest.mark.parametrize("engine", MAIN)
+def test_a_micro_batch_without_weight_adds_nothing_whatever_the_losses_of_candidates_left_out(
+    ranks, alone, start, engine
+):
+    for cases in ranks:
+        result = cases[f"{engine}/poisoned"]
+        assert ids(result) == ids(alone["poisoned"])
+        assert_same_adapters(result, alone["poisoned"], start)
+    assert all(cases[f"{engine}/poisoned"]["steps"][0]["trained_batches"] == 3 for cases in ranks)
+    empty = [sum(step["empty_batches"] for step in cases[f"{engine}/poisoned"]["steps"]) for cases in ranks]
+    assert sum(empty) == 3
+
+
+# What is exchanged
+
+
+@pytest.mark.parametrize("engine", REDUCTIONS)
+def test_gradients_are_reduced_once_if_the_engine_can_wait(ranks, start, engine):
+    name, each, last = REDUCTIONS[engine]
+    for cases in ranks:
+        for number, step in enumerate(cases[f"{engine}/counted"]["steps"], 1):
+            *others, end = step["collectives"]
+            assert len(others) == 3
+            assert [counts.get(name, 0) for counts in others] == [each] * 3
+            assert end.get(name, 0) == last
+            assert step["gradient_bytes"] == 4 * len(start) * (1 + 3 * (each > 0))
+            if engine == "auto":
+                # In its second step DDP orders its buckets once as gradients came.
+                assert sum(map(len, others)) == (number == 2)
+                assert end == {name: 1}, "no buffers"

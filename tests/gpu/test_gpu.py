@@ -14,7 +14,7 @@ from support.families import base_model, batch_of, with_adapters
 
 from colm_scale.modeling.attention import PACKED
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.packing import use_packing
+from colm_scale.modeling.packing import Tried, use_packing
 from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.records import Batch
@@ -119,7 +119,7 @@ def test_packed_examples_have_the_losses_of_padded_ones(family, dtype):
     lengths = [9, 4, 7]
     with torch.no_grad():
         expected = ExampleLoss(model)(to(batch_of(lengths), device))
-        assert use_packing(model, "on", device) == ""
+        assert use_packing(model, "on", device) == Tried()
         found = ExampleLoss(model)(to(batch_of(lengths, packed=True), device))
     assert model.config._attn_implementation == PACKED
     torch.testing.assert_close(found, expected, rtol=1e-3 if dtype == torch.float32 else 0.02, atol=0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import ExitStack, nullcontext
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -18,6 +20,7 @@ from colm_scale.engines import fsdp
 from colm_scale.engines.base import Engine, LossScale, Update, trainable
 from colm_scale.estimators.base import Estimator
 from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
+from colm_scale.selection.moments import Moments
 
 
 class EngineSpy:
@@ -26,11 +29,26 @@ class EngineSpy:
     def __init__(self, engine: Engine):
         self.inner, self.module, self.name = engine, engine.module, engine.name
         self.forward, self.backward, self.snapshot = engine.forward, engine.backward, engine.snapshot
+        self.reduced_bytes = engine.reduced_bytes
+        self.collectives: list[Counter[str]] = []
+        self.counts = False
         self.gradients: list[dict[str, Tensor]] = []
 
     @property
     def scale(self) -> LossScale:
         return self.inner.scale
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        with self.counted(), self.inner.micro_batch(last=last):
+            yield
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Add the collectives of a micro-batch, by name, to ``collectives`` if ``counts`` is set."""
+        with torch.profiler.profile() if self.counts else nullcontext() as profile:
+            yield
+        self.collectives.append(collectives(profile) if profile else Counter())
 
     def step(self, learning_rate: float) -> Update:
         self.gradients.append({name: self._gradient(p).clone() for name, p in trainable(self.module).items()})
@@ -45,6 +63,12 @@ class EngineSpy:
         return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
 
 
+def collectives(profile: torch.profiler.profile) -> Counter[str]:
+    """Counts of a profile's collectives by name, including those that torch starts without Python."""
+    names = [event.name for event in profile.events()]
+    return Counter(name.removeprefix("c10d::") for name in names if name.startswith("c10d::"))
+
+
 class EstimatorSpy:
     """An estimator that records its exchanges and, in the first step, its memory and largest tensor."""
 
@@ -54,6 +78,14 @@ class EstimatorSpy:
 
     def __getattr__(self, name: str):
         return getattr(self.inner, name)
+
+    @property
+    def moments(self) -> Moments:
+        return self.inner.moments
+
+    @moments.setter
+    def moments(self, moments: Moments) -> None:
+        self.inner.moments = moments
 
     def sketch(self, plan: SketchPlan, batches: list[Batch]) -> None:
         self._watch = LargestTensor() if not self.steps else nullcontext()

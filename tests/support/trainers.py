@@ -23,6 +23,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.integrations import CoresetTrainerMixin
 from support import worker
 from support.commands import rows
+from support.spies import collectives
 
 HAS_TRL = find_spec("trl") is not None
 WITHOUT_TRL = "TRL is not installed: pip install trl"
@@ -140,10 +141,19 @@ def main() -> None:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see `colm_scale.engines.zero`
+    counts, training_step = [], Trainer.training_step
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        with torch.profiler.profile() as profile:
+            loss = training_step(*args, **kwargs)
+        counts.append(dict(collectives(profile)))
+        return loss
+
+    Trainer.training_step = counted
     of_trainer = {"resume": json.loads(resume), **json.loads(options)}
     found = train(kind, worker.CASES[name], Path(folder), int(steps), int(ranks), **of_trainer)
     if torch.distributed.get_rank() == 0:
-        torch.save(found, Path(folder) / "found.pt")
+        torch.save(found | {"collectives": counts}, Path(folder) / "found.pt")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,6 +79,7 @@ DS_CONFIGS = ROOT / "ds_configs"
 LOSS = f"{ROOT / 'docs' / 'examples' / 'loss_estimator.py'}:loss"
 RANKINGS = ROOT / "benchmarks" / "rankings.py"
 SIZES = (44, 30, 14, 5, 3)
+CPU = torch.device("cpu")
 PAD, VOCABULARY, BLOCKS = 0, 128, 4
 RANK, D_OUT = 64, 32
 D = RANK * D_OUT
@@ -87,6 +88,9 @@ EPSILON = 1e-3 * (327_680 / D) ** 0.5
 """Step length of the paper on Phi-2, whose probe tensor has 327,680 numbers (the length of z grows with their
 root). With a shorter step, rounding of the two losses decides between candidates, and selected ids soon differ."""
 RATE = 1e-3
+OVERFLOWING = 2.0**40
+POISON = 2
+"""A token that no example has."""
 STEPS = 6
 REUSE_STEPS = 9
 """Two epochs of four steps, and the start of a third."""
@@ -113,6 +117,12 @@ class Case:
     reuse_checked: bool = True
     refresh_sources: int = 0
     refresh_kept: int = 0
+    overflowing: tuple[int, ...] = ()
+    """Steps that begin with a loss scale far too large for float16."""
+    counted: bool = False
+    """Whether to count the collectives of each micro-batch."""
+    poisoned: bool = False
+    """Whether the loss of the shortest examples is not a number."""
     model: dict = field(default_factory=dict)
     """Options of the model."""
     generate_after: int | None = None
@@ -223,6 +233,12 @@ CASES = {
     "ranked_top": Case(_selection(ranking=f"{RANKINGS}:top"), 2),
     "bfloat16": Case(_selection(), steps=5, train={"dtype": "bfloat16"}, floor=True),
     "float16": Case(_selection(), steps=5, train={"dtype": "float16"}, floor=True),
+    "counted": Case(_selection(method="stratified"), 2, {"micro_batch_tokens": 32}, counted=True),
+    "overflowing": Case(_selection(), 4, {"dtype": "float16"}, overflowing=(1, 3)),
+    # Five examples are micro-batches of their own, too few for two ranks with three each.
+    "poisoned": Case(
+        _selection(candidates=24, budget=5, kept_sources=[]), 3, {"micro_batch_tokens": 1}, poisoned=True
+    ),
     "floored": Case(
         _selection(estimator="zeroth_order", reuse=3),
         4,
@@ -287,14 +303,21 @@ def examples() -> Examples:
     )
 
 
-def model(config: RunConfig | None = None, **options) -> tuple[ExampleLoss, Tap]:
+def poisoned(data: Examples) -> Examples:
+    """With a token whose embedding is not a number in the shortest examples."""
+    tokens = data.tokens.clone()
+    tokens[data.offsets[:-1][data.lengths <= 9]] = POISON
+    return replace(data, tokens=tokens)
+
+
+def model(config: RunConfig | None = None, device: torch.device = CPU, **options) -> tuple[ExampleLoss, Tap]:
     """The model before training and the tap on its probe, equal in every process."""
     options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, **options}
-    base = base_model("llama", **options).requires_grad_(False)
+    base = base_model("llama", **options).requires_grad_(False).to(device)
     probe = find_probe(base, "v" if config is None else config.selection.probe)
     if config is not None:
         base.to(getattr(torch, config.train.dtype))
-        use_packing(base, config.train.packing, torch.device("cpu"))
+        use_packing(base, config.train.packing, device)
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
     module = ExampleLoss(add_adapters(base, LoraConfig(rank=RANK, alpha=RANK), seed=0))
@@ -327,8 +350,10 @@ class Parts:
 
 def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Parts:
     config = run_config(case, engine_name)
-    data = examples()
+    data = poisoned(examples()) if case.poisoned else examples()
     module, tap = model(config, **case.model)
+    if case.poisoned:
+        module.causal_model.get_input_embeddings().weight.data[POISON] = torch.nan
     weights = whole_weights(module)
     ds_config = read_ds_config(config, group.world_size)
     inputs = Inputs(
@@ -416,9 +441,16 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
             newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else NO_CHECKPOINT
             assert parts.state.load(newest) == number - 1
         module, engine, step, spy = parts.module, parts.engine, parts.step, parts.spy
+        engine.counts = case.counted
+        engine.collectives.clear()
+        if case.overflowing:
+            engine.scale.scale = OVERFLOWING if number in case.overflowing else 1024.0
         report, work = step(number, RATE)
         steps.append(_row(report) | {"forwards": len(forwards), "trained_batches": len(work.trained)})
         steps[-1]["sketched_batches"] = len(work.sketched)
+        steps[-1]["collectives"] = [dict(counts) for counts in engine.collectives]
+        steps[-1]["moment_steps"] = step.select.sketch.estimator.moments.step
+        steps[-1]["moments_after"] = tuple(step.select.sketch.estimator.moments.tensors().values())
         steps[-1]["owed"] = step.select.sources.coverage.owed
         steps[-1]["empty_batches"] = sum(not len(micro.batch.positions) for micro in work.trained)
         steps[-1]["sources"] = report.candidates.sources
@@ -466,7 +498,7 @@ def _drawn_work(parts: Parts, case: Case, group: Group) -> Work:
     config = run_config(case)
     batching = Batching(PAD, config.train.micro_batch_tokens, parts.module.packs, group.device)
     drawn = preview(parts.step, 1, batching, group.world_size)
-    batches = batching.share(examples(), drawn.candidates, drawn.routed.micro_batches[group.rank])
+    batches = batching.share(examples(), drawn.candidates, drawn.routed.micro_batches, group.rank)
     shares = torch.full((len(drawn.candidates),), 1 / len(drawn.drawn))
     return Work(batches, weighted(batches, shares, group.device, 0))
 
@@ -524,6 +556,7 @@ def _row(report) -> dict:
         "weights": selection.weights,
         "kept": selection.kept,
         "bytes": report.exchanged_bytes,
+        "gradient_bytes": report.gradient_bytes,
         "phases": len(report.seconds),
         "kinds": len(report.phase_peak_bytes),
         "loss": report.loss,

@@ -140,7 +140,7 @@ def test_a_step_names_its_stages_in_the_order_of_the_design():
     select, sketch = _functions("select")["SelectionStage.__call__"], _functions("sketch")
     first, second, third = _spans(select)
     named = [first, *_spans(sketch["EstimatorStage.__call__"]), second, third, *_spans(sketch["EstimatorStage.learn"])]
-    named += _spans(_functions("step")["CoresetStep.__call__"]) + _spans(_functions("measure")["Measurement.__call__"])
+    named += _spans(_functions("step")["CoresetStep.__call__"])
     assert tuple(named) == PHASES
 
 

@@ -78,33 +78,34 @@ def greedy_with_gains(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def greedy_on_device(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Compute `greedy_with_gains` with torch on a GPU, in the same rounds but on whole rows, without lists.
 
-    Holds a second matrix. The host waits for the device a few times per round, not for each pick.
+    Holds a second matrix. The host waits for the device once per round, not for each pick.
     """
     shifted = similarity.double() - similarity.min()
     lift = _lift(float(shifted.max()), len(shifted))
     worth = shifted.add_(lift).sub_(lift)
     covered, gains = worth.new_zeros(len(worth)), worth.sum(0)
+    raised = torch.full_like(gains, -torch.inf)  # gains of the picks, when they were picked
     rank = torch.arange(_WINDOW_ON_DEVICE, device=worth.device)[: len(worth)].unsqueeze(1)
-    picks, raised = [gains.new_empty(0, dtype=torch.int64)], [gains.new_empty(0)]
-    while (best := gains.max()) > 0 and (torch.cat(raised) > best).sum() < k:
+    while True:
+        best = gains.max()
+        goes_on = (best > 0) & ((raised > best).sum() < k)
         top = gains.sort(descending=True, stable=True).indices[: len(rank)]
         better = worth[top] > covered
         first = torch.where(better, rank, len(rank)).amin(0)
         free = ~(better & (first < rank)).any(1) & (gains[top] >= 0)
-        chosen = top[free]
-        picks.append(chosen)
-        raised.append(gains[chosen])
-        rows = (free[first.clamp(max=len(rank) - 1)] & (first < len(rank))).nonzero().flatten()
-        for some in rows.split(_BLOCK_ROWS):
+        improved = free[first.clamp(max=len(rank) - 1)] & (first < len(rank))
+        again, count = torch.stack([goes_on, improved.sum()]).tolist()
+        if not again:
+            break
+        raised[top] = torch.where(free, gains[top], raised[top])
+        for some in improved.byte().argsort(descending=True, stable=True)[:count].split(_BLOCK_ROWS):
             old, new = covered[some], worth[top[first[some]], some]
             gains -= worth[some].clamp_(old.unsqueeze(1), new.unsqueeze(1)).sum(0) - old.sum()
             covered[some] = new
-        gains[chosen] = -1
-    left = (gains >= 0).nonzero().flatten()
-    found, gained = torch.cat([*picks, left]), torch.cat([*raised, gains[left]])
-    by_index = found.argsort()
-    order = by_index[gained[by_index].argsort(descending=True, stable=True)][:k]
-    return found[order], gained[order]
+        gains[top] = torch.where(free, -1.0, gains[top])
+    gained = torch.where(raised.isinf(), gains, raised)
+    order = gained.argsort(descending=True, stable=True)[:k]
+    return order, gained[order]
 
 
 def objective(similarity: Tensor, picks: Tensor) -> float:
@@ -119,7 +120,7 @@ def cluster_sizes(similarity: Tensor, picks: Tensor) -> Tensor:
     """
     owner = similarity[:, picks].argmax(1)
     owner[picks] = torch.arange(len(picks), device=picks.device)
-    return torch.bincount(owner, minlength=len(picks))
+    return torch.zeros_like(picks).index_add_(0, owner, torch.ones_like(owner))
 
 
 def _lift(largest: float, n: int) -> float:

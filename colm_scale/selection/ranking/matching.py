@@ -7,21 +7,30 @@ import math
 import torch
 from torch import Tensor
 
+from colm_scale.selection.mask import power_of_two
+
 _MOST_SWEEPS = 20
 
 
-def match_by_swaps(rows: Tensor, k: int) -> Tensor:
-    """Pick ``k`` of the ``rows`` ``[n, h]`` so that no single swap brings their mean nearer (L2) to that of all.
+def products_of_deviations(rows: Tensor) -> Tensor:
+    """``[n, n]`` products of the deviations of ``rows`` ``[n, h]`` from their mean, float64, as `whole_numbers`."""
+    rows = rows.double()
+    deviations = rows - rows.mean(0)
+    return whole_numbers(deviations @ deviations.T)
+
+
+def match_by_swaps(gram: Tensor, k: int) -> Tensor:
+    """Pick ``k`` of n rows so that no single swap brings their mean nearer (L2) to that of all.
 
     Rows are added one by one, each time the one that brings the mean nearest (herding, Welling 2009). Then each pick in
     turn is swapped for the best other row, until a sweep swaps nothing (at most 20 sweeps).
 
+    Args:
+        gram: ``[n, n]``, of `products_of_deviations`, on the CPU. The target: picked deviations that add up to 0.
+
     Returns:
-        int64 ``[k]`` ascending, on the CPU; the lowest index wins ties.
+        int64 ``[k]`` ascending; the lowest index wins ties.
     """
-    rows = rows.double()
-    deviations = rows - rows.mean(0)
-    gram = whole_numbers(deviations @ deviations.T).cpu()  # the target: picked deviations that add up to 0
     own, sums = gram.diagonal(), gram.new_zeros(len(gram))
     barred, picks = gram.new_zeros(len(gram)), []  # infinite for picks
     for _ in range(k):
@@ -49,5 +58,5 @@ def whole_numbers(values: Tensor) -> Tensor:
 
     Values that differ only by rounding become equal, and every gain is a real one. The largest value sets the unit.
     """
-    _, exponent = math.frexp(float(values.abs().max()))
-    return (values * 2.0 ** (50 - exponent - len(values).bit_length())).round_()
+    exponent = torch.frexp(values.abs().max()).exponent
+    return (values * power_of_two(50 - exponent - len(values).bit_length())).round_()

@@ -1,12 +1,14 @@
-"""The rankings, one function for each name of the option: they pick the candidates that fill a source's quota.
+"""The rankings, one for each name of the option: they pick the candidates that fill a source's quota.
 
-The user's own rankings (`colm_scale.config.user_functions`) have the same signature.
+A ranking of the package first compares the candidates of every source, on the device, and then picks on the CPU: the
+host waits for the device once, whatever the number of sources. The user's own (`colm_scale.config.user_functions`) is
+one function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +16,10 @@ from torch import Tensor
 from colm_scale.config import SelectionConfig
 from colm_scale.config.user_functions import is_own, load_own
 from colm_scale.errors import TrainingError
+from colm_scale.records import CPU, on_device, on_host
 from colm_scale.selection.ranking import line, partition
 from colm_scale.selection.ranking.facility import cluster_sizes, greedy
-from colm_scale.selection.ranking.matching import match_by_swaps
+from colm_scale.selection.ranking.matching import match_by_swaps, products_of_deviations
 from colm_scale.selection.ranking.similarity import similarities
 
 
@@ -25,12 +28,13 @@ class Ranked:
     """Candidates of one source that compete for its quota.
 
     Attributes:
-        rows: ``[m, h]`` sketches, on the device that does the work.
-        losses: ``[m]`` losses, on the same device.
+        rows: ``[m, h]`` sketches; on the CPU, or, for a ranking of the user, on the device.
+        losses: ``[m]`` losses, on the same device as ``rows``.
         count: Number of picks k, at least 1 and below m.
         stands_for: Weight of a pick unless the ranking returns weights.
         config: The metric and the kind of weights.
         draw: For a ranking that draws; rank-equal.
+        device: The device that compares the candidates.
     """
 
     rows: Tensor
@@ -39,6 +43,7 @@ class Ranked:
     stands_for: float
     config: SelectionConfig
     draw: torch.Generator
+    device: torch.device = CPU
 
 
 Picks = tuple[Tensor, Tensor | None]
@@ -46,23 +51,48 @@ Picks = tuple[Tensor, Tensor | None]
 `Ranked.stands_for`."""
 
 
-def rank(ranked: Ranked) -> tuple[Tensor, Tensor]:
-    """Return ``[k]`` picks and their ``[k]`` weights, on the CPU, by ``ranked.config.ranking``.
+MOST_ON_HOST = 1024
+"""Most candidates of a source that are picked on the CPU if another device has compared them: for larger sources, its
+rounds on whole rows cost less than the copy."""
+
+
+def rank(contests: Sequence[Ranked]) -> list[tuple[Tensor, Tensor]]:
+    """Return ``[k]`` picks and their ``[k]`` weights for each source, on the CPU, by ``config.ranking``.
+
+    Args:
+        contests: The candidates of each source, with the same configuration and device.
 
     Raises:
         TrainingError: A ranking of the user does not return ``k`` different rows, or returns wrong weights.
     """
-    name = ranked.config.ranking
-    own = is_own(name)
-    ranking = load_own("selection.ranking", name, parameters=1) if own else RANKINGS[name]
-    picks, weights = ranking(ranked)
+    return [_checked(*picks, ranked) for ranked, picks in zip(contests, _picks(contests))]
+
+
+def _picks(contests: Sequence[Ranked]) -> list[Picks]:
+    if not contests:
+        return []
+    name, device = contests[0].config.ranking, contests[0].device
+    if is_own(name):
+        own = load_own("selection.ranking", name, parameters=1)
+        return [own(_moved(ranked)) for ranked in contests]
+    compare, pick = RANKINGS[name]
+    compared: Iterable[Tensor] = map(compare, contests)  # one at a time
+    if device.type != "cpu":
+        compared = on_host([*compared])
+    return [pick(ranked, pairs) for ranked, pairs in zip(contests, compared)]
+
+
+def _moved(ranked: Ranked) -> Ranked:
+    rows, losses = (on_device(tensor, ranked.device) for tensor in (ranked.rows, ranked.losses))
+    return replace(ranked, rows=rows, losses=losses)
+
+
+def _checked(picks: Tensor, weights: Tensor | None, ranked: Ranked) -> tuple[Tensor, Tensor]:
+    """Add default weights, and check the results of a user's ranking."""
     if weights is None:
         weights = torch.full((ranked.count,), ranked.stands_for, dtype=torch.float64)
-    return _checked(picks, weights, ranked) if own else (picks, weights)
-
-
-def _checked(picks: Tensor, weights: Tensor, ranked: Ranked) -> tuple[Tensor, Tensor]:
-    """Check the results of a user's ranking."""
+    if not is_own(ranked.config.ranking):
+        return picks, weights
     returned = f"--selection.ranking {ranked.config.ranking} returned"
     picks = torch.as_tensor(picks, dtype=torch.int64, device="cpu")
     within = bool(((picks >= 0) & (picks < len(ranked.rows))).all())
@@ -79,24 +109,45 @@ def _checked(picks: Tensor, weights: Tensor, ranked: Ranked) -> tuple[Tensor, Te
     return picks, weights
 
 
-def _facility(ranked: Ranked) -> Picks:
-    picks, sizes = _medoids(ranked)
+def _nothing(ranked: Ranked) -> Tensor:
+    return torch.empty(0, 0, dtype=torch.float64)
+
+
+def _similarities(ranked: Ranked) -> Tensor:
+    """``[m, m]`` similarities; nothing for one number per candidate, and for a source that `_medoids` compares itself.
+
+    If the rows span few directions, many candidates lie between two others in every column, and medoids tie. In float64
+    the distances between float32 rows preserve such ties; float32 would break them by rounding.
+    """
+    most = partition.LARGEST_GROUP if ranked.device.type == "cpu" else MOST_ON_HOST
+    if _on_a_line(ranked) or len(ranked.rows) > most:
+        return _nothing(ranked)
+    return similarities(on_device(ranked.rows, ranked.device).double(), ranked.config.metric)
+
+
+def _gram(ranked: Ranked) -> Tensor:
+    return products_of_deviations(on_device(ranked.rows, ranked.device))
+
+
+def _facility(ranked: Ranked, pairs: Tensor) -> Picks:
+    picks, sizes = _medoids(ranked, pairs)
     return picks, sizes if ranked.config.weights == "cluster" else None
 
 
-def _matching(ranked: Ranked) -> Picks:
-    return match_by_swaps(ranked.rows, ranked.count), None
+def _matching(ranked: Ranked, pairs: Tensor) -> Picks:
+    return match_by_swaps(pairs, ranked.count), None
 
 
-def _systematic(ranked: Ranked) -> Picks:
+def _systematic(ranked: Ranked, pairs: Tensor) -> Picks:
     return systematic(along_the_mean(ranked.rows), ranked.count, ranked.draw), None
 
 
-RANKINGS: dict[str, Callable[[Ranked], Picks]] = {
-    "facility": _facility,
-    "matching": _matching,
-    "systematic": _systematic,
+RANKINGS: dict[str, tuple[Callable[[Ranked], Tensor], Callable[[Ranked, Tensor], Picks]]] = {
+    "facility": (_similarities, _facility),
+    "matching": (_gram, _matching),
+    "systematic": (_nothing, _systematic),
 }
+"""What each compares on the device, ``[m, m]`` float64, and how it picks."""
 
 
 def systematic(values: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -116,26 +167,30 @@ def systematic(values: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 def along_the_mean(rows: Tensor) -> Tensor:
     """Score each of the ``rows`` ``[m, h]`` by its product with their mean, or by its only entry: ``[m]`` float64."""
-    rows = rows.double().cpu()
+    rows = rows.double()
     return rows.flatten() if rows.shape[1] == 1 else (rows * rows.mean(0)).sum(1)
 
 
-def _medoids(ranked: Ranked) -> tuple[Tensor, Tensor]:
+def _on_a_line(ranked: Ranked) -> bool:
+    return ranked.rows.shape[1] == 1 and ranked.config.metric != "cosine"
+
+
+def _medoids(ranked: Ranked, similarity: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``[k]`` medoids and the number of rows each represents, on the CPU.
 
     In a large source, counting costs as much as picking; unless the weights need them, its counts are 1.
     """
-    rows, k, config = ranked.rows, ranked.count, ranked.config
-    metric = config.metric
-    if rows.shape[1] == 1 and metric != "cosine":
-        return line.medoids_on_line(rows[:, 0], k)
-    if len(rows) > partition.LARGEST_GROUP:
+    k, config = ranked.count, ranked.config
+    if _on_a_line(ranked):
+        return line.medoids_on_line(ranked.rows[:, 0], k)
+    if len(ranked.rows) > partition.LARGEST_GROUP:
+        rows, metric = on_device(ranked.rows, ranked.device), config.metric
         picks = partition.partitioned_greedy(rows, k, metric, partition.LARGEST_GROUP)
         counted = config.weights == "cluster"
         counts = partition.cluster_sizes(rows, picks, metric) if counted else torch.ones_like(picks)
         return picks.cpu(), counts.cpu()
-    # If the rows span few directions, many candidates lie between two others in every column, and medoids tie. In
-    # float64 the distances between float32 rows preserve such ties; float32 would break them by rounding.
-    similarity = similarities(rows.double(), metric)
+    if not len(similarity):
+        similarity = similarities(on_device(ranked.rows, ranked.device).double(), config.metric)
     picks = greedy(similarity, k)
-    return picks.cpu(), cluster_sizes(similarity, picks).cpu()
+    picks, counts = on_host([picks, cluster_sizes(similarity, picks)])
+    return picks, counts

@@ -60,7 +60,7 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
 
 
 def trained(run: SimpleNamespace) -> None:
-    run.engine.backward(run.engine.forward(batch_of([6, 4])).sum(), last=True)
+    run.engine.backward(run.engine.forward(batch_of([6, 4])).sum())
     run.engine.step(1e-2)
 
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from colm_scale.data.batching import collate, make_batch
+from colm_scale.data.batching import Batching, collate, make_batch
 from colm_scale.data.examples import Examples
-from colm_scale.records import long_tensor
+from colm_scale.records import Candidates, long_tensor
 
 CPU = torch.device("cpu")
 # Three examples of 3, 5 and 2 tokens. The padding id, 9, is also a token of the first.
@@ -32,6 +32,15 @@ def test_rows_are_padded_on_the_right_in_the_order_asked_for():
     assert batch.targets.most == 2
     assert batch.positions.tolist() == [40, 3, 17]
     assert {t.dtype for t in tensors(batch)} == {torch.int64}
+
+
+def test_an_empty_share_takes_the_shortest_example_that_some_rank_has():
+    batching = Batching(9, 100, packed=False, device=CPU)
+    candidates = Candidates(1, long_tensor([0, 1, 2]), long_tensor([0, 1, 2]), long_tensor([0, 0, 0]), EXAMPLES.lengths)
+    (batch,) = batching.share(EXAMPLES, candidates, [[(0, 1)], [()]], 1)
+    assert batch.input_ids.tolist() == [[1, 9, 3]], "not the shortest candidate, which no rank has"
+    assert not len(batch.positions)
+    assert batching.share(EXAMPLES, candidates, [[], []], 1) == []
 
 
 def test_packed_rows_are_one_row_without_padding():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.distributed.exchange import gather_rows, share_selection
+from colm_scale.distributed.group import Group
 from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection, SketchPlan, long_tensor
@@ -44,7 +45,7 @@ class Rank:
     device = torch.device("cpu")
 
     def __init__(self, ranks: Ranks, rank: int):
-        self.ranks, self.rank = ranks, rank
+        self.ranks, self.rank, self.world_size = ranks, rank, len(ranks.slots)
 
     def _everybodys(self, tensor: Tensor) -> list[Tensor]:
         self.ranks.slots[self.rank] = tensor
@@ -55,6 +56,8 @@ class Rank:
 
     def all_gather(self, tensor: Tensor, label: str) -> Tensor:
         return torch.stack(self._everybodys(tensor))
+
+    gathered = Group.gathered
 
     def broadcast(self, tensor: Tensor, label: str) -> Tensor:
         received = self._everybodys(tensor)[0].clone()

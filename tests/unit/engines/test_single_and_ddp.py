@@ -28,7 +28,7 @@ def engine_of(**options) -> TorchEngine:
 
 def trained(engine: TorchEngine, steps: int) -> None:
     for _ in range(steps):
-        engine.backward(engine.forward(batch_of([6, 4])).sum(), last=True)
+        engine.backward(engine.forward(batch_of([6, 4])).sum())
         engine.step(1e-2)
 
 
@@ -43,7 +43,7 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def test_a_gradient_that_is_not_finite_updates_nothing():
     engine, batch = engine_of(), batch_of([6, 4])
     before = weights(engine)
-    engine.backward(engine.forward(batch).sum() * math.inf, last=True)
+    engine.backward(engine.forward(batch).sum() * math.inf)
     update = engine.step(1e-2)
     assert not math.isfinite(update.norm)
     assert not update.applied
@@ -55,11 +55,11 @@ def test_a_step_is_undone_by_its_snapshot_bit_for_bit(optimizer):
     engine, batch = engine_of(optimizer=optimizer), batch_of([6, 4])
     trajectories = []
     for _ in range(2):
-        engine.backward(engine.forward(batch).sum(), last=True)
+        engine.backward(engine.forward(batch).sum())
         engine.step(1e-2)
     restore, before = engine.snapshot(), weights(engine)
     for _ in range(2):
-        engine.backward(engine.forward(batch).sum(), last=True)
+        engine.backward(engine.forward(batch).sum())
         engine.step(1e-2)
         trajectories.append(weights(engine))
         assert not equal(trajectories[-1], before)
@@ -77,7 +77,7 @@ def test_a_first_step_that_is_undone_leaves_no_trace(optimizer, dtype, factor):
     engine.forward(batch_of([6, 4]))  # looks once at how the model makes its logits
     restore = engine.snapshot()
     before = leaves(engine, "engine")
-    engine.backward(engine.forward(batch_of([6, 4])).sum() * factor, last=True)
+    engine.backward(engine.forward(batch_of([6, 4])).sum() * factor)
     engine.step(1e-2)
     assert changed(before, leaves(engine, "engine"))
     restore()
@@ -129,6 +129,6 @@ def test_no_limit_clips_nothing():
     norms = []
     for limit in (0.0, 1e-3):
         engine = engine_of(max_grad_norm=limit)
-        engine.backward(engine.forward(batch_of([6, 4])).sum(), last=True)
+        engine.backward(engine.forward(batch_of([6, 4])).sum())
         norms.append(engine.step(0.0).norm)
     assert norms[0] == norms[1] > 1e-3, "the norm is that before clipping"

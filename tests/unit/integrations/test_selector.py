@@ -67,6 +67,20 @@ def test_a_report_has_no_loss_unless_every_loss_came_from_the_selector():
     assert one.finish() is None
 
 
+def test_a_skipped_step_teaches_the_moments_nothing():
+    one = selector()
+    learned = []
+    for applied in (False, True, False):
+        coreset = one.select(batch(torch.arange(24)))
+        for micro_batch in coreset.micro_batches:
+            one.loss(micro_batch)
+        assert one.finish(applied=applied).applied == applied
+        learned.append((one.state.moment_steps, one.state.tensors(1)["moments"]))
+    assert [steps for steps, _ in learned] == [0, 1, 1]
+    assert not any(average.any() for average in learned[0][1].values())
+    assert all(torch.equal(average, learned[2][1][name]) for name, average in learned[1][1].items())
+
+
 def test_the_state_goes_on():
     first, second = selector(), selector()
     for start in (0, 24):

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from support import trainers, worker
 from support.commands import ROOT, rows, run, torchrun
 from support.trainers import HAS_TRL, WITHOUT_TRL
@@ -82,6 +83,10 @@ def test_two_ranks_select_and_learn_the_same(stage, tmp_path):
     expected = trainers.ours(case, 4)
     assert trainers.selected(tmp_path) == expected["selected"]
     found = torch.load(tmp_path / "found.pt")
+    if not stage:
+        # Two micro-batches a step; beside the gradients, DDP reduces which parameters were used.
+        reductions = [counts.get("allreduce_", 0) for counts in found["collectives"]]
+        assert reductions == [0, 2] * 4
     if stage < 3:  # where the other rank has a half of them
         assert_same(found, expected)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
@@ -249,6 +254,15 @@ def test_the_state_is_what_the_trainer_saves(tmp_path):
     )
     state = json.loads((tmp_path / "checkpoint-2" / "coreset" / "step-00000002" / "state.json").read_text("utf-8"))
     assert (state["step"], state["moment_steps"]) == (2, 2)
+
+
+def test_the_selection_learns_nothing_from_steps_that_the_optimizer_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: True))
+    case = worker.CASES["last_layer"]
+    trainers.train("transformers", case, tmp_path, 2, save_strategy="steps", save_steps=2)
+    state = json.loads((tmp_path / "checkpoint-2" / "coreset" / "step-00000002" / "state.json").read_text("utf-8"))
+    assert (state["step"], state["moment_steps"]) == (2, 0)
+    assert [row["applied"] for row in rows(tmp_path / "coreset" / "metrics.jsonl")] == [False, False]
 
 
 def test_the_mixin_takes_positional_arguments(tmp_path):

@@ -14,10 +14,13 @@ from support.families import (
     with_adapters,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from colm_scale.modeling import losses as losses_module
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
+from colm_scale.profiling.live_tensors import LiveBytes
+from colm_scale.randomness import generator
 from colm_scale.records import Batch
 
 LENGTHS = [9, 4, 7]
@@ -88,6 +91,33 @@ def test_without_a_graph_losses_are_the_same_bit_for_bit(monkeypatch, family, dt
     with torch.no_grad():
         assert torch.equal(losses_of(module, batch), with_graph)
         assert losses_of(module, unlabelled(batch)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("part", [1, 7, VOCABULARY])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_that_is_lifted_by_parts_equals_the_whole_lifted(monkeypatch, part, bias):
+    """In float32: softmax over 97 logits of up to 200 in other groups."""
+    drawn = generator(0, "head")
+    hidden, weight = 8 * torch.randn(11, 32, generator=drawn), torch.randn(VOCABULARY, 32, generator=drawn).bfloat16()
+    added = torch.randn(VOCABULARY, generator=drawn).bfloat16() if bias else None
+    targets = torch.randint(VOCABULARY, (11,), generator=drawn)
+    monkeypatch.setattr(losses_module, "CHUNK_BYTES", 4 * 32 * part)
+    found = losses_module._cross_entropy(hidden, weight, added, targets, lambda x: 0.9 * x, chunk=2)
+    whole = F.linear(hidden.double(), weight.double(), None if added is None else added.double())
+    expected = F.cross_entropy(0.9 * whole, targets, reduction="none")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=1e-5)
+
+
+def test_a_wide_head_is_never_lifted_whole():
+    """128,256 x 2,048: 1 GB in float32."""
+    with FakeTensorMode():
+        hidden, targets = torch.empty(4096, 2048), torch.zeros(4096, dtype=torch.int64)
+        weight = torch.empty(128_256, 2048, dtype=torch.bfloat16)
+        with LiveBytes([hidden, targets, weight]) as live:
+            before = live.now
+            losses_module._cross_entropy(hidden, weight, None, targets, lambda x: x, chunk=130)
+    assert live.peak - before < 4 * losses_module.CHUNK_BYTES
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -11,7 +11,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling import load
 from colm_scale.modeling.load import add_adapters, check_kernels, load_model
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.probe import find_probe, first_blocks
+from colm_scale.modeling.probe import few_blocks, find_probe
 from colm_scale.sketch.precision import float32_tail
 from colm_scale.sketch.tap import Tap
 
@@ -43,7 +43,7 @@ def test_weights_of_the_blocks_are_packed_two_to_a_byte(quantized):
 
 
 def test_its_first_blocks_share_its_packed_weights(quantized):
-    first, batch = first_blocks(quantized, 1).eval(), batch_of([9, 6])
+    first, batch = few_blocks(quantized, [0]).eval(), batch_of([9, 6])
     packed, of_base = (model.get_submodule("model.layers.0.mlp.gate_proj").weight for model in (first, quantized))
     assert packed.dtype == torch.uint8
     assert packed.data_ptr() == of_base.data_ptr()

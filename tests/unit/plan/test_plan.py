@@ -217,6 +217,15 @@ def test_weights_are_sent_once_for_each_gathering():
     sharded = make_plan(config_of(engine="fsdp"), plan, of)
     gathers = len(sharded.batches.sketched) + 2 * len(sharded.batches.trained)
     assert sharded.exchanged["weights"] == int(0.75 * sharded.sizes.frozen_bytes * gathers)
+    two = base_model("llama", **OPTIONS | {"num_hidden_layers": 2}).config
+    one_probe, three = (
+        make_plan(config_of(engine="fsdp", selection={"estimator": "zeroth_order", "num_probes": k}), plan, two)
+        for k in (1, 3)
+    )
+    block = three.sizes.frozen_bytes - sharded.sizes.frozen_bytes
+    assert three.sizes.tail_bytes == three.sizes.frozen_bytes - block == sharded.sizes.frozen_bytes
+    again = 2 * len(three.batches.sketched) * three.sizes.tail_bytes
+    assert three.exchanged["weights"] - one_probe.exchanged["weights"] == pytest.approx(0.75 * again, abs=1)
     assert "weights" not in make_plan(config_of(), plan, of).exchanged
     assert make_plan(config_of(), PlanConfig(), of).exchanged == {}
 

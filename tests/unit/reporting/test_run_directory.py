@@ -77,6 +77,7 @@ def test_a_step_is_a_row_of_metrics_and_one_of_selection(directory):
             "peak_bytes": [10, 20],
             "phase_peak_bytes": {"nvml": {"sketch": [10, 15], "step": [10, 20]}},
             "exchanged_bytes": {"gather": 128},
+            "gradient_bytes": 0,
             "padding_share": {"train": None},
             "imbalance": 1.5,
             "candidates": 4,

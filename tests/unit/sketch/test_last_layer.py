@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -127,8 +126,8 @@ def test_sums_do_not_depend_on_how_examples_are_held(make):
         sum(last_layer.source_sums([one], GROUPS, 2, moments(), VALID) for one in apart),
     )
     assert torch.equal(
-        last_layer.moment_sums(together, picked, D, 4),
-        sum(last_layer.moment_sums([one], picked, D, 4) for one in apart),
+        last_layer.moment_sums(together, picked, D, torch.tensor(4)),
+        sum(last_layer.moment_sums([one], picked, D, torch.tensor(4)) for one in apart),
     )
 
 
@@ -156,7 +155,7 @@ def test_moment_sums_are_means_of_g_and_its_square(split, make, scale):
     delta, a = factors()
     gradients = [make(torch.tensor(rows), scale * delta[rows], a[rows]) for rows in split]
     g = scale * dense()[picked].double()
-    exponent = math.frexp(float(g.abs().max()) * (1 + 1e-6))[1]
+    exponent = torch.frexp(g.abs().max() * (1 + 1e-6)).exponent
     sums = last_layer.moment_sums(gradients, picked, D, exponent)
     mean, mean_square = last_layer.from_moment_sums(sums, ROWS_TOTAL, 4, exponent)
     # The g themselves are float32 products: 1e-7 of the largest, and more of a mean that cancels.
@@ -168,8 +167,8 @@ def test_moment_sums_of_the_largest_entries_fit():
     count = 1000
     largest = torch.full((count, 1, 1), 4.0 - 2**-22)  # just below 2 ** exponent
     gradients = [Gradients.of(torch.arange(count), largest, torch.ones_like(largest))]
-    sums = last_layer.moment_sums(gradients, torch.ones(count, dtype=torch.bool), 1, 2)
-    mean, mean_square = last_layer.from_moment_sums(sums, count, count, 2)
+    sums = last_layer.moment_sums(gradients, torch.ones(count, dtype=torch.bool), 1, torch.tensor(2))
+    mean, mean_square = last_layer.from_moment_sums(sums, count, count, torch.tensor(2))
     torch.testing.assert_close(mean, largest[0, 0])
     torch.testing.assert_close(mean_square, largest[0, 0].square())
 
@@ -177,7 +176,7 @@ def test_moment_sums_of_the_largest_entries_fit():
 def test_a_rank_that_holds_nothing():
     columns = torch.tensor([[0, 4, 9], [2, 7, 17]])
     assert torch.equal(last_layer.source_sums([], GROUPS, 2, moments(), VALID), torch.zeros(2, D, dtype=torch.int32))
-    assert torch.equal(last_layer.moment_sums([], VALID, D, 0), torch.zeros(2, D, dtype=torch.int64))
+    assert torch.equal(last_layer.moment_sums([], VALID, D, torch.tensor(0)), torch.zeros(2, D, dtype=torch.int64))
     rows = last_layer.rows_at([], columns, GROUPS, moments())
     assert rows.shape == (0, 3)
     assert rows.dtype == torch.float32

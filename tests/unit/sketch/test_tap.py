@@ -23,6 +23,7 @@ from support.families import (
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import Probe, find_probe
+from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.randomness import generator
 from colm_scale.sketch.tap import Tap
 
@@ -103,8 +104,48 @@ def test_blocks_below_the_last_run_once_per_example():
     seen: list[tuple[int, int]] = []
     for number, block in enumerate(tap.model.causal_model.model.layers):
         block.register_forward_hook(lambda _block, args, _out, number=number: seen.append((number, len(args[0]))))
-    tap.branched_losses(batch_of(LENGTHS), changes_of(tap, 4))
-    assert seen == [(0, 3), (1, 12)]
+    tap.branched_losses(batch_of(LENGTHS), changes_of(tap, 5))
+    assert seen == [(0, 3), (1, 6), (1, 6), (1, 3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_branches_do_not_depend_on_those_that_run_before_them(family):
+    """Bit for bit: a difference is computed in the same shapes whatever the number of probes."""
+    tap, batch = tap_of(family), batch_of(LENGTHS)
+    changes = changes_of(tap, 6)
+    found = tap.branched_losses(batch, changes)
+    for start in (0, 2, 4):
+        assert torch.equal(found[start : start + 2], tap.branched_losses(batch, changes[start : start + 2]))
+
+
+def test_memory_does_not_grow_with_the_branches():
+    tap, batch = tap_of("llama"), batch_of([40] * 6)
+    tap.bare_losses(batch)  # the first forward looks at the logits
+    peaks = []
+    for branches in (2, 8, 32):
+        changes = changes_of(tap, branches)
+        with LiveBytes([*tap.model.parameters(), *tap.model.buffers(), changes]) as live:
+            before = live.now
+            tap.branched_losses(batch, changes)
+        peaks.append(live.peak - before)
+    kept = 6 * 40 * (32 + 2 * 8) * 4  # the last block's input, and its angles
+    assert peaks[0] <= peaks[1] <= peaks[0] + kept + 2**14
+    assert peaks[2] - peaks[1] < 2**12  # of four bytes a loss
+
+
+def test_a_forward_that_fails_leaves_all_blocks():
+    tap, calls = tap_of("llama"), []
+
+    def fail(*_):
+        calls.append(len(tap.blocks))
+        if len(calls) == 2:
+            raise RuntimeError("within a block")
+
+    tap.block.mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="within a block"):
+        tap.branched_losses(batch_of(LENGTHS), changes_of(tap, 4))
+    assert calls == [2, 1]
+    assert len(tap.blocks) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

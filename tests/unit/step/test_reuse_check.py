@@ -53,7 +53,7 @@ class Training:
     def train(self, micro_batch: MicroBatch) -> None:
         with self.inputs.reusing(micro_batch.batch):
             losses = self.engine.forward(micro_batch.batch)
-        self.engine.backward((losses * micro_batch.shares).sum(), last=True)
+        self.engine.backward((losses * micro_batch.shares).sum())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from colm_scale.randomness import generator
 from colm_scale.records import long_tensor
 from colm_scale.selection.ranking import matching
-from colm_scale.selection.ranking.matching import match_by_swaps, whole_numbers
+from colm_scale.selection.ranking.matching import match_by_swaps, products_of_deviations, whole_numbers
 
 UNTIMED = settings(deadline=None)  # a busy machine makes no failure
 
@@ -23,7 +23,7 @@ def drawn(n: int, h: int, trial: int = 0) -> Tensor:
 
 
 def picked(rows: Tensor, k: int) -> list[int]:
-    return match_by_swaps(rows, k).tolist()
+    return match_by_swaps(products_of_deviations(rows), k).tolist()
 
 
 def away(rows: Tensor, picks) -> float:
@@ -45,7 +45,7 @@ def pools(draw):
 @given(pools())
 def test_no_exchange_comes_nearer(pool):
     rows, k = pool
-    picks = match_by_swaps(rows, k).tolist()
+    picks = match_by_swaps(products_of_deviations(rows), k).tolist()
     assert picks == sorted(set(picks))
     assert len(picks) == k
     reached = away(rows, picks)
