@@ -26,7 +26,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.estimators.base import Estimator
 from colm_scale.estimators.last_layer import LastLayer
 from colm_scale.estimators.zeroth_order import ZerothOrder
-from colm_scale.profiling.memory import MemoryMeter, memory_meter
+from colm_scale.profiling.memory import MemoryMeter, ResidentMeter
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, SketchPlan, long_tensor
 from colm_scale.selection.moments import AdamMoments
@@ -57,21 +57,28 @@ class SimulatedGroup(Group):
 
     Attributes:
         plan: Rows of the sketches that each rank would send.
-        sketches: ``[s, c]`` of all ranks, by c.
+        sketches: ``[W, rows of a rank, c]`` as all ranks would send them, by c.
     """
 
     plan: SketchPlan | None = None
     sketches: dict[int, Tensor] = field(default_factory=dict)
 
     def all_gather(self, tensor: Tensor, label: str) -> Tensor:
-        gathered = tensor.new_zeros(self.world_size, *tensor.shape)
-        if tensor.is_floating_point():
-            for rank, rows in enumerate(map(self.plan.rows_of, range(self.world_size))):
-                gathered[rank, : len(rows)] = self.sketches[tensor.shape[1]][rows]
+        if label == "gather":
+            gathered = self.sketches[tensor.shape[1]].clone()
         else:
-            gathered[:] = tensor
+            gathered = tensor.expand(self.world_size, *tensor.shape).clone()
         self._count(label, gathered)
         return gathered
+
+    def receives(self, *sketches: Tensor) -> None:
+        """Let the other ranks send these sketches ``[s, c]``, each from the rank that computes it."""
+        rows = [self.plan.rows_of(rank) for rank in range(self.world_size)]
+        for of_all in sketches:
+            laid_out = of_all.new_zeros(self.world_size, int(self.plan.counts.max()), of_all.shape[1])
+            for rank, of_rank in enumerate(rows):
+                laid_out[rank, : len(of_rank)] = of_all[of_rank]
+            self.sketches[of_all.shape[1]] = laid_out
 
     def reduce_scatter(self, tensor: Tensor, label: str) -> Tensor:
         self._count(label, tensor)
@@ -133,10 +140,10 @@ def make_estimator(config: SelectionConfig, group: SimulatedGroup, candidates: C
     positions = group.plan.positions
     rows = draw_rows(len(positions), COLUMNS if config.estimator == "last_layer" else 1, candidates.sources[positions])
     if config.estimator == "last_layer":
-        group.sketches = {2: torch.ones(len(rows), 2), COLUMNS: rows}
+        group.receives(torch.ones(len(rows), 2), rows)
         moments = AdamMoments(torch.zeros(PROBE_NUMBERS), torch.ones(PROBE_NUMBERS), STEP - 1, (0.9, 0.999), 1e-8)
         return LastLayer(SimpleNamespace(size=PROBE_NUMBERS), group, moments, COLUMNS)
-    group.sketches = {2: torch.cat([rows, torch.ones(len(rows), 1)], dim=1)}
+    group.receives(torch.cat([rows, torch.ones(len(rows), 1)], dim=1))
     moments = AdamMoments(torch.tensor([0.1]), torch.ones(1), STEP - 1, (0.9, 0.999), 1e-8)
     return ZerothOrder(None, group, moments, torch.zeros(1, 1), COLUMNS)
 
@@ -147,7 +154,7 @@ def measure_step(estimator_name: str, ranks: int) -> dict:
     config = SelectionConfig(candidates=n, budget=n // 2, estimator=estimator_name, columns=COLUMNS)
     sizes = long_tensor([rows for rows, _ in SOURCES.values()])
     rule = SelectionRule(config, kept_sources(sizes, list(SOURCES), None), seed=0)
-    group, candidates, stages = SimulatedGroup(0, ranks, 0, 1, CPU), draw_candidates(n), Stages(memory_meter(CPU))
+    group, candidates, stages = SimulatedGroup(0, ranks, 0, 1, CPU), draw_candidates(n), Stages(ResidentMeter())
     quota = rule.quota(candidates)
     with stages("plan"):
         group.plan = plan_sketch(candidates, quota, ranks, MICRO_BATCH_TOKENS)

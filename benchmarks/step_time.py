@@ -66,7 +66,7 @@ def prepare(options: list[str], group: Group) -> tuple:
     inputs = read_inputs(config, group)
     module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)
-    spans = Spans(group.device, memory_meter(group.device), lambda _: None)
+    spans = Spans(group.device, memory_meter(group), lambda _: None)
     step = assembly.build_step(config, inputs, engine, tap, spans, group)
     return step, branches(config, tap, group), module, runs.digest(config.data.train)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Batching:
         A candidate in no share may have been left out for a loss that is not finite, of which no weight makes zero.
         """
         batches = []
-        shared = long_tensor(sorted({position for share in shares for positions in share for position in positions}))
+        shared = long_tensor([*chain.from_iterable(chain.from_iterable(shares))]).sort().values
         if not len(shared):
             return []
         shortest = candidates.indices[shared[candidates.lengths[shared].argmin().view(1)]]

@@ -70,9 +70,8 @@ def gather_examples(parts: Sequence[Examples], group: Group) -> Examples:
     tokens = F.pad(tokens, (0, int(sizes[:, 2].max()) - len(tokens)))
     rows = group.all_gather(rows.to(device), "rows").cpu()
     tokens = group.all_gather(tokens.to(device), "rows").cpu()
-    counts = enumerate(sizes[:, 1:3].tolist())
-    of_ranks = [(rows[rank, :, :count], tokens[rank, :size]) for rank, (count, size) in counts]
-    whole = joined([decoded(of_rank[:3], of_tokens, names) for of_rank, of_tokens in of_ranks])
-    order = torch.cat([of_rank[3] for of_rank, _ in of_ranks]).argsort(stable=True)
+    rows = rows.transpose(1, 2)[torch.arange(rows.shape[2]) < sizes[:, 1:2]].T
+    tokens = tokens[torch.arange(tokens.shape[1]) < sizes[:, 2:3]]
+    whole, order = decoded(rows[:3], tokens, names), rows[3].argsort(stable=True)
     left_out = zip(names, sizes[:, 3:].sum(0).tolist())
     return dataclasses.replace(whole.take(order), dropped={name: count for name, count in left_out if count})

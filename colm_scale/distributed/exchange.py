@@ -20,16 +20,17 @@ def gather_rows(local: Tensor, plan: SketchPlan, group: Group, label: str) -> Te
 
     Each rank's share is padded to the largest. Rows that no rank computes are zero; if all are, nothing is exchanged.
     """
-    rows = local.new_zeros(len(plan.positions), local.shape[1])
-    if not plan.most_rows:
+    rows, counts = local.new_zeros(len(plan.positions), local.shape[1]), plan.counts
+    most = int(counts.max())
+    if not most:
         return rows
-    padded = local.new_zeros(plan.most_rows, local.shape[1])
+    padded = local.new_zeros(most, local.shape[1])
     padded[: len(local)] = local
-    gathered = group.all_gather(padded, label)
-    for rank, share in enumerate(gathered):
-        of_rank = on_device(plan.rows_of(rank), local.device)
-        rows[of_rank] = share[: len(of_rank)]
-    return rows
+    gathered = group.all_gather(padded, label).flatten(0, 1)
+    places = (torch.arange(most) < counts.unsqueeze(1)).flatten().nonzero().flatten()  # those that are not padding
+    of_all = plan.rows_of(*range(len(counts)))
+    of_all, places = on_device(torch.stack([of_all, places]), local.device)
+    return rows.index_copy_(0, of_all, gathered.index_select(0, places))
 
 
 def share_selection(selection: Selection | None, budget: int, candidates: Candidates, group: Group) -> Selection:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -178,7 +179,15 @@ def _belongs(line: bytes, after: int) -> bool:
 def _append(path: Path, row: Mapping[str, object]) -> None:
     """Open the file for each row, so that a killed run leaves complete lines."""
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(row), allow_nan=False, ensure_ascii=False) + "\n")
+        file.write(_as_line(row) + "\n")
+
+
+def _as_line(row: Mapping[str, object]) -> str:
+    encoded = partial(json.dumps, allow_nan=False, ensure_ascii=False)
+    try:
+        return encoded(row)
+    except ValueError:  # some number is not finite; a search through the lists of all ranks and candidates takes longer
+        return encoded(finite(row))
 
 
 @contextmanager

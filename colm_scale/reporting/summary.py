@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.records import Json, StepReport, long_tensor
 from colm_scale.reporting.nearness import Nearness
@@ -87,7 +88,7 @@ class RunSummary:
         source_names: Name of each source, 0..Q-1.
         sizes: ``[Q]`` training examples.
         small: ``[Q]`` bool, the sources reported as small.
-        memory_label: Name of the headline memory figure, e.g. "GPU memory (NVML)".
+        memory_label: Name of the headline memory figure, e.g. "GPU memory (torch allocator)".
         too_long: Examples of each source that were too long, by treatment: ``{"dropped": ..., "cut": ...}``.
     """
 
@@ -110,8 +111,8 @@ class RunSummary:
         self._floors: list[float] = []
         self._without_update = 0
         self._exchanged: Counter[str] = Counter()
+        self._peaks: dict[str, dict[str, Tensor]] = {}
         self._gradient_bytes = 0
-        self._peaks: dict[str, dict[str, list[int]]] = {}
         self._nearness = Nearness()
 
     def report(self, report: StepReport) -> None:
@@ -137,7 +138,8 @@ class RunSummary:
         for kind, by_phase in report.phase_peak_bytes.items():
             so_far = self._peaks.setdefault(kind, {})
             for phase, peaks in by_phase.items():
-                so_far[phase] = list(map(max, zip_longest(peaks, so_far.get(phase, ()), fillvalue=0)))
+                both = [long_tensor(peaks), so_far.get(phase, long_tensor([]))]
+                so_far[phase] = pad_sequence(both, batch_first=True).amax(0)
 
     def state(self) -> Json:
         """The accumulated figures, as plain JSON."""
@@ -150,7 +152,7 @@ class RunSummary:
             "without_update": self._without_update,
             "exchanged": self._exchanged,
             "gradient_bytes": self._gradient_bytes,
-            "peaks": self._peaks,
+            "peaks": {kind: {name: of.tolist() for name, of in peaks.items()} for kind, peaks in self._peaks.items()},
             "worth": self._nearness.state(),
         }
 
@@ -161,7 +163,8 @@ class RunSummary:
         self._evaluations = [Evaluation.of(evaluation) for evaluation in state["evaluations"]]
         self._seconds, self._outside, self._floors = state["seconds"], state["outside"], state["floors"]
         self._without_update = state["without_update"]
-        self._exchanged, self._peaks = Counter(state["exchanged"]), state["peaks"]
+        self._exchanged, peaks = Counter(state["exchanged"]), state["peaks"].items()
+        self._peaks = {kind: {name: long_tensor(of) for name, of in by_phase.items()} for kind, by_phase in peaks}
         self._gradient_bytes = state.get("gradient_bytes", 0)  # older checkpoints have none
         self._nearness.load(state["worth"])
 
@@ -216,7 +219,7 @@ class RunSummary:
         """Peak memory of one kind over the run: a row per rank, a column per phase."""
         label = self._memory_label if kind == next(iter(self._peaks)) else kind
         table = _table("rank", *self._peaks[kind], title=f"peak {label}, GiB")
-        for rank, peaks in enumerate(zip(*self._peaks[kind].values())):
+        for rank, peaks in enumerate(zip(*[of.tolist() for of in self._peaks[kind].values()])):
             _add_row(table, str(rank), *map(gib, peaks))
         return table
 

@@ -14,7 +14,7 @@ from colm_scale.modeling.compiling import check_compiler, compile_blocks
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import check_flash, use_packing
-from colm_scale.modeling.probe import decoder_blocks, find_probe
+from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, last_block_alone
 from colm_scale.profiling.spans import Spans
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.rule import SelectionRule
@@ -47,7 +47,15 @@ def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         module.padded_because, module.sdpa_because = tried.padded_because, flash_fails or tried.sdpa_because
-        return module, Tap(module, probe) if probe else None
+        return module, _tap(module, probe) if probe else None
+
+
+def _tap(module: ExampleLoss, probe: Probe) -> Tap:
+    """Make the tap; what it must try out runs through the last block alone."""
+    alone = ExampleLoss(last_block_alone(module.causal_model))
+    like = Tap(alone, in_last_block(alone.causal_model, probe))
+    module.computes_logits_like(alone)
+    return Tap(module, probe, like)
 
 
 def build_step(

@@ -120,7 +120,7 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     identity["model"] = model_digest(module)
     group.agree(identity["model"], "weights of the base model")
     engine = make_engine(config, inputs.ds_config, module, group)
-    meter = memory_meter(group.device)
+    meter = memory_meter(group)
     small = kept_sources(inputs.sizes, inputs.source_names, None)
     evaluator: Evaluator = NoEvaluator()
     if inputs.eval is not None:

@@ -72,11 +72,13 @@ def stratified(sources: Tensor, quota: Quota, generator: torch.Generator, unbias
         generator: Rank-equal.
         unbiased: Weight the picks of a source to represent all its candidates that are not kept, rather than 1 each.
     """
+    is_kept = torch.zeros(len(sources), dtype=torch.bool)
+    is_kept[quota.kept] = True
     positions, weights = [quota.kept], [torch.full((len(quota.kept),), quota.kept_weight if unbiased else 1.0)]
     for source, count in enumerate(quota.per_source.tolist()):
         # Shuffled even for 0, so that a source's quota changes no other draw.
         shuffled = _shuffled((sources == source).nonzero().flatten(), generator)
-        others = shuffled[~torch.isin(shuffled, quota.kept)]
+        others = shuffled[~is_kept[shuffled]]
         positions.append(others[:count].sort().values)
         weights.append(torch.full((count,), len(others) / count if unbiased and count else 1.0))
     return Selection(torch.cat(positions), torch.cat(weights), kept=len(quota.kept), overflow=quota.overflow)

@@ -6,11 +6,13 @@ sketch, does not depend on the number of ranks.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
-from colm_scale.records import Candidates, Quota, SketchPlan
-from colm_scale.selection.route import deal, form_micro_batches
+from colm_scale.records import Candidates, Quota, SketchPlan, long_tensor
+from colm_scale.selection.route import deal, form_micro_batches, longest_of
 
 
 def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
@@ -22,18 +24,18 @@ def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[
     Returns:
         ``[n]`` the rank that holds a candidate's inputs, or -1; the number of micro-batches that each rank holds.
     """
+    shares = [[*filter(None, share)] for share in plan.shares]
+    micro_batches = [*chain.from_iterable(shares)]
+    sizes, ranks = long_tensor([*map(len, micro_batches)]), torch.arange(len(shares))
+    rank_of = ranks.repeat_interleave(long_tensor([*map(len, shares)]))
+    costs = longest_of(lengths, micro_batches) * sizes
+    of_ranks = torch.zeros_like(ranks).index_add_(0, rank_of, costs)
+    so_far = costs.cumsum(0) - (of_ranks.cumsum(0) - of_ranks)[rank_of]
+    held = so_far <= most_tokens
     found = torch.full_like(lengths, -1)
-    counts = []
-    for rank, share in enumerate(plan.shares):
-        held = count = 0
-        for members in filter(len, share):
-            held += len(members) * int(lengths[list(members)].max())
-            if held > most_tokens:
-                break
-            found[list(members)] = rank
-            count += 1
-        counts.append(count)
-    return found, counts
+    members = long_tensor([*chain.from_iterable(micro_batches)])
+    found[members] = torch.where(held, rank_of, -1).repeat_interleave(sizes)
+    return found, torch.bincount(rank_of[held], minlength=len(shares)).tolist()
 
 
 def plan_sketch(

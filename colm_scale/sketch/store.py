@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_scale.records import long_tensor
+from colm_scale.records import last_of_each
+
+_NOBODY = torch.iinfo(torch.int64).min
+"""The id of an empty entry."""
 
 
 class SketchStore:
@@ -24,10 +27,10 @@ class SketchStore:
 
     def __init__(self, reuse: int, entries: int):
         self._reuse = reuse
-        self._ids = torch.full((entries,), -1, dtype=torch.int64)
+        self._ids = torch.full((entries,), _NOBODY, dtype=torch.int64)
         self._steps = torch.zeros(entries, dtype=torch.int64)
         self._rows = torch.zeros(entries, 0)
-        self._places: dict[int, int] = {}
+        self._sorted, self._order = self._ids.sort()
         self._next = 0
 
     @property
@@ -36,7 +39,7 @@ class SketchStore:
 
     def find(self, ids: Tensor, step: int) -> Tensor:
         """``[n]`` int64 place of each example's row, -1 if there is none or it is not valid in ``step``."""
-        places = long_tensor([self._places.get(id_, -1) for id_ in ids.tolist()])
+        places = self._places(ids)
         return torch.where((places >= 0) & (step - self._steps[places] <= self._reuse), places, -1)
 
     def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,24 +49,27 @@ class SketchStore:
     def add(self, ids: Tensor, steps: Tensor, rows: Tensor) -> None:
         """Add rows ``[k, c]`` of examples ``[k]``, made in steps ``[k]``, the oldest first. The last row of an example
         replaces its others."""
-        last = long_tensor([*dict(zip(ids.tolist(), range(len(ids)))).values()])
+        last = last_of_each(ids)
         ids, steps, rows = ids[last], steps[last], rows[last]
         if self._rows.shape[1] != rows.shape[1]:
             self._rows = torch.zeros(len(self._ids), rows.shape[1])
         places = (self._next + torch.arange(len(ids))) % len(self._ids)
-        for place, old, new in zip(places.tolist(), self._ids[places].tolist(), ids.tolist()):
-            if self._places.get(old) == place:
-                del self._places[old]
-            self._places[new] = place
+        replaced = self._places(ids)
+        self._ids[replaced[replaced >= 0]] = _NOBODY
         self._ids[places], self._steps[places], self._rows[places] = ids, steps, rows
+        self._sorted, self._order = self._ids.sort()
         self._next = (self._next + len(ids)) % len(self._ids)
 
     def state(self, step: int) -> dict[str, Tensor]:
         """The rows valid after ``step``, as the arguments of `add`."""
-        places = long_tensor([*self._places.values()])
-        places = places[self._steps[places] > step - self._reuse]
+        places = ((self._ids != _NOBODY) & (self._steps > step - self._reuse)).nonzero().flatten()
         places = places[self._steps[places].argsort(stable=True)]
         return {"ids": self._ids[places], "steps": self._steps[places], "rows": self._rows[places]}
+
+    def _places(self, ids: Tensor) -> Tensor:
+        """``[n]`` int64 place of each example's row, -1 if there is none."""
+        places = self._order[torch.searchsorted(self._sorted, ids).clamp(max=self.entries - 1)]
+        return torch.where(self._ids[places] == ids, places, -1)
 
 
 class NoSketchStore(SketchStore):

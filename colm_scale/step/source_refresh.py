@@ -14,9 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.modeling.embedding import mean_states
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.randomness import generator
-from colm_scale.records import Batch, Candidates, Json, long_tensor, on_device
+from colm_scale.records import Batch, Candidates, Json, last_of_each, long_tensor, on_device
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.shares import source_shares
 from colm_scale.step.source_state import SourceState
@@ -90,6 +88,18 @@ class SourceRefresh:
         """
 
 
+@dataclass(frozen=True, slots=True)
+class _States:
+    """Projected hidden states ``[k, p]`` of some examples, with their ``[k]`` ids and sources."""
+
+    ids: Tensor
+    sources: Tensor
+    states: Tensor
+
+    def at(self, which: Tensor) -> _States:
+        return _States(self.ids[which], self.sources[which], self.states[which])
+
+
 class SeenStates:
     """Records the projected hidden states of the candidates since the last re-clustering.
 
@@ -104,7 +114,7 @@ class SeenStates:
         width = module.causal_model.get_output_embeddings().in_features
         self._projection = torch.randn(width, DIMENSIONS, generator=generator(seed, "sources")).to(group.device)
         self._local = torch.zeros(0)
-        self._by_id: dict[int, tuple[int, Tensor]] = {}  # source and state, on the first rank
+        self._seen: list[_States] = []  # by step, on the first rank
 
     def begin(self, candidates: int) -> None:
         """Make room for the states of a step's candidates: ``[n, p + 1]``, the last column a count."""
@@ -122,11 +132,10 @@ class SeenStates:
         seen = self.group.all_reduce(self._local, "sources").cpu()
         self._local = torch.zeros(0)
         if self.group.is_first:
-            for position in seen[:, -1].nonzero().flatten().tolist():
-                # States from the sketch and from training are equal except for rounding.
-                state = seen[position, :-1] / seen[position, -1]
-                self._by_id.pop(int(candidates.ids[position]), None)
-                self._by_id[int(candidates.ids[position])] = int(candidates.sources[position]), state
+            positions = seen[:, -1].nonzero().flatten()
+            # States from the sketch and from training are equal except for rounding.
+            states = seen[positions, :-1] / seen[positions, -1:]
+            self._seen.append(_States(candidates.ids[positions], candidates.sources[positions], states))
 
     def cluster(self, step: int) -> Json:
         """Cluster the recorded examples on the first rank, and forget their states. All ranks call it together.
@@ -138,22 +147,17 @@ class SeenStates:
         with self.group.together():
             if self.group.is_first:
                 changes = self._changes(step)
-        self._by_id = {}
+        self._seen = []
         return self.group.share_json(changes)
 
     def state(self) -> dict[str, Tensor]:
         """The first rank's part of a checkpoint."""
-        states = [state for _, state in self._by_id.values()]
-        return {
-            "ids": long_tensor([*self._by_id]),
-            "sources": long_tensor([source for source, _ in self._by_id.values()]),
-            "states": torch.stack(states) if states else torch.zeros(0, DIMENSIONS),
-        }
+        latest = self._latest()
+        return {"ids": latest.ids, "sources": latest.sources, "states": latest.states}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Continue from a `state`, on the first rank."""
-        rows = zip(saved["ids"].tolist(), saved["sources"].tolist(), saved["states"])
-        self._by_id = {id_: (source, state.clone()) for id_, source, state in rows}
+        self._seen = [_States(saved["ids"], saved["sources"], saved["states"])]
 
     def _record(self, batch: Batch, hidden: Tensor) -> None:
         if len(batch.positions):
@@ -162,16 +166,22 @@ class SeenStates:
             self._local[at] += torch.cat([found, torch.ones_like(found[:, :1])], dim=1)
 
     def _changes(self, step: int) -> Json:
-        ids = [id_ for id_, (_, state) in self._by_id.items() if state.isfinite().all()]
-        before = np.array([self._by_id[id_][0] for id_ in ids], np.int64)
-        if not ids:
+        latest = self._latest()
+        latest = latest.at(latest.states.isfinite().all(1))
+        if not len(latest.ids):
             return {"examples": 0, "moved": [], "new": []}
-        states = torch.stack([self._by_id[id_][1] for id_ in ids]).numpy()
         seed = int(generator(self._seed, "regroup", step).initial_seed() % 2**32)
-        found = regroup(states, before, seed)
-        places = (found.sources != before).nonzero()[0].tolist()
-        moved = [[ids[place], int(before[place]), int(found.sources[place])] for place in places]
-        return {"examples": len(ids), "moved": moved, "new": [*found.new]}
+        found = regroup(latest.states.numpy(), latest.sources.numpy(), seed)
+        now = torch.from_numpy(found.sources)
+        moved = torch.stack([latest.ids, latest.sources, now], dim=1)[now != latest.sources]
+        return {"examples": len(latest.ids), "moved": moved.tolist(), "new": [*found.new]}
+
+    def _latest(self) -> _States:
+        """The last state of each example, in the order in which they were seen."""
+        nothing = _States(long_tensor([]), long_tensor([]), torch.zeros(0, DIMENSIONS))
+        columns = zip(*[(seen.ids, seen.sources, seen.states) for seen in (nothing, *self._seen)])
+        whole = _States(*map(torch.cat, columns))
+        return whole.at(last_of_each(whole.ids))
 
 
 class ReclusteredSources(SourceRefresh):
@@ -198,7 +208,7 @@ class ReclusteredSources(SourceRefresh):
     ):
         self.sizes, self.kept = sizes.clone(), kept
         self._seen, self._names, self._selection, self._every = seen, tuple(names), selection, refresh_every
-        self._moved: dict[int, int] = {}  # current source of every example that ever moved, by id
+        self._moved = torch.zeros(0, 2, dtype=torch.int64)  # ids that ever moved, ascending, and their current sources
 
     @property
     def shares(self) -> Tensor | None:
@@ -206,8 +216,12 @@ class ReclusteredSources(SourceRefresh):
 
     def relabelled(self, candidates: Candidates) -> Candidates:
         self._seen.begin(len(candidates))
-        pairs = zip(candidates.ids.tolist(), candidates.sources.tolist())
-        return replace(candidates, sources=long_tensor([self._moved.get(id_, source) for id_, source in pairs]))
+        if not len(self._moved):
+            return candidates
+        ids, sources = self._moved.T
+        places = torch.searchsorted(ids.contiguous(), candidates.ids).clamp(max=len(ids) - 1)
+        moved = ids[places] == candidates.ids
+        return replace(candidates, sources=torch.where(moved, sources[places], candidates.sources))
 
     def watching(self) -> AbstractContextManager[None]:
         return self._seen.watching()
@@ -220,10 +234,9 @@ class ReclusteredSources(SourceRefresh):
             return None
         started = time.perf_counter()
         changes = self._seen.cluster(step)
-        for id_, before, now in changes["moved"]:
-            self._moved[id_] = now
-            self.sizes[before] -= 1
-            self.sizes[now] += 1
+        ids, before, now = long_tensor(changes["moved"]).view(-1, 3).T
+        self._move(torch.stack([ids, now], dim=1))
+        self.sizes += torch.bincount(now, minlength=len(self.sizes)) - torch.bincount(before, minlength=len(self.sizes))
         kept_before = self.kept
         self.kept = kept_sources(self.sizes, self._names, self._selection.kept_sources)
         state.renew(self.kept, self.shares)
@@ -239,8 +252,7 @@ class ReclusteredSources(SourceRefresh):
         )
 
     def state(self) -> dict[str, Tensor]:
-        moved = long_tensor([*chain.from_iterable(self._moved.items())]).view(-1, 2)
-        return {"sizes": self.sizes.clone(), "moved": moved, **self._seen.state()}
+        return {"sizes": self.sizes.clone(), "moved": self._moved, **self._seen.state()}
 
     def load(self, saved: Mapping[str, Tensor] | None, state: SourceState) -> None:
         table: Json | None = None
@@ -248,8 +260,15 @@ class ReclusteredSources(SourceRefresh):
             table = {name: saved[name].tolist() for name in ("sizes", "moved")}
             self._seen.load(saved)
         shared = self._seen.group.share_json(table)
-        self.sizes, self._moved = long_tensor(shared["sizes"]), dict(shared["moved"])
+        self.sizes, self._moved = long_tensor(shared["sizes"]), self._moved[:0]
+        self._move(long_tensor(shared["moved"]).view(-1, 2))
         self.kept, state.shares = state.kept, self.shares
+
+    def _move(self, changes: Tensor) -> None:
+        """Take in ``[k, 2]`` ids and their new sources."""
+        moved = torch.cat([self._moved, changes])
+        moved = moved[last_of_each(moved[:, 0])]
+        self._moved = moved[moved[:, 0].argsort()]
 
     def _named(self, which: Tensor) -> list[str]:
         return [self._names[source] for source in which.nonzero().flatten().tolist()]

@@ -64,7 +64,9 @@ def route_coreset(
         micro_batches: Number per rank; by default as many as the token budget requires.
     """
     candidates, selection = chosen.candidates, chosen.selection
-    label_tokens = chosen.examples.label_counts(candidates.indices[selection.positions])
+    label_tokens = torch.ones(len(selection))
+    if loss == "token":
+        label_tokens = chosen.examples.label_counts(candidates.indices[selection.positions])
     shares = torch.zeros(len(candidates))
     shares[selection.positions] = loss_shares(selection, label_tokens, loss)
     to_deal = candidates.lengths, selection.positions, group.world_size

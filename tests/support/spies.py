@@ -94,7 +94,7 @@ class EstimatorSpy:
             {
                 "sketched": len(plan.positions),
                 "own": len(plan.rows_of(self._group.rank)),
-                "padded": plan.most_rows * self._group.world_size,
+                "padded": int(plan.counts.max()) * self._group.world_size,
                 "ranked": plan.num_groups,
                 "largest_micro_batch": max((len(batch.positions) for batch in batches), default=0),
             }

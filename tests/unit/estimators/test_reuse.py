@@ -86,7 +86,7 @@ def test_a_step_in_which_all_are_fresh_forwards_nothing():
     step_of(estimator, 1, [70, 80])
     plan, _ = step_of(estimator, 2, [80, 70])
     assert plan.shares == ((), ())
-    assert plan.most_rows == 0
+    assert plan.counts.tolist() == [0, 0]
     assert plan.positions.tolist() == [0, 1]
 
 

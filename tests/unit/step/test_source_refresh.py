@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.families import base_model, batch_of, with_adapters
 
 from colm_scale.config import DataConfig, RunConfig, SelectionConfig, SourcesConfig
@@ -123,3 +126,34 @@ def test_names_of_kept_sources_are_not_chosen_again():
         RunConfig(sources=SourcesConfig(refresh_every=5), selection=SelectionConfig(kept_sources=["a"]))
     RunConfig(sources=SourcesConfig(refresh_every=5), selection=SelectionConfig(kept_sources=0.5))
     RunConfig(data=CONFIG.data, sources=CONFIG.sources, selection=SelectionConfig(kept_sources=["a"]))
+
+
+def test_of_an_example_seen_again_the_last_state_is_remembered_and_it_comes_last(parts):
+    """In a step, and in a later one, as the epochs of small data overlap."""
+    seen = parts.refresh._seen
+    for ids, first in (([5, 6, 5, 7], 0.0), ([6, 8], 10.0)):
+        count = len(ids)
+        drawn = dataclasses.replace(candidates(*[0] * count), ids=long_tensor(ids), sources=torch.arange(count) % 3)
+        seen.begin(count)
+        states = (first + torch.arange(count)).unsqueeze(1).expand(count, DIMENSIONS)
+        seen._local = torch.cat([2 * states, torch.full((count, 1), 2.0)], dim=1)  # each in two forwards
+        seen.gather(drawn)
+    state = parts.refresh.state()
+    assert state["ids"].tolist() == [5, 7, 6, 8]
+    assert state["sources"].tolist() == [2, 0, 0, 1]
+    assert state["states"][:, 0].tolist() == [2.0, 3.0, 10.0, 11.0]
+    again = SeenStates(parts.module, 0, connect())
+    again.load(state)
+    assert all(torch.equal(again.state()[name], state[name]) for name in ("ids", "sources", "states"))
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), max_size=5), max_size=4))
+def test_sources_are_those_of_the_last_move(changes):
+    refresh = ReclusteredSources.__new__(ReclusteredSources)
+    refresh._moved, refresh._seen = torch.zeros(0, 2, dtype=torch.int64), SimpleNamespace(begin=lambda count: None)
+    expected: dict[int, int] = {}
+    drawn = dataclasses.replace(candidates(*[9] * 10), ids=torch.arange(10).flip(0))
+    for moved in changes:
+        refresh._move(long_tensor(moved).view(-1, 2))
+        expected |= dict(moved)
+        assert refresh.relabelled(drawn).sources.tolist() == [expected.get(id_, 9) for id_ in range(9, -1, -1)]
