@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from colm_scale.errors import UserError
 from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
@@ -44,9 +43,13 @@ class BlockInputs:
 
     Attributes:
         most_tokens: Number of tokens that can be held on a rank.
+        absent_because: Reason why none are held although that would save time; else empty.
     """
 
     most_tokens = 0
+
+    def __init__(self, absent_because: str = ""):
+        self.absent_because = absent_because
 
     def tokens_of(self, tokens: Tensor) -> Tensor:
         """Return how many of `most_tokens` micro-batches of ``tokens`` (int64) take."""
@@ -77,13 +80,10 @@ class HeldBlockInputs(BlockInputs):
         live: The first block that is not reused.
         store: ``device`` or ``cpu``, the memory in which inputs are held.
         most_bytes: Limit for the held inputs.
-
-    Raises:
-        UserError: The model has dropout, so that each forward is different.
     """
 
     def __init__(self, model: ExampleLoss, live: int, store: str = "device", most_bytes: float = math.inf):
-        _check_no_dropout(model)
+        super().__init__()
         self._model, self._store = model, store
         self._blocks = decoder_blocks(model.causal_model)[1][: live + 1]
         self._mode = "run"
@@ -260,12 +260,9 @@ def _not_checkpointed(block: nn.Module) -> Iterator[None]:
         block.gradient_checkpointing = before
 
 
-def _check_no_dropout(model: ExampleLoss) -> None:
+def dropout_of(model: ExampleLoss) -> str:
+    """Name where a model has dropout, with which each of its forwards is different; empty if it has none."""
     drops = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     config = model.causal_model.config.get_text_config()
     drops += [name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)]
-    if drops:
-        raise UserError(
-            f"--train.forward_reuse needs a model without dropout, and this one has dropout in {drops[0]}: leave it "
-            f"out, or use --lora.dropout 0"
-        )
+    return next(iter(drops), "")

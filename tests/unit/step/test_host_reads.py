@@ -63,8 +63,8 @@ ALLOWED = {
         for engine in strict_runs.ENGINES
     },
 }
-# DDP itself, in its first synchronised backward and forward after it, agrees on its buckets.
-ALLOWED["ddp"]["train"] = [f"copy to {where} engines/single_and_ddp.py:forward" for where in ("device", "host")]
+ALLOWED["ddp"]["train"] = [f"copy to {where} engines/single_and_ddp.py:forward" for where in ("device", "host")] * 2
+"""In its second step DDP orders its buckets, once."""
 QUICK = ("last_layer", "paper", "stratified", "ddp")
 ROUNDED = ("bfloat16", "float16", "zeroth_order 3", *strict_runs.ENGINES)
 """Other kernels than the CPU's own, or absent ranks: ids are others."""
