@@ -173,6 +173,9 @@ def load_model(
             model, read = _load(config, dtype, device, option)
     else:
         model, read = _load(config, dtype, device, option, **named)
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped and not named and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # sdpa leaves the cap out, and transformers before 5.21 chooses it
     # Weights missing in the files were drawn at random, differently on every rank.
     drawn = sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})
     if drawn:

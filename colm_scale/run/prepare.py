@@ -69,6 +69,8 @@ class Prepared:
     def lines(self, done: int) -> list[str]:
         """Return the lines printed before the first step after ``done``."""
         lines = run_lines(self.config, self.inputs, self.engine, self.evaluator, self.group)
+        if why := self.step.train.inputs.absent_because:
+            lines.append(f"forward reuse is off: {why}")
         return [*lines, *resumed_lines(self.found, done)]
 
     def facts(self) -> Json:

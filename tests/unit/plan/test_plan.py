@@ -81,7 +81,7 @@ def real_growth(config: RunConfig, family: str) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=SLOW) for name in ("phi3", "opt", "bloom"))])
 def test_traced_growth_is_real_growth(family, dtype, checkpointing):
-    config = config_of(train={"activation_checkpointing": checkpointing, "dtype": dtype})
+    config = config_of(train={"activation_checkpointing": checkpointing, "dtype": dtype, "forward_reuse": "off"})
     expected = real_growth(config, family)
     fake = fake_of(config, family)
     found = peaks(config, {}, fake, 1, Batches([LENGTHS], [LENGTHS]), label_share=0.5)
@@ -126,8 +126,8 @@ def test_like_micro_batches_are_not_traced_again_and_again():
 
 
 def test_forward_reuse_keeps_what_goes_into_each_block():
-    checkpointed = config_of(train={"activation_checkpointing": True})
-    reusing = config_of(train={"activation_checkpointing": True, "forward_reuse": "device"})
+    checkpointed = config_of(train={"activation_checkpointing": True, "forward_reuse": "off"})
+    reusing = config_of(train={"activation_checkpointing": True})
     offloaded = config_of(train={"activation_checkpointing": True, "forward_reuse": "cpu"})
     bounded = config_of(
         train={"activation_checkpointing": True, "forward_reuse": "device", "forward_reuse_gib": 1000 / 2**30}
