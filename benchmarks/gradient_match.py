@@ -140,7 +140,7 @@ class Bench:
         self._module, self._tap = assembly.build_model(config, loading_device(config, {}, group), group)
         engine = make_engine(config, {}, self._module, group)
         random = replace(config, selection=replace(config.selection, method="random"))
-        spans = Spans(group.device, memory_meter(group.device))
+        spans = Spans(group.device, memory_meter(group))
         self._step = assembly.build_step(random, inputs, engine, None, spans, group)
         count = int(inputs.sizes.sum())
         self.pool = torch.randperm(count, generator=generator(config.train.seed, "pool"))[:pool]

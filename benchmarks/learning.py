@@ -110,7 +110,7 @@ def _prepared(options: list[str]):
     inputs = read_inputs(config, group)
     module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)
-    spans = Spans(group.device, memory_meter(group.device), lambda phase: None)
+    spans = Spans(group.device, memory_meter(group), lambda phase: None)
     return assembly.build_step(config, inputs, engine, tap, spans, group)
 
 

@@ -2,7 +2,7 @@
 
 python benchmarks/memory.py predict                     published models in full, all engines, all arms
 python benchmarks/memory.py measure                     the built-in base on the CPU: live bytes of tensors
-python benchmarks/memory.py measure --gpu -- --model.name FOLDER --train.dtype bfloat16   allocator and NVML
+python benchmarks/memory.py measure --gpu -- --model.name FOLDER --train.dtype bfloat16   allocator and device
 
 CoLM trains on b of n examples; the other arms train on b, n and 2n = 4b, all on --ranks ranks. Without accumulation, a
 rank trains on its share in one micro-batch (CoLM sketches in micro-batches of that size); with it, in micro-batches of
@@ -148,7 +148,7 @@ def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, 
         module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
         live.count([*module.parameters(), *module.buffers()])
         made = make_engine(config, inputs.ds_config, module, group)
-        meter = memory_meter(group.device) if gpu else LiveMeter(live)
+        meter = memory_meter(group) if gpu else LiveMeter(live)
         spans = Spans(group.device, meter, lambda _: None)
         step = assembly.build_step(config, inputs, made, tap, spans, group)
         for number in (1, 2):  # the first step allocates the optimizer's averages
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=1024, help="tokens of a micro-batch with accumulation")
     parser.add_argument("--engine", choices=ENGINES)
     parser.add_argument("--arm", choices=ARMS)
-    parser.add_argument("--gpu", action="store_true", help="peaks of the allocator and NVML, not live bytes")
+    parser.add_argument("--gpu", action="store_true", help="peaks of the allocator and the device, not live bytes")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--accumulated", action="store_true")
     own, options = rows.split(sys.argv[1:])

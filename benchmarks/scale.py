@@ -26,7 +26,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.estimators.base import Estimator
 from colm_scale.estimators.last_layer import LastLayer
 from colm_scale.estimators.zeroth_order import ZerothOrder
-from colm_scale.profiling.memory import MemoryMeter, memory_meter
+from colm_scale.profiling.memory import MemoryMeter, ResidentMeter
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, SketchPlan, long_tensor
 from colm_scale.selection.moments import AdamMoments
@@ -154,7 +154,7 @@ def measure_step(estimator_name: str, ranks: int) -> dict:
     config = SelectionConfig(candidates=n, budget=n // 2, estimator=estimator_name, columns=COLUMNS)
     sizes = long_tensor([rows for rows, _ in SOURCES.values()])
     rule = SelectionRule(config, kept_sources(sizes, list(SOURCES), None), seed=0)
-    group, candidates, stages = SimulatedGroup(0, ranks, 0, 1, CPU), draw_candidates(n), Stages(memory_meter(CPU))
+    group, candidates, stages = SimulatedGroup(0, ranks, 0, 1, CPU), draw_candidates(n), Stages(ResidentMeter())
     quota = rule.quota(candidates)
     with stages("plan"):
         group.plan = plan_sketch(candidates, quota, ranks, MICRO_BATCH_TOKENS)

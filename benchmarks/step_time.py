@@ -45,14 +45,14 @@ from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
 
 BUILT_IN = "built-in"
-CHECKPOINTED = ("--train.activation_checkpointing", "true")
+CHECKPOINTED = ("--train.activation_checkpointing", "true", "--train.forward_reuse", "off")
 ARMS = {
     "last_layer": (),
     "paper": ("--selection.preset", "paper"),
     "stratified": ("--selection.method", "stratified"),
     "full": ("--selection.method", "full"),
     "last_layer, checkpointed": CHECKPOINTED,
-    "last_layer, forward reuse": (*CHECKPOINTED, "--train.forward_reuse", "device"),
+    "last_layer, forward reuse": ("--train.activation_checkpointing", "true", "--train.forward_reuse", "device"),
 }
 QUIET = ("--train.threads", "1", "--profile.display", "off", "--selection.candidates", "64", "--selection.budget", "32")
 RATE = 1e-3
@@ -66,7 +66,7 @@ def prepare(options: list[str], group: Group) -> tuple:
     inputs = read_inputs(config, group)
     module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
     engine = make_engine(config, inputs.ds_config, module, group)
-    spans = Spans(group.device, memory_meter(group.device), lambda _: None)
+    spans = Spans(group.device, memory_meter(group), lambda _: None)
     step = assembly.build_step(config, inputs, engine, tap, spans, group)
     return step, branches(config, tap, group), module, runs.digest(config.data.train)
 

@@ -340,7 +340,7 @@ class StepReport:
     peak_bytes: tuple[int, ...]
     """Peak memory of the step on each rank."""
     phase_peak_bytes: dict[str, dict[str, tuple[int, ...]]]
-    """Peak memory by kind (``nvml``, ``allocator`` or ``resident``; the headline's first) and phase, on each rank."""
+    """Peak memory by kind (``device``, ``allocator`` or ``resident``; the headline's first) and phase, on each rank."""
     exchanged_bytes: dict[str, int]
     """Bytes that the selection's collectives sent per rank, by phase; gradients are not among them."""
     imbalance: float

@@ -168,13 +168,13 @@ class TrainConfig:
     """Type of the frozen weights and of the computation; the adapters are float32. float16 uses loss scaling."""
     activation_checkpointing: bool = False
     """Save only the inputs of each block for the backward and recompute the rest: less memory, more time."""
-    forward_reuse: Literal["off", "device", "cpu"] = "off"
+    forward_reuse: Literal["auto", "off", "device", "cpu"] = "auto"
     """Hold the block inputs of sketched candidates, on the device or in CPU memory, and start the coreset's backward
     from them instead of repeating its forward. Selected candidates are then trained on the rank that sketched them.
-    Requires activation checkpointing and no dropout."""
+    Requires activation checkpointing and no dropout. auto: on the device wherever that is possible."""
     forward_reuse_gib: float = 8.0
-    """Most memory for the block inputs held by `forward_reuse`, in GiB per rank. Candidates that do not fit are trained
-    as usual."""
+    """Most memory for the block inputs held by `forward_reuse`, in GiB per rank; with auto also at most a tenth of a
+    GPU's. Candidates that do not fit are trained as usual."""
     compile: bool = False
     """Compile the decoder blocks below the probe's block with torch.compile (all blocks if nothing is sketched). The
     first steps are slower and later ones faster; rounding differs, so selected ids may too."""
@@ -337,8 +337,7 @@ class RunConfig:
                 f"--train.packing on requires attention sdpa and contradicts --model.attention {self.model.attention}: "
                 f"leave one out"
             )
-        if self.train.forward_reuse != "off":
-            self._check_reusable()
+        self.require_forward_reuse(self.forward_reuse_excluded)
         if self.sources.refresh_every and not self.reclusters and isinstance(self.selection.kept_sources, list):
             raise UserError(
                 f"--sources.refresh_every {self.sources.refresh_every} without --data.sources chooses the kept sources "
@@ -356,26 +355,31 @@ class RunConfig:
         """True if a refresh re-clusters examples, rather than choosing the kept sources again."""
         return self.sources.refresh_every > 0 and self.data.sources is not None
 
-    def _check_reusable(self) -> None:
-        selection, option = self.selection, f"--train.forward_reuse {self.train.forward_reuse}"
+    @property
+    def forward_reuse_excluded(self) -> str:
+        """Why forward reuse is impossible with these options, whatever the model; empty if it is possible."""
+        selection = self.selection
         if selection.method != "colm" or selection.estimator == "length":
             what = "estimator length" if selection.method == "colm" else f"method {selection.method}"
-            raise UserError(f"{option} reuses the candidates' forward, and {what} has none: leave it out")
+            return f"it reuses the candidates' forward, and {what} has none"
         if is_own(selection.estimator):
-            raise UserError(
-                f"{option} reuses the candidates' forward, and --selection.estimator {selection.estimator} may not run "
-                f"one: leave it out"
+            return (
+                f"it reuses the candidates' forward, and --selection.estimator {selection.estimator} may not run one"
             )
         if not self.train.activation_checkpointing:
-            raise UserError(
-                f"{option} requires activation checkpointing: add --train.activation_checkpointing true, or leave it "
-                f"out"
-            )
+            return "it requires activation checkpointing, --train.activation_checkpointing true"
         if self.lora.dropout:
-            raise UserError(
-                f"{option} requires identical forwards each time, and --lora.dropout is {self.lora.dropout}: use 0, or "
-                f"leave it out"
-            )
+            return f"it requires identical forwards each time, and --lora.dropout is {self.lora.dropout}"
+        return ""
+
+    def require_forward_reuse(self, excluded: str) -> None:
+        """Refuse a request for forward reuse, if there is one, for the reason why it is ``excluded``.
+
+        Raises:
+            UserError: ``excluded`` is not empty, and forward reuse neither off nor automatic.
+        """
+        if excluded and self.train.forward_reuse in ("device", "cpu"):
+            raise UserError(f"--train.forward_reuse {self.train.forward_reuse}: {excluded}; leave it out")
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -109,7 +109,7 @@ class CoresetSelector:
         packed = self._module.packs
         pad_id = self._module.causal_model.config.get_text_config().pad_token_id or 0
         self._batching = Batching(pad_id, train.micro_batch_tokens, packed, self.group.device)
-        self.meter = memory_meter(self.group.device)
+        self.meter = memory_meter(self.group)
         self._spans, self._training = Spans(self.group.device, self.meter), ExitStack()
         rule = SelectionRule(selection, kept, train.seed, shares)
         state = SourceState(kept, shares, selection, refresh_every)

@@ -153,6 +153,10 @@ class ExampleLoss(nn.Module):
         """Trust `_post_processing` without checking the first forward."""
         self._post_checked = True
 
+    def computes_logits_like(self, other: ExampleLoss) -> None:
+        """Trust what the first forward of ``other``, with the same head, has found out."""
+        self._fused, self._post_checked = other._fused, other._post_checked
+
     @property
     def fused_head(self) -> nn.Module | None:
         """The output embedding, if the loss multiplies its weight by itself."""

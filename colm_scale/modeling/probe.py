@@ -86,6 +86,19 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel
     return model
 
 
+def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of another's last block, as in `few_blocks`; the model itself if that block needs what others compute
+    (Gemma 3n's reads the keys and values of an earlier one)."""
+    alone = few_blocks(model, [len(decoder_blocks(model)[1]) - 1])
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad(), without_dropout(alone):
+            alone(input_ids=tokens, attention_mask=tokens, use_cache=False)
+    except Exception:  # a missing key, attribute or argument, each model in its own way
+        return model
+    return alone
+
+
 def kinds_of_blocks(model: PreTrainedModel) -> list[int]:
     """Numbers of the first two blocks, and of the first one of every further kind: with other layers, or with another
     attention (such as a sliding window)."""
@@ -106,6 +119,8 @@ def trial_batch(rows: list[Tensor], device: torch.device, *, packed: bool = Fals
 def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
     """Find the probe in the last block of a causal language model without adapters.
 
+    The layers are tried out in a model of that block alone, since no other changes what they do in it.
+
     Args:
         model: The base model, on any device, in any floating-point type.
         which: ``--selection.probe``: v, q, k, o or mlp; or the name of a linear layer of the last block, in full or a
@@ -118,8 +133,9 @@ def find_probe(model: PreTrainedModel, which: str = "v") -> Probe:
     block = f"{prefix}.{len(modules) - 1}"
     linears = linear_layers(modules[-1], block)
     if which in ROLES:
-        with without_dropout(model):
-            return Probe(block, *find_role(model, linears, which))
+        alone = last_block_alone(model)
+        with without_dropout(alone):
+            return Probe(block, *find_role(alone, linear_layers(decoder_blocks(alone)[1][-1], block), which))
     named = [name for name in linears if name == which or name.endswith("." + which)]
     if len(named) != 1:
         raise UserError(

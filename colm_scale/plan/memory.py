@@ -30,6 +30,7 @@ from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.records import Batch, Json
 from colm_scale.sketch import last_layer, zeroth_order
 from colm_scale.sketch.precision import float32_tail
+from colm_scale.step.block_inputs import forward_reuse_store
 
 FLOAT32 = 4
 AVERAGES = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}
@@ -223,13 +224,12 @@ class _Trace:
 
     def held_inputs(self, micro_batches: MicroBatches) -> int:
         """Return the bytes of block inputs that forward reuse holds on the device, up to its bound."""
-        train = self._config.train
-        if train.forward_reuse != "device":
+        if forward_reuse_store(self._config, self.fake.tap) != "device":
             return 0
         model = self.fake.module.causal_model
         hidden: int = model.config.get_text_config().hidden_size
         size = len(self.fake.blocks) * hidden * sum(map(sum, micro_batches)) * input_weight(model).element_size()
-        return min(size, int(train.forward_reuse_gib * 2**30))
+        return min(size, int(self._config.train.forward_reuse_gib * 2**30))
 
     def _growth(self, phase: str, run: Callable[[Batch], None], micro_batches: MicroBatches) -> tuple[int, list[int]]:
         """Trace ``run``, once for each phase and micro-batches of a model."""

@@ -21,6 +21,7 @@ from colm_scale.modeling.load import check_model
 from colm_scale.plan.fake import FakeModel, fake_model, tried
 from colm_scale.plan.memory import AVERAGES, FLOAT32, Batches, MicroBatches, Peaks, peaks
 from colm_scale.selection.route import deal, form_micro_batches, route
+from colm_scale.step.block_inputs import forward_reuse_store
 
 GIB = 2**30
 _SPARE = 0.95
@@ -106,7 +107,7 @@ def make_plan(
     forward = _forward_flops(fake, sizes)
     sketched, trained = (sum(map(sum, of_phase)) for of_phase in (batches.sketched, batches.trained))
     # The loss goes back through frozen weights, which have no gradients; adapters are negligible.
-    passes = 3 if config.train.activation_checkpointing and config.train.forward_reuse == "off" else 2
+    passes = 3 if config.train.activation_checkpointing and not forward_reuse_store(config, fake.tap) else 2
     return Plan(
         config=config,
         plan=plan,

@@ -1,7 +1,9 @@
 """Peak memory of each phase of a step on this rank.
 
-A GPU has two readings. The allocator's peak is exact but excludes the CUDA context, NCCL's buffers and fragments; NVML
-includes them, by sampling. On the CPU the kernel tracks peak resident memory. No reading synchronises the device: the
+On a GPU the peak of torch's allocator is exact, but excludes the CUDA context and NCCL's buffers. NVML's figure
+includes them, but it never falls, because the allocator keeps the blocks that it frees: every phase would show the
+largest so far. So the memory of a phase is the allocator's peak in it, plus what NVML counts beyond the allocator's
+blocks, which is sampled. On the CPU the kernel tracks peak resident memory. No reading synchronises the device: the
 host allocates memory when it launches work, so phases are those of the host.
 """
 
@@ -19,6 +21,8 @@ from typing import Protocol
 import psutil
 import pynvml
 import torch
+
+from colm_scale.distributed.group import Group
 
 _SAMPLE_SECONDS = 0.02
 _STATUS = Path("/proc/self/status")
@@ -43,12 +47,24 @@ class MemoryMeter(Protocol):
         """Begin a phase."""
 
     def stop(self) -> dict[str, int]:
-        """End the phase; return peak bytes by kind: ``resident``, or ``allocator`` and, if available, ``nvml``."""
+        """End the phase; return peak bytes by kind: ``resident``, or ``allocator`` and, if NVML answers, ``device``."""
 
 
-def memory_meter(device: torch.device) -> MemoryMeter:
-    """Make the meter of a device, once the model is on it."""
-    return GpuMeter(device) if device.type == "cuda" else ResidentMeter()
+def memory_meter(group: Group) -> MemoryMeter:
+    """Make the meter of this rank's device, once the model is on it. All ranks call it together.
+
+    All measure the same kinds: where NVML does not answer on some rank, none asks it.
+    """
+    if group.device.type != "cuda":
+        return ResidentMeter()
+    gauge = _nvml_gauge(group.device)
+    return GpuMeter(group.device, None if group.any(gauge is None) else gauge)
+
+
+def free_cached(device: torch.device) -> None:
+    """Return the blocks that the allocator keeps on a GPU, after work whose tensors are not of a step's sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def cpu_name() -> str:
@@ -95,47 +111,80 @@ def _peak_resident() -> int:
 
 
 class GpuMeter:
-    """Measures a GPU's memory with torch's allocator and, if available, NVML."""
+    """Measures a GPU's memory with torch's allocator and, where a ``gauge`` is given, what is beside it."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, gauge: NvmlGauge | None):
         self._device = device
-        self._gauge = _nvml_gauge(device)
-        self._peak: SampledPeak | None = None
-        self.primary = "nvml" if self._gauge else "allocator"
-        self.label = self._gauge.label if self._gauge else "GPU memory (torch allocator)"
+        self._beside = SampledPeak(self._beside_allocator(gauge)) if gauge else None
+        self.primary = "device" if gauge else "allocator"
+        self.label = gauge.label if gauge else "GPU memory (torch allocator)"
         self.device_name = torch.cuda.get_device_name(device)
 
     def start(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
-        if self._gauge:
-            self._peak = SampledPeak(self._gauge.read)
+        if self._beside:
+            self._beside.mark()
 
     def stop(self) -> dict[str, int]:
         peaks = {"allocator": torch.cuda.max_memory_allocated(self._device)}
-        if self._peak:
-            peaks["nvml"] = self._peak.stop()
+        if self._beside:
+            peaks["device"] = peaks["allocator"] + self._beside.largest()
         return peaks
+
+    def _beside_allocator(self, gauge: NvmlGauge) -> Callable[[], int | None]:
+        def read() -> int | None:
+            reserved = torch.cuda.memory_reserved(self._device)
+            used = gauge.read()
+            # If the allocator took or returned memory meanwhile, the two figures do not belong together.
+            return used - reserved if torch.cuda.memory_reserved(self._device) == reserved else None
+
+        return read
 
 
 class SampledPeak:
-    """The largest reading, taken now, every 20 ms by a thread, and at `stop`."""
+    """The largest reading since a mark, by a thread that reads every 20 ms as long as the process lives.
 
-    def __init__(self, read: Callable[[], int]):
+    Args:
+        read: Returns a reading, or None for one that does not count.
+    """
+
+    def __init__(self, read: Callable[[], int | None]):
         self._read = read
-        self._largest = read()
-        self._ended = threading.Event()
+        self._last = self._largest = read() or 0
+        self._errors: list[pynvml.NVMLError] = []
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._sample, name="colm_scale-memory", daemon=True)
         self._thread.start()
 
-    def stop(self) -> int:
+    def mark(self) -> None:
+        """Forget all readings but the last."""
+        with self._lock:
+            self._largest = self._last
+
+    def largest(self) -> int:
+        """Return the largest reading since the mark, and the last before it.
+
+        Raises:
+            pynvml.NVMLError: A reading has failed.
+        """
+        for error in self._errors:
+            raise error
+        return self._largest
+
+    def close(self) -> None:
+        """End the thread."""
         self._ended.set()
         self._thread.join()
-        return max(self._largest, self._read())
 
     def _sample(self) -> None:
-        with suppress(pynvml.NVMLError):  # the reading at `stop` raises it in the main thread
+        try:
             while not self._ended.wait(_SAMPLE_SECONDS):
-                self._largest = max(self._largest, self._read())
+                reading = self._read()
+                if reading is not None:
+                    with self._lock:
+                        self._last, self._largest = reading, max(self._largest, reading)
+        except pynvml.NVMLError as error:
+            self._errors.append(error)
 
 
 class NvmlGauge:
@@ -148,7 +197,9 @@ class NvmlGauge:
     def __init__(self, handle: object):
         self._handle = handle
         self._own = self._used_by_process() is not None
-        self.label = "GPU memory (NVML)" if self._own else "GPU memory (NVML, all processes on the device)"
+        self.label = "GPU memory (allocator and NVML)"
+        if not self._own:
+            self.label = "GPU memory (allocator and NVML, with other processes on the device)"
 
     def read(self) -> int:
         if self._own:

@@ -33,7 +33,7 @@ class Display:
     Args:
         mode: live: update in place. plain: print a line per step, about a hundred lines in a long run. off: print
             nothing. auto: live on a terminal, else plain.
-        memory_label: Name of the memory figure, e.g. "GPU memory (NVML)".
+        memory_label: Name of the memory figure, e.g. "GPU memory (torch allocator)".
         log: File for the lines of the plain mode, which are written in every mode.
         console: Standard output by default.
     """

@@ -88,7 +88,7 @@ class RunSummary:
         source_names: Name of each source, 0..Q-1.
         sizes: ``[Q]`` training examples.
         small: ``[Q]`` bool, the sources reported as small.
-        memory_label: Name of the headline memory figure, e.g. "GPU memory (NVML)".
+        memory_label: Name of the headline memory figure, e.g. "GPU memory (torch allocator)".
         too_long: Examples of each source that were too long, by treatment: ``{"dropped": ..., "cut": ...}``.
     """
 

@@ -140,7 +140,7 @@ class Trackers:
 
 
 def step_numbers(report: StepReport) -> Numbers:
-    """A flat row of metrics.jsonl: ``train/loss``, ``seconds/sketch``, ``peak_gib/nvml/rank0``, ..."""
+    """A flat row of metrics.jsonl: ``train/loss``, ``seconds/sketch``, ``peak_gib/device/rank0``, ..."""
     row = {name: value for name, value in metrics_row(report).items() if name not in _NO_NEWS}
     row["peak_gib"] = {
         kind: {f"rank{rank}": peak / 2**30 for rank, peak in enumerate(by_phase["step"])}

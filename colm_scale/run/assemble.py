@@ -11,17 +11,16 @@ from colm_scale.engines.base import Engine
 from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
-from colm_scale.modeling.forward_reuse import BlockInputs, HeldBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import check_flash, use_packing
-from colm_scale.modeling.probe import decoder_blocks, find_probe
+from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, last_block_alone
 from colm_scale.profiling.spans import Spans
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.rule import SelectionRule
 from colm_scale.selection.shares import source_shares
-from colm_scale.sketch.precision import FLOAT32_BLOCKS
 from colm_scale.sketch.tap import Tap
+from colm_scale.step.block_inputs import blocks_alike, make_block_inputs
 from colm_scale.step.measure import Measurement
 from colm_scale.step.select import SelectionStage
 from colm_scale.step.sketch import EstimatorStage, SketchStage
@@ -48,7 +47,15 @@ def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         module.padded_because, module.sdpa_because = tried.padded_because, flash_fails or tried.sdpa_because
-        return module, Tap(module, probe) if probe else None
+        return module, _tap(module, probe) if probe else None
+
+
+def _tap(module: ExampleLoss, probe: Probe) -> Tap:
+    """Make the tap; what it must try out runs through the last block alone."""
+    alone = ExampleLoss(last_block_alone(module.causal_model))
+    like = Tap(alone, in_last_block(alone.causal_model, probe))
+    module.computes_logits_like(alone)
+    return Tap(module, probe, like)
 
 
 def build_step(
@@ -57,7 +64,7 @@ def build_step(
     """Assemble the parts of a step."""
     train, module = config.train, engine.module
     if train.compile:
-        compile_blocks(decoder_blocks(module.causal_model)[1][: _alike(config, tap) if tap else None])
+        compile_blocks(decoder_blocks(module.causal_model)[1][: blocks_alike(config, tap) if tap else None])
     batching = batching_of(config, inputs, module, group)
     shares = source_shares(config.selection.shares, inputs.source_names, inputs.sizes)
     rule = SelectionRule(config.selection, inputs.kept, train.seed, shares, inputs.record)
@@ -66,11 +73,9 @@ def build_step(
         seen = SeenStates(module, train.seed, group)
         table = inputs.source_names, inputs.sizes, inputs.kept
         refresh = ReclusteredSources(seen, *table, config.selection, config.sources.refresh_every)
-    held = BlockInputs()
+    held = make_block_inputs(config, tap, group)
     sketch = SketchStage(group.world_size)
     if tap:
-        if train.forward_reuse != "off":
-            held = HeldBlockInputs(tap.model, _alike(config, tap), train.forward_reuse, train.forward_reuse_gib * 2**30)
         estimator = make_estimator(tap, config.selection, train, group)
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
         sketch = EstimatorStage(estimator, batching, held, refresh, group, spans)
@@ -90,12 +95,3 @@ def batching_of(config: RunConfig, inputs: Inputs, module: ExampleLoss, group: G
     """Make the batching of a run's examples."""
     pad_id: int = inputs.tokenizer.pad_token_id
     return Batching(pad_id, config.train.micro_batch_tokens, module.packs, group.device)
-
-
-def _alike(config: RunConfig, tap: Tap) -> int:
-    """Count the first blocks that run in the same way in the sketch and in training."""
-    blocks = list(decoder_blocks(tap.model.causal_model)[1])
-    alike = blocks.index(tap.block)
-    if config.selection.estimator == "zeroth_order":
-        alike = min(alike, max(0, len(blocks) - FLOAT32_BLOCKS))
-    return alike

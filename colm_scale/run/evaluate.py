@@ -20,6 +20,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.modeling.compiling import uncompiled
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
+from colm_scale.profiling.memory import free_cached
 from colm_scale.randomness import generator
 from colm_scale.records import Batch, long_tensor, on_device
 from colm_scale.reporting.summary import Evaluation, HeldOutLoss
@@ -102,6 +103,7 @@ class HeldOutEvaluator:
         with torch.no_grad(), without_dropout(module):
             losses = self._losses(module, scored)
             correct = self._correct(module, self._generated if whole else self._generated[:0])
+        free_cached(self._group.device)
         return self._evaluation(step, scored, losses, correct)
 
     def _losses(self, module: ExampleLoss, scored: Tensor) -> Tensor:

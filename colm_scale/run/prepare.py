@@ -69,6 +69,8 @@ class Prepared:
     def lines(self, done: int) -> list[str]:
         """Return the lines printed before the first step after ``done``."""
         lines = run_lines(self.config, self.inputs, self.engine, self.evaluator, self.group)
+        if why := self.step.train.inputs.absent_because:
+            lines.append(f"forward reuse is off: {why}")
         return [*lines, *resumed_lines(self.found, done)]
 
     def facts(self) -> Json:
@@ -118,7 +120,7 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     identity["model"] = model_digest(module)
     group.agree(identity["model"], "weights of the base model")
     engine = make_engine(config, inputs.ds_config, module, group)
-    meter = memory_meter(group.device)
+    meter = memory_meter(group)
     small = kept_sources(inputs.sizes, inputs.source_names, None)
     evaluator: Evaluator = NoEvaluator()
     if inputs.eval is not None:

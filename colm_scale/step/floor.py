@@ -12,6 +12,7 @@ import torch
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
 from colm_scale.modeling.probe import without_dropout
+from colm_scale.profiling.memory import free_cached
 from colm_scale.randomness import global_draws
 from colm_scale.records import Batch, MicroBatch
 
@@ -50,6 +51,7 @@ def bare_floor_seconds(
     engine.step(0.0)
     seconds = torch.full((1,), _now(group.device) - started, dtype=torch.float64, device=group.device)
     restore()
+    free_cached(group.device)
     slowest = group.all_reduce(seconds, "floor", largest=True)
     group.take_traffic()
     return float(slowest)

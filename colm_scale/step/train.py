@@ -97,14 +97,14 @@ class TrainingStage:
         group: Group,
     ):
         self.engine = engine
-        self._batching, self._inputs, self._refresh = batching, inputs, refresh
+        self._batching, self.inputs, self._refresh = batching, inputs, refresh
         self._check = ReuseCheck(engine, config.dtype, group)
         self._config, self._group = config, group
 
     def route(self, chosen: Chosen) -> Routed:
         """Distribute the coreset over the ranks, and arrange the held block inputs accordingly."""
         routed = route_coreset(chosen, self._batching, self._config.loss, self._group)
-        self._inputs.arrange([micro_batch.batch for micro_batch in routed.micro_batches if micro_batch.reuses_forward])
+        self.inputs.arrange([micro_batch.batch for micro_batch in routed.micro_batches if micro_batch.reuses_forward])
         return routed
 
     def __call__(self, chosen: Chosen, routed: Routed) -> Tensor:
@@ -122,7 +122,7 @@ class TrainingStage:
         with global_draws(group.device, self._config.seed, "dropout", step, group.rank):
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
-                reusing = self._inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
+                reusing = self.inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
                 with self._check(micro_batch, step), self.engine.micro_batch(last=number == last):
                     with reusing, self._refresh.watching():
                         own = self.engine.forward(batch)

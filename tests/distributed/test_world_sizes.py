@@ -439,6 +439,12 @@ def test_of_several_errors_the_lowest_rank_tells_its_own(faults):
         assert found["together_two"] == ("PeerFailed", "rank 1 failed")
 
 
+def test_ranks_measure_the_same_kinds_of_memory_if_nvml_answers_on_one_alone(faults):
+    own = tuple(10 + rank for rank in range(len(faults)))
+    for found in faults:
+        assert found["memory"] == {"allocator": {"train": own, "step": own}}
+
+
 def test_ranks_that_agree_go_on(faults):
     for found in faults:
         assert found["agreed"] == ("nothing", "")

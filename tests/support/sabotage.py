@@ -178,7 +178,7 @@ def spoil_gradient(value: float) -> None:
     """Rank 1's share of the gradient; all losses stay finite."""
     backward = TorchEngine.backward
     if rank() == "1":
-        TorchEngine.backward = lambda self, loss, *, last: backward(self, loss * value, last=last)
+        TorchEngine.backward = lambda self, loss: backward(self, loss * value)
 
 
 NUMBERS = {

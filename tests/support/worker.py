@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -55,8 +55,9 @@ from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probe
+from colm_scale.profiling import memory
 from colm_scale.profiling.memory import memory_meter
-from colm_scale.profiling.spans import Spans
+from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
 from colm_scale.run import evaluate
@@ -374,7 +375,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     for block in blocks:  # the engine's own hooks, which gather, come first
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
-    spans = Spans(group.device, memory_meter(group.device))
+    spans = Spans(group.device, memory_meter(group))
     step = build_step(config, inputs, engine, tap if sketches else None, spans, group)
     spy = None
     if sketches and not config.train.compile:  # it looks at every operation, and nothing is compiled under such a look
@@ -586,6 +587,7 @@ def run_faults(group: Group) -> dict:
     with _caught(found, "together_two"), group.together():
         if group.rank > 0:
             raise UserError(f"rank {group.rank} found it")
+    found["memory"] = _run_uneven_nvml(group)
     with _caught(found, "agreed"):  # the ranks are still synchronised
         group.agree("same", "training data")
         with group.together():
@@ -594,6 +596,22 @@ def run_faults(group: Group) -> dict:
         shared = share_selection(given, 3, same, group)
         found["shared"] = asdict(shared)
     return found
+
+
+def _run_uneven_nvml(group: Group) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Peaks by kind and phase on ranks with a GPU each, if NVML answers on the first alone."""
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), any=group.any)
+    gauge = SimpleNamespace(label="allocator and NVML", read=lambda: 90) if group.is_first else None
+    numbers = {"reset_peak_memory_stats": None, "max_memory_allocated": 10 + group.rank, "memory_reserved": 50}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(memory, "_nvml_gauge", return_value=gauge))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="GPU"))
+        for name, value in numbers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
+        spans = Spans(group.device, memory_meter(gpu))
+        with spans("train"):
+            pass
+        return over_ranks(*spans.finish(), group)[1]
 
 
 @contextmanager

@@ -78,8 +78,9 @@ def memory(runs: Sequence[Run]) -> Section:
     return Section(
         id="memory",
         title="Memory of each rank",
-        text="Peak of every step, by kind: nvml is the driver's figure for the process, allocator is torch's, resident "
-        f"is the process's memory in a run on CPUs. One line per rank; the range beyond {_MOST_RANKS} ranks.",
+        text="Peak of every step, by kind: allocator is torch's, device adds what the driver counts beyond it (nvml in "
+        "older runs: the driver's figure, which never falls), resident is the process's memory in a run on CPUs. "
+        f"One line per rank; the range beyond {_MOST_RANKS} ranks.",
         charts=charts,
         tables=[Table(caption="Peak memory of the run", head=head, rows=rows, folded=len(rows) > 16)],
     )

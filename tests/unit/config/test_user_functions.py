@@ -122,7 +122,7 @@ def test_what_goes_with_the_estimators_of_the_package_only():
     with pytest.raises(UserError, match=r"--selection.reuse 2 works only with the package's estimators"):
         SelectionConfig(estimator="a.py:f", reuse=2)
     train = TrainConfig(forward_reuse="device", activation_checkpointing=True)
-    with pytest.raises(UserError, match=r"--train.forward_reuse device .* --selection.estimator a.py:f"):
+    with pytest.raises(UserError, match=r"--train.forward_reuse device: .* --selection.estimator a.py:f"):
         RunConfig(selection=SelectionConfig(estimator="a.py:f"), train=train, lora=LoraConfig())
 
 

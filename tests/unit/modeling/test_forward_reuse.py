@@ -7,8 +7,7 @@ import torch
 from support.families import FAMILIES, adapted_model, base_model, batch_of, some_of, with_adapters
 from torch.utils.checkpoint import checkpoint
 
-from colm_scale.errors import UserError
-from colm_scale.modeling.forward_reuse import HeldBlockInputs
+from colm_scale.modeling.forward_reuse import HeldBlockInputs, dropout_of
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
@@ -155,6 +154,17 @@ def test_a_batch_that_only_keeps_step_starts_from_zeros():
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"attention_dropout": 0.1}])
-def test_dropout_is_refused(options):
-    with pytest.raises(UserError, match=r"--train\.forward_reuse needs a model without dropout"):
-        HeldBlockInputs(ExampleLoss(adapted_model("llama", **options)), 1)
+def test_dropout_is_found(options):
+    (name,) = options
+    assert name.removeprefix("attention_") in dropout_of(ExampleLoss(adapted_model("llama", **options)))
+    assert not dropout_of(ExampleLoss(adapted_model("llama")))
+
+
+def test_pinned_blocks_count_as_large_as_torch_makes_them(monkeypatch):
+    module = module_of("llama", packs=True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    on_device, on_cpu = (HeldBlockInputs(module, 2, store) for store in ("device", "cpu"))
+    # A token has 32 float32 numbers, 128 bytes.
+    tokens = torch.tensor([8, 9, 16, 17])
+    assert on_device.tokens_of(tokens).tolist() == [8, 9, 16, 17]
+    assert on_cpu.tokens_of(tokens).tolist() == [8, 16, 16, 32]

@@ -87,6 +87,11 @@ def test_a_tied_output_embedding_is_not_missing(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_attention_that_caps_its_scores_is_not_sdpa_which_would_leave_the_cap_out(tmp_path):
+    base_model("gemma2").save_pretrained(tmp_path)
+    assert loaded(tmp_path).config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize(("wanted", "found"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
 def test_attention(folder, wanted, found):
     model = load_model(named(folder, attention=wanted), torch.float32, CPU)

@@ -8,7 +8,7 @@ from torch import nn
 from colm_scale.config import ModelConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import load_model
-from colm_scale.modeling.probe import decoder_blocks, find_probe
+from colm_scale.modeling.probe import decoder_blocks, find_probe, last_block_alone
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,3 +151,30 @@ def test_the_blocks_are_the_largest_list_of_like_modules():
     name, blocks = decoder_blocks(model)
     assert name == "model.layers"
     assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_probe_is_found_without_a_forward_of_the_other_blocks(family):
+    model = base_model(family, num_hidden_layers=4)
+    blocks = decoder_blocks(model)[1]
+    ran = []
+
+    def record(block, *_):
+        ran.append({parameter.data_ptr() for parameter in block.parameters()})
+
+    for block in blocks:
+        block.register_forward_pre_hook(record)  # copies of the block run it too
+    found = find_probe(model)
+    assert found.layer.startswith(f"{decoder_blocks(model)[0]}.3.")
+    assert ran
+    assert all(pointers == {parameter.data_ptr() for parameter in blocks[-1].parameters()} for pointers in ran)
+
+
+def test_a_last_block_that_needs_an_earlier_one_is_tried_out_in_the_whole_model():
+    model, shared = base_model("llama"), {}
+    first, last = model.model.layers
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: shared.clear())
+    first.register_forward_pre_hook(lambda *_: shared.update(keys=1))
+    last.register_forward_pre_hook(lambda *_: shared["keys"] and None)
+    assert last_block_alone(model) is model
+    assert find_probe(model).layer == PROBES["llama"]

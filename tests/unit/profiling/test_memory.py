@@ -3,6 +3,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from colm_scale.distributed.group import Group
 from colm_scale.profiling import memory
 from colm_scale.profiling.memory import NvmlGauge, ResidentMeter, SampledPeak, find_device, memory_meter
 
@@ -79,17 +81,37 @@ def nvml(monkeypatch):
     return install
 
 
+class Allocator:
+    """A caching allocator: blocks that it has taken from the device stay its own."""
+
+    def __init__(self):
+        self.reserved = self.peak = 5 * MIB
+
+    def phase(self, peak: int) -> None:
+        """The tensors of a phase take up to ``peak`` bytes."""
+        self.peak, self.reserved = peak, max(self.reserved, peak)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
-    """A CUDA device as torch shows it; its allocator has seen a peak of 5 MiB."""
-    properties = SimpleNamespace(uuid=UUID)
+    """The allocator of a CUDA device as torch shows it; it has seen a peak of 5 MiB."""
+    allocator, properties = Allocator(), SimpleNamespace(uuid=UUID)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake GPU")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * MIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocator.peak)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocator.reserved)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("the meter synchronised the device"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return properties
+    made, sampled_peak = [], memory.SampledPeak
+    monkeypatch.setattr(memory, "SampledPeak", lambda read: made.append(sampled_peak(read)) or made[-1])
+    yield allocator
+    for sampler in made:
+        sampler.close()
+
+
+def alone(index: int = 0) -> Group:
+    return Group(0, 1, 0, 1, torch.device("cuda", index))
 
 
 def mig_gpu() -> Device:
@@ -126,7 +148,7 @@ def test_own_memory_is_read_where_the_process_is_listed(nvml):
     nvml()
     gauge = NvmlGauge(Device("GPU-0", used=900 * MIB, processes={1: 500 * MIB, os.getpid(): 300 * MIB}))
     assert gauge.read() == 300 * MIB
-    assert gauge.label == "GPU memory (NVML)"
+    assert gauge.label == "GPU memory (allocator and NVML)"
 
 
 @pytest.mark.parametrize(
@@ -138,67 +160,121 @@ def test_the_whole_device_is_read_where_the_process_is_not(nvml, processes):
     nvml()
     gauge = NvmlGauge(Device("GPU-0", used=900 * MIB, processes=processes))
     assert gauge.read() == 900 * MIB
-    assert gauge.label == "GPU memory (NVML, all processes on the device)"
+    assert gauge.label == "GPU memory (allocator and NVML, with other processes on the device)"
 
 
-def test_gpu_meter_reports_both_kinds(nvml, gpu):
-    device = Device(f"GPU-{UUID}", processes={os.getpid(): 300 * MIB})
+CONTEXT = 7 * MIB
+"""What a process has on a device beside the allocator's blocks."""
+
+
+class NvmlDevice(Device):
+    """A device on which this process has the allocator's blocks and ``beside`` them."""
+
+    def __init__(self, allocator: Allocator, beside: int = CONTEXT, uuid: str = f"GPU-{UUID}"):
+        super().__init__(uuid)
+        self._allocator, self.beside, self.readings = allocator, beside, 0
+
+    @property
+    def processes(self) -> dict[int, int]:
+        self.readings += 1
+        return {os.getpid(): self._allocator.reserved + self.beside}
+
+    @processes.setter
+    def processes(self, _: object) -> None:
+        """Set by the base class, and computed here."""
+
+
+def read_twice_by_the_thread(device: NvmlDevice) -> None:
+    """Wait until a whole reading has begun after this call."""
+    goal, deadline = device.readings + 2, time.monotonic() + 30
+    while device.readings < goal:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_phases_after_the_largest_report_their_own_peak(nvml, gpu):
+    """NVML's figure is 97 MiB from the second phase on, because the allocator keeps what it has."""
+    device = NvmlDevice(gpu)
     nvml(device)
-    meter = memory_meter(torch.device("cuda", 0))
-    meter.start()
-    device.processes[os.getpid()] = 400 * MIB
-    assert meter.stop() == {"allocator": 5 * MIB, "nvml": 400 * MIB}
-    assert (meter.primary, meter.label, meter.device_name) == ("nvml", "GPU memory (NVML)", "Fake GPU")
-
-
-def test_gpu_meter_starts_again_each_phase(nvml, gpu):
-    device = Device(f"GPU-{UUID}", processes={os.getpid(): 300 * MIB})
-    nvml(device)
-    meter = memory_meter(torch.device("cuda", 0))
+    meter = memory_meter(alone())
     peaks = []
-    for before in (400, 100):
-        device.processes[os.getpid()] = before * MIB
+    for peak in (20, 90, 10, 30):
         meter.start()
-        device.processes[os.getpid()] = 200 * MIB
-        peaks.append(meter.stop()["nvml"])
-    assert peaks == [400 * MIB, 200 * MIB]
+        gpu.phase(peak * MIB)
+        read_twice_by_the_thread(device)
+        peaks.append(meter.stop())
+    assert [found["allocator"] // MIB for found in peaks] == [20, 90, 10, 30]
+    assert [found["device"] // MIB for found in peaks] == [27, 97, 17, 37]
+    assert (meter.primary, meter.label, meter.device_name) == ("device", "GPU memory (allocator and NVML)", "Fake GPU")
+
+
+def test_what_is_beside_the_allocator_counts_from_its_phase_on(nvml, gpu):
+    """NCCL takes buffers at its first collective, and a library gives some back."""
+    device = NvmlDevice(gpu)
+    nvml(device)
+    meter = memory_meter(alone())
+    found = []
+    for beside in (7, 40, 12):
+        meter.start()
+        device.beside = beside * MIB
+        read_twice_by_the_thread(device)
+        found.append((meter.stop()["device"] - 5 * MIB) // MIB)
+    assert found == [7, 40, 40]
+    meter.start()
+    assert meter.stop()["device"] == (5 + 12) * MIB
+
+
+def test_a_reading_while_the_allocator_grows_does_not_count(nvml, gpu):
+    device = NvmlDevice(gpu)
+    nvml(device)
+    meter = memory_meter(alone())
+    read, growing = NvmlGauge.read, []
+
+    def slow(gauge: NvmlGauge) -> int:
+        used = read(gauge)
+        if growing:
+            gpu.reserved += MIB
+        return used
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NvmlGauge, "read", slow)
+        growing.append(True)
+        read_twice_by_the_thread(device)
+        meter.start()
+        read_twice_by_the_thread(device)
+        assert meter.stop()["device"] == gpu.peak + CONTEXT
+
+
+def test_one_thread_samples_all_phases(nvml, gpu):
+    device = NvmlDevice(gpu)
+    nvml(device)
+    before = threading.active_count()
+    meter = memory_meter(alone())
+    for _ in range(3):
+        meter.start()
+        assert threading.active_count() == before + 1
+        meter.stop()
 
 
 def test_gpu_meter_reads_the_entry_of_its_own_device(nvml, gpu, monkeypatch):
-    other, own = (Device(f"MIG-{uuid}", processes={os.getpid(): size}) for uuid, size in zip(SLICES, (1, 2)))
+    other, own = (NvmlDevice(gpu, size, f"MIG-{uuid}") for uuid, size in zip(SLICES, (1, 2)))
     nvml(other, own)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{SLICES[0]}, MIG-{SLICES[1]}")
-    meter = memory_meter(torch.device("cuda", 1))
+    meter = memory_meter(alone(1))
     meter.start()
-    assert meter.stop()["nvml"] == 2
+    assert meter.stop()["device"] == 5 * MIB + 2
 
 
 @pytest.mark.parametrize("driver", [False, True], ids=["no driver", "unknown device"])
 def test_without_nvml_the_allocator_remains(nvml, gpu, driver):
     nvml(driver=driver)
-    meter = memory_meter(torch.device("cuda", 0))
+    meter = memory_meter(alone())
     meter.start()
     assert meter.stop() == {"allocator": 5 * MIB}
     assert (meter.primary, meter.label) == ("allocator", "GPU memory (torch allocator)")
 
 
-def test_a_peak_between_start_and_stop_is_sampled():
-    sampled = threading.Event()
-    readings = iter([10, 70])
-
-    def read() -> int:
-        reading = next(readings, None)
-        if reading is None:
-            sampled.set()
-            return 20
-        return reading
-
-    peak = SampledPeak(read)
-    assert sampled.wait(timeout=30)
-    assert peak.stop() == 70
-
-
-def test_an_error_while_sampling_is_raised_at_the_end_of_the_phase(nvml):
+def test_a_failing_reading_is_an_error_at_the_end_of_the_phase(nvml):
     nvml()
     failed = threading.Event()
     readings = iter([10])
@@ -212,12 +288,13 @@ def test_an_error_while_sampling_is_raised_at_the_end_of_the_phase(nvml):
 
     peak = SampledPeak(read)
     assert failed.wait(timeout=30)
+    peak.close()
     with pytest.raises(FakeNvml.NVMLError, match="GPU is lost"):
-        peak.stop()
+        peak.largest()
 
 
 def test_resident_peak_rises_in_its_phase_and_not_in_the_next():
-    meter = memory_meter(torch.device("cpu"))
+    meter = memory_meter(Group(0, 1, 0, 1, torch.device("cpu")))
     if meter.label != "resident memory (CPU)":
         pytest.skip("the kernel does not let this process restart VmHWM")
     peaks = []
@@ -248,10 +325,10 @@ def test_resident_memory_without_a_peak_says_so(monkeypatch, tmp_path, missing):
 def test_on_a_real_gpu_both_kinds_see_an_allocation():
     device = torch.device("cuda", 0)
     held = torch.zeros(MIB, device=device)
-    meter = memory_meter(device)
+    meter = memory_meter(alone())
     meter.start()
     block = torch.zeros(64 * MIB, dtype=torch.uint8, device=device)
     del block
     peaks = meter.stop()
     assert peaks["allocator"] >= 64 * MIB + held.nbytes
-    assert peaks.get("nvml", peaks["allocator"]) >= peaks["allocator"]
+    assert peaks.get("device", peaks["allocator"]) >= peaks["allocator"]

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib import metadata
 
 import torch
 
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 def test_versions_devices_and_what_was_given():
     found = environment(CPU, 2, "deepspeed", base_model="tiny")
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == metadata.version("torch")
     assert found["versions"]["python"] == platform.python_version()
     named = {"python", "torch", "transformers", "peft", "deepspeed", "colm_scale", "numpy", "cuda", "nccl", "driver"}
     assert set(found["versions"]) == named
