@@ -102,6 +102,6 @@ if "$PYTHON" -c 'import deepspeed' 2>/dev/null; then
   measure 90 "$PYTHON" benchmarks/runs.py gpu-default --processes 1 --seeds 0 --methods colm -- --eval.generate 0
 else # no row, but its lines
   measure 90 "$PYTHON" launchers/train.py --eval.generate 0 --output_dir "$before/default"
-  cp "$before/default/metrics.jsonl" "$OUT/default.jsonl" || true
+  cp "$before/default/metrics.jsonl" "$OUT/default.jsonl" 2>/dev/null || true
 fi
 echo "ended after $SECONDS s"

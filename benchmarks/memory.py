@@ -54,7 +54,7 @@ ENGINES = {
     "ZeRO-3": ("--ds_config", str(rows.ROOT / "ds_configs" / "zero3.json")),
     "FSDP2": ("--engine", "fsdp"),
 }
-_SAID = 3000
+_SAID = 6000
 """Characters to show of what a case that failed has said."""
 _ROOM = 1.3
 """Most tokens of a coreset, relative to those of as many average examples."""

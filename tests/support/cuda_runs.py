@@ -39,7 +39,7 @@ LARGE = Case(
     train={"micro_batch_tokens": 4096},
     model={"hidden_size": 1024, "intermediate_size": 4096},
 )
-"""A case whose memory is weights and activations (77 million parameters), not the buffers of kernels."""
+"""A case whose memory is weights and activations (some 70 million parameters), not the buffers of kernels."""
 
 
 @contextmanager
