@@ -23,6 +23,7 @@ def examine(options: DoctorConfig) -> list[Finding]:
         "versions": check_packages,
         "devices": machine.check_devices,
         "NVML": machine.check_nvml,
+        "allocator": machine.check_allocator,
         "compiler": machine.check_compiler,
         "attention": machine.check_attention,
         "disk": partial(machine.check_disk, options.output_dir),

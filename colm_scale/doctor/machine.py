@@ -55,6 +55,17 @@ def check_nvml() -> list[Finding]:
     return [Finding("NVML", "ok", "not available, and not needed on CPUs")]
 
 
+def check_allocator() -> list[Finding]:
+    """Check that the allocator of GPU memory extends its blocks; others fragment, because lengths differ."""
+    if not torch.cuda.is_available():
+        return []
+    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments:true" in given.lower():
+        return [Finding("allocator", "ok", given)]
+    what = "blocks of fixed size, which micro-batches of different lengths fragment"
+    return [Finding("allocator", "warning", what, "export PYTORCH_ALLOC_CONF=expandable_segments:True")]
+
+
 def check_compiler() -> list[Finding]:
     """Look for the tools with which DeepSpeed builds its operators when an optimizer is first offloaded to the CPU."""
     if not find_spec("deepspeed"):

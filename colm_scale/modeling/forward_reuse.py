@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
-from colm_scale.records import Batch
+from colm_scale.records import Batch, on_device
 
 _Found = Tensor | tuple[Tensor, ...]
 """The output of a block."""
@@ -50,6 +50,10 @@ class BlockInputs:
 
     def __init__(self, absent_because: str = ""):
         self.absent_because = absent_because
+
+    def tokens_of(self, tokens: Tensor) -> Tensor:
+        """Return how many of `most_tokens` micro-batches of ``tokens`` (int64) take."""
+        return tokens
 
     def holding(self, most: int) -> AbstractContextManager[None]:
         """A context in which the first ``most`` forwards hold the block inputs."""
@@ -89,6 +93,7 @@ class HeldBlockInputs(BlockInputs):
         self._held: list[_Held] = []
         self._arranged: dict[int, list[Tensor]] = {}
         self._reused: list[Tensor] = []
+        self._end_copies: Callable[[], object] = list
         self.most_tokens = sys.maxsize if most_bytes == math.inf else int(most_bytes // self.bytes_per_token)
         for number, block in enumerate(self._blocks):
             block.forward = self._wrapped(number, block)
@@ -100,6 +105,13 @@ class HeldBlockInputs(BlockInputs):
         hidden: int = model.config.get_text_config().hidden_size
         return len(self._blocks) * hidden * input_weight(model).element_size()
 
+    def tokens_of(self, tokens: Tensor) -> Tensor:
+        if self._store == "device" or not torch.accelerator.is_available():
+            return tokens
+        width = self.bytes_per_token // len(self._blocks)
+        bits = torch.frexp((tokens * width - 1).double()).exponent  # torch rounds a pinned block up to a power of two
+        return (torch.ones_like(tokens) << bits) // width
+
     @contextmanager
     def holding(self, most: int) -> Iterator[None]:
         self._mode, self._most = "hold", most
@@ -109,6 +121,7 @@ class HeldBlockInputs(BlockInputs):
             self._mode = "run"
 
     def arrange(self, batches: Sequence[Batch]) -> None:
+        self._end_copies()
         places = [self._places(batch) for batch in batches]
         self._arranged = {id(batch): [] for batch in batches}
         for number in range(len(self._blocks)):
@@ -147,7 +160,7 @@ class HeldBlockInputs(BlockInputs):
             inputs, shape = self._reused, hidden_states.shape
             anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
             # The last reused block hands on the live block's input, so that the live block's recomputation gets it too.
-            onward = inputs.pop().to(anchor.device).view(shape) if number == live - 1 else hidden_states
+            onward = on_device(inputs.pop(), anchor.device).view(shape) if number == live - 1 else hidden_states
             passed: Tensor = _ReusedBlock.apply(
                 hidden_states, onward, anchor, inputs, lambda known: again(known, *args, **kwargs)
             )
@@ -165,7 +178,16 @@ class HeldBlockInputs(BlockInputs):
         if self._held and self._held[-1].batch is batch:
             # The first rows of a branched micro-batch are unchanged, and its input is not yet in float32.
             hidden = hidden.detach()[: len(batch.input_ids)].flatten(0, 1).to(self._like.dtype)
-            self._held[-1].inputs.append(hidden.to("cpu", non_blocking=True) if self._store == "cpu" else hidden)
+            self._held[-1].inputs.append(self._kept(hidden))
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        if self._store == "device" or hidden.device.type == "cpu":
+            return hidden
+        kept = hidden.to("cpu", non_blocking=True)
+        event = torch.get_device_module(hidden.device).Event()
+        event.record()  # the host must not read the copy before
+        self._end_copies = event.synchronize
+        return kept
 
     def _places(self, batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
         """For each held micro-batch with examples of ``batch``: its number, tokens, and their places in ``batch``."""
@@ -190,7 +212,8 @@ class HeldBlockInputs(BlockInputs):
         found = self._like.new_zeros(batch.input_ids.numel(), self._like.shape[-1], device=device)
         for held, tokens, targets in places:
             of_held = self._held[held].inputs[number]
-            found.index_copy_(0, targets.to(found.device), of_held.index_select(0, tokens.to(of_held.device)))
+            taken = of_held.index_select(0, on_device(tokens, of_held.device))
+            found.index_copy_(0, on_device(targets, found.device), taken)
         return found
 
 
@@ -215,7 +238,7 @@ class _ReusedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        known = ctx.inputs.pop().to(ctx.device, non_blocking=True).view(ctx.shape).detach().requires_grad_(True)
+        known = on_device(ctx.inputs.pop(), ctx.device).view(ctx.shape).detach().requires_grad_(True)
         with torch.enable_grad():
             found = ctx.block(known)
         found = found[0] if isinstance(found, tuple) else found

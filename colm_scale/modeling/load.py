@@ -33,6 +33,7 @@ from transformers.utils.import_utils import (
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
 from colm_scale.errors import UserError
+from colm_scale.modeling.adapter_linear import compute_in_input_type
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
 from colm_scale.randomness import global_draws
@@ -229,7 +230,9 @@ def keep_block_inputs_only(model: PreTrainedModel) -> None:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Add LoRA adapters in float32, in training mode: new ones, equal on every rank, or ``config.adapter``.
+    """Add LoRA adapters in training mode: new ones, equal on every rank, or ``config.adapter``.
+
+    Their weights and gradients are float32, their products in the type of the base.
 
     Raises:
         UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
@@ -237,6 +240,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
     check_adapter(config)
     with global_draws(model.device, seed, "adapters"):
         adapted = _new_adapters(model, config) if config.adapter is None else _load_adapter(model, config.adapter)
+        compute_in_input_type(adapted)
         return adapted.train()
 
 

@@ -6,6 +6,7 @@ sketch, does not depend on the number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -15,11 +16,14 @@ from colm_scale.records import Candidates, Quota, SketchPlan, long_tensor
 from colm_scale.selection.route import deal, form_micro_batches, longest_of
 
 
-def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[Tensor, list[int]]:
+def held_inputs(
+    plan: SketchPlan, lengths: Tensor, most_tokens: float, size: Callable[[Tensor], Tensor] = torch.as_tensor
+) -> tuple[Tensor, list[int]]:
     """Decide which block inputs each rank holds: those of its first micro-batches, within ``most_tokens``.
 
     Args:
         lengths: ``[n]`` tokens of each candidate; micro-batches count as padded, even if they are packed.
+        size: Returns how many of ``most_tokens`` micro-batches take.
 
     Returns:
         ``[n]`` the rank that holds a candidate's inputs, or -1; the number of micro-batches that each rank holds.
@@ -28,7 +32,7 @@ def held_inputs(plan: SketchPlan, lengths: Tensor, most_tokens: float) -> tuple[
     micro_batches = [*chain.from_iterable(shares)]
     sizes, ranks = long_tensor([*map(len, micro_batches)]), torch.arange(len(shares))
     rank_of = ranks.repeat_interleave(long_tensor([*map(len, shares)]))
-    costs = longest_of(lengths, micro_batches) * sizes
+    costs = size(longest_of(lengths, micro_batches) * sizes)
     of_ranks = torch.zeros_like(ranks).index_add_(0, rank_of, costs)
     so_far = costs.cumsum(0) - (of_ranks.cumsum(0) - of_ranks)[rank_of]
     held = so_far <= most_tokens

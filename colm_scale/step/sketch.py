@@ -100,7 +100,7 @@ class EstimatorStage(SketchStage):
         with self._spans("sketch"):
             plan = self.plan(candidates, quota)
             batches = self._batching.share(examples, candidates, plan.shares, rank)
-            held_on, counts = held_inputs(plan, candidates.lengths, self._inputs.most_tokens)
+            held_on, counts = held_inputs(plan, candidates.lengths, self._inputs.most_tokens, self._inputs.tokens_of)
             with self._inputs.holding(counts[rank]), self._refresh.watching():
                 self.estimator.sketch(plan, batches)
         with self._spans("gather"):

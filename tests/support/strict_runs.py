@@ -26,6 +26,7 @@ from colm_scale.data.batching import make_batch
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
 from colm_scale.engines.choose import make_engine
+from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.profiling.memory import ResidentMeter
@@ -227,8 +228,25 @@ def refusals(out: str) -> None:
     event.record()
     event.synchronize()
     found["late"] = (early, copied.tolist())
+    found["held"] = _held_on_the_cpu(device)
     found["fused"] = _reads_of_fused_layers(device)
     Path(out).write_text(json.dumps(found), encoding="utf-8")
+
+
+def _held_on_the_cpu(device: torch.device) -> list[bool]:
+    """Whether block inputs held on the CPU are those held on the device, though nothing else has waited for it."""
+    module, _ = worker.model(worker.run_config(Case(_selection(), train={"activation_checkpointing": True})), device)
+    module.knows_logits()
+    rows = [torch.arange(2, 9), torch.arange(3, 7)]
+    batch = make_batch(rows, [torch.ones_like(row) > 0 for row in rows], torch.arange(2), 0, device, packed=True)
+    arranged = []
+    for store in ("device", "cpu"):
+        held = HeldBlockInputs(module, worker.BLOCKS - 1, store)
+        with torch.no_grad(), held.holding(1):
+            module(batch)
+        held.arrange([batch])
+        arranged.append([tensor.clone() for tensor in held._arranged[id(batch)]])
+    return [torch.equal(one.cpu(), other) for one, other in zip(*arranged)]
 
 
 def _reads_of_fused_layers(device: torch.device) -> list[list[str]]:

@@ -43,6 +43,18 @@ def test_gpus_are_named_and_what_they_lack(gpus):
     ]
 
 
+def test_the_allocator_extends_its_blocks_or_not(gpus, monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    option = "expandable_segments:"
+    for given, status in ((f"{option}True", "ok"), ("", "warning"), (f"{option}False", "warning")):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", given)
+        (found,) = machine.check_allocator()
+        assert found.status == status
+    assert found.way_out == "export PYTORCH_ALLOC_CONF=expandable_segments:True"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.check_allocator() == []
+
+
 @pytest.mark.parametrize(
     ("cuda", "visible", "status", "words"),
     [

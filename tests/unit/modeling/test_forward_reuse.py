@@ -158,3 +158,13 @@ def test_dropout_is_found(options):
     (name,) = options
     assert name.removeprefix("attention_") in dropout_of(ExampleLoss(adapted_model("llama", **options)))
     assert not dropout_of(ExampleLoss(adapted_model("llama")))
+
+
+def test_pinned_blocks_count_as_large_as_torch_makes_them(monkeypatch):
+    module = module_of("llama", packs=True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    on_device, on_cpu = (HeldBlockInputs(module, 2, store) for store in ("device", "cpu"))
+    # A token has 32 float32 numbers, 128 bytes.
+    tokens = torch.tensor([8, 9, 16, 17])
+    assert on_device.tokens_of(tokens).tolist() == [8, 9, 16, 17]
+    assert on_cpu.tokens_of(tokens).tolist() == [8, 16, 16, 32]

@@ -55,7 +55,7 @@ def fake_of(config: RunConfig, family: str = "llama") -> FakeModel:
 
 def real_growth(config: RunConfig, family: str) -> dict[str, int]:
     """By how much live bytes grow in a real model of the same configuration."""
-    base = base_model(family, **OPTIONS).requires_grad_(False)
+    base = base_model(family, getattr(torch, config.train.dtype), **OPTIONS).requires_grad_(False)
     use_packing(base, config.train.packing, CPU)
     probe = find_probe(base)
     if config.train.activation_checkpointing:
@@ -78,9 +78,10 @@ def real_growth(config: RunConfig, family: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=SLOW) for name in ("phi3", "opt", "bloom"))])
-def test_traced_growth_is_real_growth(family, checkpointing):
-    config = config_of(train={"activation_checkpointing": checkpointing, "forward_reuse": "off"})
+def test_traced_growth_is_real_growth(family, dtype, checkpointing):
+    config = config_of(train={"activation_checkpointing": checkpointing, "dtype": dtype, "forward_reuse": "off"})
     expected = real_growth(config, family)
     fake = fake_of(config, family)
     found = peaks(config, {}, fake, 1, Batches([LENGTHS], [LENGTHS]), label_share=0.5)

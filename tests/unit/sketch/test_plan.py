@@ -5,7 +5,7 @@ from itertools import chain
 import torch
 
 from colm_scale.records import Candidates, Quota, SketchPlan, long_tensor
-from colm_scale.sketch.plan import plan_sketch
+from colm_scale.sketch.plan import held_inputs, plan_sketch
 
 # Position:              0  1  2  3  4  5  6  7  8  9
 SOURCES = long_tensor([2, 0, 1, 2, 1, 0, 3, 1, 1, 3])
@@ -48,3 +48,12 @@ def test_what_is_known_is_ranked_but_not_forwarded():
     found = plan([0, 2, 2, 1], known=known)
     assert forwarded(found) == [0, 2, 3, 7, 8, 9]
     assert found.groups.tolist() == plan([0, 2, 2, 1]).groups.tolist()
+
+
+def test_inputs_are_held_as_far_as_their_blocks_fit():
+    found = plan([0, 2, 2, 1])  # one rank has two micro-batches of 20 and 26 tokens, the other of 34 and 32
+    lengths = 8 + torch.arange(len(SOURCES))
+    tokens = [[len(members) * int(lengths[list(members)].max()) for members in share] for share in found.shares]
+    most = max(of_rank[0] for of_rank in tokens)
+    assert held_inputs(found, lengths, most)[1] == [1, 1]
+    assert held_inputs(found, lengths, most, lambda tokens: 2 * tokens)[1] == [0, 0]
