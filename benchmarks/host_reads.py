@@ -55,7 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = strict_runs.launch([*strict_runs.CASES, *strict_runs.ENGINES], Path(folder))
     for method, result in results.items():
-        rows.append(NAME, {"method": method, "reads": counts(result["reads"]), **rows.here()})
+        found = {"benchmark": NAME, "method": method, "reads": counts(result["reads"])}
+        rows.append(NAME, found | {"environment": rows.here()})
     print(table())
 
 
