@@ -8,6 +8,7 @@ from support import cuda_runs, strict_runs, worker
 from unit.step.test_host_reads import ALLOWED, GENERATED, ROUNDED
 
 from colm_scale.data.batching import make_batch
+from colm_scale.profiling.memory import memory_meter
 from colm_scale.randomness import generator
 from colm_scale.sketch.zeroth_order import PERTURBATION, directional_derivatives
 
@@ -81,7 +82,7 @@ def test_a_reused_forward_trains_as_one_that_is_computed_again(name):
 def test_memory_is_the_allocators_with_nvmls_beside_it_and_what_the_plan_says():
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(DEVICE)
-    found = strict_runs.run_case(cuda_runs.LARGE, DEVICE, lambda _: None)
+    found = strict_runs.run_case(cuda_runs.LARGE, DEVICE, lambda _: None, meter_of=memory_meter)
     assert set(found["peaks"]) == {"device", "allocator"}, "NVML does not answer"
     plan = cuda_runs.planned(cuda_runs.LARGE, found)
     for phase, predicted in plan.phases.items():

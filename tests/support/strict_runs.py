@@ -30,7 +30,7 @@ from colm_scale.engines.choose import make_engine
 from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
-from colm_scale.profiling.memory import memory_meter
+from colm_scale.profiling.memory import MemoryMeter, ResidentMeter
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import CPU
 from colm_scale.run.assemble import build_step
@@ -105,6 +105,7 @@ def run_case(
     entered: Callable[[str], None],
     engine_name: str = "",
     engine_of: Callable[[RunConfig, ExampleLoss, Group], Engine] = two_ranks_engine,
+    meter_of: Callable[[Group], MemoryMeter] = lambda _: ResidentMeter(),
 ) -> dict[str, Any]:
     """A run of two steps, and on the device what else belongs to the cases in `WHOLE`: ids, losses, peaks."""
     config = worker.run_config(case, engine_name or "auto")
@@ -122,7 +123,7 @@ def run_case(
     kept = worker.kept(config.selection, data)
     inputs = Inputs(tokenizer, sampler, data.source_names, data.sizes, kept, data.protected_sizes, "", None, {})
     engine = engine_of(config, module, group)
-    spans = Spans(device, memory_meter(group), lambda _: None)
+    spans = Spans(device, meter_of(group), lambda _: None)
     step = build_step(config, inputs, engine, tap if config.selection.sketches else None, spans, group)
     step.measure = _Ending(step.measure, lambda phase: spans._entered(phase))
     ids, losses = [], []
