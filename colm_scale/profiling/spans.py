@@ -1,4 +1,4 @@
-"""Time and peak memory of each phase of a step."""
+"""Time and peak memory of each phase of a step, and the time before the first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 
 from colm_scale.distributed.group import Group
@@ -73,6 +74,25 @@ class Spans:
     def _reset(self) -> None:
         self._marks: list[tuple[str, Any, Any]] = []
         self._peaks: dict[str, dict[str, int]] = {}
+
+
+class StartClock:
+    """Seconds from the start of this process to its first step, by part: ``clock("data")`` when the data is there.
+
+    A part begins where the one before it ended, and one that is ended twice gets the sum.
+
+    Attributes:
+        seconds: By part. The first holds what the operating system, which counts from boot, rounds: up to a second.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter() - max(0.0, time.time() - psutil.Process().create_time())
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
 
 
 def over_ranks(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from colm_scale.config import RunConfig
@@ -30,16 +32,22 @@ from colm_scale.step.step import CoresetStep
 from colm_scale.step.train import TrainingStage
 
 
-def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[ExampleLoss, Tap | None]:
+def build_model(
+    config: RunConfig, device: torch.device, group: Group, ended: Callable[[str], None] = lambda _: None
+) -> tuple[ExampleLoss, Tap | None]:
     """Load the adapted model on ``device``, and the tap on its probe if the method sketches.
 
     Micro-batches are packed if requested and supported by the model, see `ExampleLoss.padded_because`.
+
+    Args:
+        ended: Called at the end of each part: ``model``, which loads it, and ``trials``, which try it out.
     """
     with group.together():
         if config.train.compile:
             check_compiler(group.device)
         prefers_flash = config.train.packing == "off"  # otherwise torch's flash kernel, which takes packed rows
         base = load_model(config.model, getattr(torch, config.train.dtype), device, prefers_flash=prefers_flash)
+        ended("model")
         flash_fails = check_flash(base, config.model.attention, group.device)
         tried = use_packing(base, config.train.packing, group.device)
         if config.train.activation_checkpointing:
@@ -47,7 +55,9 @@ def build_model(config: RunConfig, device: torch.device, group: Group) -> tuple[
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
         module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         module.padded_because, module.sdpa_because = tried.padded_because, flash_fails or tried.sdpa_because
-        return module, _tap(module, probe) if probe else None
+        tap = _tap(module, probe) if probe else None
+        ended("trials")
+        return module, tap
 
 
 def _tap(module: ExampleLoss, probe: Probe) -> Tap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -48,6 +48,12 @@ def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Eval
             by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
             lines.append(f"{what}: {sum(counts.values())} ({by_source})")
     return lines
+
+
+def start_line(seconds: Mapping[str, float]) -> str:
+    """Describe the time that it took from the start of the process until now, by part."""
+    parts = ", ".join(f"{part} {taken:.1f}" for part, taken in seconds.items())
+    return f"started in {sum(seconds.values()):.1f} s: {parts}"
 
 
 def resumed_lines(found: Checkpoint, done: int) -> list[str]:

@@ -23,11 +23,11 @@ from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.engines.tensors import held_bytes
 from colm_scale.modeling.optimizers import default_learning_rate
 from colm_scale.profiling.memory import memory_meter
-from colm_scale.profiling.spans import Spans
+from colm_scale.profiling.spans import Spans, StartClock
 from colm_scale.records import Json
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.run.assemble import build_model, build_step
-from colm_scale.run.banner import resumed_lines, run_lines
+from colm_scale.run.banner import resumed_lines, run_lines, start_line
 from colm_scale.run.evaluate import Evaluator, HeldOut, HeldOutEvaluator, NoEvaluator
 from colm_scale.run.inputs import Inputs, read_inputs
 from colm_scale.run.reports import Reports, WrittenReports
@@ -47,6 +47,8 @@ class Prepared:
         reports: Nothing is written yet.
         identity: Options and digests that make two runs the same run, see `checkpoint.identity`.
         steps: Of the whole run.
+        clock: Of this rank's start: ``process`` (imports, connecting the ranks), ``data``, ``model``, ``trials``,
+            ``engine``, and ``other`` when the run is ready.
     """
 
     config: RunConfig
@@ -61,6 +63,7 @@ class Prepared:
     step: CoresetStep
     evaluator: Evaluator
     steps: int
+    clock: StartClock
 
     def state(self, session: Session) -> RunState:
         """Collect the parts that change."""
@@ -69,6 +72,7 @@ class Prepared:
     def lines(self, done: int) -> list[str]:
         """Return the lines printed before the first step after ``done``."""
         lines = run_lines(self.config, self.inputs, self.engine, self.evaluator, self.group)
+        lines.append(start_line(self.clock.seconds))
         if why := self.step.train.inputs.absent_because:
             lines.append(f"forward reuse is off: {why}")
         return [*lines, *resumed_lines(self.found, done)]
@@ -87,8 +91,10 @@ class Prepared:
         """Write the files that describe the run, once it is ready. All ranks call it together."""
         own_bytes = torch.tensor([held_bytes(self.engine.module)], device=self.group.device)
         held = self.group.all_gather(own_bytes, "control").flatten().tolist()
+        self.clock("other")
+        found: Json = {"weight_bytes_by_rank": held, "start_seconds": self.clock.seconds}
         with self.group.together():
-            self.reports.claim(self.engine, self.group, held, done, self.facts())
+            self.reports.claim(self.engine, self.group, found, done, self.facts())
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -110,16 +116,21 @@ def _run_of(resumed: Path) -> Path:
 def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     """Prepare a run without writing anything. All ranks call it together."""
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
+    clock = StartClock()
+    clock("process")
     directory, found = _open_directory(config, group)
     inputs = read_inputs(config, group)
+    clock("data")
     identity: Json = {"config": config_facts(config), "data": inputs.digest}
     with group.together():  # models are not loaded yet, so their digests are not compared
         if found is not NO_CHECKPOINT:
             check_same_run(found.state["run"], {**found.state["run"], **identity}, found.path)
-    module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group)
+    module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group, clock)
     identity["model"] = model_digest(module)
     group.agree(identity["model"], "weights of the base model")
+    clock("model")
     engine = make_engine(config, inputs.ds_config, module, group)
+    clock("engine")
     meter = memory_meter(group)
     small = kept_sources(inputs.sizes, inputs.source_names, None)
     evaluator: Evaluator = NoEvaluator()
@@ -144,6 +155,7 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
         step=build_step(config, inputs, engine, tap, Spans(group.device, meter, watch.enter), group),
         evaluator=evaluator,
         steps=total_steps(config, int(inputs.sizes.sum())),
+        clock=clock,
     )
 
 

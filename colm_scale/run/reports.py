@@ -27,11 +27,11 @@ from colm_scale.step.source_refresh import Drift
 class Reports:
     """Receives the events of a run, and reports nothing: on other ranks than the first, and in a dry run."""
 
-    def claim(self, engine: Engine, group: Group, weight_bytes: list[int], done: int, facts: Json) -> None:
+    def claim(self, engine: Engine, group: Group, found: Json, done: int, facts: Json) -> None:
         """Write the files that describe the run.
 
         Args:
-            weight_bytes: Bytes of weights on each rank.
+            found: Further content of ``environment.json``.
             done: Steps that are complete.
             facts: Content of ``run.json``.
         """
@@ -88,16 +88,16 @@ class WrittenReports(Reports):
         too_long = {"dropped": inputs.sampler.dropped, "cut": inputs.sampler.cut}
         self._summary = RunSummary(inputs.source_names, inputs.sizes, small, meter.label, too_long)
 
-    def claim(self, engine: Engine, group: Group, weight_bytes: list[int], done: int, facts: Json) -> None:
-        found = environment(
+    def claim(self, engine: Engine, group: Group, found: Json, done: int, facts: Json) -> None:
+        whole = environment(
             group.device,
             group.world_size,
             engine.name,
             device_name=self._meter.device_name,
             memory=self._meter.label,
-            weight_bytes_by_rank=weight_bytes,
+            **found,
         )
-        self._directory.create(as_yaml(self._config), found, done, facts)
+        self._directory.create(as_yaml(self._config), whole, done, facts)
         if self._config.audit and not self._config.data.streaming:
             self._directory.examples(self._inputs.sampler.examples)
 

@@ -50,7 +50,7 @@ def times(runs: Sequence[Run]) -> Section:
         "single slow steps may exceed it.",
         legend=[*((f"fill phase-{group}", meaning) for group, meaning in _MEANING.items()), ("floor", "bare floor")],
         charts=[_time_chart(run, top) for run in runs],
-        tables=[by_run(caption, "phase", runs, rows)],
+        tables=[by_run(caption, "phase", runs, rows), *_start(runs)],
         missing=[f"{name} has not measured the bare floor yet." for name in without],
     )
 
@@ -84,6 +84,18 @@ def memory(runs: Sequence[Run]) -> Section:
         charts=charts,
         tables=[Table(caption="Peak memory of the run", head=head, rows=rows, folded=len(rows) > 16)],
     )
+
+
+def _start(runs: Sequence[Run]) -> list[Table]:
+    """A table of the time before the first step, if any run has recorded it."""
+    taken = [run.start_seconds() for run in runs]
+    rows = [
+        [part, *("-" if part not in of_run else f"{of_run[part]:.2f}" for of_run in taken)]
+        for part in dict.fromkeys(part for of_run in taken for part in of_run)
+    ]
+    whole = [f"{sum(of_run.values()):.2f}" if of_run else "-" for of_run in taken]
+    caption = "Seconds from the start of the process to the first step, before any evaluation (rank 0)"
+    return [by_run(caption, "part", runs, [*rows, ["whole", *whole]])] if rows else []
 
 
 def _time_chart(run: Run, top: float) -> Chart:

@@ -10,11 +10,11 @@ import numpy as np
 from colm_scale.reporting.page.charts import number
 from colm_scale.reporting.page.learning import MEANS, change
 from colm_scale.reporting.page.parts import Cell, Section, Table, by_run, middle
-from colm_scale.reporting.page.read import Run
+from colm_scale.reporting.page.read import START, Run
 from colm_scale.reporting.summary import gib
 
-_OF_EACH_RUN = ("output_dir", "command")
-"""Facts that differ between any two runs."""
+_OF_EACH_RUN = ("output_dir", "command", START)
+"""Beginnings of the names of facts that differ between any two runs."""
 
 
 def headlines(runs: Sequence[Run]) -> Section:
@@ -48,7 +48,7 @@ def environments(runs: Sequence[Run]) -> Section:
 def _compared(title: str, what: str, found: Sequence[Mapping[str, object]], runs: Sequence[Run]) -> Section:
     names = dict.fromkeys(name for of_run in found for name in of_run)
     rows = [[name, *(_shown(of_run, name) for of_run in found)] for name in names]
-    different = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in _OF_EACH_RUN]
+    different = [row for row in rows if len(set(row[1:])) > 1 and not str(row[0]).startswith(_OF_EACH_RUN)]
     tables = [by_run("Differences between the runs", what, runs, different, words=True)] if different else []
     if rows:
         tables.append(by_run(f"All {what}s", what, runs, rows, folded=True, words=True))

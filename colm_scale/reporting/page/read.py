@@ -24,6 +24,9 @@ from colm_scale.reporting.summary import Evaluation
 MOST_RUNS = 8
 """Most runs on a page, one for each colour."""
 
+START = "start_seconds."
+"""Beginning of the names, in `Run.environment`, of the seconds from the start of the process to the first step."""
+
 _Parsed = TypeVar("_Parsed")
 Key = tuple[str, ...]
 """Path of a number in a row: ``("seconds", "train")``, or in a list its index, ``("peak_bytes", "0")``."""
@@ -83,6 +86,11 @@ class Run:
     def below(self, *key: str) -> list[str]:
         """Names below ``key``, e.g. the phases below ``("seconds",)``, in the order of the rows."""
         return list(dict.fromkeys(name[len(key)] for name in self.columns if name[: len(key)] == key != name))
+
+    def start_seconds(self) -> dict[str, float]:
+        """Seconds from the start of the process until it was ready for its first step, by part; empty if unknown."""
+        found = {name.removeprefix(START): value for name, value in self.environment.items() if name.startswith(START)}
+        return {part: seconds for part, seconds in found.items() if isinstance(seconds, float)}
 
     def floor_seconds(self) -> np.ndarray:
         """``[S]`` seconds of the bare floor; NaN if it was not measured."""

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import time
 
+import psutil
 import pytest
 import torch
 
-from colm_scale.profiling.spans import Spans
+from colm_scale.profiling.spans import Spans, StartClock
 
 CPU = torch.device("cpu")
 
@@ -126,3 +127,13 @@ def test_on_a_gpu_events_are_read_when_the_step_is_over(monkeypatch):
     seconds, _ = spans.finish()
     assert calls == ["record"] * 4 + ["wait for cuda:1"] + ["read"] * 2
     assert (seconds["sketch"], seconds["train"]) == (0.001, 0.005)
+
+
+def test_a_start_has_parts_that_follow_one_another(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: psutil.Process().create_time() + 7)
+    now = iter([100.0, 102.0, 105.0, 109.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    clock = StartClock()  # at 100, so the process began at 93
+    for part in ("data", "model", "data"):
+        clock(part)
+    assert clock.seconds == pytest.approx({"data": 9 + 4, "model": 3})

@@ -37,7 +37,9 @@ def test_no_forward_of_the_whole_model(options, monkeypatch):
 
     monkeypatch.setattr(assemble, "load_model", spied)
     config = resolve(parse(["--train.threads", "1", *options]))
-    module, tap = assemble.build_model(config, torch.device("cpu"), connect())
+    parts = []
+    module, tap = assemble.build_model(config, torch.device("cpu"), connect(), parts.append)
+    assert parts == ["model", "trials"]
     blocks = len(decoder_blocks(module.causal_model)[1])
     assert blocks > 3
     assert set(ran) <= {0, 1, blocks - 1}

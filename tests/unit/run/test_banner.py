@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from colm_scale.config import RunConfig, SelectionConfig, TrainConfig
-from colm_scale.run.banner import kept_lines, update_lines
+from colm_scale.run.banner import kept_lines, start_line, update_lines
 
 NAMES = ("a", "b", "c")
 SIZES = torch.tensor([10, 60, 30])
@@ -54,3 +54,8 @@ def test_updates_that_are_nothing_but_a_sign_are_told(optimizer, method, estimat
     facts = update_lines(RunConfig(selection=selection, train=TrainConfig(optimizer=optimizer)))
     assert len(facts) == warned
     assert all(f"--train.optimizer {optimizer}" in fact and "--selection.num_probes" in fact for fact in facts)
+
+
+def test_the_start_is_told_by_part():
+    line = start_line({"process": 3.04, "data": 0.5, "model": 2.0})
+    assert line == "started in 5.5 s: process 3.0, data 0.5, model 2.0"

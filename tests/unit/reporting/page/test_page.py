@@ -125,6 +125,22 @@ def test_phases_and_floor(two):
     assert table["step / bare floor"]["first"] == "1.250 (1.250 to 1.250)"
 
 
+def test_the_start_by_part_is_no_difference_between_runs(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "old")]
+    for run, data in zip(runs, (0.5, 1.25)):
+        file = run / "environment.json"
+        found = json.loads(file.read_text()) | {"start_seconds": {"data": data, "model": 2.0}}
+        file.write_text(json.dumps(found))
+    page, _ = written(tmp_path, *runs)
+    (caption,) = (caption for caption in page.tables if caption.startswith("Seconds from the start of the process"))
+    assert page.table(caption) == {
+        "data": {"a": "0.50", "b": "1.25", "old": "-"},
+        "model": {"a": "2.00", "b": "2.00", "old": "-"},
+        "whole": {"a": "2.50", "b": "3.25", "old": "-"},
+    }
+    assert "Differences between the runs" not in page.tables
+
+
 def test_memory_by_kind_and_rank(two):
     rows = two[0].tables["Peak memory of the run"]
     assert rows[0][:4] == ["run", "kind", "rank", "peak GiB"]
