@@ -54,6 +54,8 @@ ENGINES = {
     "ZeRO-3": ("--ds_config", str(rows.ROOT / "ds_configs" / "zero3.json")),
     "FSDP2": ("--engine", "fsdp"),
 }
+_SAID = 6000
+"""Characters to show of what a case that failed has said."""
 _ROOM = 1.3
 """Most tokens of a coreset, relative to those of as many average examples."""
 
@@ -118,13 +120,15 @@ class LiveMeter:
 
 
 def measure(cases: Sequence[tuple[str, str, bool, bool]], ranks: int, gpu: bool, options: list[str]) -> None:
-    """Start the ranks of each case, which measure and predict."""
+    """Start the ranks of each case, which measure and predict; a case that fails, for want of memory say, says so."""
     for case in cases:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), __file__, "rank"]
         engine, arm, checkpointing, accumulated = case
         command += ["--engine", engine, "--arm", arm, *(["--gpu"] if gpu else [])]
         command += [*(["--checkpointing"] if checkpointing else []), *(["--accumulated"] if accumulated else [])]
-        subprocess.run([*command, "--", *options], check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run([*command, "--", *options], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{case} failed:\n{done.stderr[-_SAID:]}", flush=True)
 
 
 def measure_here(engine: str, arm: str, checkpointing: bool, accumulated: bool, gpu: bool, options: list[str]) -> None:

@@ -1,9 +1,10 @@
-"""What only a GPU can show. `benchmarks/gpu.sh` runs these."""
+"""What only a GPU can show. `benchmarks/gpu.sh` runs those that are not marked slow, which start whole runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from support.families import base_model, batch_of, with_adapters
 
-from colm_scale.modeling.attention import PACKED
+from colm_scale.modeling.attention import PACKED, PACKED_SDPA
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import Tried, use_packing
 from colm_scale.modeling.probe import find_probe
@@ -31,10 +32,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     """The same short run on the GPU and on the CPU."""
     out = tmp_path_factory.mktemp("runs")
     options = ["--train.steps", "3", "--eval.every", "0", "--eval.generate", "0", "--profile.floor_every", "3"]
-    for name, visible in (("gpu", None), ("cpu", "")):
+    for name, hidden in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
         command = [sys.executable, str(ROOT / "launchers" / "train.py"), *options, "--output_dir", str(out / name)]
-        environment = None if visible is None else {"CUDA_VISIBLE_DEVICES": visible, "PATH": "/usr/bin:/bin"}
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env={**os.environ, **hidden})
     return {name: out / name for name in ("gpu", "cpu")}
 
 
@@ -42,6 +42,7 @@ def rows(run: Path, file: str) -> list[dict]:
     return [json.loads(line) for line in (run / file).open()]
 
 
+@pytest.mark.slow
 def test_the_first_step_selects_what_the_cpu_selects(runs):
     gpu, cpu = (rows(runs[name], "selection.jsonl")[0] for name in ("gpu", "cpu"))
     assert gpu["candidates"] == cpu["candidates"]
@@ -49,11 +50,13 @@ def test_the_first_step_selects_what_the_cpu_selects(runs):
     assert len(set(gpu["selected"]) & set(cpu["selected"])) >= len(cpu["selected"]) * 3 // 4
 
 
+@pytest.mark.slow
 def test_losses_agree_with_the_cpu(runs):
     gpu, cpu = (rows(runs[name], "evaluations.jsonl")[0] for name in ("gpu", "cpu"))
     assert gpu["loss_by_source"] == pytest.approx(cpu["loss_by_source"], rel=1e-3)  # TF32 may be on
 
 
+@pytest.mark.slow
 def test_memory_is_the_allocators_and_nvmls(runs):
     row = rows(runs["gpu"], "metrics.jsonl")[-1]
     assert set(row["phase_peak_bytes"]) == {"device", "allocator"}
@@ -61,6 +64,7 @@ def test_memory_is_the_allocators_and_nvmls(runs):
     assert row["measured_over_floor"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3", "zero3_offload"])
 def test_engines_train_on_a_gpu_and_go_on(tmp_path, engine, dtype):
@@ -78,6 +82,7 @@ def test_engines_train_on_a_gpu_and_go_on(tmp_path, engine, dtype):
     subprocess.run(command, check=True)
 
 
+@pytest.mark.slow
 def test_a_base_in_4_bits_trains_on_a_gpu(tmp_path):
     pytest.importorskip("bitsandbytes")
     options = ["--train.steps", "3", "--eval.every", "0", "--eval.generate", "0"]
@@ -87,6 +92,7 @@ def test_a_base_in_4_bits_trains_on_a_gpu(tmp_path):
     assert rows(tmp_path / "run", "metrics.jsonl")[-1]["loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["single", "fsdp", "zero3"])
 def test_sketches_of_the_gpu_are_kept_on_the_cpu_and_used_again(tmp_path, engine):
     options = ["--train.steps", "3", "--eval.every", "0", "--eval.generate", "0"]
@@ -112,16 +118,18 @@ def test_greedy_on_the_gpu_picks_what_it_picks_on_the_cpu(n):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3", "stablelm", "gpt2"])
-def test_packed_examples_have_the_losses_of_padded_ones(family, dtype):
-    """In half precision by torch's flash kernel for sequences of any lengths, which only a GPU has."""
+@pytest.mark.parametrize("kernel", [PACKED, PACKED_SDPA])
+def test_packed_examples_have_the_losses_of_padded_ones(kernel, family, dtype):
+    """`PACKED` in half precision is torch's flash kernel for sequences of any lengths, which only a GPU has."""
     device = torch.device("cuda", 0)
     model = base_model(family, dtype).to(device)
     lengths = [9, 4, 7]
     with torch.no_grad():
         expected = ExampleLoss(model)(to(batch_of(lengths), device))
         assert use_packing(model, "on", device) == Tried()
+        assert model.config._attn_implementation == PACKED
+        model.config._attn_implementation = kernel
         found = ExampleLoss(model)(to(batch_of(lengths, packed=True), device))
-    assert model.config._attn_implementation == PACKED
     torch.testing.assert_close(found, expected, rtol=1e-3 if dtype == torch.float32 else 0.02, atol=0)
 
 

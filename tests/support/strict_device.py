@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ import colm_scale
 NAME = "strict"
 PACKAGE = str(Path(colm_scale.__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
+NOT_THE_PRODUCT = {__file__, warnings.__file__}
+"""Files that a stack of a read leaves out, beside torch's."""
 _CPU, _EXTENSION = 1, 12
 """Device types of DLPack."""
 _WAITS = {
@@ -87,7 +90,7 @@ def _frames() -> list[tuple[str, int, str]]:
     while frame is not None:
         file = frame.f_code.co_filename
         helper = file == f"{PACKAGE}/records.py" and frame.f_code.co_name in ("on_device", "on_host")
-        if file != __file__ and not file.startswith(_TORCH) and not helper:
+        if file not in NOT_THE_PRODUCT and not file.startswith(_TORCH) and not helper:
             found.append((file, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     return found or [("autograd", 0, "thread")]

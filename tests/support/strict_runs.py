@@ -21,15 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from colm_scale.config import EvalConfig
+from colm_scale.config import EvalConfig, RunConfig
 from colm_scale.data.batching import make_batch
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
+from colm_scale.engines.base import Engine
 from colm_scale.engines.choose import make_engine
 from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
-from colm_scale.profiling.memory import ResidentMeter
+from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import CPU
 from colm_scale.run.assemble import build_step
@@ -90,12 +91,27 @@ class _Ending:
         return self._inner(*args)
 
 
-def run_case(case: Case, device: torch.device, entered: Callable[[str], None], engine_name: str = "") -> dict[str, Any]:
-    """A run of two steps, and on the device what else belongs to the cases in `WHOLE`: ids and losses."""
+def two_ranks_engine(config: RunConfig, module: ExampleLoss, group: Group) -> Engine:
+    """The engine of a case in `ENGINES`; DDP asks the absent rank for nothing."""
+    engine = make_engine(config, {}, module, group)
+    if engine.name == "ddp":
+        engine._wrapped.register_comm_hook(None, _nothing_to_add)
+    return engine
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    entered: Callable[[str], None],
+    engine_name: str = "",
+    engine_of: Callable[[RunConfig, ExampleLoss, Group], Engine] = two_ranks_engine,
+) -> dict[str, Any]:
+    """A run of two steps, and on the device what else belongs to the cases in `WHOLE`: ids, losses, peaks."""
     config = worker.run_config(case, engine_name or "auto")
     config = replace(config, selection=config.selection.resolved())
-    group = Group(rank=0, world_size=2 if engine_name else 1, local_rank=0, local_world_size=1, device=device)
-    data, (module, tap) = worker.examples(), worker.model(config, device)
+    ranks = 2 if engine_name and engine_of is two_ranks_engine else 1
+    group = Group(rank=0, world_size=ranks, local_rank=0, local_world_size=1, device=device)
+    data, (module, tap) = worker.examples(), worker.model(config, device, **case.model)
     tokenizer = SimpleNamespace(
         pad_token_id=worker.PAD,
         eos_token_id=2,
@@ -105,10 +121,8 @@ def run_case(case: Case, device: torch.device, entered: Callable[[str], None], e
     sampler = CandidateSampler(data, config.selection.candidates, config.train.seed)
     kept = worker.kept(config.selection, data)
     inputs = Inputs(tokenizer, sampler, data.source_names, data.sizes, kept, data.protected_sizes, "", None, {})
-    engine = make_engine(config, {}, module, group)
-    if engine_name == "auto":
-        engine._wrapped.register_comm_hook(None, _nothing_to_add)
-    spans = Spans(device, ResidentMeter(), lambda _: None)
+    engine = engine_of(config, module, group)
+    spans = Spans(device, memory_meter(group), lambda _: None)
     step = build_step(config, inputs, engine, tap if config.selection.sketches else None, spans, group)
     step.measure = _Ending(step.measure, lambda phase: spans._entered(phase))
     ids, losses = [], []
@@ -117,8 +131,10 @@ def run_case(case: Case, device: torch.device, entered: Callable[[str], None], e
         report, work = step(number, worker.RATE)
         ids.append(report.candidates.ids[report.selection.positions].tolist())
         losses.append(report.loss)
-    found = {"ids": ids, "losses": losses, "telemetry": dict(report.telemetry)}
-    if case in WHOLE and device != CPU:
+    found = {"ids": ids, "losses": losses, "telemetry": dict(report.telemetry), "peaks": report.phase_peak_bytes}
+    found["sketched"] = [batch.lengths for batch in work.sketched]
+    found["trained"] = [micro.batch.lengths for micro in work.trained]
+    if case in WHOLE and device != CPU and not engine_name:
         entered("floor")
         bare_floor_seconds(work, engine, group, config.train.seed)
         entered("sources")
