@@ -34,8 +34,8 @@ from colm_scale.randomness import global_draws
 LAUNCHERS = sorted((ROOT / "launchers").glob("*.py"))
 METRICS = {
     *("step", "loss", "learning_rate", "gradient_norm", "seconds", "measured_over_floor", "peak_bytes"),
-    *("phase_peak_bytes", "exchanged_bytes", "padding_share", "imbalance", "candidates", "selected", "kept"),
-    *("invalid", "overflow", "applied", "loss_scale", "telemetry"),
+    *("phase_peak_bytes", "exchanged_bytes", "gradient_bytes", "padding_share", "imbalance", "candidates"),
+    *("selected", "kept", "invalid", "overflow", "applied", "loss_scale", "telemetry"),
 }
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
