@@ -63,7 +63,8 @@ def _metadata(wheel: zipfile.ZipFile) -> Message:
 def test_the_wheel_has_every_file_of_the_package_and_none_beside_it(wheel):
     there = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    data = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "base").glob("*/*")}
+    folders = (PACKAGE / "base" / name for name in ("mixture", "weights"))
+    data = {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.iterdir()}
     configs = {f"colm_scale/ds_configs/{path.name}" for path in (ROOT / "ds_configs").glob("*.json")}
     assert {"colm_scale/base/weights/model.safetensors", "colm_scale/base/mixture/train.jsonl.gz"} <= data
     assert len(configs) == 5
