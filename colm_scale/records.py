@@ -26,6 +26,8 @@ from torch import Tensor
 CPU = torch.device("cpu")
 Json = dict[str, Any]
 """A JSON object, not yet validated."""
+Shares = tuple[tuple[tuple[int, ...], ...], ...]
+"""``shares[rank][j]`` is a micro-batch, a tuple of positions among the candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class SketchPlan:
     positions: Tensor
     groups: Tensor
     num_groups: int
-    shares: tuple[tuple[tuple[int, ...], ...], ...]
+    shares: Shares
 
     def rows_of(self, *ranks: int) -> Tensor:
         """Rows of the candidate matrix that ``ranks`` compute, in their order of computation."""
@@ -224,7 +226,7 @@ class Route:
         padded_tokens: The same with padding, the computed tokens.
     """
 
-    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    micro_batches: Shares
     reused: int
     work: tuple[float, ...]
     tokens: tuple[int, ...]

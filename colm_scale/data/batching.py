@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.data.examples import Examples
-from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Targets, long_tensor, on_device
+from colm_scale.records import Batch, Candidates, MicroBatch, Packing, Shares, Targets, long_tensor, on_device
 
 
 def collate(
@@ -26,9 +26,6 @@ def collate(
     """
     rows, labelled = zip(*[examples.example(index) for index in indices.tolist()])
     return make_batch([row.long() for row in rows], labelled, positions, pad_id, device, packed=packed)
-
-Shares = Sequence[Sequence[tuple[int, ...]]]
-"""``shares[rank][j]`` is a micro-batch, a tuple of positions among the candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +51,17 @@ class Batching:
         A candidate in no share may have been left out for a loss that is not finite, of which no weight makes zero.
         """
         batches = []
-        shared = long_tensor([*chain.from_iterable(chain.from_iterable(shares))]).sort().values
-        if not len(shared):
-            return []
-        shortest = candidates.indices[shared[candidates.lengths[shared].argmin().view(1)]]
         for positions in map(long_tensor, shares[rank]):
-            indices = candidates.indices[positions] if len(positions) else shortest
+            taken = positions if len(positions) else _shortest(candidates.lengths, shares)
+            indices = candidates.indices[taken]
             batches.append(collate(examples, indices, positions, self.pad_id, self.device, packed=self.packed))
         return batches
+
+
+def _shortest(lengths: Tensor, shares: Shares) -> Tensor:
+    """``[1]`` position of the shortest candidate in any share, the first of equal ones."""
+    shared = long_tensor([*chain.from_iterable(chain.from_iterable(shares))]).sort().values
+    return shared[lengths[shared].argmin().view(1)]
 
 
 def make_batch(

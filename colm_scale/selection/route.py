@@ -29,10 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from colm_scale.records import Route, long_tensor
+from colm_scale.records import Route, Shares, long_tensor
 
 MicroBatch = tuple[int, ...]
-Shares = tuple[tuple[MicroBatch, ...], ...]
 
 _MOST_EVEN = 8
 """Most ranks among which the number of micro-batches is made to divide evenly."""
