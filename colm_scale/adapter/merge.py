@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from colm_scale.adapter.find import Trained, adapted, find
 from colm_scale.config import ModelConfig
 from colm_scale.config.commands import MergeConfig
-from colm_scale.data.examples import read_chat_template
+from colm_scale.data.encoding import read_chat_template
 from colm_scale.errors import UserError
 from colm_scale.modeling.causal import base_of, moved
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer

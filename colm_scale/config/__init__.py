@@ -19,7 +19,10 @@ from colm_scale.config.selection import SelectionConfig as SelectionConfig  # im
 from colm_scale.config.user_functions import is_own
 from colm_scale.errors import UserError
 
-COLUMN_ROLES = ("source", "protected", "instruction", "input", "output", "prompt", "completion", "messages")
+COLUMN_ROLES = (
+    *("source", "protected", "instruction", "input", "output", "prompt", "completion", "messages"),
+    *("tools", "system", "history", "text"),
+)
 """Roles of columns; a column that `RowConfig.columns` does not rename has the name of its role."""
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
@@ -56,6 +59,12 @@ class RowConfig:
     """Sources whose examples are all protected, as if every row were marked so; independent of the kept sources."""
     chat_template: str | None = None
     """File with a Jinja chat template for `messages`. Default: the tokenizer's own."""
+    left_out: Literal["refuse", "count"] = "refuse"
+    """What to do with a chat of which the chat template leaves something out (some leave out earlier thinking): refuse
+    it, or learn what the template writes, and count such rows per source."""
+    now: str | None = None
+    """Date and time that chat templates may write, like 2026-11-29T12:00. Default: those at the first start of the run.
+    """
     template: str = "{instruction}\n"
     """Format of a prompt before it is tokenised; `{instruction}` is the row's prompt."""
     max_length: int | None = None

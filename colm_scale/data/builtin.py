@@ -15,7 +15,8 @@ from typing import Literal
 
 from colm_scale.base import MIXTURE
 from colm_scale.config import RowConfig
-from colm_scale.data.readers import Row, protected_by_name, templated
+from colm_scale.data.layouts import templated
+from colm_scale.data.readers import Row, protected_by_name
 from colm_scale.errors import UserError
 
 Split = Literal["train", "eval"]

@@ -1,7 +1,6 @@
 """Tokenisation: rows to token ids, with a mark on every token that carries loss (DESIGN 2.4).
 
-A row is split into segments of text, with or without loss. Each segment is tokenised separately, so that no token
-straddles the border between prompt and completion. Examples that are too long are dropped or cut, and counted.
+Examples that are too long are dropped or cut, and counted.
 
     N  examples that survived        Q  sources        total  tokens of all examples
 """
@@ -10,24 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from colm_scale.config import DataConfig, RowConfig
-from colm_scale.data.formats import said
-from colm_scale.data.readers import Message, Row
+from colm_scale.config import DataConfig
+from colm_scale.data.encoding import Encoded, encode
+from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
-
-_ROWS_AT_ONCE = 4096
-"""Rows tokenised in one call: enough to keep its threads busy, few enough to bound its lists of Python ints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +132,6 @@ def joined(parts: Sequence[Examples]) -> Examples:
     )
 
 
-_Segment = tuple[str, bool]
-"""A text, and whether it carries loss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One row's tokens ``[T]`` int32, and labelled ``[T]`` bool."""
-
-    row: Row
-    tokens: np.ndarray
-    labelled: np.ndarray
-
-
 def tokenise(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
@@ -205,7 +186,7 @@ def tokenise_block(
     for encoded in encode(rows, tokenizer, config):
         length = len(encoded.tokens)
         if length > max_length and config.overlong == "cut":
-            encoded = Encoded(encoded.row, encoded.tokens[:max_length], encoded.labelled[:max_length])
+            encoded = replace(encoded, tokens=encoded.tokens[:max_length], labelled=encoded.labelled[:max_length])
         if len(encoded.tokens) > max_length or not encoded.labelled.any():
             dropped[encoded.row.source] += 1
             continue
@@ -225,127 +206,3 @@ def tokenise_block(
         dropped=dict(dropped),
         cut=dict(cut),
     )
-
-
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
-    """Tokenise every row, in order and whatever its length.
-
-    Raises:
-        UserError: As `tokenise`.
-    """
-    first_chat = next((row.where for row in rows if row.messages), "")
-    chats = _Chats(tokenizer, check_tokenizer(tokenizer, config, first_chat))
-    leading, eos = _leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        batch = rows[start : start + _ROWS_AT_ONCE]
-        written = [
-            chats.segments(row) if row.messages else [(row.prompt, False), (row.completion, True)] for row in batch
-        ]
-        pieces = iter(_plain_ids(tokenizer, [text for segments in written for text, _ in segments]))
-        for row, segments in zip(batch, written):
-            parts = [(next(pieces), labelled) for _, labelled in segments]
-            if not row.messages:
-                parts = [(leading, False), *parts, (eos, True)]
-            tokens = np.fromiter(chain.from_iterable(ids for ids, _ in parts), dtype=np.int32)
-            marks = np.repeat([labelled for _, labelled in parts], [len(ids) for ids, _ in parts])
-            marks[:1] = False
-            yield Encoded(row, tokens, marks)
-
-
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # Not verbose: texts above the model's context are counted here, and need no warning.
-    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoding["input_ids"]
-    return ids
-
-
-def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens put before a text, often a begin-of-sequence token; those put after it are left out."""
-    text = "a"
-    whole: list[int] = tokenizer(text)["input_ids"]
-    (plain,) = _plain_ids(tokenizer, [text])
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:start]
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first_chat: str) -> str:
-    """Check that a tokenizer can encode all rows, and return the Jinja template for chats; empty without chats.
-
-    Args:
-        first_chat: File and line of the first chat; empty without chats.
-
-    Raises:
-        UserError: There is no end-of-sequence token, or no chat template though there are chats.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the model's tokenizer has no end-of-sequence token (eos_token), so no answer could ever end")
-    given = read_chat_template(config)
-    if not first_chat:
-        return ""
-    try:
-        template: str = tokenizer.get_chat_template(given)
-        return template
-    except ValueError as error:
-        raise UserError(
-            f"{first_chat} is a chat, but the model's tokenizer has no chat template: "
-            "give one with --data.chat_template FILE"
-        ) from error
-
-
-def read_chat_template(config: RowConfig) -> str | None:
-    """Read the file ``--data.chat_template``; None if the option is not given."""
-    if config.chat_template is None:
-        return None
-    try:
-        return Path(config.chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data.chat_template {config.chat_template} cannot be read: {error}") from error
-
-
-class _Chats:
-    """Renders chats as segments; the assistant's turns, with the end of each turn, carry loss."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str):
-        self._tokenizer, self._template = tokenizer, template
-
-    def segments(self, row: Row) -> list[_Segment]:
-        """Cut the rendered chat into segments.
-
-        Raises:
-            UserError: The template fails on this chat, or renders its first messages to something other than a prefix
-                of the whole chat, so that the borders of turns cannot be located.
-        """
-        messages = row.messages
-        whole, done = self._render(row, messages), ""
-        segments: list[_Segment] = []
-        for turn, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = self._render(row, messages[:turn], add_generation_prompt=True)
-            after = self._render(row, messages[: turn + 1])
-            if not (before.startswith(done) and after.startswith(before) and whole.startswith(after)):
-                raise UserError(
-                    f"{row.where}: the chat template renders message {turn + 1} of {len(messages)} differently when "
-                    "it is the last one, so the assistant's turn cannot be told from the rest: use a template that "
-                    "only appends, with --data.chat_template FILE"
-                )
-            segments += [(before[len(done) :], False), (after[len(before) :], True)]
-            done = after
-        return [*segments, (whole[len(done) :], False)]
-
-    def _render(self, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        chat = [asdict(message) for message in messages]
-        render: Callable[..., object] = self._tokenizer.apply_chat_template
-        try:
-            # A batch of one: alone, an empty chat (before an assistant that speaks first) is taken for a batch.
-            rendered = render(
-                [chat], chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is a program, and may raise anything, jinja2's errors among others
-            raise UserError(
-                f"{row.where}: the chat template refuses these messages: {said(error)}. Correct the row, or give "
-                "another template with --data.chat_template FILE"
-            ) from error
-        assert isinstance(rendered, list)
-        text: str = rendered[0]
-        return text

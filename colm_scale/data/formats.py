@@ -6,22 +6,23 @@ Whatever a file contains, reading it gives records or raises one `UserError`, of
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
-import re
+import math
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from colm_scale.data.files import COMPRESSED, format_of, hub_name
 from colm_scale.errors import UserError
 
-_HUB_SPEC = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>.+))?")
 _SHEET_ROWS = 1_048_576
 """Rows of the largest possible sheet. A damaged file may number one higher, and all rows before it would be made up."""
 _UNPACKED_BYTES, _EXPANSION = 2**26, 100
@@ -39,36 +40,23 @@ class Record:
     cells: dict[str, Any]
 
 
-def records_of(spec: str, *, streaming: bool) -> tuple[str, Iterable[Record]]:
-    """Return the default source of a spec's rows, and an iterator that reads the rows one by one."""
+def is_missing(value: Any) -> bool:
+    """Tell whether a cell has no value: null, or NaN, which some libraries write instead."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def records_of(spec: str, *, streaming: bool) -> Iterable[Record]:
+    """Return an iterator that reads the rows of a file or a hub data set one by one."""
+    if hub := hub_name(spec):
+        return _hub(*hub, streaming=streaming)
     path = Path(spec)
-    if path.suffix.lower() in _READERS or path.exists():
-        reader = _file_reader(path)
-        if streaming and reader is not _jsonl:
-            raise UserError(
-                f"{path} cannot be streamed, only .jsonl files and hub data sets can: convert it to .jsonl, or leave "
-                "--data.streaming out"
-            )
-        return path.stem, reader(path)
-    if match := _HUB_SPEC.fullmatch(spec):
-        return match["name"], _hub(match["name"], match["split"] or "train", streaming=streaming)
-    raise UserError(
-        f"data {spec!r} is neither a file ({', '.join(_READERS)}) nor a hub data set (ORG/NAME or ORG/NAME:SPLIT)"
-    )
-
-
-def _file_reader(path: Path) -> Callable[[Path], Iterable[Record]]:
-    """Choose the reader of an existing file by its suffix."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: name the data files in it")
-    if not path.parent.is_dir():
-        raise UserError(f"{path} does not exist, nor does its folder {path.parent}")
-    if not path.exists():
-        close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-        raise UserError(f"{path} does not exist" + (f"; did you mean {path.parent / close[0]}?" if close else ""))
-    if path.suffix.lower() not in _READERS:
-        raise UserError(f"{path} has no suffix of a known format: use one of {', '.join(_READERS)}")
-    return _READERS[path.suffix.lower()]
+    reader = _READERS[format_of(path)]
+    if streaming and reader is not _jsonl:
+        raise UserError(
+            f"{path} cannot be streamed, only .jsonl files and hub data sets can: convert it to .jsonl, or leave "
+            "--data.streaming out"
+        )
+    return reader(path)
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
@@ -79,12 +67,26 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Read a file line by line. Only a line feed ends a line."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            yield _decoded(path, line, number).removesuffix("\n")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, decompressed if it is compressed."""
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield _decoded(path, line, number).removesuffix("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        if path.suffix.lower() not in COMPRESSED:
+            with path.open("rb") as file:
+                yield file
+        else:
+            import pyarrow
+
+            kind = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+            with pyarrow.input_stream(str(path), compression=kind) as stream, io.BufferedReader(stream) as file:
+                yield file
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or said(error)}") from error
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -97,6 +99,7 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)  # a cell may be a whole document
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
 
     def lines() -> Iterator[tuple[str, list[str]]]:
@@ -200,7 +203,7 @@ _READERS: dict[str, Callable[[Path], Iterable[Record]]] = {
 def _typed(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Record]:
     """Make records of the rows of a format with typed columns; numbers become text."""
     for number, row in enumerate(rows, 1):
-        yield Record(f"{name} row {number}", {column: _number_as_text(cell) for column, cell in row.items()})
+        yield Record(f"{name} row {number}", {column: _as_written(cell) for column, cell in row.items()})
 
 
 def _table(lines: Iterator[tuple[str, list[Any]]]) -> Iterator[Record]:
@@ -226,14 +229,26 @@ def _repeated(names: Iterable[Any]) -> list[Any]:
 
 
 def _number_as_text(cell: Any) -> Any:
-    return str(cell) if isinstance(cell, Number) else cell
+    return str(cell) if isinstance(cell, Number) and not is_missing(cell) else cell
+
+
+def _as_written(cell: Any) -> Any:
+    """Undo what a typed column does to a cell: numbers become text, and keys that only other rows have go away."""
+    return _without_nulls(cell) if isinstance(cell, (dict, list)) else _number_as_text(cell)
+
+
+def _without_nulls(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_nulls(item) for key, item in value.items() if not is_missing(item)}
+        case list():
+            return [_without_nulls(item) for item in value]
+    return value
 
 
 def _text(path: Path) -> str:
-    try:
-        return _decoded(path, path.read_bytes(), 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with _opened(path) as file:
+        return _decoded(path, file.read(), 1)
 
 
 def _decoded(path: Path, content: bytes, first_line: int) -> str:

@@ -6,25 +6,20 @@ checked the same way whether they are held or streamed. Errors name the file and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colm_scale.config import COLUMN_ROLES, RowConfig
-from colm_scale.data.formats import Record, records_of, shortened, shown
+from colm_scale.config import RowConfig
+from colm_scale.data.files import default_sources, files_of
+from colm_scale.data.formats import Record, is_missing, records_of, shown
+from colm_scale.data.layouts import Cells, layout_of
+from colm_scale.data.messages import Message, checked_text
 from colm_scale.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
 _FLAGS = {"true": True, "1": True, 1: True, "false": False, "0": False, "": False, 0: False, None: False}
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a chat."""
-
-    role: str
-    """One of `ROLES`."""
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +34,7 @@ class Row:
         completion: Text to learn, verbatim.
         where: File and line, for error messages: ``train.jsonl line 12``.
         protected: True if the row is trained on whenever it is a candidate.
+        tools: What the chat template is told of tools that the assistant may call.
     """
 
     id: int
@@ -48,18 +44,69 @@ class Row:
     completion: str
     where: str
     protected: bool = False
+    tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def said(self) -> list[object]:
+        """All that the model can read of the row, for digests."""
+        messages = [message.said for message in self.messages]
+        return [messages, self.prompt, self.completion, *([self.tools] if self.tools else [])]
 
 
-def read_rows(specs: Sequence[str], config: RowConfig) -> list[Row]:
+class Columns:
+    """Counts the columns that files have and that no row is read from."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._unread: dict[str, Counter[str]] = {}
+        self._file = ""
+
+    def begin(self, spec: str) -> None:
+        """Note that the rows of a file follow."""
+        self._file = spec
+
+    def note(self, cells: Cells, read: Iterable[str]) -> None:
+        """Count the columns of a row that are filled and have none of the roles that are ``read``."""
+        self._seen.update(cells.names)
+        if unread := cells.filled.difference(map(cells.column, read)):
+            self._unread.setdefault(self._file, Counter()).update(unread)
+
+    def check(self, config: RowConfig) -> None:
+        """Check that every column that ``--data.columns`` names was seen.
+
+        Raises:
+            UserError: No file has it.
+        """
+        for role, column in config.columns.items():
+            if column not in self._seen:
+                near = difflib.get_close_matches(column, self._seen, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f", they have {', '.join(sorted(self._seen))}"
+                raise UserError(f"--data.columns.{role}: no file has a column {column!r}{hint}")
+
+    def lines(self) -> list[str]:
+        """Describe what was not read, a line for each file."""
+        lines = []
+        for spec, counts in self._unread.items():
+            columns = ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(counts.items()))
+            lines.append(f"{spec}: columns not read: {columns}")
+        return lines
+
+
+def read_rows(specs: Sequence[str], config: RowConfig, columns: Columns | None = None) -> list[Row]:
     """Read all rows of files and hub data sets (``ORG/NAME`` or ``ORG/NAME:SPLIT``), in their order.
+
+    Args:
+        columns: Notes the columns that are not read.
 
     Raises:
         UserError: A spec is neither, a file cannot be read or is empty, or a row is not what RowConfig describes.
     """
-    return list(each_row(specs, config))
+    return list(each_row(specs, config, columns))
 
 
-def each_row(specs: Sequence[str], config: RowConfig, *, streaming: bool = False) -> Iterator[Row]:
+def each_row(
+    specs: Sequence[str], config: RowConfig, columns: Columns | None = None, *, streaming: bool = False
+) -> Iterator[Row]:
     """Iterate over the rows of `read_rows`. Of .jsonl and .parquet files and hub data sets, few are held at a time.
 
     A file in which only some rows name a source is refused at its end.
@@ -70,14 +117,17 @@ def each_row(specs: Sequence[str], config: RowConfig, *, streaming: bool = False
     Raises:
         UserError: As `read_rows`; or, with ``streaming``, a file is of another kind.
     """
-    opened = [records_of(spec, streaming=streaming) for spec in specs]
+    files = [file for spec in specs for file in files_of(spec)]
+    opened = [records_of(file, streaming=streaming) for file in files]
+    columns = columns or Columns()
     number = 0
-    for spec, (default_source, records) in zip(specs, opened):
+    for file, default_source, records in zip(files, default_sources(files), opened):
+        columns.begin(file)
         sources = _FileSources(default_source, config.column("source"))
         for record in records:
-            yield _row(number, sources.of(record), record, config)
+            yield _row(number, sources.of(record), record, config, columns)
             number += 1
-        sources.check(spec)
+        sources.check(file)
 
 
 @dataclass(slots=True)
@@ -93,8 +143,8 @@ class _FileSources:
     def of(self, record: Record) -> str:
         self.rows += 1
         value = record.cells.get(self.column)
-        if value not in (None, ""):
-            return str(value) if isinstance(value, int) else _string(value, self.column, record.where)
+        if not is_missing(value) and value != "":
+            return str(value) if isinstance(value, int) else checked_text(value, self.column, record.where)
         self.lacking += 1
         self.first_lacking = self.first_lacking or record.where
         return self.default
@@ -111,72 +161,28 @@ class _FileSources:
             )
 
 
-def _row(number: int, source: str, record: Record, config: RowConfig) -> Row:
-    """Make a row of the first of the three kinds whose columns the record has."""
-    cells, where = record.cells, record.where
-    column = {role: config.column(role) for role in COLUMN_ROLES}
-    there = {role for role, name in column.items() if name in cells}
-    messages: tuple[Message, ...] = ()
-    prompt = completion = ""
-    if "messages" in there:
-        messages = _messages(cells[column["messages"]], column["messages"], where)
-    elif {"prompt", "completion"} <= there:
-        prompt = _string(cells[column["prompt"]], column["prompt"], where)
-        completion = _filled(cells[column["completion"]], column["completion"], where)
-    elif {"instruction", "output"} <= there:
-        prompt = templated(_instruction(cells, column, where), config)
-        completion = _filled(cells[column["output"]], column["output"], where)
-    else:
-        raise UserError(_missing_columns(record, column))
-    protected = _flag(cells.get(column["protected"]), column["protected"], where) or protected_by_name(source, config)
-    return Row(number, source, messages, prompt, completion, where, protected)
-
-
-def _instruction(cells: Mapping[str, Any], column: Mapping[str, str], where: str) -> str:
-    """Join the instruction and, on a new line, the optional input."""
-    instruction = _string(cells[column["instruction"]], column["instruction"], where)
-    more = cells.get(column["input"])
-    return f"{instruction}\n{_string(more, column['input'], where)}" if more else instruction
-
-
-def templated(instruction: str, config: RowConfig) -> str:
-    """Put an instruction into ``--data.template``."""
-    # Not str.format: a template may hold braces of its own.
-    return config.template.replace("{instruction}", instruction)
+def _row(number: int, source: str, record: Record, config: RowConfig, columns: Columns) -> Row:
+    """Make a row of a record, and note which of its columns are read."""
+    cells = Cells(record, config)
+    layout = layout_of(cells)
+    content = layout.read(cells)
+    protected = _flag(cells.get("protected"), cells.column("protected"), record.where)
+    columns.note(cells, read=(*layout.needs, *layout.takes, "source", "protected"))
+    return Row(
+        id=number,
+        source=source,
+        messages=content.messages,
+        prompt=content.prompt,
+        completion=content.completion,
+        where=record.where,
+        protected=protected or protected_by_name(source, config),
+        tools=content.tools,
+    )
 
 
 def protected_by_name(source: str, config: RowConfig) -> bool:
     """Tell whether ``--data.protected_sources`` names the source."""
     return source in (config.protected_sources or ())
-
-
-def _missing_columns(record: Record, column: Mapping[str, str]) -> str:
-    there = shortened(", ".join(map(repr, record.cells))) or "(none)"
-    return (
-        f"{record.where} has the columns {there}, but needs "
-        f"{column['messages']!r}, or {column['prompt']!r} and {column['completion']!r}, or "
-        f"{column['instruction']!r} and {column['output']!r}. Map columns of other names with --data.columns, "
-        "for instance --data.columns '{instruction: question, output: answer}'"
-    )
-
-
-def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {column!r} is {shown(value)}, but must be a list of {{role, content}}")
-    messages = tuple(_message(turn, f"{column}[{number}]", where) for number, turn in enumerate(value))
-    if not any(message.role == "assistant" for message in messages):
-        raise UserError(f"{where}: {column!r} has no turn of the assistant, so there is nothing to learn")
-    return messages
-
-
-def _message(turn: Any, name: str, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise UserError(f"{where}: {name} is {shown(turn)}, but must be an object with role and content")
-    role = turn.get("role")
-    if role not in ROLES:
-        raise UserError(f"{where}: the role of {name} is {shown(role)}, but must be one of {', '.join(ROLES)}")
-    check = _filled if role == "assistant" else _string
-    return Message(role, check(turn.get("content"), f"{name}.content", where))
 
 
 def _flag(value: Any, column: str, where: str) -> bool:
@@ -188,21 +194,3 @@ def _flag(value: Any, column: str, where: str) -> bool:
             "always trained on (--data.columns.protected names the column)"
         )
     return _FLAGS[key]
-
-
-def _filled(value: Any, name: str, where: str) -> str:
-    found = _string(value, name, where)
-    if not found.strip():
-        raise UserError(f"{where}: {name!r} is empty, so there is nothing to learn: fill it or leave the row out")
-    return found
-
-
-def _string(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name!r} is {shown(value)}, but must be text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise UserError(f"{where}: {name!r} holds half a character, {half!r}, which is not valid text") from error
-    return value

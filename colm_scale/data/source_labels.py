@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
+from colm_scale.data.files import files_of
 from colm_scale.data.formats import Record, records_of, shown
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
@@ -20,9 +21,7 @@ from colm_scale.errors import UserError
 
 def row_digest(row: Row) -> str:
     """Return 32 bits, in hexadecimal, of the SHA-256 of a row's content without its source."""
-    messages = [(message.role, message.content) for message in row.messages]
-    written = json.dumps([messages, row.prompt, row.completion])
-    return hashlib.sha256(written.encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(row.said, default=str).encode()).hexdigest()[:8]
 
 
 def label_line(row: Row, source: str) -> str:
@@ -42,7 +41,8 @@ def labelled(rows: Iterable[Row], path: str | None) -> Iterator[Row]:
         return
     if Path(path).suffix != ".jsonl":
         raise UserError(f"--data.sources {path} is not a .jsonl file: use the one that colm-scale sources has written")
-    for row, label in zip_longest(rows, records_of(path, streaming=True)[1]):
+    files_of(path)  # refuses a file that is missing
+    for row, label in zip_longest(rows, records_of(path, streaming=True)):
         if label is None:
             raise UserError(f"--data.sources {path} ends before {row.where}: {_again(path)}")
         if row is None:

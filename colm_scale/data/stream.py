@@ -21,15 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import DataConfig
-from colm_scale.data.examples import (
-    Examples,
-    check_tokenizer,
-    joined,
-    none_left,
-    read_chat_template,
-    tokenise_block,
-    too_few,
-)
+from colm_scale.data.encoding import check_tokenizer, read_chat_template
+from colm_scale.data.examples import Examples, joined, none_left, tokenise_block, too_few
 from colm_scale.data.readers import Row, each_row
 from colm_scale.data.source_labels import labelled
 from colm_scale.errors import TrainingError, UserError
@@ -230,8 +223,7 @@ class _RowDigest:
 
     def add(self, row: Row) -> None:
         self.rows += 1
-        messages = [(message.role, message.content) for message in row.messages]
-        self._digest.update(json.dumps([row.source, messages, row.prompt, row.completion, row.protected]).encode())
+        self._digest.update(json.dumps([row.source, *row.said, row.protected], default=str).encode())
 
     def hexadecimal(self) -> str:
         return self._digest.hexdigest()

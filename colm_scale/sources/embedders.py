@@ -13,7 +13,7 @@ import torch
 
 from colm_scale.config import LoraConfig
 from colm_scale.config.commands import SourcesOptions
-from colm_scale.data.examples import encode
+from colm_scale.data.encoding import encode
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 from colm_scale.modeling.causal import CausalModel, base_of

@@ -20,7 +20,8 @@ import torch
 
 from colm_scale.config import DataConfig, ModelConfig
 from colm_scale.data.examples import tokenise
-from colm_scale.data.readers import ROLES, Row, read_rows
+from colm_scale.data.messages import ROLES
+from colm_scale.data.readers import Row, read_rows
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import load_tokenizer
 from support.malformed import SUFFIXES, malformed

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from colm_scale.config import DataConfig
 from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.examples import Examples, joined, tokenise
-from colm_scale.data.readers import Message, Row
+from colm_scale.data.messages import Message
+from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
 
@@ -101,7 +102,7 @@ def test_nothing_predicts_the_first_token_so_it_carries_no_loss():
 
 
 def test_the_built_in_mixture_equals_row_by_row_tokenising(monkeypatch):
-    monkeypatch.setattr("colm_scale.data.examples._ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("colm_scale.data.encoding._ROWS_AT_ONCE", 64)
     rows = builtin_as_rows("eval", CONFIG)
     tokenizer = character_tokenizer(("t", "h"), ("th", "e"), ("Ġ", "="))
     examples = tokenise(rows, tokenizer, CONFIG, 1000)
@@ -174,31 +175,10 @@ def test_chats_and_pairs_mix_in_order():
     assert [pieces(examples, PLAIN, i)[-1][0] for i in range(3)] == [f"q{EOS}", "b<end>\n", f"t{EOS}"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    rewriting = (
-        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}<think>{% endif %}"
-        "{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    tokenizer = character_tokenizer(chat_template=rewriting)
-    once = chat(("user", "a"), ("assistant", "b"))
-    assert pieces(tokenise([once], tokenizer, CONFIG, 200), PLAIN)[-1] == ("<think>b<end>", True)
-    twice = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), number=6)
-    with pytest.raises(UserError, match=r"a\.jsonl line 7: the chat template .* message 2 of 4 .*--data\.chat_templ"):
-        tokenise([once, twice], tokenizer, CONFIG, 200)
-
-
 def test_a_template_whose_generation_prompt_does_not_begin_the_turn_is_refused():
     template = APPENDING.replace("<assistant>{% endif %}", "<model>{% endif %}")
-    with pytest.raises(UserError, match="cannot be told from the rest"):
+    with pytest.raises(UserError, match=r'line 1: the generation prompt ends in "model>", but .* message 2 of 2'):
         tokenise([chat(("user", "a"), ("assistant", "b"))], character_tokenizer(chat_template=template), CONFIG, 200)
-
-
-def test_a_generation_prompt_without_the_turns_before_it_is_refused():
-    template = "{% if not add_generation_prompt %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    template += "{% endif %}"
-    row = chat(("assistant", "a"), ("user", "b"), ("assistant", "c"))
-    with pytest.raises(UserError, match="message 3 of 3"):
-        tokenise([row], character_tokenizer(chat_template=template), CONFIG, 200)
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system turn') }}", "{% for %}", "{{ a.b.c }}"])

@@ -11,7 +11,8 @@ import pytest
 from support import fuzz
 from support.malformed import SUFFIXES, _valid, malformed
 
-from colm_scale.data.readers import Message, Row
+from colm_scale.data.messages import Message
+from colm_scale.data.readers import Row
 
 FILES = 600
 

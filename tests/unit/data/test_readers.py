@@ -12,7 +12,8 @@ import pytest
 
 from colm_scale.config import DataConfig
 from colm_scale.data.builtin import builtin_as_rows, builtin_rows
-from colm_scale.data.readers import Message, Row, each_row, read_rows
+from colm_scale.data.messages import Message
+from colm_scale.data.readers import Row, each_row, read_rows
 from colm_scale.errors import UserError
 
 CONFIG = DataConfig()
@@ -275,8 +276,9 @@ def hub(monkeypatch):
 def test_hub_data_sets_are_loaded_by_name_and_split(in_tmp, hub):
     rows = read_rows(["org/set.v1", "org/set.v1:test[:2]"], CONFIG)
     assert hub == [("org/set.v1", "train"), ("org/set.v1", "test[:2]")]
-    assert rows[1] == Row(1, "org/set.v1", (), "b", "2", "org/set.v1:train row 2")
-    assert rows[3] == Row(3, "org/set.v1", (), "b", "2", "org/set.v1:test[:2] row 2")
+    assert rows[1] == Row(1, "org/set.v1:train", (), "b", "2", "org/set.v1:train row 2")
+    assert rows[3] == Row(3, "org/set.v1:test[:2]", (), "b", "2", "org/set.v1:test[:2] row 2")
+    assert read_rows(["org/set.v1:dev"], CONFIG)[0].source == "org/set.v1"
 
 
 def test_what_the_hub_says_is_passed_on(in_tmp, hub):
@@ -289,7 +291,7 @@ def test_what_the_hub_says_is_passed_on(in_tmp, hub):
 @pytest.mark.parametrize("spec", ["gsm8k", "a/b/c", "org/", "", "org/a b"])
 def test_what_is_neither_a_file_nor_a_hub_name_is_refused(in_tmp, hub, spec):
     message = error_of([spec])
-    assert repr(spec) in message or f"{Path(spec)} is a directory" in message
+    assert repr(spec) in message
     assert hub == []
 
 
@@ -305,11 +307,11 @@ def test_a_missing_file_suggests_the_closest_name_there(in_tmp):
     assert error_of(["nowhere/a.csv"]) == "nowhere/a.csv does not exist, nor does its folder nowhere"
 
 
-def test_a_directory_is_not_read(in_tmp):
+def test_a_folder_without_data_is_refused(in_tmp):
     Path("data.jsonl").mkdir()
     Path("org/name").mkdir(parents=True)
-    assert "data.jsonl is a directory" in error_of(["data.jsonl"])
-    assert "org/name is a directory" in error_of(["org/name"])
+    assert "data.jsonl is a folder without any file of a known format" in error_of(["data.jsonl"])
+    assert "org/name is a folder without any file of a known format" in error_of(["org/name"])
 
 
 def test_an_unknown_format_is_refused(in_tmp):
@@ -411,7 +413,7 @@ def chat(*turns: tuple[str, object]) -> dict:
         ({"instruction": "a", "output": " \n"}, "'output' is empty"),
         ({"instruction": "a", "output": None}, "'output' is null, but must be text"),
         ({"instruction": "a", "output": 5}, "'output' is 5, but must be text"),
-        ({"prompt": "a", "completion": ["b"]}, "'completion' is [\"b\"], but must be text"),
+        ({"prompt": "a", "completion": ["b"]}, "completion[0] is \"b\", but must be an object with role and content"),
         ({"prompt": 3, "completion": "b"}, "'prompt' is 3, but must be text"),
         ({"instruction": None, "output": "b"}, "'instruction' is null, but must be text"),
         ({"prompt": "a", "completion": "\ud83d!"}, "'completion' holds half a character, '\\ud83d'"),
@@ -421,9 +423,10 @@ def chat(*turns: tuple[str, object]) -> dict:
         ({"messages": []}, "'messages' has no turn of the assistant"),
         ({"messages": ["hi"]}, 'messages[0] is "hi", but must be an object'),
         ({"messages": [{"content": "hi"}]}, "the role of messages[0] is null"),
-        (chat(("user", "a"), ("bot", "b")), "the role of messages[1] is \"bot\", but must be one of system, user"),
-        (chat(("user", None), ("assistant", "b")), "'messages[0].content' is null, but must be text"),
-        (chat(("user", "a"), ("assistant", [1])), "'messages[1].content' is [1], but must be text"),
+        (chat(("user", "a"), ("bot", "b")), "the role of messages[1] is \"bot\", but must be one of system, developer, user"),
+        (chat(("user", 5), ("assistant", "b")), "'messages[0].content' is 5, but must be text"),
+        (chat(("user", "a"), ("assistant", None)), "'messages[1].content' is empty"),
+        (chat(("user", "a"), ("assistant", [1])), "'messages[1].content' is 1, but must be text"),
         (chat(("user", "a"), ("assistant", " ")), "'messages[1].content' is empty"),
         (chat(("system", "a"), ("user", "b")), "'messages' has no turn of the assistant"),
     ],
