@@ -143,7 +143,7 @@ class ChatTemplate:
     def _as_dict(self, message: Message) -> dict[str, Any]:
         """Make what a template reads of a message."""
         content: object = message.content
-        if _loops_over_content(self._source):
+        if _only_takes_parts(self._source):
             content = [{"type": "text", "text": part} for part in message.parts or (message.content,)]
         more = dict(message.more)
         if "reasoning_content" in more:
@@ -342,9 +342,11 @@ def _marked(name: str, sign: str) -> nodes.Output:
 
 
 @lru_cache
-def _loops_over_content(source: str) -> bool:
-    """Tell whether a template reads a message's content as a list of parts."""
+def _only_takes_parts(source: str) -> bool:
+    """Tell whether a template can only read a message's content as a list of parts."""
     tree = _plain(source).environment.parse(source)
+    if any(test.name == "string" for test in tree.find_all(nodes.Test)):
+        return False
     names = {
         node.target.name
         for node in tree.find_all(nodes.Assign)

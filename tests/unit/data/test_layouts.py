@@ -1,0 +1,149 @@
+"""Rows in the layouts that people have, read without options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from colm_scale.config import DataConfig
+from colm_scale.data.messages import Message
+from colm_scale.data.readers import Columns, Row, read_rows
+from colm_scale.errors import UserError
+
+CALLS = [{"id": "c1", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def written(*records: dict[str, object]) -> str:
+    Path("a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return "a.jsonl"
+
+
+def row_of(record: dict[str, object], **columns: str) -> Row:
+    return read_rows([written(record)], DataConfig(columns=columns))[0]
+
+
+def error_of(record: dict[str, object]) -> str:
+    with pytest.raises(UserError) as caught:
+        row_of(record)
+    return str(caught.value)
+
+
+def test_dolly():
+    row = row_of({"instruction": "Who wrote it?", "context": "Emma is by Austen.", "response": "Austen", "category": "q"})
+    assert (row.prompt, row.completion) == ("Who wrote it?\nEmma is by Austen.\n", "Austen")
+
+
+def test_alpaca_with_system_and_history():
+    history = [["a?", "b"], ["c?", "d"]]
+    row = row_of({"instruction": "e?", "input": "", "output": "f", "system": "be kind", "history": history})
+    assert (row.prompt, row.completion) == ("be kind\na?\nb\nc?\nd\ne?\n", "f")
+    assert "'history' is [\"a\"], but must be a list of pairs" in error_of(
+        {"instruction": "e?", "output": "f", "history": ["a"]}
+    )
+
+
+def test_sharegpt():
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    row = row_of({"conversations": turns, "system": "be kind", "tools": '[{"name": "lookup"}]'})
+    assert row.messages == (Message("system", "be kind"), Message("user", "hi"), Message("assistant", "ho"))
+    assert row.tools == ({"name": "lookup"},)
+
+
+def test_a_call_in_sharegpt():
+    call = {"from": "function_call", "value": '{"name": "lookup", "arguments": {"city": "Oslo"}}'}
+    _, message = row_of({"conversations": [{"from": "human", "value": "hi"}, call]}).messages
+    assert message.more == {"tool_calls": [{"function": CALLS[0]["function"], "type": "function"}]}
+
+
+def test_prompt_and_completion_as_messages():
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+    row = row_of({"prompt": [user, assistant, user], "completion": [assistant]})
+    assert [message.learned for message in row.messages if message.role == "assistant"] == [False, True]
+    assert row_of({"prompt": "hi", "completion": [assistant]}).messages == (
+        Message("user", "hi", learned=False),
+        Message("assistant", "ho"),
+    )
+
+
+def test_plain_text_is_all_learned():
+    row = row_of({"text": "once upon a time"})
+    assert (row.prompt, row.completion) == ("", "once upon a time")
+
+
+def test_rows_of_a_union_are_read_by_what_is_filled():
+    empty = {"messages": None, "conversations": None, "instruction": None, "output": None, "text": None}
+    chat = [{"role": "assistant", "content": "ho"}]
+    records = ({"instruction": "a", "output": "b"}, {"text": "c"}, {"messages": chat}, {"conversations": chat})
+    rows = read_rows([written(*(empty | record for record in records))], DataConfig())
+    assert [row.completion for row in rows] == ["b", "c", "", ""]
+    assert rows[2].messages == rows[3].messages == (Message("assistant", "ho"),)
+
+
+def test_json_in_texts_is_what_it_says():
+    chat = json.dumps([{"role": "assistant", "content": None, "tool_calls": CALLS}])
+    (message,) = row_of({"messages": chat}).messages
+    assert message.more == {"tool_calls": CALLS}
+    arguments = [{"function": {"name": "lookup", "arguments": '{"city": "Oslo"}'}}]
+    (message,) = row_of({"messages": [{"role": "assistant", "tool_calls": arguments}]}).messages
+    assert message.more["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+
+
+def test_keys_that_only_other_rows_have_are_not_there_in_parquet():
+    calls = [
+        {"function": {"name": "lookup", "arguments": {"city": "Oslo"}}},
+        {"function": {"name": "add", "arguments": {"numbers": [1, 2]}}},
+    ]
+    rows = [{"messages": [{"role": "assistant", "content": "a", "tool_calls": [call]}]} for call in calls]
+    pq.write_table(pa.Table.from_pylist([*rows, {"messages": [{"role": "assistant", "content": "b"}]}]), "a.parquet")
+    found = [row.messages[0].more for row in read_rows(["a.parquet"], DataConfig())]
+    assert found == [{"tool_calls": [calls[0]]}, {"tool_calls": [calls[1]]}, {}]
+
+
+def test_nan_is_missing_in_every_format():
+    Path("a.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "b", "source": NaN}\n')
+    table = pa.table({"instruction": ["a"], "input": [float("nan")], "output": ["b"], "source": [float("nan")]})
+    pq.write_table(table, "b.parquet")
+    rows = read_rows(["a.jsonl", "b.parquet"], DataConfig())
+    assert [(row.prompt, row.completion, row.source) for row in rows] == [("a\n", "b", "a"), ("a\n", "b", "b")]
+    pq.write_table(pa.table({"instruction": ["a"], "output": [float("nan")]}), "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet row 1: 'output' is null"):
+        read_rows(["b.parquet"], DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"weight": 0.5}, "'messages[0].weight' is 0.5, but must be 1"),
+        ({"train": "no"}, "'messages[0].train' is \"no\", but must be 1"),
+        ({"tool_calls": "lookup"}, "'messages[0].tool_calls' is \"lookup\", but must be a list of calls"),
+        ({"tool_calls": [{"id": "c1"}]}, "'messages[0].tool_calls' has a call without the name of a function"),
+        ({"content": [{"type": "image", "url": "u"}]}, "'messages[0].content' has a part of type \"image\""),
+    ],
+)
+def test_what_cannot_be_trained_is_named(turn, expected):
+    message = error_of({"messages": [{"role": "assistant", "content": "a", **turn}]})
+    assert message.startswith("a.jsonl line 1: ")
+    assert expected in message
+
+
+def test_columns_that_are_not_read_are_counted():
+    columns = Columns()
+    records = ({"instruction": "a", "response": "b", "category": "c", "text": "d"}, {"text": "e", "category": ""})
+    read_rows([written(*records)], DataConfig(), columns)
+    assert columns.lines() == ["a.jsonl: columns not read: 'category' (1 rows), 'text' (1 rows)"]
+
+
+def test_a_column_that_no_file_has_is_refused_with_the_closest_name():
+    columns, config = Columns(), DataConfig(columns={"source": "datset"})
+    read_rows([written({"text": "a", "dataset": "b"})], config, columns)
+    with pytest.raises(UserError, match=r"--data\.columns\.source: no file has a column 'datset'; did you .*'dataset'"):
+        columns.check(config)
