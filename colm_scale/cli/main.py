@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from colm_scale.cli import commands
+from colm_scale.cli.output import keep_writing
 from colm_scale.errors import UserError
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: The command line without the program's name; by default that of the process.
     """
+    keep_writing()
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if command in ("", "-h", "--help"):
         print(_usage(), end="")
@@ -55,6 +57,7 @@ def run(command: str, arguments: Sequence[str]) -> NoReturn:
 
 def train(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run ``colm-scale train``; the entry point of the launchers."""
+    keep_writing()
     run("train", sys.argv[1:] if arguments is None else arguments)
 
 

@@ -38,7 +38,8 @@ def error_of(record: dict[str, object]) -> str:
 
 
 def test_dolly():
-    row = row_of({"instruction": "Who wrote it?", "context": "Emma is by Austen.", "response": "Austen", "category": "q"})
+    cells = {"instruction": "Who wrote it?", "context": "Emma is by Austen.", "response": "Austen", "category": "qa"}
+    row = row_of(cells)
     assert (row.prompt, row.completion) == ("Who wrote it?\nEmma is by Austen.\n", "Austen")
 
 

@@ -57,7 +57,8 @@ def row_of(name: str) -> Row:
 def whole(source: str, name: str, turns: int | None = None, *, prompt: bool = False) -> str:
     """Render by transformers, as parts if that is all that the template reads."""
     messages = copy.deepcopy(CHATS[name][:turns])
-    for message in messages if "selectattr('type', 'equalto', 'text')" in source or "line in message[" in source else ():
+    in_parts = "selectattr('type', 'equalto', 'text')" in source or "line in message[" in source
+    for message in messages if in_parts else ():
         message["content"] = [{"type": "text", "text": message["content"]}]
     tools = [TOOL] if name == "tools" else None
     rendered, _ = render_jinja_template(

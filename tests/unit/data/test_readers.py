@@ -423,7 +423,7 @@ def chat(*turns: tuple[str, object]) -> dict:
         ({"messages": []}, "'messages' has no turn of the assistant"),
         ({"messages": ["hi"]}, 'messages[0] is "hi", but must be an object'),
         ({"messages": [{"content": "hi"}]}, "the role of messages[0] is null"),
-        (chat(("user", "a"), ("bot", "b")), "the role of messages[1] is \"bot\", but must be one of system, developer, user"),
+        (chat(("user", "a"), ("bot", "b")), "the role of messages[1] is \"bot\", but must be one of system, dev"),
         (chat(("user", 5), ("assistant", "b")), "'messages[0].content' is 5, but must be text"),
         (chat(("user", "a"), ("assistant", None)), "'messages[1].content' is empty"),
         (chat(("user", "a"), ("assistant", [1])), "'messages[1].content' is 1, but must be text"),
