@@ -18,6 +18,7 @@ from colm_scale.config.commands import (
     DoctorConfig,
     ExplainConfig,
     MergeConfig,
+    PreviewConfig,
     ReportOptions,
     ScoreConfig,
     SourcesOptions,
@@ -150,6 +151,20 @@ def plan(arguments: Sequence[str]) -> None:
     quieten()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing runs here, so DeepSpeed need not look for a GPU
     print(shown(make_plan(resolve(config), plan_config)), end="")
+
+
+def preview(arguments: Sequence[str]) -> None:
+    """Print what a run would learn of its data."""
+    options = parse_own("preview", PreviewConfig, arguments)
+    from rich.console import Console
+
+    from colm_scale.run.preview import preview as pages
+    from colm_scale.run.process import quieten
+
+    quieten()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for page in pages(options, colours=console.is_terminal):
+        console.print(page, soft_wrap=True, highlight=False)
 
 
 def report(arguments: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], str]] = {
     "replay": (commands.replay, "train on the recorded selections of another run: the options of train"),
     "explain": (commands.explain, "show the sources and examples a run trained on, left out, and favoured"),
     "plan": (commands.plan, "estimate what a run needs, without GPU or weights: the options of train, and --plan.*"),
+    "preview": (commands.preview, "show what a run would learn of its data, before anything is trained"),
     "report": (commands.report, "write an HTML page about one or several runs"),
     "sources": (commands.sources, "find the sub-populations of data without labels, for --data.sources"),
 }

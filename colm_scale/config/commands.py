@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from colm_scale.config import ModelConfig, RowConfig
+from colm_scale.config import DataConfig, ModelConfig, RowConfig
 from colm_scale.config.checks import require, require_least, require_positive
 from colm_scale.errors import UserError
 
@@ -154,6 +154,22 @@ class ReportOptions:
     """Folders of runs, at most 8; a run that is still under way is reported so far."""
     output: str = "report.html"
     """File of the page; an existing one is replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Show what a run would learn of its data: rows of each source as the model reads them, with the learned parts in
+    colour, and counts of tokens and of rows that are dropped, cut or not learned whole."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rows: int | None = None
+    """Rows shown of each source (default: 2); with --json, the number of rows in all (default: every row)."""
+    json: bool = False
+    """Print an object for each row, in the order of the data: row, source, text, learned, tokens, label_tokens."""
+
+    def __post_init__(self) -> None:
+        require_least(self, "", rows=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import RowConfig
-from colm_scale.data.chats import ChatTemplate, RenderedChat
+from colm_scale.data.chats import ChatTemplate, RenderedChat, Span
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 
@@ -26,7 +26,7 @@ class Encoded:
 
     Attributes:
         tokens, labelled: ``[T]`` int32, and ``[T]`` bool, True on tokens that carry loss.
-        text, learned: What the tokens stand for, and its parts that carry loss.
+        text, spans: What the tokens stand for, and its parts that carry loss.
         left_out: Keys of messages whose text the chat template leaves out.
         ends: Whether every learned part ends in an end token.
     """
@@ -35,9 +35,14 @@ class Encoded:
     tokens: np.ndarray
     labelled: np.ndarray
     text: str
-    learned: tuple[str, ...]
+    spans: tuple[Span, ...]
     left_out: tuple[str, ...] = ()
     ends: bool = True
+
+    @property
+    def learned(self) -> list[str]:
+        """The parts that carry loss."""
+        return [self.text[begin:end] for begin, end in self.spans]
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
@@ -76,8 +81,10 @@ class _Texts:
             prompt, completion = [*self._leading, *next(ids)], [*next(ids), *self._eos]
             labelled = np.repeat([False, True], [len(prompt), len(completion)])
             labelled[:1] = False
-            text, learned = f"{self._begin}{row.prompt}{row.completion}{end}", (f"{row.completion}{end}",)
-            yield Encoded(row, np.array([*prompt, *completion], dtype=np.int32), labelled, text, learned)
+            before, learned = f"{self._begin}{row.prompt}", f"{row.completion}{end}"
+            span = len(before), len(before) + len(learned)
+            tokens = np.array([*prompt, *completion], dtype=np.int32)
+            yield Encoded(row, tokens, labelled, before + learned, (span,))
 
 
 class _Chats:
@@ -114,9 +121,8 @@ class _Chats:
             if labelled is None:
                 tokens, labelled = self._apart(chat)
             labelled[:1] = False
-            learned = tuple(chat.text[begin:end] for begin, end in chat.learned)
-            ends = all(part.rstrip().endswith(self._ends) for part in learned)
-            yield Encoded(row, tokens, labelled, chat.text, learned, chat.left_out, ends)
+            ends = all(chat.text[begin:end].rstrip().endswith(self._ends) for begin, end in chat.learned)
+            yield Encoded(row, tokens, labelled, chat.text, chat.learned, chat.left_out, ends)
 
     def _apart(self, chat: RenderedChat) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise each learned part, and what stands between, on its own."""

@@ -1,0 +1,101 @@
+"""``colm-scale preview``: what a run would learn of its data, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import islice
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from colm_scale.config import DataConfig
+from colm_scale.config.commands import PreviewConfig
+from colm_scale.data.builtin import builtin_as_rows
+from colm_scale.data.encoding import Encoded, encode
+from colm_scale.data.readers import Columns, Row, each_row
+from colm_scale.data.source_labels import labelled
+from colm_scale.modeling.load import check_model, context_length, load_tokenizer
+
+_ROWS = 2
+"""Rows shown of each source."""
+_LEARNED = "bold green"
+_MARKED = ("[[", "]]")
+"""Around what is learned, where there are no colours."""
+
+
+def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType]:
+    """Read, render and tokenise the training data as a run does, and show it.
+
+    Yields:
+        With ``json``, a line for each row; else some rows of each source, and a table with the counts of all rows.
+
+    Raises:
+        UserError: As a run with this data, before it loads the model.
+    """
+    data, columns = config.data, Columns()
+    longest = data.max_length or context_length(check_model(config.model))
+    encoded = encode(_rows(data, columns), load_tokenizer(config.model), data)
+    if config.json:
+        return map(_as_json, islice(encoded, config.rows))
+    return _pages(encoded, config, longest, columns, colours=colours)
+
+
+def _rows(config: DataConfig, columns: Columns) -> Iterator[Row]:
+    if not config.train:
+        yield from builtin_as_rows("train", config)
+        return
+    yield from labelled(each_row(config.train, config, columns), config.sources)
+    columns.check(config)
+
+
+def _as_json(row: Encoded) -> Text:
+    found = {
+        "row": row.row.where,
+        "source": row.row.source,
+        "text": row.text,
+        "learned": row.learned,
+        "tokens": len(row.tokens),
+        "label_tokens": int(row.labelled.sum()),
+    }
+    return Text(json.dumps(found, ensure_ascii=False))
+
+
+def _pages(
+    encoded: Iterator[Encoded], config: PreviewConfig, longest: int, columns: Columns, *, colours: bool
+) -> Iterator[RenderableType]:
+    most = _ROWS if config.rows is None else config.rows
+    shown: Counter[str] = Counter()
+    tallies: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in encoded:
+        source, remarks = row.row.source, row.remarks(config.data, longest)
+        tallies[source].update(["rows", *remarks])
+        if "dropped" not in remarks:
+            tallies[source]["tokens"] += min(len(row.tokens), longest)
+            tallies[source]["learned"] += int(row.labelled[:longest].sum())
+        if shown[source] < most:
+            shown[source] += 1
+            yield _shown(row, remarks, colours=colours)
+    heads = ("rows", "tokens", "learned", *REMARKS)
+    table = Table("source", title="all rows")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for source, tally in sorted(tallies.items()):
+        table.add_row(source, *(f"{tally[head]:,}" for head in heads))
+    yield table
+    yield from map(Text, columns.lines())
+
+
+def _shown(row: Encoded, remarks: list[str], *, colours: bool) -> Text:
+    """Write a row with what is learned of it in colour, or between marks."""
+    counts = f"{len(row.tokens):,} tokens, {int(row.labelled.sum()):,} learned"
+    text = Text(f"{row.row.source} | {', '.join([row.row.where, counts, *remarks])}\n", style="bold")
+    begin, end = ("", "") if colours else _MARKED
+    done = 0
+    for first, last in row.spans:
+        text.append(row.text[done:first], style="not bold")
+        text.append(f"{begin}{row.text[first:last]}{end}", style=_LEARNED)
+        done = last
+    return text.append(f"{row.text[done:]}\n", style="not bold")
