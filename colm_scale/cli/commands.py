@@ -164,7 +164,10 @@ def preview(arguments: Sequence[str]) -> None:
     quieten()
     console = Console(width=None if sys.stdout.isatty() else 200)
     for page in pages(options, colours=console.is_terminal):
-        console.print(page, soft_wrap=True, highlight=False)
+        if isinstance(page, str):
+            print(page)
+        else:
+            console.print(page, soft_wrap=True, highlight=False)
 
 
 def report(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Standard output that a run outlives: a reader may leave, as in ``| head``, and a terminal may not know all letters."""
+"""Standard output that a run outlives: its reader may leave, as in ``| head``, and its encoding may lack letters."""
 
 from __future__ import annotations
 

@@ -250,6 +250,8 @@ def _one(subject: str) -> str:
 
 def _joined(name: str, words: Sequence[str], kind: str) -> str:
     """Join the words of an option: a list may be written ``a.jsonl b.jsonl`` or ``[a.jsonl, b.jsonl]``."""
+    if not words and kind == "bool":
+        return "true"
     if not words and kind:
         raise UserError(f"--{name} has no value, but must be {_readable(kind)}")
     if not _takes_several(kind):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ class Encoded:
         return [self.text[begin:end] for begin, end in self.spans]
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
+def encode(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
     """Tokenise every row, in order and whatever its length.
 
     A prompt starts with the tokenizer's own leading special tokens, and a completion ends with its end-of-sequence
@@ -55,11 +55,11 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowC
     Raises:
         UserError: As `data.examples.tokenise`.
     """
-    first_chat = next((row.where for row in rows if row.messages), "")
-    template = check_tokenizer(tokenizer, config, first_chat)
-    chats, texts = _Chats(tokenizer, template, config), _Texts(tokenizer)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        batch = rows[start : start + _ROWS_AT_ONCE]
+    check_tokenizer(tokenizer, config, first_chat="")
+    texts, left = _Texts(tokenizer), iter(rows)
+    while batch := list(islice(left, _ROWS_AT_ONCE)):
+        first_chat = next((row.where for row in batch if row.messages), "")
+        chats = _Chats(tokenizer, check_tokenizer(tokenizer, config, first_chat), config)
         of_chats = chats.encode([row for row in batch if row.messages])
         of_texts = texts.encode([row for row in batch if not row.messages])
         for row in batch:
@@ -99,6 +99,7 @@ class _Chats:
         self._template = ChatTemplate(template, tokenizer.special_tokens_map, _moment(config))
         added = tokenizer.added_tokens_decoder.values()
         self._ends = (str(tokenizer.eos_token), *(token.content for token in added if token.special))
+        self._refuses = config.left_out == "refuse"
         self._newline = plain_ids(tokenizer, ["\n"])[0]
 
     def encode(self, rows: Sequence[Row]) -> Iterator[Encoded]:
@@ -114,6 +115,12 @@ class _Chats:
             verbose=False,
         )
         for place, (row, chat) in enumerate(zip(rows, chats)):
+            if chat.left_out and self._refuses:
+                raise UserError(
+                    f"{row.where}: the chat template leaves out {', '.join(chat.left_out)}: it would not be learned. "
+                    "Use a template that writes it (--data.chat_template FILE), or let such rows pass and be counted, "
+                    "with --data.left_out count"
+                )
             borders = np.array([border for span in chat.learned for border in span], dtype=np.int64)
             tokens, labelled = np.array(whole["input_ids"][place], dtype=np.int32), None
             if fast:

@@ -172,6 +172,30 @@ def too_few(count: int, usable: int, dropped: Mapping[str, int]) -> str:
     )
 
 
+DROPPED, CUT, LEFT_OUT, NO_END = REMARKS = ("dropped", "cut", "left out", "no end")
+"""What may be said of an example: too long or without a label token, so not trained on; cut to the longest length; the
+chat template leaves out something the row says; a learned part ends in no end token."""
+
+
+def remarks_on(encoded: Encoded, config: DataConfig, max_length: int) -> list[str]:
+    """Tell what becomes of a row as an example."""
+    overlong = len(encoded.tokens) > max_length
+    found = [CUT] if overlong else []
+    if (overlong and config.overlong == "drop") or not encoded.labelled[:max_length].any():
+        found = [DROPPED]
+    return [*found, *([LEFT_OUT] if encoded.left_out else []), *([] if encoded.ends else [NO_END])]
+
+
+def no_end_line(counts: Mapping[str, int]) -> list[str]:
+    """Say of how many examples a learned part ends in no end token, if any does."""
+    if not sum(counts.values()):
+        return []
+    return [
+        f"{sum(counts.values()):,} examples have a learned part without an end token of the tokenizer at its end, so "
+        "the model is not taught to stop: use a chat template that ends each turn with one (--data.chat_template FILE)"
+    ]
+
+
 def tokenise_block(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice
@@ -15,6 +16,7 @@ from colm_scale.config import DataConfig
 from colm_scale.config.commands import PreviewConfig
 from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.encoding import Encoded, encode
+from colm_scale.data.examples import NO_END, REMARKS, no_end_line, remarks_on
 from colm_scale.data.readers import Columns, Row, each_row
 from colm_scale.data.source_labels import labelled
 from colm_scale.modeling.load import check_model, context_length, load_tokenizer
@@ -26,7 +28,7 @@ _MARKED = ("[[", "]]")
 """Around what is learned, where there are no colours."""
 
 
-def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType]:
+def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType | str]:
     """Read, render and tokenise the training data as a run does, and show it.
 
     Yields:
@@ -39,7 +41,7 @@ def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType]
     longest = data.max_length or context_length(check_model(config.model))
     encoded = encode(_rows(data, columns), load_tokenizer(config.model), data)
     if config.json:
-        return map(_as_json, islice(encoded, config.rows))
+        return _objects(islice(encoded, config.rows))
     return _pages(encoded, config, longest, columns, colours=colours)
 
 
@@ -51,16 +53,21 @@ def _rows(config: DataConfig, columns: Columns) -> Iterator[Row]:
     columns.check(config)
 
 
-def _as_json(row: Encoded) -> Text:
-    found = {
-        "row": row.row.where,
-        "source": row.row.source,
-        "text": row.text,
-        "learned": row.learned,
-        "tokens": len(row.tokens),
-        "label_tokens": int(row.labelled.sum()),
-    }
-    return Text(json.dumps(found, ensure_ascii=False))
+def _objects(encoded: Iterator[Encoded]) -> Iterator[str]:
+    no_end: Counter[str] = Counter()
+    for row in encoded:
+        found = {
+            "row": row.row.where,
+            "source": row.row.source,
+            "text": row.text,
+            "learned": row.learned,
+            "tokens": len(row.tokens),
+            "label_tokens": int(row.labelled.sum()),
+        }
+        no_end[row.row.source] += not row.ends
+        yield json.dumps(found, ensure_ascii=False)
+    for line in no_end_line(no_end):
+        print(line, file=sys.stderr)
 
 
 def _pages(
@@ -70,7 +77,7 @@ def _pages(
     shown: Counter[str] = Counter()
     tallies: dict[str, Counter[str]] = defaultdict(Counter)
     for row in encoded:
-        source, remarks = row.row.source, row.remarks(config.data, longest)
+        source, remarks = row.row.source, remarks_on(row, config.data, longest)
         tallies[source].update(["rows", *remarks])
         if "dropped" not in remarks:
             tallies[source]["tokens"] += min(len(row.tokens), longest)
@@ -85,7 +92,8 @@ def _pages(
     for source, tally in sorted(tallies.items()):
         table.add_row(source, *(f"{tally[head]:,}" for head in heads))
     yield table
-    yield from map(Text, columns.lines())
+    yield from columns.lines()
+    yield from no_end_line({source: tally[NO_END] for source, tally in tallies.items()})
 
 
 def _shown(row: Encoded, remarks: list[str], *, colours: bool) -> Text:

@@ -53,6 +53,7 @@ class Kinds:
         (["--name", "-x"], "name", "-x"),
         (["--name", ""], "name", ""),
         (["--on", "true"], "on", True),
+        (["--on"], "on", True),
     ],
 )
 def test_every_kind_of_value(words, name, value):
@@ -66,7 +67,6 @@ def test_every_kind_of_value(words, name, value):
         (["--columns", "{a: [1]}"], "--columns is '{a: [1]}', but must be"),
         (["--numbers", "4", "x"], "but must be list[a whole number]"),
         (["--pair", "1"], "--pair is '1', but must be tuple[a number, a number]"),
-        (["--on"], "--on has no value, but must be true or false"),
         (["--of", "true"], "unknown option --of: did you mean --on?"),
         (["--config", "a.yaml"], "unknown option --config"),
     ],
