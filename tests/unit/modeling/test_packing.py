@@ -123,6 +123,20 @@ def test_a_model_whose_examples_see_each_other_is_found_out():
     assert use_packing(model, "auto", CPU) == Tried("in packed rows, the examples of LlamaForCausalLM see each other")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_experts_that_round_otherwise_beside_other_examples_are_packed(family, dtype):
+    experts = {"mixtral": "num_local_experts", "olmoe": "num_experts"}[family]
+    assert use_packing(base_model(family, dtype, num_experts_per_tok=2, **{experts: 4}), "auto", CPU) == Tried()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_over_borders_are_found_out_even_if_their_effect_is_below_half_precision(dtype):
+    model = base_model("lfm2", dtype, layer_types=["conv", "full_attention"])
+    expected = "in packed rows, the examples of Lfm2ForCausalLM see each other"
+    assert use_packing(model, "auto", CPU).padded_because == expected
+
+
 def test_absolute_positions_that_do_not_restart_are_found_out():
     model = base_model("gpt2")
     places = model.transformer.wpe
