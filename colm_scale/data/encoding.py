@@ -204,9 +204,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: RowConfig, first
         template: str = tokenizer.get_chat_template(given)
         return template
     except ValueError as error:
+        own = tokenizer.chat_template
+        lacks = f"chat templates ({', '.join(own)}), none of which is called 'default'" if own else "no chat template"
         raise UserError(
-            f"{first_chat} is a chat, but the model's tokenizer has no chat template: "
-            "give one with --data.chat_template FILE"
+            f"{first_chat} is a chat, but the model's tokenizer has {lacks}: give one with --data.chat_template FILE"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME as CONFIG
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import (
     is_bitsandbytes_available,
@@ -52,6 +55,7 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
     Raises:
         UserError: There is no such model, it brings its own code, or it is not a causal language model.
     """
+    _check_no_adapter(_name(config), option)
     with _one_line(config, option):
         found: PretrainedConfig = AutoConfig.from_pretrained(_name(config), **_hub_arguments(config))
     causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(found, "auto_map", {})
@@ -61,6 +65,20 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
         what = ", ".join(architectures) or type(found).__name__
         raise UserError(f"--{option} {_name(config)} is not a causal language model, it is a {what}")
     return found
+
+
+def _check_no_adapter(name: str, option: str) -> None:
+    """Check that a folder is not that of an adapter, which has no weights of a model."""
+    folder = Path(name)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        try:
+            base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            base = None
+        raise UserError(
+            f"--{option} {name} is the folder of an adapter, not of a model: name its base model ({base or 'unknown'}) "
+            f"there, and the adapter with --lora.adapter {name} to train it further, or merge it with colm-scale merge"
+        )
 
 
 def context_length(config: PretrainedConfig, most: int = _LONGEST_DEFAULT) -> int:
@@ -146,6 +164,24 @@ def load_tokenizer(config: ModelConfig, option: str = _OPTION) -> PreTrainedToke
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, option: str = _OPTION) -> None:
+    """Check that the model has an embedding for each token of its tokenizer.
+
+    Raises:
+        UserError: It has not: on a GPU the first such token would end in an assertion without a name.
+    """
+    rows = getattr(model.get_text_config(), "vocab_size", None)
+    vocabulary = tokenizer.get_vocab()
+    last = max(vocabulary, key=vocabulary.__getitem__, default="")
+    if rows is not None and last and vocabulary[last] >= rows:
+        beyond = sum(number >= rows for number in vocabulary.values())
+        raise UserError(
+            f"--{option}: the tokenizer has ids up to {vocabulary[last]} ({last!r}), but the model's embedding has "
+            f"{rows} rows: {beyond} tokens have none. Resize the model's embedding and save it, or use the tokenizer "
+            "that the model was trained with"
+        )
 
 
 def load_model(

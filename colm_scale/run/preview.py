@@ -19,7 +19,7 @@ from colm_scale.data.encoding import Encoded, encode
 from colm_scale.data.examples import NO_END, REMARKS, no_end_line, remarks_on
 from colm_scale.data.readers import Columns, Row, each_row
 from colm_scale.data.source_labels import labelled
-from colm_scale.modeling.load import check_model, context_length, load_tokenizer
+from colm_scale.modeling.load import check_model, check_vocabulary, context_length, load_tokenizer
 
 _ROWS = 2
 """Rows shown of each source."""
@@ -38,8 +38,10 @@ def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType 
         UserError: As a run with this data, before it loads the model.
     """
     data, columns = config.data, Columns()
-    longest = data.max_length or context_length(check_model(config.model))
-    encoded = encode(_rows(data, columns), load_tokenizer(config.model), data)
+    model, tokenizer = check_model(config.model), load_tokenizer(config.model)
+    check_vocabulary(tokenizer, model)
+    longest = data.max_length or context_length(model)
+    encoded = encode(_rows(data, columns), tokenizer, data)
     if config.json:
         return _objects(islice(encoded, config.rows))
     return _pages(encoded, config, longest, columns, colours=colours)

@@ -19,6 +19,7 @@ from colm_scale.modeling.load import (
     add_adapters,
     check_adapter,
     check_model,
+    check_vocabulary,
     context_length,
     load_model,
     load_tokenizer,
@@ -209,6 +210,20 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     with refused(r"cannot load a tokenizer \(the folder was tried: ") as error:
         load_tokenizer(named(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(folder):
+    model, found = check_model(named(folder)), load_tokenizer(named(folder))
+    check_vocabulary(found, model)
+    found.add_tokens([f"<{number}>" for number in range(94)])
+    with refused(r"the tokenizer has ids up to 98 \('<93>'\), but the model's embedding has 97 rows: 2 tokens have none"):
+        check_vocabulary(found, model)
+
+
+def test_an_adapters_folder_is_not_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with refused(r"is the folder of an adapter.*\(org/base\).*--lora\.adapter"):
+        check_model(named(tmp_path))
 
 
 # The adapters
