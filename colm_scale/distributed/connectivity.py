@@ -21,7 +21,7 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
-from colm_scale.distributed.group import interface_to, own_address
+from colm_scale.distributed.connect import first_line, interface_to, open_store, own_address
 
 _HELLO = b"colm"
 _CONNECT_SECONDS = 5.0
@@ -59,24 +59,11 @@ def try_ranks(seconds: float) -> Reach:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store = _store(rank, seconds)
+        store = dist.PrefixStore("colm_scale/doctor", open_store(rank, seconds))
         meeting = _Meeting(store, rank, ranks, seconds)
     except (OSError, RuntimeError) as error:  # torch's DistError is a RuntimeError
-        return Reach(ranks, error=f"rank {rank} cannot reach the meeting point {where}: {_first_line(error)}")
+        return Reach(ranks, error=f"rank {rank} cannot reach the meeting point {where}: {first_line(error)}")
     return meeting.hold()
-
-
-def _store(rank: int, seconds: float) -> dist.Store:
-    """Open the launcher's store, or one on rank 0. Unlike torch's rendezvous, it does not wait for all ranks."""
-    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=is_master,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-    )
-    return dist.PrefixStore("colm_scale/doctor", store)
 
 
 class _Meeting:
@@ -156,7 +143,7 @@ class _Meeting:
             found = int(total)
             dist.destroy_process_group()
         except RuntimeError as error:
-            return _first_line(error)
+            return first_line(error)
         return "" if found == self._ranks else f"{self._ranks} ones add up to {found}"
 
 
@@ -175,7 +162,3 @@ def _versions() -> str:
         with suppress(metadata.PackageNotFoundError):
             found.append(f"{package} {metadata.version(package)}")
     return ", ".join(found)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]
