@@ -6,18 +6,22 @@ of those that are missing; later waits are the business of `Watch`.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
+from typing import NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from colm_scale.distributed.device import identity, take_device
 from colm_scale.distributed.group import Group, PeerFailed, backend_of
 from colm_scale.errors import TrainingError, UserError
 
@@ -27,7 +31,7 @@ _LIMIT_SECONDS = 600.0
 _TIMEOUT = timedelta(days=1)
 """`Watch` ends a hanging run much earlier; but rank 0 may have to read a whole stream first."""
 _ATTEMPT = "colm_scale/attempt"
-_ALONE = " without all"
+_REFUSED = " refused"
 _POLL_SECONDS = 0.1
 _PROBE_SECONDS = 5.0
 _VERDICT_SECONDS = 10.0
@@ -38,27 +42,19 @@ def connect() -> Group:
     """Join the ranks that the launcher names in the environment; a single process is a group of one.
 
     Raises:
-        UserError: This rank has no GPU, or a variable is wrong.
-        TrainingError: Ranks are missing, or cannot reach each other; one of those that can talk says it.
-        PeerFailed: Another rank says it.
+        UserError: A rank has no GPU, or not its own, or a variable is wrong.
+        TrainingError: Ranks are missing, or cannot reach each other.
+        PeerFailed: Another rank has said why the run does not start.
     """
-    cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible: start fewer processes "
-                f"or unset CUDA_VISIBLE_DEVICES"
-            )
-        torch.cuda.set_device(device)
+    device = take_device(local_rank)
     if world_size > 1 and not dist.is_initialized():
         if interface := interface_to(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         rank, seconds = int(os.environ["RANK"]), _limit()
-        attempt = _join(rank, world_size, backend_of(device), seconds)
+        attempt = _join(rank, world_size, device, seconds)
         return Group(rank, world_size, local_rank, local_world_size, device, attempt)
     rank = dist.get_rank() if dist.is_initialized() else 0
     return Group(rank, world_size, local_rank, local_world_size, device)
@@ -72,7 +68,7 @@ def _limit() -> float:
         raise UserError(f"{LIMIT}={given}: must be a number of seconds") from None
 
 
-def _join(rank: int, world_size: int, backend: str, seconds: float) -> str:
+def _join(rank: int, world_size: int, device: torch.device, seconds: float) -> str:
     """Meet the other ranks, and connect each with each, in that many seconds each; return the name of this start."""
     where = f"MASTER_ADDR:MASTER_PORT, {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
@@ -84,13 +80,13 @@ def _join(rank: int, world_size: int, backend: str, seconds: float) -> str:
             f"host, and whether the port is free and open; {LIMIT} ({seconds:g}) sets the limit"
         ) from None
     try:
-        attempt = meet(store, rank, world_size, seconds)
+        attempt = meet(store, rank, world_size, seconds, identity(device))
     except dist.DistError:
         raise TrainingError(f"rank {rank}: the store at {where} is gone: its process has ended") from None
     try:
         whole = dist.PrefixStore(attempt, store)
         limit = timedelta(seconds=seconds)
-        dist.init_process_group(backend, store=whole, rank=rank, world_size=world_size, timeout=limit)
+        dist.init_process_group(backend_of(device), store=whole, rank=rank, world_size=world_size, timeout=limit)
     except RuntimeError as error:
         raise TrainingError(
             f"rank {rank} on {socket.gethostname()} met the others, but cannot connect to all of them "
@@ -127,63 +123,88 @@ def _await_listener(host: str, port: int, seconds: float) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def meet(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
+def meet(store: dist.Store, rank: int, world_size: int, seconds: float, gpu: str = "") -> str:
     """Agree on a new name for this start of the ranks. All ranks call it together.
 
     torchrun's store outlives a restart, and torch would take its old entries for those of the new ranks and connect to
     dead addresses. The launcher's count of restarts cannot be the name, because each host has its own count.
 
+    Args:
+        gpu: The hardware that this rank computes on, if no other rank may.
+
     Raises:
         TrainingError: Ranks do not arrive within that many seconds. Rank 0 names them, and the hosts of the others.
-        PeerFailed: On the others, if rank 0 does.
+        UserError: Ranks share a GPU. Rank 0 names them.
+        PeerFailed: On the others, if rank 0 raises.
     """
-    own = uuid.uuid4().hex
+    hello = _Hello(uuid.uuid4().hex, socket.gethostname(), gpu)
     if rank == 0:
-        return _receive(store, own, range(1, world_size), seconds)
+        return _receive(store, hello, range(1, world_size), seconds)
     deadline = time.monotonic() + seconds + _VERDICT_SECONDS
-    hello = f"{own} {socket.gethostname()}"
     while time.monotonic() < deadline:
         if store.check([_ATTEMPT]):
             attempt = store.get(_ATTEMPT).decode()  # may be that of earlier ranks
             answer = f"colm_scale/{attempt}/answer/{rank}"
-            store.set(f"colm_scale/{attempt}/hello/{rank}", hello)
+            store.set(f"colm_scale/{attempt}/hello/{rank}", json.dumps(hello))
             said = store.get(answer).decode() if store.check([answer]) else ""
-            if said == own:
+            if said == hello.name:
                 return attempt
-            if said == own + _ALONE:
+            if said == hello.name + _REFUSED:
                 store.add(f"colm_scale/{attempt}/left", 1)
-                raise PeerFailed("rank 0 has named the ranks that are missing")
+                raise PeerFailed("rank 0 has said why the run does not start")
         time.sleep(_POLL_SECONDS)
     raise TrainingError(
-        f"rank {rank} on {socket.gethostname()}: rank 0 did not arrive within {seconds:g} seconds: see whether its "
-        f"host started it; {LIMIT} sets the limit"
+        f"rank {rank} on {hello.host}: rank 0 did not arrive within {seconds:g} seconds: see whether its host started "
+        f"it; {LIMIT} sets the limit"
     )
 
 
-def _receive(store: dist.Store, attempt: str, peers: Iterable[int], seconds: float) -> str:
+class _Hello(NamedTuple):
+    """A rank's message to rank 0: its name in this start, its host, and its GPU."""
+
+    name: str
+    host: str
+    gpu: str
+
+
+def _receive(store: dist.Store, own: _Hello, peers: Iterable[int], seconds: float) -> str:
     """Wait on rank 0 for the others, and answer each."""
-    hellos = {peer: f"colm_scale/{attempt}/hello/{peer}" for peer in peers}
+    attempt = own.name
+    keys = {peer: f"colm_scale/{attempt}/hello/{peer}" for peer in peers}
     store.set(_ATTEMPT, attempt)
-    try:
-        store.wait(list(hellos.values()), timedelta(seconds=seconds))
-    except RuntimeError as error:
-        here = [peer for peer, hello in hellos.items() if store.check([hello])]
-        hosts: dict[str, list[int]] = {socket.gethostname(): [0]}
-        for peer in here:
-            own, host = store.get(hellos[peer]).decode().split(" ", 1)
-            hosts.setdefault(host, []).append(peer)
-            store.set(f"colm_scale/{attempt}/answer/{peer}", own + _ALONE)
-        _leave_last(store, attempt, len(here))
-        came = "; ".join(f"rank {ranges(ranks)} on {host}" for host, ranks in hosts.items())
-        absent = ranges([peer for peer in hellos if peer not in here])
-        raise TrainingError(
-            f"rank {absent} did not arrive within {seconds:g} seconds; here: {came}. See whether the missing host "
-            f"started, and whether it reaches MASTER_ADDR ({os.environ.get('MASTER_ADDR')}); {LIMIT} sets the limit"
-        ) from error
+    with suppress(RuntimeError):  # torch raises several kinds when the time is over
+        store.wait(list(keys.values()), timedelta(seconds=seconds))
+    hellos = {peer: _Hello(*json.loads(store.get(key))) for peer, key in keys.items() if store.check([key])}
+    absent = [peer for peer in keys if peer not in hellos]
+    refused = _refusal({0: own} | hellos, absent, seconds)
     for peer, hello in hellos.items():
-        own, _ = store.get(hello).decode().split(" ", 1)
-        store.set(f"colm_scale/{attempt}/answer/{peer}", own)
+        store.set(f"colm_scale/{attempt}/answer/{peer}", hello.name + (_REFUSED if refused else ""))
+    for error in refused:
+        _leave_last(store, attempt, len(hellos))
+        raise error
     return attempt
+
+
+def _refusal(arrived: Mapping[int, _Hello], absent: list[int], seconds: float) -> list[UserError | TrainingError]:
+    """Return what keeps the ranks from starting, at most one error."""
+    if absent:
+        hosts: dict[str, list[int]] = {}
+        for rank, hello in arrived.items():
+            hosts.setdefault(hello.host, []).append(rank)
+        came = "; ".join(f"rank {ranges(ranks)} on {host}" for host, ranks in hosts.items())
+        first = (
+            f"rank {ranges(absent)} did not arrive within {seconds:g} seconds; here: {came}. See whether the missing "
+        )
+        where = f"whether it reaches MASTER_ADDR ({os.environ.get('MASTER_ADDR')}); {LIMIT} sets the limit"
+        return [TrainingError(f"{first}missing host started, and {where}")]
+    gpus: dict[str, list[int]] = {}
+    for rank, hello in arrived.items():
+        gpus.setdefault(hello.gpu, []).append(rank)
+    for gpu, ranks in gpus.items():
+        if gpu and len(ranks) > 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+            shared = f"ranks {ranges(ranks)} on {arrived[ranks[0]].host} share one GPU ({gpu}), which NCCL refuses"
+            return [UserError(f"{shared}: start a process per GPU, or give each its own (Slurm: --gpus-per-task=1)")]
+    return []
 
 
 def _leave_last(store: dist.Store, attempt: str, others: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,8 @@ from colm_scale.distributed import connect
 from colm_scale.distributed.connect import interface_to, meet
 from colm_scale.distributed.group import PeerFailed
 from colm_scale.errors import TrainingError, UserError
+
+NO_GPUS: Mapping[int, str] = {}
 
 
 def met(store: dist.Store, order: list[int]) -> list[str]:
@@ -62,14 +65,16 @@ def test_the_way_to_a_host_is_an_interface():
     assert interface_to("nowhere.invalid") is None
 
 
-def in_threads(ranks: dict[int, str], store: dist.Store, world_size: int, seconds: float) -> dict[int, str]:
-    """Let ranks on hosts of these names meet; returns what each raises, or the name of the attempt."""
+def in_threads(
+    ranks: dict[int, str], store: dist.Store, world_size: int, seconds: float, gpus: Mapping[int, str] = NO_GPUS
+) -> dict[int, str]:
+    """Let ranks on hosts of these names meet, with these GPUs; returns what each raises, or the name of the attempt."""
     found: dict[int, str] = {}
 
     def arrive(rank: int) -> None:
         try:
-            found[rank] = meet(store, rank, world_size, seconds)
-        except (TrainingError, PeerFailed) as error:
+            found[rank] = meet(store, rank, world_size, seconds, gpus.get(rank, ""))
+        except (UserError, TrainingError, PeerFailed) as error:
             found[rank] = f"{type(error).__name__}: {error}"
 
     threads = [threading.Thread(target=arrive, args=[rank], name=host) for rank, host in ranks.items()]
@@ -109,3 +114,24 @@ def test_the_limit_is_a_number_of_seconds(monkeypatch):
     monkeypatch.setenv("RDZV_SECONDS", "soon")
     with pytest.raises(UserError, match="RDZV_SECONDS=soon: must be a number of seconds"):
         connect._limit()
+
+
+GPUS = {0: "GPU-1", 1: "GPU-2", 2: "GPU-1", 3: "GPU-1"}
+
+
+def test_ranks_on_one_gpu_are_named(named_hosts):
+    found = in_threads(dict.fromkeys(GPUS, "a"), dist.HashStore(), 4, 30, GPUS)
+    assert found[0].startswith("UserError: ranks 0, 2-3 on a share one GPU (GPU-1), which NCCL refuses: ")
+    assert all(found[rank].startswith("PeerFailed") for rank in (1, 2, 3))
+
+
+def test_ranks_share_a_gpu_where_nccl_is_told_to(monkeypatch):
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    names = in_threads(dict.fromkeys(GPUS, "a"), dist.HashStore(), 4, 30, GPUS)
+    assert len(set(names.values())) == 1
+
+
+def test_ranks_with_a_gpu_each_meet():
+    gpus = {rank: f"GPU-{rank}" for rank in range(3)}
+    names = in_threads(dict.fromkeys(gpus, "a"), dist.HashStore(), 3, 30, gpus)
+    assert len(set(names.values())) == 1
