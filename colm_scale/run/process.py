@@ -14,7 +14,7 @@ import transformers
 from colm_scale.config import RunConfig
 from colm_scale.distributed.connect import connect
 from colm_scale.distributed.group import Group, PeerFailed
-from colm_scale.distributed.watch import STOPPED, Watch, peer_is_gone
+from colm_scale.distributed.watch import Watch, peer_is_gone
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.run.prepare import resolve
 
@@ -23,7 +23,8 @@ Job = Callable[[RunConfig, Group, Watch], bool]
 
 
 def run(config: RunConfig, job: Job) -> int:
-    """Run a ``job`` on this rank; return the exit code of the process: 0 if done, 143 if asked to stop, and saved.
+    """Run a ``job`` on this rank; return the exit code of the process: 0 if done, 143 if asked to stop, and saved
+    (0 if asked by SIGUSR1).
 
     After an error the process ends with 2 (wrong input) or 1 (training failed). One rank prints it, and all ranks end.
     """
@@ -48,7 +49,7 @@ def run(config: RunConfig, job: Job) -> int:
         watch.leave(_exit_code(error))  # not sys.exit: closing a collective would wait for peers that are still in it
     watch.close()
     group.close()
-    return 0 if completed else STOPPED
+    return 0 if completed else watch.stopped_code
 
 
 def quieten() -> None:

@@ -144,15 +144,17 @@ def stand_in(path: Path, text: str) -> None:
 @pytest.fixture
 def job(hosts, tmp_path) -> dict[str, str]:
     """What Slurm sets for a job on two hosts. Its commands: srun starts a program on each host and hands signals on,
-    scontrol names the hosts and writes down what it is asked."""
+    scontrol names the hosts and writes down what it is asked, scancel signals every process of the job."""
     commands = tmp_path / "commands"
     commands.mkdir()
     tasks = "\n".join(f'{shlex.join(host.command())} "$@" &' for host in hosts)
     stand_in(
         commands / "srun",
         f'printf "%s\\n" "$@" > {tmp_path}/srun.txt\nwhile [[ $1 == --* ]]; do shift; done\n{tasks}\n'
-        "trap 'kill -TERM $(jobs -p)' TERM\nwhile ! wait; do :; done\n",
+        f"trap 'touch {tmp_path}/terminated; kill -TERM $(jobs -p)' TERM\nwhile ! wait; do :; done\n",
     )
+    listed = "; ".join(f"ip netns pids {host.name}" for host in hosts)
+    stand_in(commands / "scancel", f'[[ $* == "--signal=USR1 4242" ]] && kill -USR1 $({listed})\n')
     names = "\\n".join(host.address for host in hosts)
     stand_in(
         commands / "scontrol",
@@ -182,6 +184,8 @@ def test_a_slurm_job_trains_on_all_hosts_and_goes_back_into_the_queue(job, hosts
         "show hostnames host[1-2]",
         "requeue 4242",
     ]
+    assert not (tmp_path / "terminated").exists()  # torchrun would have killed the ranks after its own grace
+    assert list((directory / "checkpoints").glob("step-*"))
     assert "--cpus-per-task=3" in (tmp_path / "srun.txt").read_text("utf-8").splitlines()
     assert json.loads((directory / "environment.json").read_text("utf-8"))["world_size"] == 2
     # The learning rate's schedule depends on the number of steps, so only the first step is the same.
