@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import traceback
 import warnings
@@ -44,12 +45,19 @@ def run(config: RunConfig, job: Job) -> int:
         if not isinstance(error, PeerFailed) and watch.failed():
             lost = TrainingError(f"{watch.place()}, lost another rank: it was killed or disconnected")
             expected = isinstance(error, (UserError, TrainingError))
-            _print(lost if not expected and peer_is_gone(error) else error)
+            _print(lost if not expected and peer_is_gone(error) else _located(error, group))
         sys.stdout.flush()
         watch.leave(_exit_code(error))  # not sys.exit: closing a collective would wait for peers that are still in it
     watch.close()
     group.close()
     return 0 if completed else watch.stopped_code
+
+
+def _located(error: BaseException, group: Group) -> BaseException:
+    """Add the host to an error of input that rank 0 does not have: a file may be missing there alone."""
+    if isinstance(error, UserError) and not group.is_first:
+        return UserError(f"rank {group.rank} on {socket.gethostname()}: {error}")
+    return error
 
 
 def quieten() -> None:
