@@ -3,8 +3,8 @@
 python benchmarks/data_loading.py --rows 1000000 --ranks 8
 
 Ranks are processes connected by gloo, as in a run, and only read their inputs: no model is loaded. The first start
-finds no tokens in the cache, the second one does. Rows are those of the built-in mixture, numbered, in a .jsonl file; the
-tokenizer is the built-in base's. Rows of results are appended to benchmarks/results/data_loading.jsonl.
+finds no tokens in the cache, the second one does. The rows are those of the built-in mixture, numbered, in a .jsonl
+file; the tokenizer is the built-in base's. Results are appended to benchmarks/results/data_loading.jsonl.
 """
 
 from __future__ import annotations

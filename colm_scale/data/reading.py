@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale import __version__
 from colm_scale.base import MIXTURE
 from colm_scale.config import DataConfig
+from colm_scale.config.cache import CACHE_VARIABLE, cache_folder
 from colm_scale.data.builtin import Split, builtin_as_rows
 from colm_scale.data.examples import leading_special_tokens, read_chat_template, tokenise
 from colm_scale.data.formats import identity
 from colm_scale.data.readers import Row, each_row
 from colm_scale.data.source_labels import labelled
 from colm_scale.data.stream import RowDigest
-from colm_scale.data.tokenised import CACHE_VARIABLE, Damaged, NotStored, TokenFolder, Tokenised, cache_folder
+from colm_scale.data.tokenised import Damaged, NotStored, TokenFolder, Tokenised
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _FILES = ("train", "eval", "sources", "chat_template")

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from safetensors.torch import save_file
 from colm_scale.data.examples import Examples
 from colm_scale.data.formats import said
 
-CACHE_VARIABLE = "COLM_SCALE_CACHE"
 _WHOLE, _PART = re.compile(r"[0-9a-f]{64}\.safetensors"), re.compile(r"\.[0-9a-f]{64}-[0-9a-f]{32}|\.tmp\w{6}")
 """Names of files, and of files being written, by us and by safetensors; nothing else in a folder is ever removed."""
 _TENSORS = ("tokens", "labelled", "offsets", "ids", "sources", "protected")
@@ -109,12 +107,6 @@ def open_file(path: Path, *, verify: bool) -> Tokenised:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder for tokenised data: ``COLM_SCALE_CACHE``, or ``colm_scale`` among the user's caches."""
-    caches = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "~")).expanduser() / ".cache"
-    return Path(environ.get(CACHE_VARIABLE) or Path(caches, "colm_scale"))
 
 
 class TokenFolder:

@@ -14,7 +14,7 @@ import torch
 
 from colm_scale.data import tokenised
 from colm_scale.data.examples import Examples, offsets_of
-from colm_scale.data.tokenised import Damaged, NotStored, TokenFolder, Tokenised, cache_folder, open_file
+from colm_scale.data.tokenised import Damaged, NotStored, TokenFolder, Tokenised, open_file
 
 KEY, OTHER, THIRD = "a1" * 32, "b2" * 32, "c3" * 32
 DAY = 24 * 3600.0
@@ -180,18 +180,6 @@ def test_only_its_own_files_are_removed(tmp_path, monkeypatch):
     new.touch()
     TokenFolder(tmp_path).store(OTHER, some())
     assert {path.name for path in tmp_path.iterdir()} == {*theirs, new.name, f"{OTHER}.safetensors"}
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"COLM_SCALE_CACHE": "/fast", "XDG_CACHE_HOME": "/caches", "HOME": "/me"}, "/fast"),
-        ({"XDG_CACHE_HOME": "/caches", "HOME": "/me"}, "/caches/colm_scale"),
-        ({"COLM_SCALE_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/me"}, "/me/.cache/colm_scale"),
-    ],
-)
-def test_the_folder_is_among_the_users_caches(environ, expected):
-    assert cache_folder(environ) == Path(expected)
 
 
 def test_digests_are_those_of_earlier_versions():

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
+from support.threads import on_ranks
 
 from colm_scale.distributed.group import interface_to, meet
 
@@ -56,3 +57,9 @@ def test_a_rank_does_not_take_the_answer_that_its_predecessor_got():
 def test_the_way_to_a_host_is_an_interface():
     assert interface_to("127.0.0.1") == "lo"
     assert interface_to("nowhere.invalid") is None
+
+
+@pytest.mark.parametrize("texts", [["a", "", "é" * 300], ["", "", ""], ["\udcff/x", "b", "c"]])
+def test_every_rank_gets_the_texts_of_all(texts):
+    """Also those that are no UTF-8, as the names of files may be."""
+    assert on_ranks(3, lambda group: group.texts(texts[group.rank])) == [texts] * 3
