@@ -141,6 +141,26 @@ def measure(count: int, ranks: int, starts: int, name: str) -> None:
             rows.append("data_loading", row | {"environment": rows.here()})
 
 
+def table() -> str:
+    """Time of each start, and memory beyond what a rank has before it reads."""
+    lines = [
+        "| tokenised by | rows | ranks | start | seconds | CPU seconds | all ranks | rank 0 | peak of a rank |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    last = {tuple(row[name] for name in ("rows", "way", "ranks", "start")): row for row in rows.read("data_loading")}
+    for key in sorted(last):
+        row = last[key]
+        start = "any" if row["way"] == "every rank" else "first" if row["start"] == 1 else "from the cache"
+        sizes = row["all_ranks_bytes"], row["private_bytes"][0], max(row["peak_resident_bytes"])
+        cells = [f"{row['rows']:,}", f"{row['ranks']}", start, f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.0f}"]
+        cells += [f"{size / 2**20:,.0f} MiB" for size in sizes]
+        lines.append(f"| {' | '.join([row['way'].replace('once per', 'one per'), *cells])} |")
+    return "\n".join(lines)
+
+
+TABLES = {"data loading": table}
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -12,6 +12,7 @@ from colm_scale.config.cache import cache_folder
     [
         ({"COLM_SCALE_CACHE": "/fast", "XDG_CACHE_HOME": "/caches", "HOME": "/me"}, "/fast"),
         ({"XDG_CACHE_HOME": "/caches", "HOME": "/me"}, "/caches/colm_scale"),
+        ({"COLM_SCALE_CACHE": "here"}, str(Path("here").absolute())),
         ({"COLM_SCALE_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/me"}, "/me/.cache/colm_scale"),
     ],
 )
