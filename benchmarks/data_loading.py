@@ -152,7 +152,7 @@ def table() -> str:
         row = last[key]
         start = "any" if row["way"] == "every rank" else "first" if row["start"] == 1 else "from the cache"
         sizes = row["all_ranks_bytes"], row["private_bytes"][0], max(row["peak_resident_bytes"])
-        cells = [f"{row['rows']:,}", f"{row['ranks']}", start, f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.0f}"]
+        cells = [f"{row['rows']:,}", f"{row['ranks']}", start, f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}"]
         cells += [f"{size / 2**20:,.0f} MiB" for size in sizes]
         lines.append(f"| {' | '.join([row['way'].replace('once per', 'one per'), *cells])} |")
     return "\n".join(lines)
