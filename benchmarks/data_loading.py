@@ -42,7 +42,7 @@ def write_data(path: Path, count: int) -> None:
 def read_as_rank(data: str) -> None:
     """Read the inputs as one rank, and print the measurements of this process."""
     from colm_scale.config import DataConfig, RunConfig
-    from colm_scale.distributed.group import connect
+    from colm_scale.distributed.connect import connect
     from colm_scale.run.inputs import read_inputs
     from colm_scale.run.prepare import resolve
 

@@ -13,7 +13,8 @@ from colm_scale.config import DataConfig, ModelConfig
 from colm_scale.data import reading
 from colm_scale.data.examples import tokenise
 from colm_scale.data.reading import Reading
-from colm_scale.distributed.group import PeerFailed, connect
+from colm_scale.distributed.connect import connect
+from colm_scale.distributed.group import PeerFailed
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import load_tokenizer
 from colm_scale.run.host_data import once_per_host
