@@ -203,23 +203,20 @@ def tokenise_block(
     return _collected(rows, tokenizer, config, max_length).examples(source_names)
 
 
-@dataclass(slots=True)
 class _Collected:
-    """Usable examples so far, in buffers that grow: a Python object per example would be larger than its tokens."""
+    """Usable examples so far, in buffers that grow: a Python object per example would be larger than its tokens.
 
-    tokens: bytearray = field(default_factory=bytearray)
-    labelled: bytearray = field(default_factory=bytearray)
-    protected: bytearray = field(default_factory=bytearray)
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    ids: array[int] = field(default_factory=lambda: array("q"))
-    sources: array[int] = field(default_factory=lambda: array("q"))
-    """In order of appearance."""
-    numbers: dict[str, int] = field(default_factory=dict)
-    """Of these sources."""
-    all_lengths: array[int] = field(default_factory=lambda: array("q"))
-    """Of all rows, before they are cut or dropped."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
+    Attributes:
+        numbers: Of the sources, in order of appearance.
+        all_lengths: Of all rows, before they are cut or dropped.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.labelled, self.protected = bytearray(), bytearray(), bytearray()
+        self.lengths, self.ids, self.sources, self.all_lengths = array("q"), array("q"), array("q"), array("q")
+        self.numbers: dict[str, int] = {}
+        self.dropped: Counter[str] = Counter()
+        self.cut: Counter[str] = Counter()
 
     def add(self, row: Row, tokens: np.ndarray, labelled: np.ndarray) -> None:
         self.tokens += tokens.tobytes()
