@@ -34,6 +34,8 @@ _LEFT_OUT = {
     "data.eval": "training does not depend on it",
     "data.sources": "the data's digest covers them",
     "data.chat_template": "the data's digest covers the rendered text",
+    "data.left_out": "the data's digest covers the rendered text",
+    "data.now": "the data's digest covers the rendered text",
     "selection.replay": "the data's digest covers the contents; the place does not matter",
     "train.threads": "rounding at most",
     "train.activation_checkpointing": "rounding at most",

@@ -12,8 +12,8 @@ def keep_writing() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:  # tests and notebooks have others
-            options = {"encoding": stream.encoding, "line_buffering": stream.line_buffering}
-            setattr(sys, name, _Lasting(stream.detach(), errors="backslashreplace", **options))
+            encoding, by_line = stream.encoding, stream.line_buffering
+            setattr(sys, name, _Lasting(stream.detach(), encoding, "backslashreplace", line_buffering=by_line))
 
 
 class _Lasting(io.TextIOWrapper):

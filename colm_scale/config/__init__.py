@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 import yaml
@@ -79,6 +80,10 @@ class RowConfig:
                 raise UserError(f"--data.columns names a column for {role!r}{hint} The roles are {roles}")
         require("{instruction}" in self.template, "data.template", self.template, "text with {instruction} in it")
         require_least(self, "data.", max_length=2)
+        try:
+            datetime.fromisoformat(self.now or "2026-11-29")
+        except ValueError:
+            raise UserError(f"--data.now is {self.now!r}, but must be a date and time like 2026-11-29T12:00") from None
 
     def column(self, role: str) -> str:
         """The column that has the role in the user's files."""

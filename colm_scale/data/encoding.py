@@ -71,8 +71,8 @@ class _Texts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self._leading, self._eos = _leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
-        self._begin: str = tokenizer.decode(self._leading) if self._leading else ""
+        self._leading, self._eos = leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
+        self._begin = str(tokenizer.decode(self._leading)) if self._leading else ""
 
     def encode(self, rows: Sequence[Row]) -> Iterator[Encoded]:
         ids = iter(plain_ids(self._tokenizer, [text for row in rows for text in (row.prompt, row.completion)]))
@@ -177,7 +177,7 @@ def _moment(config: RowConfig) -> datetime:
     return datetime.fromisoformat(config.now) if config.now else datetime.now()
 
 
-def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens put before a text, often a begin-of-sequence token; those put after it are left out."""
     text = "a"
     whole: list[int] = tokenizer(text)["input_ids"]

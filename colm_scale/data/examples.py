@@ -8,9 +8,10 @@ Examples that are too long are dropped or cut, and counted.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,10 +24,14 @@ from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 from colm_scale.records import long_tensor
 
+DROPPED, CUT, LEFT_OUT, NO_END = REMARKS = ("dropped", "cut", "left out", "no end")
+"""What may be said of an example: too long or without a label token, so not trained on; cut to the longest length; its
+chat template leaves out something the row says; a learned part ends in no end token."""
+
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Tokenised examples, concatenated. All tensors are on the CPU.
+    """Tokenised examples, concatenated. All tensors are on the CPU, and never written: they may be a file's pages.
 
     Attributes:
         tokens: ``[total]`` int32.
@@ -38,6 +43,8 @@ class Examples:
         source_names: ``[Q]``, sorted by name; in held-out data, those of the training data first.
         dropped: Examples left out per source (only sources with any): too long, or without a label token.
         cut: Examples cut to the longest length per source (only sources with any).
+        left_out: Chats of which the template leaves something out, per source (only sources with any).
+        no_end: Examples with a learned part that ends in no end token, per source (only sources with any).
     """
 
     tokens: Tensor
@@ -49,9 +56,16 @@ class Examples:
     source_names: tuple[str, ...]
     dropped: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    no_end: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Examples per source with each of the `REMARKS`."""
+        return dict(zip(REMARKS, (self.dropped, self.cut, self.left_out, self.no_end)))
 
     @property
     def lengths(self) -> Tensor:
@@ -110,7 +124,7 @@ class Examples:
         counts = sorted(self.dropped.items()), sorted(self.cut.items())
         digest = hashlib.sha256(repr((self.source_names, counts, len(self), len(self.tokens))).encode())
         for tensor in (self.tokens, self.labelled, self.offsets, self.ids, self.sources, self.protected):
-            digest.update(tensor.numpy().tobytes())
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
         return digest.hexdigest()
 
 
@@ -133,13 +147,13 @@ def joined(parts: Sequence[Examples]) -> Examples:
 
 
 def tokenise(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     max_length: int,
     source_names: Sequence[str] = (),
 ) -> Examples:
-    """Tokenise rows, and drop or cut those longer than ``max_length`` tokens.
+    """Tokenise rows, and drop or cut those longer than ``max_length`` tokens. Few rows are held at a time.
 
     A prompt starts with the tokenizer's own leading special tokens, and a completion ends with its end-of-sequence
     token; a chat is rendered by its template.
@@ -151,11 +165,11 @@ def tokenise(
         UserError: No example is left, the tokenizer has no end-of-sequence token, or a chat template is missing or
             renders chats so that the assistant's turns cannot be located.
     """
-    examples = tokenise_block(rows, tokenizer, config, max_length, source_names)
-    if not len(examples):
-        shortest = min((len(encoded.tokens) for encoded in encode(rows, tokenizer, config)), default=0)
-        raise UserError(f"{none_left(len(rows), max_length)}, and the shortest example has {shortest}")
-    return examples
+    collected = _collected(rows, tokenizer, config, max_length)
+    if not collected.ids:
+        nothing = none_left(len(collected.all_lengths), max_length)
+        raise UserError(f"{nothing}, and the shortest example has {min(collected.all_lengths, default=0)}")
+    return collected.examples(source_names)
 
 
 def none_left(rows: int, max_length: int) -> str:
@@ -172,11 +186,6 @@ def too_few(count: int, usable: int, dropped: Mapping[str, int]) -> str:
     )
 
 
-DROPPED, CUT, LEFT_OUT, NO_END = REMARKS = ("dropped", "cut", "left out", "no end")
-"""What may be said of an example: too long or without a label token, so not trained on; cut to the longest length; the
-chat template leaves out something the row says; a learned part ends in no end token."""
-
-
 def remarks_on(encoded: Encoded, config: DataConfig, max_length: int) -> list[str]:
     """Tell what becomes of a row as an example."""
     overlong = len(encoded.tokens) > max_length
@@ -186,47 +195,85 @@ def remarks_on(encoded: Encoded, config: DataConfig, max_length: int) -> list[st
     return [*found, *([LEFT_OUT] if encoded.left_out else []), *([] if encoded.ends else [NO_END])]
 
 
-def no_end_line(counts: Mapping[str, int]) -> list[str]:
-    """Say of how many examples a learned part ends in no end token, if any does."""
-    if not sum(counts.values()):
-        return []
-    return [
-        f"{sum(counts.values()):,} examples have a learned part without an end token of the tokenizer at its end, so "
-        "the model is not taught to stop: use a chat template that ends each turn with one (--data.chat_template FILE)"
-    ]
+def count_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Describe the `counts` of training examples, a line for each remark that is made of any."""
+    said = {
+        DROPPED: "training examples too long, dropped",
+        CUT: "training examples too long, cut",
+        LEFT_OUT: "training examples of which the chat template leaves something out",
+        NO_END: "warning: training examples with a learned part that ends in no end token, so the model is not taught "
+        "to stop (--data.chat_template FILE gives another template)",
+    }
+    lines = []
+    for remark, of in counts.items():
+        if total := sum(of.values()):
+            by_source = ", ".join(f"{name} {count}" for name, count in of.items() if count)
+            lines.append(f"{said[remark]}: {total} ({by_source})")
+    return lines
 
 
 def tokenise_block(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     max_length: int,
     source_names: Sequence[str],
 ) -> Examples:
     """Tokenise a part of the rows as `tokenise` does, except that no example need be left."""
-    usable: list[Encoded] = []
-    dropped: Counter[str] = Counter()
-    cut: Counter[str] = Counter()
+    return _collected(rows, tokenizer, config, max_length).examples(source_names)
+
+
+class _Collected:
+    """Usable examples so far, in buffers that grow: a Python object per example would be larger than its tokens.
+
+    Attributes:
+        numbers: Of the sources, in order of appearance.
+        all_lengths: Of all rows, before they are cut or dropped.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.labelled, self.protected = bytearray(), bytearray(), bytearray()
+        self.lengths, self.ids, self.sources, self.all_lengths = array("q"), array("q"), array("q"), array("q")
+        self.numbers: dict[str, int] = {}
+        self.counts: dict[str, Counter[str]] = {remark: Counter() for remark in REMARKS}
+
+    def add(self, row: Row, tokens: np.ndarray, labelled: np.ndarray) -> None:
+        self.tokens += tokens.tobytes()
+        self.labelled += labelled.tobytes()
+        self.protected.append(row.protected)
+        self.lengths.append(len(tokens))
+        self.ids.append(row.id)
+        self.sources.append(self.numbers.setdefault(row.source, len(self.numbers)))
+
+    def examples(self, source_names: Sequence[str]) -> Examples:
+        """Return the examples, with ``source_names`` first and other sources sorted after them."""
+        names = (*source_names, *sorted(self.numbers.keys() - set(source_names)))
+        number = {name: source for source, name in enumerate(names)}
+        sorted_numbers = np.array([number[name] for name in self.numbers], np.int64)
+        return Examples(
+            tokens=torch.from_numpy(np.frombuffer(self.tokens, np.int32)),
+            labelled=torch.from_numpy(np.frombuffer(self.labelled, bool)),
+            offsets=offsets_of(torch.from_numpy(np.frombuffer(self.lengths, np.int64))),
+            ids=torch.from_numpy(np.frombuffer(self.ids, np.int64)),
+            sources=torch.from_numpy(sorted_numbers[np.frombuffer(self.sources, np.int64)]),
+            protected=torch.from_numpy(np.frombuffer(self.protected, bool)),
+            source_names=names,
+            dropped=dict(self.counts[DROPPED]),
+            cut=dict(self.counts[CUT]),
+            left_out=dict(self.counts[LEFT_OUT]),
+            no_end=dict(self.counts[NO_END]),
+        )
+
+
+def _collected(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_length: int
+) -> _Collected:
+    collected = _Collected()
     for encoded in encode(rows, tokenizer, config):
-        length = len(encoded.tokens)
-        if length > max_length and config.overlong == "cut":
-            encoded = replace(encoded, tokens=encoded.tokens[:max_length], labelled=encoded.labelled[:max_length])
-        if len(encoded.tokens) > max_length or not encoded.labelled.any():
-            dropped[encoded.row.source] += 1
-            continue
-        if length > max_length:
-            cut[encoded.row.source] += 1
-        usable.append(encoded)
-    names = (*source_names, *sorted({encoded.row.source for encoded in usable}.difference(source_names)))
-    number = {name: source for source, name in enumerate(names)}
-    return Examples(
-        tokens=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *(encoded.tokens for encoded in usable)])),
-        labelled=torch.from_numpy(np.concatenate([np.empty(0, bool), *(encoded.labelled for encoded in usable)])),
-        offsets=offsets_of(long_tensor([len(encoded.tokens) for encoded in usable])),
-        ids=long_tensor([encoded.row.id for encoded in usable]),
-        sources=long_tensor([number[encoded.row.source] for encoded in usable]),
-        protected=torch.tensor([encoded.row.protected for encoded in usable], dtype=torch.bool),
-        source_names=names,
-        dropped=dict(dropped),
-        cut=dict(cut),
-    )
+        row, remarks = encoded.row, remarks_on(encoded, config, max_length)
+        collected.all_lengths.append(len(encoded.tokens))
+        if DROPPED not in remarks:
+            collected.add(row, encoded.tokens[:max_length], encoded.labelled[:max_length])
+        for remark in remarks:
+            collected.counts[remark][row.source] += 1
+    return collected

@@ -59,6 +59,18 @@ def records_of(spec: str, *, streaming: bool) -> Iterable[Record]:
     return reader(path)
 
 
+def identity(spec: str) -> list[object] | None:
+    """Return what changes when a file or a hub data set changes; None if nothing is known to."""
+    try:
+        if hub := hub_name(spec):
+            return [spec, _load_dataset(*hub, streaming=False)._fingerprint]
+        path = Path(spec)
+        found = path.stat()  # the time of change too: a copy can have the old time of modification
+        return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    except Exception:  # reading it will say why
+        return None
+
+
 def _jsonl(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -86,7 +98,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             with pyarrow.input_stream(str(path), compression=kind) as stream, io.BufferedReader(stream) as file:
                 yield file
     except (OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or said(error)}") from error
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or said(error)}") from error
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -179,11 +191,15 @@ def _parquet(path: Path) -> Iterator[Record]:
     return _typed(rows(), str(path))
 
 
-def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
+def _load_dataset(name: str, split: str, *, streaming: bool) -> Any:
     import datasets
 
+    return datasets.load_dataset(name, split=split, streaming=streaming)
+
+
+def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
     try:
-        yield from _typed(datasets.load_dataset(name, split=split, streaming=streaming), f"{name}:{split}")
+        yield from _typed(_load_dataset(name, split, streaming=streaming), f"{name}:{split}")
     except Exception as error:  # the hub, the network and the data set's own files each fail in their own way
         raise UserError(
             f"{name} is not a file, and cannot be loaded from the hub as a data set with a split {split!r}: "

@@ -19,12 +19,11 @@ class Sampler(Protocol):
 
     Attributes:
         examples: The examples that the indices of the last drawn candidates refer to.
-        dropped, cut: Examples per source that were left out or cut so far.
+        counts: Examples per source with each of the `REMARKS` so far.
     """
 
     examples: Examples
-    dropped: dict[str, int]
-    cut: dict[str, int]
+    counts: dict[str, dict[str, int]]
 
     def __call__(self, step: int) -> Candidates:
         """Draw the candidates of a step; steps count from 1 and come in order."""
@@ -49,7 +48,7 @@ class CandidateSampler:
     def __init__(self, examples: Examples, count: int, seed: int):
         if count > len(examples):
             raise UserError(too_few(count, len(examples), examples.dropped))
-        self.examples, self.dropped, self.cut = examples, examples.dropped, examples.cut
+        self.examples, self.counts = examples, examples.counts
         self._lengths, self._protects = examples.lengths, bool(examples.protected.any())
         self._size, self._count, self._seed = len(examples), count, seed
         self._permutations: dict[int, Tensor] = {}

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from colm_scale.config import DataConfig
 from colm_scale.data.encoding import check_tokenizer, read_chat_template
-from colm_scale.data.examples import Examples, joined, none_left, tokenise_block, too_few
-from colm_scale.data.readers import Row, each_row
+from colm_scale.data.examples import DROPPED, REMARKS, Examples, joined, none_left, tokenise_block, too_few
+from colm_scale.data.readers import Columns, Row, each_row
 from colm_scale.data.source_labels import labelled
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.randomness import generator
@@ -41,6 +41,7 @@ class Survey:
         rows: Rows of all sources.
         digest: SHA-256, in hexadecimal, of the rows and the chat template's file, but not of file names.
         first_chat: File and line of the first chat; empty without chats.
+        notes: Lines on columns that are not read.
     """
 
     source_names: tuple[str, ...]
@@ -49,6 +50,7 @@ class Survey:
     rows: int
     digest: str
     first_chat: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +70,17 @@ def survey(specs: Sequence[str], config: DataConfig) -> Survey:
     """
     sizes: Counter[str] = Counter()
     protected: Counter[str] = Counter()
-    digest, first_chat = _RowDigest(config), ""
-    for row in labelled(each_row(specs, config, streaming=True), config.sources):
-        digest.add(row)
+    digest, columns, first_chat = RowDigest(config), Columns(), ""
+    for row in digest.over(labelled(each_row(specs, config, columns, streaming=True), config.sources)):
         sizes[row.source] += 1
         protected[row.source] += row.protected
         if row.messages and not first_chat:
             first_chat = row.where
+    columns.check(config)
     names = tuple(sorted(sizes))
     by_source, protected_sizes = (long_tensor([counted[name] for name in names]) for counted in (sizes, protected))
-    return Survey(names, by_source, protected_sizes, sizes.total(), digest.hexadecimal(), first_chat)
+    total, notes = sizes.total(), tuple(columns.lines())
+    return Survey(names, by_source, protected_sizes, total, digest.hexadecimal(), first_chat, notes)
 
 
 class BlockStream:
@@ -88,7 +91,7 @@ class BlockStream:
 
     Attributes:
         position: Place of the next example.
-        dropped, cut: Examples per source that were left out or cut, counted over the blocks of the first epoch so far.
+        counts: Examples per source with each of the `REMARKS`, over the blocks of the first epoch so far.
 
     Args:
         specs: The surveyed .jsonl files and hub data sets.
@@ -109,8 +112,7 @@ class BlockStream:
         seed: int,
     ):
         self.position = Position()
-        self.dropped: dict[str, int] = {}
-        self.cut: dict[str, int] = {}
+        self.counts: dict[str, dict[str, int]] = {remark: {} for remark in REMARKS}
         self._specs, self._config, self._surveyed = specs, config, surveyed
         self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="colm_scale-reader")
@@ -139,7 +141,7 @@ class BlockStream:
                 if self.position == Position(begun.epoch + 1) and begun == Position(begun.epoch):
                     usable = count - missing
                     nothing = none_left(self._surveyed.rows, self._max_length)
-                    raise UserError(too_few(count, usable, self.dropped) if usable else nothing)
+                    raise UserError(too_few(count, usable, self.counts[DROPPED]) if usable else nothing)
         return joined(parts)
 
     def seek(self, position: Position) -> None:
@@ -177,7 +179,7 @@ class BlockStream:
 
     def _epoch(self) -> Iterator[list[Row]]:
         """Iterate over one epoch's blocks of rows; the last block comes only if all rows were as surveyed."""
-        digest = _RowDigest(self._config)
+        digest = RowDigest(self._config)
         block: list[Row] = []
         for row in self._rows():
             if digest.rows == self._surveyed.rows or row.source not in self._surveyed.source_names:
@@ -200,22 +202,18 @@ class BlockStream:
             raise _changed(str(error)) from error
 
     def _count_left_out(self) -> None:
-        """Add what the current block has dropped and cut, in the first epoch only, so that each row counts once."""
+        """Add the counts of the current block, in the first epoch only, so that each row counts once."""
         if self.position.epoch == 0:
-            for counts, more in ((self.dropped, self._block.dropped), (self.cut, self._block.cut)):
-                counts.update(Counter(counts) + Counter(more))
+            for remark, more in self._block.counts.items():
+                self.counts[remark].update(Counter(self.counts[remark]) + Counter(more))
 
 
-def digest_of(rows: Iterable[Row], config: DataConfig) -> str:
-    """Return the SHA-256 of rows in memory, equal to that of a `Survey` of the same rows."""
-    digest = _RowDigest(config)
-    for row in rows:
-        digest.add(row)
-    return digest.hexadecimal()
+class RowDigest:
+    """SHA-256 of the chat template and the rows, in their order.
 
-
-class _RowDigest:
-    """SHA-256 of the chat template and the rows, in their order."""
+    Attributes:
+        rows: Rows so far.
+    """
 
     def __init__(self, config: DataConfig):
         self.rows = 0
@@ -224,6 +222,12 @@ class _RowDigest:
     def add(self, row: Row) -> None:
         self.rows += 1
         self._digest.update(json.dumps([row.source, *row.said, row.protected], default=str).encode())
+
+    def over(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass rows on, and add each."""
+        for row in rows:
+            self.add(row)
+            yield row
 
     def hexadecimal(self) -> str:
         return self._digest.hexdigest()

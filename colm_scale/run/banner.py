@@ -8,6 +8,7 @@ from torch import Tensor
 
 from colm_scale.checkpoint.store import NO_CHECKPOINT, Checkpoint
 from colm_scale.config import RunConfig, SelectionConfig
+from colm_scale.data.examples import count_lines
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
 from colm_scale.engines.tensors import held_bytes
@@ -38,12 +39,8 @@ def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Eval
     ]
     if not config.checkpoint.every:
         lines.append("warning: --checkpoint.every 0: an interrupted run is lost")
-    left_out = {
-        "training examples too long, dropped": inputs.sampler.dropped,
-        "training examples too long, cut": inputs.sampler.cut,
-        **evaluator.left_out,
-    }
-    for what, counts in left_out.items():
+    lines += [*count_lines(inputs.sampler.counts), *inputs.notes]
+    for what, counts in evaluator.left_out.items():
         if counts:
             by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
             lines.append(f"{what}: {sum(counts.values())} ({by_source})")

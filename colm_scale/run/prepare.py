@@ -6,8 +6,8 @@ Input is checked in the order of cost: options, files, tokens, model.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -83,6 +83,7 @@ class Prepared:
         return {
             "schedule": {"steps": self.steps, "learning_rate": train.learning_rate, "kind": train.schedule},
             "random": {"seed": train.seed, "draws": "functions of seed, purpose and index"},
+            "now": self.config.data.now,
             "sources": self.inputs.source_table,
             "rows_digest": self.inputs.rows_digest,
         }
@@ -115,10 +116,11 @@ def _run_of(resumed: Path) -> Path:
 
 def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     """Prepare a run without writing anything. All ranks call it together."""
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
+    torch.set_num_threads(config.train.threads or group.cores)
     clock = StartClock()
     clock("process")
     directory, found = _open_directory(config, group)
+    config = _dated(config, found, group)
     inputs = read_inputs(config, group)
     clock("data")
     identity: Json = {"config": config_facts(config), "data": inputs.digest}
@@ -157,6 +159,13 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
         steps=total_steps(config, int(inputs.sizes.sum())),
         clock=clock,
     )
+
+
+def _dated(config: RunConfig, found: Checkpoint, group: Group) -> RunConfig:
+    """Fix the date that chat templates may write: that of the run's first start, the same on every rank."""
+    now = config.data.now or found.state.get("now") or datetime.now().isoformat(timespec="minutes")
+    data = dataclasses.replace(config.data, now=group.share_json({"now": now})["now"])
+    return dataclasses.replace(config, data=data)
 
 
 def _open_directory(config: RunConfig, group: Group) -> tuple[RunDirectory | None, Checkpoint]:

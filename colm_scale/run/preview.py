@@ -12,13 +12,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from colm_scale.config import DataConfig
 from colm_scale.config.commands import PreviewConfig
-from colm_scale.data.builtin import builtin_as_rows
 from colm_scale.data.encoding import Encoded, encode
-from colm_scale.data.examples import NO_END, REMARKS, no_end_line, remarks_on
-from colm_scale.data.readers import Columns, Row, each_row
-from colm_scale.data.source_labels import labelled
+from colm_scale.data.examples import NO_END, REMARKS, count_lines, remarks_on
+from colm_scale.data.readers import Columns
+from colm_scale.data.reading import Reading
 from colm_scale.modeling.load import check_model, check_vocabulary, context_length, load_tokenizer
 
 _ROWS = 2
@@ -41,18 +39,10 @@ def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType 
     model, tokenizer = check_model(config.model), load_tokenizer(config.model)
     check_vocabulary(tokenizer, model)
     longest = data.max_length or context_length(model)
-    encoded = encode(_rows(data, columns), tokenizer, data)
+    encoded = encode(Reading("train", data, tokenizer, longest).rows(columns), tokenizer, data)
     if config.json:
         return _objects(islice(encoded, config.rows))
     return _pages(encoded, config, longest, columns, colours=colours)
-
-
-def _rows(config: DataConfig, columns: Columns) -> Iterator[Row]:
-    if not config.train:
-        yield from builtin_as_rows("train", config)
-        return
-    yield from labelled(each_row(config.train, config, columns), config.sources)
-    columns.check(config)
 
 
 def _objects(encoded: Iterator[Encoded]) -> Iterator[str]:
@@ -68,7 +58,7 @@ def _objects(encoded: Iterator[Encoded]) -> Iterator[str]:
         }
         no_end[row.row.source] += not row.ends
         yield json.dumps(found, ensure_ascii=False)
-    for line in no_end_line(no_end):
+    for line in count_lines({NO_END: no_end}):
         print(line, file=sys.stderr)
 
 
@@ -95,7 +85,7 @@ def _pages(
         table.add_row(source, *(f"{tally[head]:,}" for head in heads))
     yield table
     yield from columns.lines()
-    yield from no_end_line({source: tally[NO_END] for source, tally in tallies.items()})
+    yield from count_lines({remark: {source: tally[remark] for source, tally in tallies.items()} for remark in REMARKS})
 
 
 def _shown(row: Encoded, remarks: list[str], *, colours: bool) -> Text:

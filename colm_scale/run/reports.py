@@ -85,8 +85,7 @@ class WrittenReports(Reports):
         self._config, self._directory, self._inputs, self._meter = config, directory, inputs, meter
         self._display = Display(config.profile.display, meter.label, directory.log)
         self._trackers = Trackers(config, directory.path, self._display.message)
-        too_long = {"dropped": inputs.sampler.dropped, "cut": inputs.sampler.cut}
-        self._summary = RunSummary(inputs.source_names, inputs.sizes, small, meter.label, too_long)
+        self._summary = RunSummary(inputs.source_names, inputs.sizes, small, meter.label, inputs.sampler.counts)
 
     def claim(self, engine: Engine, group: Group, found: Json, done: int, facts: Json) -> None:
         whole = environment(

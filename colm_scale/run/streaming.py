@@ -23,7 +23,8 @@ def share_survey(surveyed: Survey | None, group: Group) -> Survey:
         plain = dataclasses.asdict(surveyed) | {name: getattr(surveyed, name).tolist() for name in names}
     shared = group.share_json(plain)
     counts = {name: long_tensor(shared[name]) for name in names}
-    return Survey(**shared | {"source_names": tuple(shared["source_names"])} | counts)
+    texts = {name: tuple(shared[name]) for name in ("source_names", "notes")}
+    return Survey(**shared | texts | counts)
 
 
 class StreamedSampler:
@@ -31,7 +32,7 @@ class StreamedSampler:
 
     Attributes:
         examples: The ``n`` candidates last drawn, in order, with the survey's sources; none before the first step.
-        dropped, cut: On rank 0, examples per source that were dropped or cut so far; updated as they come.
+        counts: On rank 0, examples per source with each of the `REMARKS` so far; updated as they come.
 
     Args:
         surveyed: Survey of the training data, equal on every rank. Only rank 0 needs the data itself.
@@ -55,12 +56,11 @@ class StreamedSampler:
                 f"--selection.candidates is {self._count}, but there are only {surveyed.rows} training examples: use "
                 f"at most {surveyed.rows}"
             )
-        self.dropped: dict[str, int] = {}
-        self.cut: dict[str, int] = {}
+        self.counts: dict[str, dict[str, int]] = {}
         if group.is_first:
             files, seed = config.data.train or [], config.train.seed
             self._stream = BlockStream(files, config.data, surveyed, tokenizer, max_length, seed)
-            self.dropped, self.cut = self._stream.dropped, self._stream.cut
+            self.counts = self._stream.counts
         nothing = long_tensor([])
         self.examples = decoded(torch.stack([nothing] * 3), nothing.int(), self._names)
 
@@ -89,7 +89,7 @@ class StreamedSampler:
         """Return the position of the next step and the counts so far, on rank 0; elsewhere nothing."""
         if not self._group.is_first:
             return {}
-        return dataclasses.asdict(self._stream.position) | {"dropped": dict(self.dropped), "cut": dict(self.cut)}
+        return dataclasses.asdict(self._stream.position) | {remark: dict(of) for remark, of in self.counts.items()}
 
     def load(self, state: Json) -> None:
         """Resume from rank 0's `state`. All ranks call it together.
@@ -100,6 +100,6 @@ class StreamedSampler:
         with self._group.together():
             if self._group.is_first:
                 self._stream.seek(Position(state["epoch"], state["block"], state["offset"]))
-                for counts, saved in ((self.dropped, state["dropped"]), (self.cut, state["cut"])):
-                    counts.clear()
-                    counts.update(saved)
+                for remark, of in self.counts.items():
+                    of.clear()
+                    of.update(state.get(remark, {}))

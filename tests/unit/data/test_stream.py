@@ -17,7 +17,7 @@ from colm_scale.config import DataConfig, ModelConfig
 from colm_scale.data import stream
 from colm_scale.data.examples import Examples, tokenise, tokenise_block
 from colm_scale.data.readers import Row, each_row, read_rows
-from colm_scale.data.stream import BlockStream, Position, digest_of, survey
+from colm_scale.data.stream import BlockStream, Position, RowDigest, survey
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.modeling.load import load_tokenizer
 from colm_scale.randomness import generator
@@ -100,7 +100,9 @@ def test_streamed_rows_are_the_rows_that_are_read(in_tmp, content):
     write("b.jsonl", RECORDS[:2])
     specs = ["a.jsonl", "b.jsonl", "a.jsonl"]
     assert list(each_row(specs, DataConfig(), streaming=True)) == read_rows(specs, DataConfig())
-    assert survey(specs, DataConfig()).digest == digest_of(read_rows(specs, DataConfig()), DataConfig())
+    digest, rows = RowDigest(DataConfig()), read_rows(specs, DataConfig())
+    assert list(digest.over(rows)) == rows
+    assert survey(specs, DataConfig()).digest == digest.hexadecimal()
 
 
 def test_a_row_is_read_when_it_is_asked_for(in_tmp):
@@ -212,7 +214,7 @@ def test_an_epoch_holds_what_is_there_without_streaming(files, tokenizer, shuffl
     assert first.source_names == expected.source_names
     assert (first.ids.tolist() == second.ids.tolist()) == (shuffle_rows == 1)
     # Both epochs were read, and each row is counted once.
-    assert (streamed.dropped, streamed.cut) == (expected.dropped, expected.cut)
+    assert streamed.counts == expected.counts
 
 
 def brute_force(usable: list[list[int]], epochs: int) -> list[int]:
@@ -407,7 +409,7 @@ def test_blocks_without_usable_examples_are_passed_over(in_tmp, tokenizer):
     write("a.jsonl", [{"prompt": "", "completion": "la " * 30 if number % 8 < 6 else "!"} for number in range(16)])
     streamed = block_stream(["a.jsonl"], tokenizer, 2)
     assert [sorted(drawn) for drawn in ids(streamed, 4, 4)] == [[6, 7, 14, 15]] * 2
-    assert streamed.dropped == {"a": 12}
+    assert streamed.counts["dropped"] == {"a": 12}
 
 
 def test_a_missing_chat_template_is_found_before_the_first_chat_is_read(in_tmp, tokenizer):
