@@ -65,6 +65,8 @@ def identity(spec: str) -> list[object] | None:
         if hub := hub_name(spec):
             return [spec, _load_dataset(*hub, streaming=False)._fingerprint]
         path = Path(spec)
+        if not path.is_file():
+            return None
         found = path.stat()  # the time of change too: a copy can have the old time of modification
         return [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
     except Exception:  # reading it will say why

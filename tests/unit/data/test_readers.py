@@ -19,7 +19,7 @@ from colm_scale.errors import UserError
 CONFIG = DataConfig()
 RECORDS = [
     {"source": "sums", "instruction": "2 + 3?", "output": "5"},
-    {"source": "songs", "instruction": "Sing\nin two lines, \"la\"", "output": "la\nla"},
+    {"source": "songs", "instruction": 'Sing\nin two lines, "la"', "output": "la\nla"},
     {"source": "sums", "instruction": "", "output": "6 "},
 ]
 READ = [
@@ -413,7 +413,7 @@ def chat(*turns: tuple[str, object]) -> dict:
         ({"instruction": "a", "output": " \n"}, "'output' is empty"),
         ({"instruction": "a", "output": None}, "'output' is null, but must be text"),
         ({"instruction": "a", "output": 5}, "'output' is 5, but must be text"),
-        ({"prompt": "a", "completion": ["b"]}, "completion[0] is \"b\", but must be an object with role and content"),
+        ({"prompt": "a", "completion": ["b"]}, 'completion[0] is "b", but must be an object with role and content'),
         ({"prompt": 3, "completion": "b"}, "'prompt' is 3, but must be text"),
         ({"instruction": None, "output": "b"}, "'instruction' is null, but must be text"),
         ({"prompt": "a", "completion": "\ud83d!"}, "'completion' holds half a character, '\\ud83d'"),
@@ -423,7 +423,7 @@ def chat(*turns: tuple[str, object]) -> dict:
         ({"messages": []}, "'messages' has no turn of the assistant"),
         ({"messages": ["hi"]}, 'messages[0] is "hi", but must be an object'),
         ({"messages": [{"content": "hi"}]}, "the role of messages[0] is null"),
-        (chat(("user", "a"), ("bot", "b")), "the role of messages[1] is \"bot\", but must be one of system, dev"),
+        (chat(("user", "a"), ("bot", "b")), 'the role of messages[1] is "bot", but must be one of system, dev'),
         (chat(("user", 5), ("assistant", "b")), "'messages[0].content' is 5, but must be text"),
         (chat(("user", "a"), ("assistant", None)), "'messages[1].content' is empty"),
         (chat(("user", "a"), ("assistant", [1])), "'messages[1].content' is 1, but must be text"),

@@ -120,6 +120,7 @@ CHANGED = {
     "columns": {"prompt": "completion"},
     "protected_sources": ["a"],
     "chat_template": "template.jinja",
+    "left_out": "count",
     "template": "{instruction} ",
     "train": ["b.jsonl"],
     "sources": "labels.jsonl",
@@ -127,6 +128,7 @@ CHANGED = {
 }
 ELSEWHERE = {
     "max_length": "Reading.max_length, with the model's context as its default",
+    "now": "test_the_date_matters_to_templates_that_write_it",
     "eval": "test_the_other_split_does_not_matter",
     "streaming": "streamed data is not held",
     "shuffle_rows": "likewise",
@@ -251,8 +253,15 @@ def test_a_tokenizer_with_code_of_its_own_is_not_cached(base, count):
     assert not entries()
 
 
-@pytest.mark.parametrize("changing", ["{{ strftime_now('%d') }}", "{{ [1, 2] | random }}", "{{ lipsum() }}"])
-def test_a_template_that_renders_differently_tomorrow_is_not_cached(base, changing):
+def test_the_date_matters_to_templates_that_write_it(base):
+    days = "2026-11-29", "2026-11-30"
+    assert len({a_reading(base, now=day).key() for day in days}) == 1
+    Path("template.jinja").write_text(TEMPLATE + "{{ strftime_now('%d') }}")
+    assert len({a_reading(base, now=day, chat_template="template.jinja").key() for day in days}) == 2
+
+
+@pytest.mark.parametrize("changing", ["{{ [1, 2] | random }}", "{{ lipsum() }}"])
+def test_a_template_that_renders_differently_each_time_is_not_cached(base, changing):
     Path("template.jinja").write_text(TEMPLATE + changing)
     assert not a_reading(base, chat_template="template.jinja").key()
     other = copy.deepcopy(base)

@@ -314,8 +314,8 @@ def alive(monkeypatch) -> list[int]:
     """How many rows were alive whenever another one had been read."""
     rows, counts = weakref.WeakValueDictionary(), []
 
-    def counted(specs, config, streaming) -> Iterator[Row]:
-        for row in each_row(specs, config, streaming=streaming):
+    def counted(specs, config, columns=None, *, streaming) -> Iterator[Row]:
+        for row in each_row(specs, config, columns, streaming=streaming):
             row = Counted(row.id, row.source, row.messages, row.prompt, row.completion, row.where)
             rows[id(row)] = row
             counts.append(len(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from colm_scale.config import DataConfig, ModelConfig
 from colm_scale.config.cache import cache_folder
 from colm_scale.data import reading
 from colm_scale.data.examples import tokenise
+from colm_scale.data.readers import Columns, Row
 from colm_scale.data.reading import Reading
 from colm_scale.data.tokenised import Tokenised
 from colm_scale.distributed.group import Group, PeerFailed
@@ -172,7 +174,11 @@ def test_hosts_with_different_data_are_refused(make_hosts, one, monkeypatch):
     hosts = make_hosts(0, 0)
     hosts.folders[1] = hosts.folders[0].with_name("two")
     rows = Reading.rows
-    monkeypatch.setattr(Reading, "rows", lambda self: (row for row in rows(self) if row.id or not hosts.here.rank))
+
+    def fewer(self: Reading, columns: Columns) -> Iterator[Row]:
+        return (row for row in rows(self, columns) if row.id or not hosts.here.rank)
+
+    monkeypatch.setattr(Reading, "rows", fewer)
     for error in hosts.read(one):
         assert isinstance(error, UserError)
         assert "rank 1 and rank 0 differ in training data" in str(error)

@@ -73,4 +73,4 @@ def test_turns_without_an_end_token_are_counted(capsys):
                                "add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     name = written({"messages": CHAT})
     _, error = shown(capsys, "--json", "--data.train", name, "--data.chat_template", "t.jinja")
-    assert error.startswith("1 examples have a learned part without an end token")
+    assert error.startswith("warning: training examples with a learned part that ends in no end token")
