@@ -36,6 +36,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.adapter_linear import compute_in_input_type
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
+from colm_scale.modeling.weights import WHOLE, FileWeights, Weights, weight_files, weightless
 from colm_scale.randomness import global_draws
 from colm_scale.records import Json
 
@@ -156,7 +157,7 @@ def load_model(
     *,
     prefers_flash: bool = False,
 ) -> PreTrainedModel:
-    """Load the base model, frozen, in ``dtype`` on ``device``.
+    """Load the base model, frozen, in ``dtype`` on ``device``; on the meta device, only check that its files fit.
 
     With ``--model.attention auto`` and ``prefers_flash`` it uses flash attention where that runs, else the model's own
     choice.
@@ -192,19 +193,17 @@ def _load(
     """The model, and transformers' report on its weights."""
     read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # its annotations lack the pair
     if config.quantize == "nf4":
-        options |= {
-            "device_map": {"": device},
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            ),
-        }
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     with _one_line(config, option):
         found = read(
             _name(config),
             dtype=dtype,
+            device_map={"": device},
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused in one line
             output_loading_info=True,
@@ -214,6 +213,13 @@ def _load(
     assert isinstance(found, tuple)
     model, report = found
     return model, report
+
+
+def weights_of(model: PreTrainedModel, config: ModelConfig) -> Weights:
+    """The weights of a loaded model: those in its files if it is on the meta device."""
+    if not any(weight.is_meta for weight in model.parameters()):
+        return WHOLE
+    return FileWeights(model, weight_files(_name(config), config.revision))
 
 
 def keep_block_inputs_only(model: PreTrainedModel) -> None:
@@ -238,7 +244,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
         UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
     """
     check_adapter(config)
-    with global_draws(model.device, seed, "adapters"):
+    with weightless(model), global_draws(model.device, seed, "adapters"):
         adapted = _new_adapters(model, config) if config.adapter is None else _load_adapter(model, config.adapter)
         compute_in_input_type(adapted)
         return adapted.train()
