@@ -36,7 +36,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.adapter_linear import compute_in_input_type
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
-from colm_scale.modeling.weights import WHOLE, FileWeights, Weights, weight_files, weightless
+from colm_scale.modeling.weights import META, WHOLE, FileWeights, Weights, weight_files
 from colm_scale.randomness import global_draws
 from colm_scale.records import Json
 
@@ -157,7 +157,10 @@ def load_model(
     *,
     prefers_flash: bool = False,
 ) -> PreTrainedModel:
-    """Load the base model, frozen, in ``dtype`` on ``device``; on the meta device, only check that its files fit.
+    """Load the base model, frozen, in ``dtype`` on ``device``.
+
+    On the meta device no weights are read, only the names and shapes in the files; `weights_of` reads the weights. A
+    model whose files are quantised goes to the CPU instead, whole.
 
     With ``--model.attention auto`` and ``prefers_flash`` it uses flash attention where that runs, else the model's own
     choice.
@@ -165,6 +168,8 @@ def load_model(
     Raises:
         UserError: The weights cannot be read, or do not match the model's configuration.
     """
+    if device == META and getattr(check_model(config, option), "quantization_config", None):
+        device = torch.device("cpu")
     named = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     flash = prefers_flash and not named and torch.cuda.is_available() and dtype != torch.float32
     if flash and _has_flash_attention():
@@ -244,7 +249,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
         UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
     """
     check_adapter(config)
-    with weightless(model), global_draws(model.device, seed, "adapters"):
+    with global_draws(model.device, seed, "adapters"):
         adapted = _new_adapters(model, config) if config.adapter is None else _load_adapter(model, config.adapter)
         compute_in_input_type(adapted)
         return adapted.train()

@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,6 +37,8 @@ from colm_scale.errors import UserError
 META = torch.device("meta")
 _MARK = "_is_hf_initialized"
 """Attribute by which transformers marks modules and tensors that are not to be initialised."""
+_RESET = "reset_lora_parameters"
+"""Method by which peft draws the adapters of a layer."""
 _SAMPLE = 1024
 """Most elements of a sample."""
 Part = nn.Module | list[nn.Module]
@@ -54,6 +58,10 @@ class Weights:
 
     def fill(self, part: Part) -> None:
         """Give every tensor of ``part`` that is on the meta device its value, on the CPU."""
+
+    def adding_adapters(self, *, new: bool) -> AbstractContextManager[object]:
+        """Return a context for peft to add adapters in: ``new`` ones, which it draws, or others, which it reads."""
+        return nullcontext()
 
     def samples(self, model: nn.Module) -> dict[str, Sample]:
         """Sample each frozen weight of ``model``, by its name without adapters."""
@@ -83,11 +91,14 @@ class FileWeights(Weights):
         self._like = copy.deepcopy(model)
         self._tie_equal(model)
         compute_buffers(model)
-        self._places = _places(model)
+        self._model, self._places = model, _places(model)
+        self._drawn: dict[nn.Module, Callable[[], Tensor]] = {}
         self._sampled: dict[str, Sample] = {}
 
     def fill(self, part: Part) -> None:
         tops = part if isinstance(part, list) else [part]
+        for module in [module for top in tops for module in top.modules() if module in self._drawn]:
+            module.weight = nn.Parameter(self._drawn.pop(module)())
         every = (tensor for top in tops for tensor in (*top.parameters(), *top.buffers()))
         wanted = {tensor: self._places[tensor] for tensor in every if tensor.is_meta}
         found = self._read(place.path for places in wanted.values() for place in places)
@@ -100,6 +111,30 @@ class FileWeights(Weights):
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
             for place in places:
                 setattr(place.module, place.name, value)
+
+    def adding_adapters(self, *, new: bool) -> AbstractContextManager[object]:
+        return self._drawing_later() if new else weightless(self._model)
+
+    @contextmanager
+    def _drawing_later(self) -> Iterator[None]:
+        """A context in which peft puts new adapters on the meta device, like their layers.
+
+        It has drawn them before, in its order; they are drawn again, with the same numbers, with the part they are in.
+        """
+        draw: Callable[..., None] = getattr(LoraLayer, _RESET)
+
+        def drawn(layer: LoraLayer, name: str, init: object) -> None:
+            first, second, weight = layer.lora_A[name], layer.lora_B[name], layer.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.weight.shape, weight.dtype)
+            self._drawn[second] = partial(torch.zeros, second.weight.shape)
+            draw(layer, name, init)
+
+        setattr(LoraLayer, _RESET, drawn)
+        try:
+            yield
+        finally:
+            setattr(LoraLayer, _RESET, draw)
 
     def samples(self, model: nn.Module) -> dict[str, Sample]:
         return self._sampled
@@ -233,6 +268,14 @@ def weightless(model: nn.Module) -> Iterator[None]:
         for weight, of_weight in places.items():
             for place in of_weight:
                 setattr(place.module, place.name, weight)
+
+
+def _drawn(state: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A matrix A as peft draws it from a generator's state, and rounds it to the type of the layer."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    drawn = nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+    return (drawn.to(dtype) if dtype.is_floating_point else drawn).float()
 
 
 def _taken(model: PreTrainedModel, path: str) -> Tensor:

@@ -55,7 +55,8 @@ def build_model(
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
-        module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
+        with weights.adding_adapters(new=config.lora.adapter is None):
+            module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         module.padded_because, module.sdpa_because = tried.padded_because, flash_fails or tried.sdpa_because
         tap = _tap(module, probe) if probe else None
         ended("trials")

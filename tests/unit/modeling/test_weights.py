@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.families import FAMILIES, base_model
+from support.families import FAMILIES, base_model, fill
 
 from colm_scale.checkpoint.identity import model_digest
 from colm_scale.config import LoraConfig, ModelConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.causal import base_of
 from colm_scale.modeling.load import add_adapters, load_model, weights_of
 from colm_scale.modeling.weights import META, WHOLE
 
@@ -116,14 +115,29 @@ def test_adapters_are_those_of_a_model_with_its_weights(tmp_path, family, dtype)
     config = save(tmp_path / "base", family)
     whole = add_adapters(load_model(config, dtype, CPU), LoraConfig(rank=3), seed=7)
     model, weights = by_parts(config, dtype)
-    adapted = add_adapters(model, LoraConfig(rank=3), seed=7)
-    assert base_of(adapted) is model
+    before = torch.get_rng_state()
+    with weights.adding_adapters(new=True):
+        adapted = add_adapters(model, LoraConfig(rank=3), seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(weight.is_meta for weight in adapted.parameters())
     fill_by_parts(model, weights)
     expected, found = tensors(whole), tensors(adapted)
     assert [*found] == [*expected]
     assert [name for name, t in found.items() if not torch.equal(t, expected[name])] == []
-    assert [name for name, t in found.items() if t.requires_grad] == [n for n, t in expected.items() if t.requires_grad]
-    whole.save_pretrained(tmp_path / "adapter")
+    assert all((t.dtype, t.requires_grad) == (expected[n].dtype, expected[n].requires_grad) for n, t in found.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_that_are_trained_further(tmp_path, dtype):
+    config, adapter = save(tmp_path / "base", "llama"), LoraConfig(adapter=str(tmp_path / "adapter"))
+    trained = add_adapters(load_model(config, torch.float32, CPU), LoraConfig(rank=3), seed=7)
+    fill((weight for weight in trained.parameters() if weight.requires_grad), "trained")
+    trained.save_pretrained(adapter.adapter)
+    whole = tensors(add_adapters(load_model(config, dtype, CPU), adapter, seed=8))
     model, weights = by_parts(config, dtype)
-    again = tensors(add_adapters(model, LoraConfig(adapter=str(tmp_path / "adapter")), seed=8))
-    assert all(torch.equal(again[name], t) for name, t in expected.items() if t.requires_grad)
+    with weights.adding_adapters(new=False):
+        found = tensors(add_adapters(model, adapter, seed=9))
+    assert [name for name, t in found.items() if not t.is_meta] == [n for n, t in whole.items() if t.requires_grad]
+    assert all(torch.equal(t, whole[name]) for name, t in found.items() if t.requires_grad)
+    fill_by_parts(model, weights)
+    assert all(torch.equal(t, whole[name]) for name, t in found.items() if not t.is_meta)
