@@ -126,8 +126,8 @@ class FileWeights(Weights):
         def drawn(layer: LoraLayer, name: str, init: object) -> None:
             first, second, weight = layer.lora_A[name], layer.lora_B[name], layer.get_base_layer().weight
             assert isinstance(weight, Tensor)
-            self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.weight.shape, weight.dtype)
-            self._drawn[second] = partial(torch.zeros, second.weight.shape)
+            self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.get_parameter("weight").shape, weight.dtype)
+            self._drawn[second] = partial(torch.zeros, second.get_parameter("weight").shape)
             draw(layer, name, init)
 
         setattr(LoraLayer, _RESET, drawn)
