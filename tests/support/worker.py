@@ -337,7 +337,9 @@ def model_from_files(
     config: RunConfig, folder: Path, group: Group, **options
 ) -> tuple[ExampleLoss, FillSpy, Tap | None]:
     """As `model`, but without weights, which come part by part from files in ``folder``."""
-    base_of_run(**options).save_pretrained(folder, max_shard_size="20KB")
+    if group.is_first:
+        base_of_run(**options).save_pretrained(folder, max_shard_size="20KB")
+    group.barrier()
     config = replace(config, model=ModelConfig(name=str(folder)), train=replace(config.train, seed=0))
     module, weights, tap = build_model(config, META, group)
     return module, FillSpy(weights, module), tap
@@ -402,9 +404,9 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     held: list[int] = []
     filled: Weights = WHOLE
     if case.from_files and sharding(config, ds_config):
-        with tempfile.TemporaryDirectory() as place:
-            module, filled, tap = model_from_files(config, Path(place), group, **case.model)
-            engine = EngineSpy(make_engine(config, inputs.ds_config, module, group, filled))
+        place = Path(group.share_json(f"{folder} model"))
+        module, filled, tap = model_from_files(config, place, group, **case.model)
+        engine = EngineSpy(make_engine(config, inputs.ds_config, module, group, filled))
         moved = filled
     else:
         with WholeOnDevice(module) as moved:

@@ -136,7 +136,8 @@ def test_adapters_that_are_trained_further(tmp_path, dtype):
     whole = tensors(add_adapters(load_model(config, dtype, CPU), adapter, seed=8))
     model, weights = by_parts(config, dtype)
     with weights.adding_adapters(new=False):
-        found = tensors(add_adapters(model, adapter, seed=9))
+        adapted = add_adapters(model, adapter, seed=9)
+    found = tensors(adapted)
     assert [name for name, t in found.items() if not t.is_meta] == [n for n, t in whole.items() if t.requires_grad]
     assert all(torch.equal(t, whole[name]) for name, t in found.items() if t.requires_grad)
     fill_by_parts(model, weights)
