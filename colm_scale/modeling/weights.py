@@ -124,9 +124,9 @@ class FileWeights(Weights):
         draw: Callable[..., None] = getattr(LoraLayer, _RESET)
 
         def drawn(layer: LoraLayer, name: str, init: object) -> None:
-            first, second, weight = layer.lora_A[name], layer.lora_B[name], layer.get_base_layer().weight
-            assert isinstance(weight, Tensor)
-            self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.get_parameter("weight").shape, weight.dtype)
+            first, second = layer.lora_A[name], layer.lora_B[name]
+            dtype = layer.get_base_layer().get_parameter("weight").dtype
+            self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.get_parameter("weight").shape, dtype)
             self._drawn[second] = partial(torch.zeros, second.get_parameter("weight").shape)
             draw(layer, name, init)
 
