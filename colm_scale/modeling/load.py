@@ -224,7 +224,8 @@ def weights_of(model: PreTrainedModel, config: ModelConfig) -> Weights:
     """The weights of a loaded model: those in its files if it is on the meta device."""
     if not any(weight.is_meta for weight in model.parameters()):
         return WHOLE
-    return FileWeights(model, weight_files(_name(config), config.revision))
+    only = getattr(model.config, "transformers_weights", None)
+    return FileWeights(model, weight_files(_name(config), config.revision, only))
 
 
 def keep_block_inputs_only(model: PreTrainedModel) -> None:
