@@ -335,14 +335,11 @@ def base_of_run(**options) -> nn.Module:
 
 
 def model_from_files(
-    config: RunConfig, folder: Path, group: Group, **options
+    config: RunConfig, folder: Path, group: Group, device: torch.device
 ) -> tuple[ExampleLoss, FillSpy, Tap | None]:
-    """As `model`, but without weights, which come part by part from files in ``folder``."""
-    if group.is_first:
-        base_of_run(**options).save_pretrained(folder, max_shard_size="20KB")
-    group.barrier()
+    """As `model`, from the files in ``folder``: on the CPU, or without weights, which come part by part."""
     config = replace(config, model=ModelConfig(name=str(folder)), train=replace(config.train, seed=0))
-    module, weights, tap = build_model(config, META, group)
+    module, weights, tap = build_model(config, device, group)
     return module, FillSpy(weights, module), tap
 
 
@@ -389,6 +386,12 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     module, tap = model(config, **case.model)
     if case.poisoned:
         module.causal_model.get_input_embeddings().weight.data[POISON] = torch.nan
+    if case.from_files:
+        files = Path(group.share_json(f"{folder} model"))
+        if group.is_first:
+            base_of_run(**case.model).save_pretrained(files, max_shard_size="20KB")
+        group.barrier()
+        module, _, tap = model_from_files(config, files, group, CPU)
     weights = whole_weights(module)
     ds_config = read_ds_config(config, group.world_size)
     inputs = Inputs(
@@ -405,8 +408,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     held: list[int] = []
     filled: Weights = WHOLE
     if case.from_files and sharding(config, ds_config):
-        place = Path(group.share_json(f"{folder} model"))
-        module, filled, tap = model_from_files(config, place, group, **case.model)
+        module, filled, tap = model_from_files(config, files, group, META)
         engine = EngineSpy(make_engine(config, inputs.ds_config, module, group, filled))
         moved = filled
     else:
