@@ -143,7 +143,7 @@ def _see_nothing_of_others(few: ExampleLoss, losses: Tensor, device: torch.devic
 
 
 def _few(model: PreTrainedModel, device: torch.device) -> ExampleLoss:
-    return ExampleLoss(moved(few_blocks(model, kinds_of_blocks(model)), device))
+    return ExampleLoss(moved(few_blocks(model, kinds_of_blocks(model), device), device))
 
 
 def _rows(first: int = 2) -> list[Tensor]:
