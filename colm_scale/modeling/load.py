@@ -14,7 +14,6 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -38,7 +37,13 @@ from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.adapter_linear import compute_in_input_type
 from colm_scale.modeling.causal import moved
-from colm_scale.modeling.probe import decoder_blocks, linear_layers
+from colm_scale.modeling.targets import (
+    adapted_layers,
+    block_layers,
+    check_targets,
+    default_targets,
+    wanted_layers,
+)
 from colm_scale.modeling.weights import META, WHOLE, FileWeights, Weights, weight_files
 from colm_scale.randomness import global_draws
 from colm_scale.records import Json
@@ -293,14 +298,9 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
 
 
 def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    targets = _block_layers(model) if config.targets is None else config.targets
-    layers = linear_layers(model, "")
-    unknown = [target for target in targets if not any(name.endswith(f".{target}") for name in layers)]
-    if unknown or not targets:
-        raise UserError(
-            f"--lora.targets {targets}: no linear layer is called {unknown or targets}; "
-            f"the linear layers of the blocks are: {', '.join(_block_layers(model))}"
-        )
+    targets = default_targets(model) if config.targets is None else config.targets
+    check_targets(model, targets)
+    wanted = wanted_layers(model, targets)
     configure: Callable[..., PeftLoraConfig] = PeftLoraConfig  # its annotations say that alpha is an int
     peft_config = configure(
         r=config.rank,
@@ -309,7 +309,18 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, peft_config)
+    try:
+        adapted = get_peft_model(model, peft_config)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"--lora.targets {targets}: peft refuses them: {_flat(error, lines=2)}") from None
+    found = adapted_layers(adapted)
+    if found != wanted:  # peft exchanges names of layers that experts have too
+        raise UserError(
+            f"--lora.targets {targets}: peft would adapt {', '.join(sorted(found - wanted)) or 'nothing'} instead of "
+            f"{', '.join(sorted(wanted - found)) or 'nothing'}: name other layers, of "
+            f"{', '.join(block_layers(model))}"
+        )
+    return adapted
 
 
 def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
@@ -329,13 +340,6 @@ def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
         lacks = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
         raise UserError(f"--lora.adapter {name} does not fit this model: {lacks} {odd[0]}, the first of {len(odd)}")
     return adapted
-
-
-def _block_layers(model: nn.Module) -> list[str]:
-    """Names, relative to the block, of all linear layers of the decoder blocks."""
-    blocks_name, blocks = decoder_blocks(model)
-    names = (name for i, block in enumerate(blocks) for name in linear_layers(block, f"{blocks_name}.{i}"))
-    return sorted({name.removeprefix(f"{blocks_name}.").split(".", 1)[1] for name in names})
 
 
 def _name(config: ModelConfig) -> str:
