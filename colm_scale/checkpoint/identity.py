@@ -42,6 +42,8 @@ _LEFT_OUT = {
     "train.timeout": "ends a run but does not change one",
 }
 """Options that may differ, and why. All others of the compared sections must be equal."""
+_ADDED = {"lora.use_rslora": False}
+"""Options that older checkpoints lack, with the value that these were made with; at that value they are left out."""
 _MAKE_OTHER_WEIGHTS = {"train.dtype", "model.quantize"}
 """Options that change the model's digest; if one differs, the message does not repeat that the model does."""
 _NONE = "no such option"
@@ -77,10 +79,12 @@ def config_facts(config: RunConfig) -> Json:
         config: Resolved, so that a default and the same value given by the user are equal.
     """
     facts: Json = {"model.quantize": config.model.quantize}
+    added = list(_ADDED.items())
     for section in ("data", "selection", "sources", "lora", "train"):
         options = dataclasses.asdict(getattr(config, section))
         facts |= {f"{section}.{name}": value for name, value in options.items()}
-    plain: Json = json.loads(json.dumps({name: value for name, value in facts.items() if name not in _LEFT_OUT}))
+    compared = {name: value for name, value in facts.items() if name not in _LEFT_OUT and (name, value) not in added}
+    plain: Json = json.loads(json.dumps(compared))
     return plain
 
 

@@ -136,10 +136,13 @@ class LoraConfig:
     """Rank r of every adapter."""
     alpha: float = 32.0
     """Scale: the output of an adapter is multiplied by alpha / rank."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, so that the update does not shrink as the rank grows."""
     dropout: float = 0.0
     """Dropout before every adapter in training; sketches use none."""
     targets: list[str] | None = None
-    """Names of the linear layers that get adapters. Default: every linear layer of the blocks."""
+    """Names of the linear layers that get adapters. Default: every linear layer of the blocks; in a mixture of experts
+    those outside the feed-forward layers, in Mamba layers not the output. The run prints which layers have adapters."""
     adapter: str | None = None
     """Folder or hub id of an existing adapter to start from; its own rank, alpha and targets are used."""
 

@@ -49,6 +49,13 @@ from colm_scale.randomness import global_draws
 from colm_scale.records import Json
 
 _LONGEST_DEFAULT = 2048
+_TRAINED_WHOLE = {
+    "modules_to_save": "whole layers",
+    "trainable_token_indices": "embeddings of tokens",
+    "bias": "biases",
+    "target_parameters": "matrices of weights that are no linear layers",
+}
+"""What else a LoRA adapter may hold, by the key of its configuration."""
 _OPTION = "model.name"
 
 
@@ -112,6 +119,13 @@ def check_adapter(config: LoraConfig) -> None:
     if dora or found.peft_type != PeftType.LORA:
         kind = "DoRA" if dora else found.peft_type.value
         raise UserError(f"--lora.adapter {name} is of type {kind}, but must be plain LoRA")
+    whole = {key: getattr(found, key, None) for key in _TRAINED_WHOLE}
+    for key, value in whole.items():
+        if value and value != "none":
+            raise UserError(
+                f"--lora.adapter {name} also trains {_TRAINED_WHOLE[key]} ({key}: {value}), and only LoRA matrices of "
+                "linear layers can be trained further here: merge it into its base model, and start from that"
+            )
     _weights_folder(name)
 
 
@@ -306,6 +320,7 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        use_rslora=config.use_rslora,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )

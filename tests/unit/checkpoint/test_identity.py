@@ -197,13 +197,20 @@ def test_which_options_are_compared():
         "data": {"train", "eval", "chat_template", "sources", "left_out", "now"},
         "selection": {"replay"},
         "sources": set(),
-        "lora": set(),
+        "lora": {"use_rslora"},
         "train": {*("threads", "timeout", "compile", "activation_checkpointing", "forward_reuse", "forward_reuse_gib")},
     }.items():
         names = {field.name for field in dataclasses.fields(getattr(RunConfig(), section))}
         assert left_out <= names
         expected |= {f"{section}.{name}" for name in names - left_out}
     assert config_facts(RunConfig()).keys() == expected
+
+
+def test_an_option_that_older_checkpoints_lack_is_compared_where_it_is_used():
+    plain, scaled = RunConfig(), RunConfig(lora=LoraConfig(use_rslora=True))
+    check_same_run(stored(plain), identity(plain), WHERE)
+    with pytest.raises(UserError, match=r"--lora\.use_rslora is true, but the checkpoint was made with no such option"):
+        check_same_run(stored(plain), identity(scaled), WHERE)
 
 
 def test_facts_are_what_json_gives_back():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from colm_scale.config import SelectionConfig
 from colm_scale.config.command_line import option_types
 
-MOST = 82
+MOST = 83
 MOST_OF_THE_SELECTION = 18
 
 

@@ -251,6 +251,38 @@ def test_new_adapters(folder, dtype):
     assert all(module.training for module in model.modules())
 
 
+def test_the_scale_of_rslora(folder):
+    adapted = add_adapters(loaded(folder), LoraConfig(rank=4, alpha=8, use_rslora=True), 0)
+    scales = {module.scaling["default"] for module in adapted.modules() if hasattr(module, "lora_A")}
+    assert scales == {4.0}
+    assert adapted.peft_config["default"].use_rslora
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "whole layers (modules_to_save: ['lm_head'])"),
+        ({"bias": "lora_only"}, "biases (bias: lora_only)"),
+        ({"trainable_token_indices": [1]}, "embeddings of tokens (trainable_token_indices: [1])"),
+    ],
+)
+def test_an_adapter_that_trains_more_than_matrices_is_refused(folder, tmp_path, more, what):
+    made = peft.get_peft_model(loaded(folder), peft.LoraConfig(target_modules=["q_proj"], **more))
+    made.save_pretrained(tmp_path / "adapter")
+    with refused(re.escape(f"also trains {what}, and only LoRA matrices")):
+        check_adapter(LoraConfig(adapter=str(tmp_path / "adapter")))
+
+
+def test_an_adapter_with_other_ranks_in_some_layers_comes_back(folder, tmp_path):
+    pattern = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 6}}
+    made = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **pattern))
+    fill((weight for weight in made.parameters() if weight.requires_grad), "ranks")
+    made.save_pretrained(tmp_path / "adapter")
+    found = add_adapters(loaded(folder), LoraConfig(adapter=str(tmp_path / "adapter")), 0)
+    rows = torch.arange(6)[None]
+    assert torch.equal(found(rows).logits, made(rows).logits)
+
+
 def test_the_seed_alone_decides_how_adapters_begin(folder):
     first, again, other = (adapter_state(add_adapters(loaded(folder), LoraConfig(), seed)) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
