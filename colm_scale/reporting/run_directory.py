@@ -19,6 +19,7 @@ from colm_scale.data.examples import Examples
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.audit import AuditWriter, cut, write_examples
+from colm_scale.reporting.lock import RunLock
 from colm_scale.reporting.summary import Evaluation
 from colm_scale.step.source_refresh import Drift
 
@@ -34,7 +35,7 @@ class RunDirectory:
         resume: Continue the run in the folder, if there is one.
 
     Raises:
-        UserError: The folder holds a run and ``resume`` is False, or it cannot be written.
+        UserError: The folder holds a run and ``resume`` is False, is in use by another, or cannot be written.
     """
 
     def __init__(self, path: str | None = None, *, resume: bool = False):
@@ -58,6 +59,8 @@ class RunDirectory:
         nearest, writable = nearest_folder(self.path)
         if not writable:
             raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a writable folder")
+        self._lock = RunLock(self.path)
+        self._lock.wait()
 
     def create(
         self,
@@ -73,10 +76,11 @@ class RunDirectory:
             facts: Content of ``run.json``: the schedule, and the training examples of each source.
 
         Raises:
-            UserError: The folder cannot be written.
+            UserError: The folder cannot be written, or another run has just claimed it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
             self.metrics.touch(exist_ok=self._resume)
             for rows in (self.metrics, self._selection, self._evaluations, self._drift):
                 _cut(rows, after)
@@ -88,7 +92,13 @@ class RunDirectory:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 
     def report(self, report: StepReport, source_names: Sequence[str]) -> None:
-        """Append a step to ``metrics.jsonl``, ``selection.jsonl`` and, if enabled, the audit."""
+        """Append a step to ``metrics.jsonl``, ``selection.jsonl`` and, if enabled, the audit.
+
+        Raises:
+            TrainingError: A file cannot be written, or another run has taken the folder over.
+        """
+        with writing(self.path):
+            self._lock.check()
         _append(self.metrics, metrics_row(report))
         _append(self._selection, selection_row(report, source_names))
         if report.audit is not None:
@@ -99,6 +109,10 @@ class RunDirectory:
         """Write the buffered rows of the audit."""
         with writing(self._audit_folder):
             self._audit.flush()
+
+    def close(self) -> None:
+        """Leave the folder to other runs."""
+        self._lock.release()
 
     def examples(self, examples: Examples) -> None:
         """Write ``examples.parquet`` (`write_examples`)."""

@@ -64,7 +64,7 @@ class Reports:
         """Write buffered rows, so that a checkpoint is never of a later step than the files."""
 
     def close(self, *, failed: bool) -> None:
-        """Restore the terminal, and write buffered rows."""
+        """Restore the terminal, write buffered rows, and leave the run directory to other runs."""
 
     def state(self) -> Json | None:
         """Return the counts so far, as plain JSON."""
@@ -162,8 +162,11 @@ class WrittenReports(Reports):
         self._display.close()
         self._trackers.close()
         # Report the error that ended the run, not its consequences, such as the same full disk.
-        with suppress(TrainingError) if failed else nullcontext():
-            self.flush()
+        try:
+            with suppress(TrainingError) if failed else nullcontext():
+                self.flush()
+        finally:
+            self._directory.close()
 
     def state(self) -> Json | None:
         return self._summary.state()
