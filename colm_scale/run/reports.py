@@ -97,7 +97,7 @@ class WrittenReports(Reports):
             memory=self._meter.label,
             **found,
         )
-        self._directory.create(as_yaml(self._config), whole, done, facts)
+        self._directory.create(as_yaml(self._config), whole, done, facts, self._summary.evaluated)
         if self._config.audit and not self._config.data.streaming:
             self._directory.examples(self._inputs.sampler.examples)
 
