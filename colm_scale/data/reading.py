@@ -28,9 +28,9 @@ from colm_scale.data.tokenised import Damaged, NotStored, TokenFolder, Tokenised
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _APART = ("train", "eval", "sources", "chat_template", "now")
-"""Options that name files, whose content matters instead, and the date, which matters to templates that write it."""
-_RANDOM = re.compile(r"random|lipsum")
-"""What makes a chat template render differently each time."""
+"""Options that name files, whose content matters instead, and the date, since nothing that shows it is stored."""
+_CHANGEABLE = re.compile(r"strftime_now|random|lipsum")
+"""What makes a chat template render differently at another time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,10 @@ class Reading:
         digest, columns = RowDigest(self.config), Columns()
         rows = digest.over(self.rows(columns))
         examples = tokenise(rows, self.tokenizer, self.config, self.max_length, self.source_names)
-        return Tokenised(examples, examples.digest(), digest.hexadecimal(), tuple(columns.lines()))
+        templates = json.dumps(_templates(self.tokenizer, self.config))
+        lasting = not (digest.chats and _CHANGEABLE.search(templates))
+        notes = tuple(columns.lines())
+        return Tokenised(examples, examples.digest(), digest.hexadecimal(), notes, lasting=lasting)
 
     def key(self) -> str:
         """Return a SHA-256 of all that the tokens depend on, in hexadecimal; empty if it is not known to be all."""
@@ -87,7 +90,7 @@ class Reading:
             files = [*files, self.config.sources]
         options = {name: value for name, value in asdict(self.config).items() if name not in _APART}
         facts = [
-            *(_code(), _tokenizer_facts(self.tokenizer), _template_facts(self.tokenizer, self.config)),
+            *(_code(), _tokenizer_facts(self.tokenizer), _templates(self.tokenizer, self.config)),
             *map(identity, files),
             *([self.split, self.max_length, self.source_names, sources], options),
         ]
@@ -113,11 +116,8 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[object] | None:
     return [kind.__qualname__, backend.to_str(), leading, tokenizer.eos_token_id, special, whole]
 
 
-def _template_facts(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[object] | None:
-    """Return the chat templates, and the date if one writes it; None if one renders differently each time."""
-    facts = [read_chat_template(config), tokenizer.chat_template]
-    written = json.dumps(facts)
-    return None if _RANDOM.search(written) else [*facts, config.now if "strftime_now" in written else ""]
+def _templates(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[object]:
+    return [read_chat_template(config), tokenizer.chat_template]
 
 
 def find_or_read(reading: Reading, spare: Sequence[Path], warn: Callable[[str], None]) -> Tokenised:
@@ -137,8 +137,8 @@ def find_or_read(reading: Reading, spare: Sequence[Path], warn: Callable[[str], 
     except Damaged as error:
         warn(f"warning: {error}: the data is tokenised again")
     read = reading.tokenised()
-    unchanged = key and key == reading.key()  # else a file has changed while it was read
-    for folder in [*([cache] if unchanged else []), *map(TokenFolder, spare)]:
+    storable = key and read.lasting and key == reading.key()  # another key: a file has changed while it was read
+    for folder in [*([cache] if storable else []), *map(TokenFolder, spare)]:
         try:
             return folder.store(key or read.digest, read)
         except NotStored as error:

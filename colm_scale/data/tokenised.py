@@ -51,6 +51,7 @@ class Tokenised:
         rows_digest: `RowDigest` of the rows.
         notes: Lines on what was not read.
         file: The file they are mapped from; empty if they are only in this process's memory.
+        lasting: False if the same rows could have other tokens tomorrow.
     """
 
     examples: Examples
@@ -58,6 +59,7 @@ class Tokenised:
     rows_digest: str
     notes: tuple[str, ...] = ()
     file: str = ""
+    lasting: bool = True
 
 
 def write(tokenised: Tokenised, path: Path) -> None:

@@ -128,7 +128,7 @@ CHANGED = {
 }
 ELSEWHERE = {
     "max_length": "Reading.max_length, with the model's context as its default",
-    "now": "test_the_date_matters_to_templates_that_write_it",
+    "now": "test_a_template_that_renders_differently_tomorrow_is_not_cached",
     "eval": "test_the_other_split_does_not_matter",
     "streaming": "streamed data is not held",
     "shuffle_rows": "likewise",
@@ -253,20 +253,18 @@ def test_a_tokenizer_with_code_of_its_own_is_not_cached(base, count):
     assert not entries()
 
 
-def test_the_date_matters_to_templates_that_write_it(base):
-    days = "2026-11-29", "2026-11-30"
-    assert len({a_reading(base, now=day).key() for day in days}) == 1
-    Path("template.jinja").write_text(TEMPLATE + "{{ strftime_now('%d') }}")
-    assert len({a_reading(base, now=day, chat_template="template.jinja").key() for day in days}) == 2
-
-
-@pytest.mark.parametrize("changing", ["{{ [1, 2] | random }}", "{{ lipsum() }}"])
-def test_a_template_that_renders_differently_each_time_is_not_cached(base, changing):
-    Path("template.jinja").write_text(TEMPLATE + changing)
-    assert not a_reading(base, chat_template="template.jinja").key()
+@pytest.mark.parametrize("changing", ["{{ strftime_now('%d') }}", "{# random #}", "{# lipsum #}"])
+def test_a_template_that_renders_differently_tomorrow_is_not_cached(base, changing):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    Path("template.jinja").write_text(changing + TEMPLATE)
     other = copy.deepcopy(base)
-    other.chat_template = TEMPLATE + changing
-    assert not a_reading(other).key()
+    other.chat_template = changing + TEMPLATE
+    for one in (a_reading(base, chat_template="template.jinja"), a_reading(other)):
+        chats = dataclasses.replace(one, config=dataclasses.replace(one.config, train=["a.jsonl", "chats.jsonl"]))
+        assert not got(chats).file
+        assert got(one).file, "no row is rendered"
+    assert len(entries()) == 2
 
 
 def test_a_pipe_is_not_cached(base):
