@@ -21,6 +21,7 @@ from colm_scale.reporting.run_directory import RunDirectory, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
 from colm_scale.reporting.trackers import Trackers
 from colm_scale.run.inputs import Inputs
+from colm_scale.run.saved_adapter import complete_adapter
 from colm_scale.step.source_refresh import Drift
 
 
@@ -130,6 +131,7 @@ class WrittenReports(Reports):
         with writing(place):
             shutil.rmtree(new, ignore_errors=True)
             module.model.save_pretrained(str(new), state_dict=named, save_embedding_layers=False)
+            complete_adapter(new, self._config, self._inputs.tokenizer)
             shutil.rmtree(old, ignore_errors=True)
             if place.exists():
                 place.rename(old)

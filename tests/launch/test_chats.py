@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from support.commands import SMALL, rows, write_rows
+from transformers import AutoTokenizer
+
+from colm_scale.base import BASE_MODEL
 
 DATED = (
     "{{ strftime_now('%Y-%m-%d %H:%M') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n"
@@ -44,6 +48,8 @@ def test_a_run_resumes_on_another_day(forked, tmp_path, streaming):
     shutil.rmtree(run / "checkpoints/step-00000002")
     forked.run("train", [*options, "--resume", "auto"], tmp_path / "log more").succeeded()
     assert [row["loss"] for row in rows(run / "metrics.jsonl")] == before
+    assert AutoTokenizer.from_pretrained(run / "adapter").chat_template == DATED
+    assert json.loads((run / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(BASE_MODEL)
     assert str(yaml.safe_load(Path(run / "config.yaml").read_text())["data"]["now"]).startswith("2020-02-29")
 
 
