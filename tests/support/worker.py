@@ -140,7 +140,18 @@ def _selection(**options) -> SelectionConfig:
     return SelectionConfig(**{"candidates": 24, "budget": 12, "columns": 64, **options})
 
 
+EXPERTS = {"num_experts_per_tok": 2}
+MIXTURES = {
+    "mixtral": {"family": "mixtral", "num_local_experts": 8, **EXPERTS},
+    "qwen3_moe": {"family": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8, **EXPERTS},
+}
+"""Mixtures with so many experts that few micro-batches send tokens to all of them."""
 CASES = {
+    **{
+        f"{name}{files}": Case(_selection(), 2, {"micro_batch_tokens": 8}, model=options, from_files=bool(files))
+        for name, options in MIXTURES.items()
+        for files in ("", "_files")
+    },
     "last_layer": Case(_selection()),
     "last_layer_with_floor": Case(_selection(), floor=True),
     # As in a run. Before the first step, DDP would order its buckets in the floor, and four ranks add differently.
@@ -328,10 +339,10 @@ def poisoned(data: Examples) -> Examples:
     return replace(data, tokens=tokens)
 
 
-def base_of_run(**options) -> nn.Module:
+def base_of_run(family: str = "llama", **options) -> nn.Module:
     """The model without adapters, equal in every process."""
     options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, **options}
-    return base_model("llama", **options).requires_grad_(False)
+    return base_model(family, **options).requires_grad_(False)
 
 
 def model_from_files(
@@ -416,7 +427,8 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
             engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
     blocks = [] if config.train.compile else decoder_blocks(module.causal_model)[1]  # hooks change compiled code
     for block in blocks:  # the engine's own hooks, which gather, come first
-        block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
+        layer = getattr(block.mlp, "down_proj", block.self_attn.o_proj).base_layer
+        layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))
     sketches = case.selection.method == "colm"
     spans = Spans(group.device, memory_meter(group))
     step = build_step(config, inputs, engine, tap if sketches else None, spans, group)
