@@ -19,7 +19,7 @@ from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.checkpoint.store import NO_CHECKPOINT, Checkpoint, CheckpointFolder, NoCheckpointFolder
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import LossScale
-from colm_scale.engines.tensors import collect, restore
+from colm_scale.engines.tensors import collect, landing, restore
 from colm_scale.errors import UserError
 from colm_scale.records import Json
 from colm_scale.reporting.run_directory import finite
@@ -65,9 +65,10 @@ class RunState:
         Raises:
             TrainingError: On rank 0: it cannot be written.
         """
-        tensors = collect(self._engine, keep=self._group.is_first) | self._selection.tensors(step)
+        tensors = collect(self._engine, self._group) | self._selection.tensors(step)
         if clusters := self._refresh.state():
             tensors["clusters"] = clusters
+        landing(self._group.device)()
         with self._group.together():
             state = finite(self._state(step))
             assert isinstance(state, dict)

@@ -46,6 +46,7 @@ from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed, connect
 from colm_scale.engines import tensors
+from colm_scale.engines.base import WEIGHT, Engine, trainable
 from colm_scale.engines.choose import make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes
@@ -240,9 +241,7 @@ CASES = {
     "counted": Case(_selection(method="stratified"), 2, {"micro_batch_tokens": 32}, counted=True),
     "overflowing": Case(_selection(), 4, {"dtype": "float16"}, overflowing=(1, 3)),
     # Five examples are micro-batches of their own, too few for two ranks with three each.
-    "poisoned": Case(
-        _selection(candidates=24, budget=5, kept_sources=[]), 3, {"micro_batch_tokens": 1}, poisoned=True
-    ),
+    "poisoned": Case(_selection(candidates=24, budget=5, kept_sources=[]), 3, {"micro_batch_tokens": 1}, poisoned=True),
     "floored": Case(
         _selection(estimator="zeroth_order", reuse=3),
         4,
@@ -476,7 +475,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "graphs": counters["stats"]["unique_graphs"] - graphs,
         "steps": steps,
         "gradients": gradients,
-        "adapters": collect(engine.inner, keep=True)["adapter"],
+        "adapters": whole_adapters(engine.inner, group),
         "floor": floor,
         "generated": generated,
         "name": engine.name,
@@ -486,10 +485,22 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     }
 
 
+def whole_adapters(engine: Engine, group: Group) -> dict[str, torch.Tensor]:
+    """The trained weights that this rank has whole, or the first has gathered."""
+    if not engine.is_sharded:
+        found = {name: engine.part(name, WEIGHT) for name in trainable(engine.module)}
+        return {name: part.values.view(part.shape).clone() for name, part in found.items()}
+    gathered, whole = collect(engine, group)["adapter"], {}
+    for name in trainable(engine.module):
+        own = torch.zeros(engine.part(name, WEIGHT).shape)
+        whole[name] = group.broadcast(gathered.get(name, own), "control")
+    return whole
+
+
 def _floor(parts: Parts, work: Work, group: Group) -> dict:
     """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
     engine = parts.engine.inner
-    collect(engine, keep=True)  # begins the optimizer's state, as a checkpoint does
+    collect(engine, group)  # begins the optimizer's state, as a checkpoint does
     held = {"engine": engine, "step": parts.step}
     before = leaves(held, "run") | random_states()
     seconds = bare_floor_seconds(work, engine, group, 5)

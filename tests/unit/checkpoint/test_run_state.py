@@ -81,8 +81,8 @@ def load(run: SimpleNamespace, folder: Path) -> int:
 def test_every_part_comes_back(saved, tmp_path):
     run = parts(tmp_path, 1)
     assert load(run, tmp_path) == 20
-    for file, named in collect(saved.engine, keep=True).items():
-        back = collect(run.engine, keep=True)[file]
+    for file, named in collect(saved.engine, GROUP).items():
+        back = collect(run.engine, GROUP)[file]
         assert named.keys() == back.keys()
         assert all(torch.equal(named[name], back[name]) for name in named)
     assert run.engine.updates == 2
@@ -96,7 +96,7 @@ def test_every_part_comes_back(saved, tmp_path):
     run.engine.scale = saved.engine.scale = LossScale(1.0)
     for one in (saved, run):
         trained(one)
-    ours, theirs = (collect(one.engine, keep=True)["adapter"] for one in (run, saved))
+    ours, theirs = (collect(one.engine, GROUP)["adapter"] for one in (run, saved))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "Adam's bias correction counts on"
 
 
