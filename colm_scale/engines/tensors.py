@@ -68,6 +68,11 @@ def collect(engine: Engine, group: Group) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor into CPU memory of its own; from a GPU in flight, see `landing`."""
+    return tensor.detach().to("cpu", non_blocking=True, copy=True, memory_format=torch.contiguous_format)
+
+
 def landing(device: torch.device) -> Callable[[], None]:
     """Return a function that waits for the copies from ``device`` that have begun, and for no later work there."""
     if device.type == "cpu":

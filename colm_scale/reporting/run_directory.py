@@ -46,6 +46,7 @@ class RunDirectory:
         self._evaluations = self.path / "evaluations.jsonl"
         self._drift = self.path / "drift.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self._saved = self.path / "checkpoints.jsonl"
         self._audit_folder = self.path / "audit"
         self._examples = self.path / "examples.parquet"
         self._audit = AuditWriter(self._audit_folder)
@@ -78,7 +79,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.metrics.touch(exist_ok=self._resume)
-            for rows in (self.metrics, self._selection, self._evaluations, self._drift):
+            for rows in (self.metrics, self._selection, self._evaluations, self._drift, self._saved):
                 _cut(rows, after)
             cut(self._audit_folder, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
@@ -108,6 +109,10 @@ class RunDirectory:
     def drift(self, drift: Drift) -> None:
         """Append the fields of `Drift` to ``drift.jsonl``."""
         _append(self._drift, dataclasses.asdict(drift))
+
+    def checkpoint(self, row: Mapping[str, object]) -> None:
+        """Append a checkpoint's step, bytes and seconds to ``checkpoints.jsonl``."""
+        _append(self._saved, row)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append the fields of `Evaluation` to ``evaluations.jsonl``."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 
 from torch import Tensor
 
+from colm_scale.checkpoint.background import Saved
 from colm_scale.config import RunConfig, as_yaml
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
@@ -51,8 +53,8 @@ class Reports:
     def adapter(self, name: str, module: ExampleLoss, weights: Mapping[str, Tensor]) -> None:
         """Write an adapter, in PEFT format, as the folder ``name``."""
 
-    def saved(self, step: int, seconds: float) -> None:
-        """Show that a checkpoint was written."""
+    def saved(self, saved: Saved) -> None:
+        """Write and show that a checkpoint was written."""
 
     def stopped(self, step: int) -> None:
         """Show that the run was asked to stop, and how to resume it."""
@@ -137,10 +139,13 @@ class WrittenReports(Reports):
             new.rename(place)
             shutil.rmtree(old, ignore_errors=True)
 
-    def saved(self, step: int, seconds: float) -> None:
-        files = (self._directory.checkpoints / f"step-{step:08d}").iterdir()
-        size = sum(file.stat().st_size for file in files)
-        self._display.message(f"checkpoint of step {step}: {size / 1e6:,.1f} MB in {seconds:.2f} s")
+    def saved(self, saved: Saved) -> None:
+        row = dataclasses.asdict(saved)
+        for note in row.pop("notes"):
+            self._display.message(f"warning: {note}")
+        self._directory.checkpoint(row)
+        took = f"{saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s, steps waited {saved.stall_seconds:.2f} s"
+        self._display.message(f"checkpoint of step {saved.step}: {took}")
 
     def stopped(self, step: int) -> None:
         self._display.close()

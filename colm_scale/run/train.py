@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.config import RunConfig
@@ -25,6 +24,7 @@ def run(config: RunConfig) -> int:
 def train(config: RunConfig, group: Group, watch: Watch) -> bool:
     """Train; return False if the run was asked to stop. All ranks call it together."""
     prepared = prepare(config, group, watch)
+    watch.last_act = prepared.writer.finish
     with Session(prepared.engine, prepared.evaluator, prepared.reports, group) as session:
         state = prepared.state(session)
         done = state.load(prepared.found)
@@ -51,13 +51,16 @@ def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> b
             reports.drifted(drift)
         if number == steps or _is_due(evaluate_every, number):
             session.evaluate(number, whole=number == steps)
-        stopping = run.group.any(watch.stop_requested)
-        if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
+        stopping = run.group.any(watch.stop_requested or run.writer.failed)  # `save` says why a write failed
+        is_last = stopping or number == steps
+        if config.checkpoint.every and (is_last or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")
-            started = time.perf_counter()
             reports.flush()
             state.save(number)
-            reports.saved(number, time.perf_counter() - started)
+            if is_last:
+                state.wait()
+        for saved in run.writer.saved():
+            reports.saved(saved)
         if stopping and number < steps:
             reports.stopped(number)
             return False

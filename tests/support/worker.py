@@ -28,8 +28,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from colm_scale.checkpoint.background import BackgroundWriter, Writer
+from colm_scale.checkpoint.files import NO_CHECKPOINT
 from colm_scale.checkpoint.run_state import RunState
-from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder, NoCheckpointFolder
+from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import (
     DataConfig,
     EvalConfig,
@@ -390,7 +392,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     train = SimpleNamespace(engine=engine.inner)
     watched = SimpleNamespace(sampler=inputs.sampler, refresh=step.refresh, select=select, train=train)
     state = RunState(
-        folder=CheckpointFolder(folder, keep=1) if group.is_first else NoCheckpointFolder(),
+        writer=BackgroundWriter(CheckpointFolder(folder, keep=1)) if group.is_first else Writer(),
         identity={"config": {}, "data": "", "model": ""},
         facts={},
         step=watched,
@@ -440,6 +442,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
+            parts.state.wait()
             parts = make_parts(case, second or first, group, folder)
             newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else NO_CHECKPOINT
             assert parts.state.load(newest) == number - 1
