@@ -111,7 +111,7 @@ def _safetensors(named: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in header:
-        yield named[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+        yield named[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def read_files(folder: Path) -> Checkpoint:
