@@ -19,12 +19,12 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 
 from colm_scale.checkpoint.files import MANIFEST, Checkpoint, Damage, Tensors, json_bytes, read_files, write_files
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import Json
+from colm_scale.reporting.run_directory import free_name
 
 _FINAL = re.compile(r"step-(\d{8,})")
 _ASIDE = re.compile(r"\.(step-(\d{8,}))\.(new|old|gone)\d*")
@@ -242,9 +242,7 @@ def _whole_ones(path: Path) -> list[tuple[int, Path]]:
 
 def _aside(folder: Path, kind: str) -> Path:
     """Return the first free dot-name of a ``kind`` for a checkpoint that has any of its names."""
-    name = f".{folder.name.strip('.').split('.')[0]}.{kind}"
-    numbered = (folder.with_name(f"{name}{number if number > 1 else ''}") for number in count(1))
-    return next(path for path in numbered if not path.exists())
+    return free_name(folder.with_name(f".{folder.name.strip('.').split('.')[0]}.{kind}"))
 
 
 def _free_bytes(path: Path) -> int:

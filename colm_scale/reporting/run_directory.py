@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
@@ -124,6 +125,15 @@ def nearest_folder(path: Path) -> tuple[Path, bool]:
     path = path.absolute()
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     return nearest, nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or the first of ``path2``, ``path3``, ... that does not exist.
+
+    What a network file system will not remove, because a file in it is open elsewhere, must be in nobody's way.
+    """
+    numbered = (path.with_name(f"{path.name}{number if number > 1 else ''}") for number in count(1))
+    return next(name for name in numbered if not name.exists())
 
 
 def metrics_row(report: StepReport) -> dict[str, object]:

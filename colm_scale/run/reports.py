@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from colm_scale.profiling.memory import MemoryMeter
 from colm_scale.records import Json, StepReport
 from colm_scale.reporting.display import Display
 from colm_scale.reporting.environment import environment
-from colm_scale.reporting.run_directory import RunDirectory, writing
+from colm_scale.reporting.run_directory import RunDirectory, free_name, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
 from colm_scale.reporting.trackers import Trackers
 from colm_scale.run.inputs import Inputs
@@ -129,11 +130,10 @@ class WrittenReports(Reports):
         """Write under a dot-name and rename, so that a folder ``name`` always holds a whole adapter."""
         named = {label.removeprefix("model."): weight for label, weight in weights.items()}
         place = self._directory.path / name
-        new, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
         with writing(place):
-            shutil.rmtree(new, ignore_errors=True)
+            new = _cleared(place.with_name(f".{name}.new"))
             module.model.save_pretrained(str(new), state_dict=named, save_embedding_layers=False)
-            shutil.rmtree(old, ignore_errors=True)
+            old = _cleared(place.with_name(f".{name}.old"))
             if place.exists():
                 place.rename(old)
             new.rename(place)
@@ -175,6 +175,13 @@ class WrittenReports(Reports):
 
     def load(self, state: Json) -> None:
         self._summary.load(state)
+
+
+def _cleared(path: Path) -> Path:
+    """Remove what was left under a name as far as it will go, and return a free name like it."""
+    for left in path.parent.glob(f"{path.name}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return free_name(path)
 
 
 def drift_line(drift: Drift) -> str:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import mark_of, names, newest_mark, write
+from support.families import adapted_model
 
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.errors import TrainingError
+from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.reporting.run_directory import RunDirectory
+from colm_scale.run.reports import WrittenReports
 
 REFUSALS = ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "EBADF", "EACCES")
 STUCK = ("ENOTEMPTY", "EBUSY", "EACCES")
@@ -136,6 +140,20 @@ def test_of_two_that_were_being_replaced_the_newer_counts(path):
     assert newest_mark(path) == 2.0
     write(folder, 10, 3.0)  # goes back, and clears up
     assert names(path) == ["step-00000010"]
+
+
+def test_an_adapter_is_replaced_though_what_it_replaced_before_will_not_go(tmp_path, monkeypatch):
+    module = ExampleLoss(adapted_model("llama"))
+    reports = WrittenReports.__new__(WrittenReports)
+    reports._directory = RunDirectory(str(tmp_path))
+    for kind in ("new", "old"):
+        (tmp_path / f".adapter.{kind}").mkdir()
+        (tmp_path / f".adapter.{kind}" / ".nfs0001").touch()
+    refuse(monkeypatch, "unlink", "EBUSY", lambda name, **_: name == ".nfs0001")
+    for _ in range(2):
+        reports.adapter("adapter", module, {})
+    assert "adapter_config.json" in names(tmp_path / "adapter")
+    assert names(tmp_path) == [".adapter.new", ".adapter.old", "adapter"]
 
 
 def test_a_later_one_that_will_not_go_is_an_error(path, monkeypatch):
