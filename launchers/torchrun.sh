@@ -11,6 +11,7 @@
 #   RDZV_ENDPOINT   HOST:PORT of one of the hosts, where all meet and agree on their ranks (c10d)
 #   MASTER_ADDR     alternatively the host of rank 0 (static), with MASTER_PORT (29500) and each host's NODE_RANK
 #   RDZV_ID         name of the run, if several share an endpoint (colm_scale)
+#   RDZV_SECONDS    how long hosts, and then ranks, wait for each other at the start (600)
 #   MAX_RESTARTS    number of restarts of all ranks after one fails (3)
 #
 # Restarted ranks resume from the newest checkpoint, so --resume auto is the default here, and --output_dir (or --config
@@ -54,16 +55,19 @@ done
 [[ " $* " =~ " --"(output_dir|config)[=\ ] ]] || fail "--output_dir is missing: a restarted run finds its checkpoints there"
 [[ " $* " =~ " --resume"[=\ ] ]] || set -- "$@" --resume auto
 
+wait=${RDZV_SECONDS:-600}
 if [[ -n ${RDZV_ENDPOINT:-} ]]; then
     host=${RDZV_ENDPOINT%:*}
     way=$(way_to "$host") || exit 2
     read -r own is_host <<<"$way"
     [[ $own != 127.* || ${NNODES:-1} == 1 ]] ||
         fail "RDZV_ENDPOINT=$RDZV_ENDPOINT: on this host $host is the loopback; give an address that all hosts reach"
-    meeting=(--rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --rdzv_conf "is_host=$is_host" --local_addr "$own")
+    meeting=(--rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" --local_addr "$own"
+        --rdzv_conf "is_host=$is_host,join_timeout=$wait")
 elif [[ -n ${MASTER_ADDR:-} ]]; then
     [[ -n ${NODE_RANK:-} ]] || fail "MASTER_ADDR=$MASTER_ADDR needs NODE_RANK: this host's place, from 0"
-    meeting=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --node_rank "$NODE_RANK")
+    meeting=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" --node_rank "$NODE_RANK"
+        --rdzv_conf "timeout=$wait")
 else
     fail "set RDZV_ENDPOINT=HOST:PORT, or MASTER_ADDR and NODE_RANK; see --help"
 fi

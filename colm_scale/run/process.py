@@ -12,7 +12,8 @@ from collections.abc import Callable
 import transformers
 
 from colm_scale.config import RunConfig
-from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.distributed.connect import connect
+from colm_scale.distributed.group import Group, PeerFailed
 from colm_scale.distributed.watch import STOPPED, Watch, peer_is_gone
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.run.prepare import resolve
@@ -31,7 +32,8 @@ def run(config: RunConfig, job: Job) -> int:
         group = connect()
         watch = Watch(group, config.train.timeout)
     except BaseException as error:
-        _print(error)
+        if not isinstance(error, PeerFailed):
+            _print(error)
         os._exit(_exit_code(error))
     try:
         with group.together():
