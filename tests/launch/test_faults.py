@@ -179,7 +179,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_been(w
 def test_a_run_saves_itself_when_ranks_are_told_to_stop(engine, told, workshop, tmp_path):
     run = tmp_path / "run"
     ranks = workshop.start(run, engine, "--sabotage", "wait", "train", "3", str(told[0]))
-    wait_until(lambda: steps_written(run) == 2, SECONDS)
+    wait_until((run / "waiting").exists, SECONDS)
     ranks.send(signal.SIGTERM, *told)
     outcome = ranks.outcome(SECONDS)
     assert ranks.codes() == [143, 143]
@@ -212,7 +212,7 @@ def test_a_run_saves_itself_when_its_launcher_is_told_to_stop(launcher, engine, 
     run = tmp_path / "run"
     options = workshop.options(run, engine, "--sabotage", "wait", "train", "3", "0")
     with Command([*launcher(2, SABOTAGED), *options], tmp_path / "output") as command:
-        wait_until(lambda: steps_written(run) == 2, SECONDS)
+        wait_until((run / "waiting").exists, SECONDS)
         told(command).send_signal(signal.SIGTERM)
         wait_until(lambda: not command.alive(), SECONDS)
         outcome = command.outcome(1)
@@ -227,7 +227,7 @@ def test_a_run_saves_itself_when_its_launcher_is_killed(launcher, engine, worksh
     run = tmp_path / "run"
     options = workshop.options(run, engine, "--sabotage", "wait", "train", "3", "0")
     with Command([*launcher(2, SABOTAGED), *options], tmp_path / "output") as command:
-        wait_until(lambda: steps_written(run) == 2, SECONDS)
+        wait_until((run / "waiting").exists, SECONDS)
         command.process.kill()
         wait_until(lambda: not command.alive(), SECONDS)
     assert newest_checkpoint(run) == 3

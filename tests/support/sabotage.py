@@ -57,9 +57,13 @@ def hang() -> None:
 PAGE_BYTES = 4096
 
 
+def output_dir() -> Path:
+    return Path(sys.argv[sys.argv.index("--output_dir") + 1])
+
+
 def fill_disk(but: int) -> None:
     """Fill the disk of the run's folder up to ``but`` bytes, and the last page of its files of rows."""
-    folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    folder = output_dir()
     if not but:
         for rows in folder.glob("*.jsonl"):
             with rows.open("ab") as file:
@@ -74,6 +78,7 @@ def wait_for_the_next() -> None:
 
 
 def wait_for_a_stop() -> None:
+    (output_dir() / "waiting").touch()
     while not WATCHES[-1].stop_requested:
         time.sleep(0.05)
 
