@@ -42,6 +42,7 @@ class Group:
         local_rank, local_world_size: Rank and number of those on this machine.
         device: Device of this rank.
         attempt: Name of this start of the ranks; after a restart by the launcher it is another.
+        cores: Number of cores for this rank to use, see `cores.own_share`.
         traffic: Payload bytes per label since the last `take_traffic`: output of a gather, input of a reduction or
             broadcast. Equal on every rank.
     """
@@ -52,6 +53,7 @@ class Group:
     local_world_size: int
     device: torch.device
     attempt: str = ""
+    cores: int = 1
     traffic: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -126,17 +128,26 @@ class Group:
         shared: _Plain = json.loads(text)
         return shared
 
+    def texts(self, text: str) -> list[str]:
+        """Return a short text of every rank on each."""
+        encoded = text.encode(errors="surrogateescape")
+        row = torch.zeros(max(1, *self.gathered(len(encoded))), dtype=torch.uint8)
+        row[: len(encoded)] = torch.tensor([*encoded], dtype=torch.uint8)
+        rows = self.all_gather(row.to(self.device), "control").cpu()
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="surrogateescape") for row in rows]
+
+    def rest(self) -> None:
+        """Wait for all ranks without using the processor, which a wait on a GPU does: for work that only some do."""
+        self.all_gather(torch.zeros(1), "control")
+
     def barrier(self) -> None:
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1, device=self.device), "control")
 
     def agree(self, value: str, what: str) -> None:
-        """Raise on every rank unless all have the same short text (up to 256 bytes), such as a digest."""
-        row = torch.zeros(256, dtype=torch.uint8)
-        encoded = torch.frombuffer(bytearray(value.encode()[:256]), dtype=torch.uint8)
-        row[: len(encoded)] = encoded
-        rows = self.all_gather(row.to(self.device), "control").cpu()
-        different = (rows != rows[0]).any(1).nonzero().flatten().tolist()
+        """Raise on every rank unless all have the same short text, such as a digest."""
+        texts = self.texts(value)
+        different = [rank for rank, text in enumerate(texts) if text != texts[0]]
         if different:
             raise UserError(f"rank {different[0]} and rank 0 differ in {what}: every rank must read the same input")
 

@@ -37,8 +37,8 @@ def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> b
     """Make the steps after ``done``, with evaluations and checkpoints in between."""
     config, watch, steps, reports = run.config, run.watch, run.steps, session.reports
     evaluate_every = evaluation_period(config.eval, steps)
-    if not done:
-        session.evaluate(0, whole=True)
+    if session.owed:
+        session.evaluate(done, whole=done in (0, steps))
     for number in range(done + 1, steps + 1):
         watch.begin(number)
         report, work = run.step(number, learning_rate(config.train, number, steps))
@@ -49,9 +49,12 @@ def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> b
         watch.enter("sources")
         if drift := run.step.refresh_sources(number):
             reports.drifted(drift)
-        if number == steps or _is_due(evaluate_every, number):
+        stoppable = number < steps or config.checkpoint.every > 0
+        stopping = stoppable and _is_asked_to_stop(run)  # before an evaluation, which may take long
+        session.owed = number == steps or _is_due(evaluate_every, number)
+        if session.owed and not stopping:
             session.evaluate(number, whole=number == steps)
-        stopping = run.group.any(watch.stop_requested or run.writer.failed)  # `save` says why a write failed
+            stopping = number < steps and _is_asked_to_stop(run)
         is_last = stopping or number == steps
         if config.checkpoint.every and (is_last or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")
@@ -61,11 +64,17 @@ def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> b
                 state.wait()
         for saved in run.writer.saved():
             reports.saved(saved)
-        if stopping and number < steps:
+        if stopping:
             reports.stopped(number)
             return False
     session.finish(steps)
     return True
+
+
+def _is_asked_to_stop(run: Prepared) -> bool:
+    """Return whether to save and stop: as asked, or because a checkpoint could not be written, of which `save` says
+    why. All ranks call it together."""
+    return run.group.any(run.watch.stop_requested or run.writer.failed)
 
 
 def _is_due(every: int, number: int) -> bool:
