@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from colm_scale.cli import main as cli
-from colm_scale.config.command_line import option_types, parse, parse_plan
-from colm_scale.config.commands import PlanConfig
+from colm_scale.config.command_line import option_types, parse, parse_own, parse_plan
+from colm_scale.config.commands import PlanConfig, PreviewConfig
 from colm_scale.config.removed import OPTIONS, VALUES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,9 +40,14 @@ def test_the_plan_of_the_staged_start_is_that_of_its_full_run():
     assert (planned.model, planned.selection, planned.ds_config) == (run.model, run.selection, run.ds_config)
 
 
+def test_the_preview_of_the_staged_start():
+    (preview,) = [rest for command, *rest in lines_of("start.md", "colm-scale") if command == "preview"]
+    assert parse_own("preview", PreviewConfig, preview).model.name == "microsoft/phi-2"
+
+
 def test_the_commands_of_the_staged_start():
     """Of those that start no run, what they are about is all that is given."""
-    others = [line for line in lines_of("start.md", "colm-scale") if line[0] not in ("train", "plan")]
+    others = [line for line in lines_of("start.md", "colm-scale") if line[0] not in ("train", "plan", "preview")]
     assert {command for command, *_ in others} == {"sources", "explain", "report"}
     assert not [line for line in others if any(word.startswith("-") for word in line)]
     assert {"train", "plan", "sources", "explain", "report"} <= set(cli.COMMANDS)
