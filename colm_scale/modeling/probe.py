@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
+from colm_scale.modeling.weights import draw
 from colm_scale.randomness import global_draws
 from colm_scale.records import Batch
 
@@ -65,7 +66,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
     """A model of a few blocks of another, in ascending order, with its embeddings, final norm and head, sharing its
-    weights.
+    weights; random ones and a tiny vocabulary in place of those that are on the meta device.
 
     An engine that shards or moves the base's parameters does not affect the copy.
     """
@@ -83,6 +84,11 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel
     if types := getattr(config, "layer_types", None):  # the model looks them up by place
         others = [kind for number, kind in enumerate(types) if number not in numbers]
         config.layer_types = [*(types[number] for number in numbers), *others]
+    if any(weight.is_meta for weight in model.parameters()):
+        if type(model.get_output_embeddings()) is nn.Linear:
+            model.resize_token_embeddings(_SAMPLE_VOCABULARY, mean_resizing=False)
+        with global_draws(torch.device("cpu"), 0, "sample"):
+            draw(model)
     return model
 
 
@@ -90,7 +96,7 @@ def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
     """A model of another's last block, as in `few_blocks`; the model itself if that block needs what others compute
     (Gemma 3n's reads the keys and values of an earlier one)."""
     alone = few_blocks(model, [len(decoder_blocks(model)[1]) - 1])
-    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(alone.parameters()).device)
     try:
         with torch.no_grad(), without_dropout(alone):
             alone(input_ids=tokens, attention_mask=tokens, use_cache=False)
