@@ -121,7 +121,7 @@ def _score(
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
     names = list(trained.sources)
     with group.together():
-        check_kernels(config.model, config.train, None)
+        check_kernels(config.model, config.train)
         longest = config.data.max_length or context_length(check_model(config.model, "model"))
         tokenizer = load_tokenizer(config.model, "model")
         data, examples = _examples(config, options, tokenizer, longest, names)
