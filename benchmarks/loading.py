@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,19 +105,15 @@ def _memory(pid: int) -> dict[str, int]:
 
 def of_rank(told: dict, samples: list[tuple[float, dict[str, int]]]) -> dict[str, object]:
     """A rank's peaks by phase over what it held before the model was loaded, with what it says itself."""
-    begin, marks = told["process"], {}
-    for phase, seconds in told["seconds"].items():
-        marks[phase] = (begin, begin + seconds)
-        begin += seconds
-    before = [found for at, found in samples if at < marks["model"][0]][-1]
-    peaks = {}
-    for phase in PHASES:
-        first, last = marks[phase]
-        inside = [found for at, found in samples if first <= at <= last] or [before]
-        peaks[phase] = {kind: max(found[kind] for found in inside) - before[kind] for kind in KINDS}
-    after = [found for at, found in samples if at >= marks["engine"][1] and found]
-    held = {kind: after[0][kind] - before[kind] for kind in KINDS} if after else {}
-    return {"peaks": peaks, "held": held, **told}
+    marks = told.pop("marks")
+    loads = max(at for part, at in marks if part == "data")
+    before = [found for at, found in samples if at < loads][-1]
+    peaks = {phase: dict.fromkeys(KINDS, 0) for phase in PHASES}
+    for (_, first), (phase, last) in pairwise(marks):
+        for found in (found for at, found in samples if phase in PHASES and first <= at <= last):
+            peaks[phase] = {kind: max(peaks[phase][kind], found[kind] - before[kind]) for kind in KINDS}
+    after = [found for at, found in samples if at <= marks[-1][1]][-1]
+    return {"peaks": peaks, "held": {kind: after[kind] - before[kind] for kind in KINDS}, **told}
 
 
 def start(folder: str, engine: str, out: str, dtype: str) -> None:
@@ -127,16 +124,24 @@ def start(folder: str, engine: str, out: str, dtype: str) -> None:
 
     from colm_scale.config import command_line as arguments
     from colm_scale.distributed.group import connect
-    from colm_scale.run.prepare import prepare, resolve
+    from colm_scale.run import prepare as preparation
 
+    marks: list[tuple[str, float]] = []
+
+    class Clock(preparation.StartClock):
+        def __call__(self, part: str) -> None:
+            super().__call__(part)
+            marks.append((part, time.time()))
+
+    preparation.StartClock = Clock
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     given = ["--model.name", folder, *ENGINES[engine], *QUIET, "--train.dtype", dtype, "--output_dir", f"{out}/run"]
-    config, group = resolve(arguments.parse(given)), connect()
+    config, group = preparation.resolve(arguments.parse(given)), connect()
     before = psutil.Process().io_counters()
-    ready = prepare(config, group, SimpleNamespace(enter=lambda _: None))
+    ready = preparation.prepare(config, group, SimpleNamespace(enter=lambda _: None))
     after = psutil.Process().io_counters()
-    found = {"process": psutil.Process().create_time(), "seconds": ready.clock.seconds}
+    found = {"marks": marks, "seconds": ready.clock.seconds}
     found |= {"read_bytes": after.read_bytes - before.read_bytes, "rchar": after.read_chars - before.read_chars}
     (Path(out) / f"{group.rank}.json").write_text(json.dumps(found))
     time.sleep(0.1)  # for the last samples

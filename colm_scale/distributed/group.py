@@ -119,17 +119,26 @@ class Group:
         shared: _Plain = json.loads(text)
         return shared
 
+    def texts(self, text: str) -> list[str]:
+        """Return a short text of every rank on each."""
+        encoded = text.encode(errors="surrogateescape")
+        row = torch.zeros(max(1, *self.gathered(len(encoded))), dtype=torch.uint8)
+        row[: len(encoded)] = torch.tensor([*encoded], dtype=torch.uint8)
+        rows = self.all_gather(row.to(self.device), "control").cpu()
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="surrogateescape") for row in rows]
+
+    def rest(self) -> None:
+        """Wait for all ranks without using the processor, which a wait on a GPU does: for work that only some do."""
+        self.all_gather(torch.zeros(1), "control")
+
     def barrier(self) -> None:
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1, device=self.device), "control")
 
     def agree(self, value: str, what: str) -> None:
-        """Raise on every rank unless all have the same short text (up to 256 bytes), such as a digest."""
-        row = torch.zeros(256, dtype=torch.uint8)
-        encoded = torch.frombuffer(bytearray(value.encode()[:256]), dtype=torch.uint8)
-        row[: len(encoded)] = encoded
-        rows = self.all_gather(row.to(self.device), "control").cpu()
-        different = (rows != rows[0]).any(1).nonzero().flatten().tolist()
+        """Raise on every rank unless all have the same short text, such as a digest."""
+        texts = self.texts(value)
+        different = [rank for rank, text in enumerate(texts) if text != texts[0]]
         if different:
             raise UserError(f"rank {different[0]} and rank 0 differ in {what}: every rank must read the same input")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from colm_scale.config.cache import CACHE_VARIABLE, cache_folder
 from colm_scale.doctor.finding import Finding, Status
 from colm_scale.reporting.environment import driver_version
 from colm_scale.reporting.run_directory import nearest_folder
@@ -141,12 +142,13 @@ def check_shared_memory() -> list[Finding]:
 
 
 def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Check that the cache folders of libraries can be written."""
+    """Check that cache folders can be written."""
     home = Path(environ.get("HOME", "~")).expanduser()
     cache = Path(environ.get("XDG_CACHE_HOME", home / ".cache"))
     hub = Path(environ.get("HF_HOME", cache / "huggingface"))
     extensions = Path(environ.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
     folders = {
+        CACHE_VARIABLE: (cache_folder(environ), "tokenised data"),
         "HF_HOME": (hub, "models and data sets of the hub"),
         "TORCH_EXTENSIONS_DIR": (extensions, "DeepSpeed's operators"),
         "TRITON_CACHE_DIR": (Path(environ.get("TRITON_CACHE_DIR", home / ".triton")), "compiled kernels"),

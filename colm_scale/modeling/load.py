@@ -221,7 +221,8 @@ def weights_of(model: PreTrainedModel, config: ModelConfig, device: torch.device
     """
     if not any(weight.is_meta for weight in model.parameters()):
         return WHOLE
-    files = weight_files(_name(config), config.revision)
+    only = getattr(model.config, "transformers_weights", None)
+    files = weight_files(_name(config), config.revision, only)
     if config.quantize == "none":
         return FileWeights(model, files)
     from colm_scale.modeling.quantised import PackedWeights

@@ -22,6 +22,7 @@ from colm_scale.modeling.weights import draw
 from colm_scale.randomness import global_draws
 from colm_scale.records import Batch
 
+_CPU = torch.device("cpu")
 _SAMPLE_VOCABULARY = 128
 
 
@@ -64,9 +65,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
+def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.device = _CPU) -> PreTrainedModel:
     """A model of a few blocks of another, in ascending order, with its embeddings, final norm and head, sharing its
-    weights; random ones and a tiny vocabulary in place of those that are on the meta device.
+    weights. In place of those that are on the meta device, it has random ones on ``device``, and a tiny vocabulary.
 
     An engine that shards or moves the base's parameters does not affect the copy.
     """
@@ -87,8 +88,8 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel
     if any(weight.is_meta for weight in model.parameters()):
         if type(model.get_output_embeddings()) is nn.Linear:
             model.resize_token_embeddings(_SAMPLE_VOCABULARY, mean_resizing=False)
-        with global_draws(torch.device("cpu"), 0, "sample"):
-            draw(model)
+        with global_draws(device, 0, "sample"):
+            draw(model, device)
     return model
 
 
@@ -165,7 +166,7 @@ def sample_of(config: PretrainedConfig) -> PreTrainedModel:
     Args:
         config: Configuration of the whole model.
     """
-    with global_draws(torch.device("cpu"), 0, "sample"):
+    with global_draws(_CPU, 0, "sample"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
     return model.requires_grad_(False)
 
@@ -174,7 +175,7 @@ def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """A sample (see `sample_of`) of a loaded model, with the named attention."""
     config = _shortened(model.config)
     config._attn_implementation = attention
-    with global_draws(torch.device("cpu"), 0, "sample"):
+    with global_draws(_CPU, 0, "sample"):
         sample = type(model)(config)  # ``from_config`` would shard the weights while a trainer runs ZeRO-3
     in_float32: PreTrainedModel = sample.float()
     return in_float32.requires_grad_(False)

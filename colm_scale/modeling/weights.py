@@ -127,9 +127,9 @@ class FileWeights(Weights):
         draw: Callable[..., None] = getattr(LoraLayer, _RESET)
 
         def drawn(layer: LoraLayer, name: str, init: object) -> None:
-            first, second, weight = layer.lora_A[name], layer.lora_B[name], layer.get_base_layer().weight
-            assert isinstance(weight, Tensor)
-            self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.get_parameter("weight").shape, weight.dtype)
+            first, second = layer.lora_A[name], layer.lora_B[name]
+            dtype = layer.get_base_layer().get_parameter("weight").dtype
+            self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.get_parameter("weight").shape, dtype)
             self._drawn[second] = partial(torch.zeros, second.get_parameter("weight").shape)
             draw(layer, name, init)
 
@@ -210,16 +210,21 @@ def _places(model: nn.Module) -> dict[Tensor, list[_Place]]:
     return found
 
 
-def weight_files(name: str, revision: str | None) -> list[str]:
-    """Paths of a model's safetensors files."""
+def weight_files(name: str, revision: str | None, only: str | None) -> list[str]:
+    """Paths of a model's safetensors files, those that transformers reads.
+
+    Args:
+        only: The file that the model's configuration names, if it names one.
+    """
     try:
-        single = cached_file(name, SAFE_WEIGHTS_NAME, revision=revision)
+        found = cached_file(name, only or SAFE_WEIGHTS_NAME, revision=revision)
     except OSError:  # it has several
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
-        files: list[str] = get_checkpoint_shard_files(name, index, revision=revision)[0]
-        return files
-    assert single is not None  # else cached_file raises
-    return [single]
+        found = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    assert found is not None  # else cached_file raises
+    if not found.endswith(".json"):
+        return [found]
+    files: list[str] = get_checkpoint_shard_files(name, found, revision=revision)[0]
+    return files
 
 
 def compute_buffers(model: PreTrainedModel) -> None:
@@ -230,15 +235,15 @@ def compute_buffers(model: PreTrainedModel) -> None:
     _initialize(model)
 
 
-def draw(model: PreTrainedModel) -> None:
-    """Draw every tensor of a model that is on the meta device from the model's own initial distribution, on the CPU.
+def draw(model: PreTrainedModel, device: torch.device) -> None:
+    """Draw every tensor of a model that is on the meta device from the model's own initial distribution, on ``device``.
 
     The others stay as they are.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         setattr(tensor, _MARK, not tensor.is_meta)
     for tensor, places in _places(model).items():
-        value = torch.empty_like(tensor, device="cpu")
+        value = torch.empty_like(tensor, device=device)
         if isinstance(tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=tensor.requires_grad)
         for place in places:

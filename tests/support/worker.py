@@ -49,7 +49,7 @@ from colm_scale.distributed.connect import connect
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed
 from colm_scale.engines import tensors
-from colm_scale.engines.choose import loading_device, make_engine
+from colm_scale.engines.choose import make_engine, sharding
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes, local_tensors
 from colm_scale.errors import TrainingError, UserError
@@ -136,7 +136,7 @@ class Case:
     from_files: bool = False
     """Whether an engine that shards reads the weights from files, part by part."""
     quantize: str = "none"
-    """As the option; every engine reads the weights from files."""
+    """As the option, for weights from files."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -246,7 +246,7 @@ CASES = {
         from_files=True,
     ),
     **{
-        f"nf4{name}": Case(_selection(**options), **{"steps": 4, "quantize": "nf4", **others})
+        f"nf4{name}": Case(_selection(**options), **{"steps": 4, "from_files": True, "quantize": "nf4", **others})
         for name, options, others in (
             ("", {}, {"floor": True}),
             ("_zeroth_order", {"estimator": "zeroth_order", "num_probes": 2}, {}),
@@ -354,10 +354,9 @@ def base_of_run(**options) -> nn.Module:
 
 
 def model_from_files(
-    config: RunConfig, folder: Path, device: torch.device, group: Group, **options
+    config: RunConfig, folder: Path, group: Group, device: torch.device
 ) -> tuple[ExampleLoss, FillSpy, Tap | None]:
-    """As `model`, from files in ``folder``; on the meta device without weights, which come part by part."""
-    base_of_run(**options).save_pretrained(folder, max_shard_size="20KB")
+    """As `model`, from the files in ``folder``: on the CPU, or without weights, which come part by part."""
     config = replace(config, model=replace(config.model, name=str(folder)), train=replace(config.train, seed=0))
     module, weights, tap = build_model(config, device, group)
     return module, FillSpy(weights, module), tap
@@ -406,6 +405,12 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     module, tap = model(config, **case.model)
     if case.poisoned:
         module.causal_model.get_input_embeddings().weight.data[POISON] = torch.nan
+    if case.from_files:
+        files = Path(group.share_json(f"{folder} model"))
+        if group.is_first:
+            base_of_run(**case.model).save_pretrained(files, max_shard_size="20KB")
+        group.barrier()
+        module, _, tap = model_from_files(config, files, group, CPU)
     weights = whole_weights(module)
     ds_config = read_ds_config(config, group.world_size)
     inputs = Inputs(
@@ -421,11 +426,9 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     )
     held: list[int] = []
     filled: Weights = WHOLE
-    device = loading_device(config, ds_config, group)
-    if case.quantize != "none" or (case.from_files and device == META):
-        with tempfile.TemporaryDirectory() as place:
-            module, filled, tap = model_from_files(config, Path(place), device, group, **case.model)
-            engine = EngineSpy(make_engine(config, inputs.ds_config, module, group, filled))
+    if case.from_files and sharding(config, ds_config):
+        module, filled, tap = model_from_files(config, files, group, META)
+        engine = EngineSpy(make_engine(config, inputs.ds_config, module, group, filled))
         moved = filled
     else:
         with WholeOnDevice(module) as moved:
@@ -620,7 +623,7 @@ def _quantised(parts: Parts) -> dict[str, object]:
             for name, layer in layers.items()
         }
     return {
-        "digest": model_digest(parts.module, parts.moved),
+        "digest": model_digest(parts.module, parts.moved if isinstance(parts.moved, FillSpy) else WHOLE),
         "weights": weights,
         "own": {name: (tensor.dtype, tensor.nbytes) for name, tensor in own.items()},
     }

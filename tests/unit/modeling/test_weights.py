@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,6 +106,30 @@ def test_a_weight_that_is_missing_is_refused_before_any_is_read(tmp_path):
         by_parts(ModelConfig(name=str(tmp_path)))
 
 
+def test_files_of_other_names(tmp_path):
+    base_model("llama").save_pretrained(tmp_path)
+    other = base_model("llama")
+    fill(other.parameters(), "other")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "chosen.safetensors")
+    options = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(options | {"transformers_weights": "chosen.safetensors"}))
+    assert_equal(ModelConfig(name=str(tmp_path)))
+    model = load_model(ModelConfig(name=str(tmp_path)), torch.float32, CPU)
+    assert torch.equal(model.lm_head.weight, other.lm_head.weight)
+
+
+def test_a_model_whose_files_are_quantised_is_loaded_whole(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    save(tmp_path / "base", "llama")
+    packed = load_model(ModelConfig(name=str(tmp_path / "base"), quantize="nf4"), torch.float32, CPU)
+    packed.save_pretrained(tmp_path / "packed")
+    config = ModelConfig(name=str(tmp_path / "packed"))
+    model = load_model(config, torch.float32, META)
+    assert weights_of(model, config) is WHOLE
+    assert tensors(model)["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+
+
 def test_a_model_that_has_its_weights_is_left_alone():
     model = load_model(ModelConfig(), torch.float32, CPU)
     assert weights_of(model, ModelConfig()) is WHOLE
@@ -136,7 +162,8 @@ def test_adapters_that_are_trained_further(tmp_path, dtype):
     whole = tensors(add_adapters(load_model(config, dtype, CPU), adapter, seed=8))
     model, weights = by_parts(config, dtype)
     with weights.adding_adapters(new=False):
-        found = tensors(add_adapters(model, adapter, seed=9))
+        adapted = add_adapters(model, adapter, seed=9)
+    found = tensors(adapted)
     assert [name for name, t in found.items() if not t.is_meta] == [n for n, t in whole.items() if t.requires_grad]
     assert all(torch.equal(t, whole[name]) for name, t in found.items() if t.requires_grad)
     fill_by_parts(model, weights)
