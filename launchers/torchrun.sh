@@ -7,7 +7,7 @@
 # The environment sets where hosts meet. Options before -- go to torchrun and override what is set here.
 #
 #   NNODES          number of hosts (1)
-#   NPROC_PER_NODE  ranks per host (auto: one per GPU, or per core without a GPU)
+#   NPROC_PER_NODE  ranks per host (one per GPU, or per core that may be used without a GPU)
 #   RDZV_ENDPOINT   HOST:PORT of one of the hosts, where all meet and agree on their ranks (c10d)
 #   MASTER_ADDR     alternatively the host of rank 0 (static), with MASTER_PORT (29500) and each host's NODE_RANK
 #   RDZV_ID         name of the run, if several share an endpoint (colm_scale)
@@ -72,5 +72,13 @@ else
     fail "set RDZV_ENDPOINT=HOST:PORT, or MASTER_ADDR and NODE_RANK; see --help"
 fi
 
-exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "${NPROC_PER_NODE:-auto}" --rdzv_id "${RDZV_ID:-colm_scale}" \
+# SIGUSR1 asks the ranks to save and end; torchrun ignores it. After SIGTERM, it would kill them within 30 seconds, or
+# from torch 2.12 on TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
+trap '' USR1
+
+# torchrun's auto counts all cores of the machine, whatever the container or the job may use.
+count='import torch; from colm_scale.distributed.cores import usable_cores as c; print(torch.cuda.device_count() or c())'
+ranks=${NPROC_PER_NODE:-$(PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}" python3 -c "$count")}
+
+exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "$ranks" --rdzv_id "${RDZV_ID:-colm_scale}" \
     --max_restarts "${MAX_RESTARTS:-3}" "${meeting[@]}" "${torchrun[@]}" "$(dirname "$0")/train.py" "$@"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -116,7 +115,7 @@ def _score(
     config: RunConfig, group: Group, watch: Watch, options: ScoreConfig, trained: Trained, found: list[Scores]
 ) -> bool:
     """Evaluate on this rank; the first rank adds its scores to ``found``."""
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
+    torch.set_num_threads(config.train.threads or group.cores)
     names = list(trained.sources)
     with group.together():
         check_kernels(config.model, config.train)

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from colm_scale.distributed.cores import own_cores, own_share
 from colm_scale.distributed.device import identity, take_device
 from colm_scale.distributed.group import Group, PeerFailed, backend_of
 from colm_scale.errors import TrainingError, UserError
@@ -31,7 +32,6 @@ _LIMIT_SECONDS = 600.0
 _TIMEOUT = timedelta(days=1)
 """`Watch` ends a hanging run much earlier; but rank 0 may have to read a whole stream first."""
 _ATTEMPT = "colm_scale/attempt"
-_REFUSED = " refused"
 _POLL_SECONDS = 0.1
 _PROBE_SECONDS = 5.0
 _VERDICT_SECONDS = 10.0
@@ -54,10 +54,12 @@ def connect() -> Group:
         if interface := interface_to(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         rank, seconds = int(os.environ["RANK"]), _limit()
-        attempt = _join(rank, world_size, device, seconds)
-        return Group(rank, world_size, local_rank, local_world_size, device, attempt)
+        attempt, sharers = _join(rank, world_size, device, seconds)
+        cores = own_share(sharers, local_world_size)
+        return Group(rank, world_size, local_rank, local_world_size, device, attempt, cores)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return Group(rank, world_size, local_rank, local_world_size, device)
+    cores = own_share(local_world_size, local_world_size)
+    return Group(rank, world_size, local_rank, local_world_size, device, cores=cores)
 
 
 def _limit() -> float:
@@ -68,8 +70,8 @@ def _limit() -> float:
         raise UserError(f"{LIMIT}={given}: must be a number of seconds") from None
 
 
-def _join(rank: int, world_size: int, device: torch.device, seconds: float) -> str:
-    """Meet the other ranks, and connect each with each, in that many seconds each; return the name of this start."""
+def _join(rank: int, world_size: int, device: torch.device, seconds: float) -> tuple[str, int]:
+    """Meet the other ranks, and connect each with each, in that many seconds each; return what `meet` does."""
     where = f"MASTER_ADDR:MASTER_PORT, {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store = open_store(rank, seconds)
@@ -80,7 +82,8 @@ def _join(rank: int, world_size: int, device: torch.device, seconds: float) -> s
             f"host, and whether the port is free and open; {LIMIT} ({seconds:g}) sets the limit"
         ) from None
     try:
-        attempt = meet(store, rank, world_size, seconds, identity(device))
+        place = Place(socket.gethostname(), identity(device), sum(1 << core for core in own_cores()))
+        attempt, sharers = meet(store, rank, world_size, seconds, place)
     except dist.DistError:
         raise TrainingError(f"rank {rank}: the store at {where} is gone: its process has ended") from None
     try:
@@ -93,7 +96,7 @@ def _join(rank: int, world_size: int, device: torch.device, seconds: float) -> s
             f"({first_line(error)}): colm-scale doctor, started in the same way, names the pairs"
         ) from None
     _set_pg_timeout(_TIMEOUT)
-    return attempt
+    return attempt, sharers
 
 
 def open_store(rank: int, seconds: float) -> dist.TCPStore:
@@ -123,74 +126,78 @@ def _await_listener(host: str, port: int, seconds: float) -> None:
             time.sleep(_POLL_SECONDS)
 
 
-def meet(store: dist.Store, rank: int, world_size: int, seconds: float, gpu: str = "") -> str:
-    """Agree on a new name for this start of the ranks. All ranks call it together.
+class Place(NamedTuple):
+    """Where a rank computes: its host, its GPU (empty for the CPU), and the cores that it may use, as a bit mask."""
+
+    host: str
+    gpu: str
+    cores: int
+
+    def shares_cores(self, other: Place) -> bool:
+        """Return whether both may run on the same core."""
+        return self.host == other.host and bool(self.cores & other.cores)
+
+
+def meet(store: dist.Store, rank: int, world_size: int, seconds: float, place: Place) -> tuple[str, int]:
+    """Agree on a new name for this start of the ranks; return it, and the number of ranks that share this one's cores.
+
+    All ranks call it together.
 
     torchrun's store outlives a restart, and torch would take its old entries for those of the new ranks and connect to
     dead addresses. The launcher's count of restarts cannot be the name, because each host has its own count.
-
-    Args:
-        gpu: The hardware that this rank computes on, if no other rank may.
 
     Raises:
         TrainingError: Ranks do not arrive within that many seconds. Rank 0 names them, and the hosts of the others.
         UserError: Ranks share a GPU. Rank 0 names them.
         PeerFailed: On the others, if rank 0 raises.
     """
-    hello = _Hello(uuid.uuid4().hex, socket.gethostname(), gpu)
+    own = uuid.uuid4().hex
     if rank == 0:
-        return _receive(store, hello, range(1, world_size), seconds)
+        return own, _receive(store, own, world_size, seconds, place)
+    hello = json.dumps([own, place])
     deadline = time.monotonic() + seconds + _VERDICT_SECONDS
     while time.monotonic() < deadline:
         if store.check([_ATTEMPT]):
             attempt = store.get(_ATTEMPT).decode()  # may be that of earlier ranks
             answer = f"colm_scale/{attempt}/answer/{rank}"
-            store.set(f"colm_scale/{attempt}/hello/{rank}", json.dumps(hello))
-            said = store.get(answer).decode() if store.check([answer]) else ""
-            if said == hello.name:
-                return attempt
-            if said == hello.name + _REFUSED:
+            store.set(f"colm_scale/{attempt}/hello/{rank}", hello)
+            name, sharers = json.loads(store.get(answer)) if store.check([answer]) else ("", 0)
+            if name == own and sharers:
+                return attempt, sharers
+            if name == own:
                 store.add(f"colm_scale/{attempt}/left", 1)
                 raise PeerFailed("rank 0 has said why the run does not start")
         time.sleep(_POLL_SECONDS)
     raise TrainingError(
-        f"rank {rank} on {hello.host}: rank 0 did not arrive within {seconds:g} seconds: see whether its host started "
+        f"rank {rank} on {place.host}: rank 0 did not arrive within {seconds:g} seconds: see whether its host started "
         f"it; {LIMIT} sets the limit"
     )
 
 
-class _Hello(NamedTuple):
-    """A rank's message to rank 0: its name in this start, its host, and its GPU."""
-
-    name: str
-    host: str
-    gpu: str
-
-
-def _receive(store: dist.Store, own: _Hello, peers: Iterable[int], seconds: float) -> str:
+def _receive(store: dist.Store, attempt: str, world_size: int, seconds: float, place: Place) -> int:
     """Wait on rank 0 for the others, and answer each."""
-    attempt = own.name
-    keys = {peer: f"colm_scale/{attempt}/hello/{peer}" for peer in peers}
+    keys = {peer: f"colm_scale/{attempt}/hello/{peer}" for peer in range(1, world_size)}
     store.set(_ATTEMPT, attempt)
     with suppress(RuntimeError):  # torch raises several kinds when the time is over
         store.wait(list(keys.values()), timedelta(seconds=seconds))
-    hellos = {peer: _Hello(*json.loads(store.get(key))) for peer, key in keys.items() if store.check([key])}
-    absent = [peer for peer in keys if peer not in hellos]
-    refused = _refusal({0: own} | hellos, absent, seconds)
-    for peer, hello in hellos.items():
-        store.set(f"colm_scale/{attempt}/answer/{peer}", hello.name + (_REFUSED if refused else ""))
+    hellos = {peer: json.loads(store.get(key)) for peer, key in keys.items() if store.check([key])}
+    places = {0: place} | {peer: Place(*found) for peer, (_, found) in hellos.items()}
+    refused = _refusal(places, [peer for peer in keys if peer not in hellos], seconds)
+    sharers = {rank: sum(own.shares_cores(other) for other in places.values()) for rank, own in places.items()}
+    for peer, (name, _) in hellos.items():
+        store.set(f"colm_scale/{attempt}/answer/{peer}", json.dumps([name, 0 if refused else sharers[peer]]))
     for error in refused:
         _leave_last(store, attempt, len(hellos))
         raise error
-    return attempt
+    return sharers[0]
 
 
-def _refusal(arrived: Mapping[int, _Hello], absent: list[int], seconds: float) -> list[UserError | TrainingError]:
+def _refusal(arrived: Mapping[int, Place], absent: list[int], seconds: float) -> list[UserError | TrainingError]:
     """Return what keeps the ranks from starting, at most one error."""
     if absent:
         hosts: dict[str, list[int]] = {}
-        for rank, hello in arrived.items():
-            hosts.setdefault(hello.host, []).append(rank)
+        for rank, place in arrived.items():
+            hosts.setdefault(place.host, []).append(rank)
         came = "; ".join(f"rank {ranges(ranks)} on {host}" for host, ranks in hosts.items())
         first = (
             f"rank {ranges(absent)} did not arrive within {seconds:g} seconds; here: {came}. See whether the missing "
@@ -198,8 +205,8 @@ def _refusal(arrived: Mapping[int, _Hello], absent: list[int], seconds: float) -
         where = f"whether it reaches MASTER_ADDR ({os.environ.get('MASTER_ADDR')}); {LIMIT} sets the limit"
         return [TrainingError(f"{first}missing host started, and {where}")]
     gpus: dict[str, list[int]] = {}
-    for rank, hello in arrived.items():
-        gpus.setdefault(hello.gpu, []).append(rank)
+    for rank, place in arrived.items():
+        gpus.setdefault(place.gpu, []).append(rank)
     for gpu, ranks in gpus.items():
         if gpu and len(ranks) > 1 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
             shared = f"ranks {ranges(ranks)} on {arrived[ranks[0]].host} share one GPU ({gpu}), which NCCL refuses"

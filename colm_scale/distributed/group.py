@@ -42,6 +42,7 @@ class Group:
         local_rank, local_world_size: Rank and number of those on this machine.
         device: Device of this rank.
         attempt: Name of this start of the ranks; after a restart by the launcher it is another.
+        cores: Number of cores for this rank to use, see `cores.own_share`.
         traffic: Payload bytes per label since the last `take_traffic`: output of a gather, input of a reduction or
             broadcast. Equal on every rank.
     """
@@ -52,6 +53,7 @@ class Group:
     local_world_size: int
     device: torch.device
     attempt: str = ""
+    cores: int = 1
     traffic: Counter[str] = field(default_factory=Counter)
 
     @property

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from colm_scale.config.cache import CACHE_VARIABLE, cache_folder
+from colm_scale.distributed.cores import usable_cores
 from colm_scale.doctor.finding import Finding, Status
 from colm_scale.reporting.environment import driver_version
 from colm_scale.reporting.run_directory import nearest_folder
@@ -31,7 +32,7 @@ def check_devices() -> list[Finding]:
         if not torch.cuda.is_bf16_supported():
             findings.append(Finding("devices", "warning", "no bfloat16", "use --train.dtype float16 or float32"))
         return findings
-    cpus = f"no GPU; {os.cpu_count()} cores, {psutil.virtual_memory().total / _GIB:.0f} GiB of memory"
+    cpus = f"no GPU; {usable_cores()} cores, {psutil.virtual_memory().total / _GIB:.0f} GiB of memory"
     driver = driver_version()
     if driver is None:
         return [Finding("devices", "ok", cpus)]
