@@ -248,7 +248,7 @@ CASES = {
     **{
         f"nf4{name}": Case(_selection(**options), **{"steps": 4, "from_files": True, "quantize": "nf4", **others})
         for name, options, others in (
-            ("", {}, {"floor": True}),
+            ("", {}, {}),
             ("_zeroth_order", {"estimator": "zeroth_order", "num_probes": 2}, {}),
             ("_broken", {}, {"break_after": 2}),
             ("_generating", {}, {"steps": 2, "generate_after": 1}),
