@@ -119,15 +119,20 @@ def test_a_lost_host_ends_the_other(hosts, tmp_path):
         assert commands[1].outcome(1).code != 0
 
 
-SEPARATE = (*("--train.steps", "8", "--checkpoint.every", "1"), *SMALL[2:])
+SEPARATE = (
+    *SMALL,
+    *("--train.steps", "8", "--checkpoint.every", "1"),
+    *("--selection.candidates", "18", "--selection.budget", "9"),  # for three ranks
+)
 
 
 def separate(hosts: tuple[Host, Host], folder: Path, *options: str) -> list[list[str]]:
     """Two ranks on the first host and one on the second, which finds another folder there, with nothing in it."""
-    lines = [torchrun(hosts, ranks, *options) for ranks in (2, 1)]
-    first, second = lines[0][0], lines[1][1]
-    meeting = next(word for word in first if word.startswith("RDZV_ENDPOINT="))
-    second = [meeting if word.startswith("RDZV_ENDPOINT=") else word for word in second]
+    meeting = [f"MASTER_ADDR={hosts[0].address}", f"MASTER_PORT={free_port()}"]
+    first, second = (
+        host.command("env", *meeting, f"NODE_RANK={place}", *_agent(ranks), *options)
+        for place, (host, ranks) in enumerate(zip(hosts, (2, 1)))
+    )
     own = folder.parent / "own"
     own.mkdir(exist_ok=True)
     return [first, hosts[1].with_own(folder, own, second)]
@@ -161,7 +166,7 @@ def test_a_file_that_one_host_lacks_is_named_with_it(hosts, tmp_path):
     (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 40, "utf-8")
     data = ("--data.train", str(folder / "train.jsonl"), "--output_dir", str(tmp_path / "run"))
     with ExitStack() as stack:
-        commands = start(stack, separate(hosts, folder, *SMALL, *data), tmp_path)
+        commands = start(stack, separate(hosts, folder, *SEPARATE, *data), tmp_path)
         errors = [line for command in commands for line in command.outcome(FINISHED_SECONDS).errors]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: rank 2 on {hosts[1].name}: ")
