@@ -201,6 +201,6 @@ def test_a_float32_tail_gives_4_bit_layers_float32_activations_and_leaves_them_a
     with float32_tail(tap, 1):
         losses = tap.bare_losses(batch)
     assert types == [torch.float32, torch.float32]
-    assert torch.equal(projection.weight, before)
+    assert torch.equal(projection.weight.view(torch.uint8), before.view(torch.uint8))  # some are not a number
     # Two ways to round activations of size 1 to 8 bits in a layer or two.
     torch.testing.assert_close(losses, tap.bare_losses(batch), rtol=0.02, atol=0)
