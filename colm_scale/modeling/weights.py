@@ -162,7 +162,7 @@ class FileWeights(Weights):
     def _tie_equal(self, model: PreTrainedModel) -> None:
         """Tie what is to be tied and in the files twice, if both are equal, as transformers does."""
         for pair in [*model.all_tied_weights_keys.items()]:
-            target, source = map(model.get_parameter, pair)
+            target, source = map(model.get_parameter_or_buffer, pair)
             if target is source:
                 continue
             found = self._read(pair)
