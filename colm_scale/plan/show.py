@@ -8,8 +8,8 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from colm_scale.plan.memory import MicroBatches
 from colm_scale.plan.plan import GIB, Plan
+from colm_scale.plan.trace import MicroBatches
 
 _WIDTH = 110
 
