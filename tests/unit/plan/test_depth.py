@@ -61,10 +61,10 @@ def test_peaks_are_those_of_all_blocks(monkeypatch):
     ("family", "engine", "options"),
     [
         ("llama", "auto", {}),
-        pytest.param("llama", "fsdp", {"activation_checkpointing": True},
-        pytest.param("llama", "auto", {"dtype": "bfloat16", "packing": "off"},
-        pytest.param("gemma2", "fsdp", {},
-        pytest.param("qwen3_moe", "auto", {"activation_checkpointing": True, "forward_reuse": "off"},
+        ("llama", "fsdp", {"activation_checkpointing": True}),
+        ("llama", "auto", {"dtype": "bfloat16", "packing": "off"}),
+        ("gemma2", "fsdp", {}),
+        ("qwen3_moe", "auto", {"activation_checkpointing": True, "forward_reuse": "off"}),
     ],
 )
 @pytest.mark.parametrize("estimator", ["last_layer", "zeroth_order"])
@@ -90,6 +90,7 @@ def test_a_probe_in_the_mlp_has_the_width_of_the_model():
     of = base_model("llama", intermediate_size=160).config
     config = RunConfig(lora=LoraConfig(rank=4), selection=SelectionConfig(probe="up_proj"))
     known = tried(config, of)
-    assert isinstance(known.like, Tap) and known.like.lora_b.out_features < 160
+    assert isinstance(known.like, Tap)
+    assert known.like.lora_b.out_features < 160
     probe = known.probe_in(fake_model(config, of, known).module.causal_model)
     assert torch.equal(probe.rows, torch.arange(160))
