@@ -1,11 +1,11 @@
-"""The plan as an estimator: planned and measured peaks of random configurations, as xMem (arXiv 2510.21048) judges them.
+"""The plan as an estimator: planned and measured peaks of random configurations, judged as in xMem (arXiv 2510.21048).
 
 python benchmarks/plan_error.py               the configurations that have no row yet
 python benchmarks/plan_error.py --again       plan them again from the micro-batches of their rows, and measure nothing
 
-Draws family, engine, activation checkpointing and forward reuse, micro-batch, method and estimator, dtype and sizes from
-seeds. Each configuration runs on the CPU; the live bytes of all tensors on the first rank in the last step are compared
-with the plan for that rank's micro-batches. Rows are appended to benchmarks/results/plan_error.jsonl.
+Draws family, engine, activation checkpointing and forward reuse, micro-batch, method and estimator, dtype and sizes
+from seeds. Each configuration runs on the CPU; the live bytes of all tensors on the first rank in the last step are
+compared with the plan for that rank's micro-batches. Rows are appended to benchmarks/results/plan_error.jsonl.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import deepspeed  # noqa: F401  # imported once, before the ranks are forked
 import memory
 import models
 import rows
@@ -47,7 +46,8 @@ from colm_scale.run.inputs import read_inputs
 from colm_scale.run.prepare import resolve
 
 CONFIGURATIONS = 40
-STEPS = 2  # the first allocates the optimizer's averages
+STEPS = 2
+"""The first allocates the optimizer's averages."""
 LIMIT_SECONDS = 300
 _GROUPED = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "stablelm", "qwen3_moe")
 _OWN_OPTIONS: dict[str, dict] = {
@@ -66,7 +66,8 @@ def drawn(number: int) -> dict[str, object]:
     """Draw a configuration: names and numbers that determine it."""
     draw = random.Random(f"plan_error {number}").choice
     case: dict[str, object] = {"family": draw(FAMILIES), "engine": draw(tuple(ENGINES))}
-    case |= {"hidden": draw((128, 192, 256, 320)), "blocks": draw((4, 6, 8, 10)), "vocabulary": draw((2048, 4096, 8192))}
+    case |= {"hidden": draw((128, 192, 256, 320)), "blocks": draw((4, 6, 8, 10))}
+    case |= {"vocabulary": draw((2048, 4096, 8192))}
     case |= {"dtype": draw(("float32", "float32", "bfloat16")), "rank": draw((4, 16, 32))}
     case |= {"candidates": draw((8, 16, 32)), "micro_batch_tokens": draw((256, 512, 1024, 2048))}
     case |= {"checkpointing": draw(("no", "yes", "reuse", "reuse")), "packing": draw(("auto", "auto", "off"))}
