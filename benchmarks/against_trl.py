@@ -26,7 +26,8 @@ from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available
 
 from colm_scale.config import command_line as arguments
-from colm_scale.distributed.group import Group, connect
+from colm_scale.distributed.connect import connect
+from colm_scale.distributed.group import Group
 from colm_scale.modeling.load import load_model
 from colm_scale.run.inputs import Inputs, read_inputs
 from colm_scale.run.prepare import resolve

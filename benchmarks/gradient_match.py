@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.config import command_line as arguments
 from colm_scale.data.batching import collate
-from colm_scale.distributed.group import connect
+from colm_scale.distributed.connect import connect
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.errors import UserError
 from colm_scale.estimators.make import make_estimator

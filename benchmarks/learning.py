@@ -95,7 +95,7 @@ def _prepared(options: list[str]):
     import transformers
 
     from colm_scale.config import command_line as arguments
-    from colm_scale.distributed.group import connect
+    from colm_scale.distributed.connect import connect
     from colm_scale.engines.choose import loading_device, make_engine
     from colm_scale.profiling.memory import memory_meter
     from colm_scale.profiling.spans import Spans

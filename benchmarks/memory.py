@@ -27,7 +27,7 @@ import transformers
 
 from colm_scale.config import command_line as arguments
 from colm_scale.config.commands import PlanConfig
-from colm_scale.distributed.group import connect
+from colm_scale.distributed.connect import connect
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.modeling.load import check_model

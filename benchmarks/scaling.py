@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from colm_scale.config import command_line as arguments
-from colm_scale.distributed.group import connect
+from colm_scale.distributed.connect import connect
 from colm_scale.randomness import generator
 from colm_scale.run.inputs import read_inputs
 from colm_scale.run.prepare import resolve

@@ -33,7 +33,8 @@ import transformers
 
 from colm_scale.config import ModelConfig
 from colm_scale.config import command_line as arguments
-from colm_scale.distributed.group import Group, connect
+from colm_scale.distributed.connect import connect
+from colm_scale.distributed.group import Group
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.modeling.load import load_tokenizer
 from colm_scale.profiling.memory import memory_meter

@@ -1,4 +1,5 @@
-"""For all tests: no network, nor in what they start; and one process that runs are forked from."""
+"""For all tests: no network, and a cache of their own, nor others in what they start; and one process that runs are
+forked from."""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("full", deadline=None)  # a busy machine is no failure
 settings.register_profile("quick", deadline=None, max_examples=15)
 settings.load_profile("full")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory) -> None:
+    os.environ["COLM_SCALE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,14 +17,11 @@ from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from colm_scale.adapter.find import Trained, adapted, find
-from colm_scale.config import RunConfig
+from colm_scale.config import DataConfig, RunConfig
 from colm_scale.config.commands import ScoreConfig
-from colm_scale.data.builtin import builtin_as_rows
-from colm_scale.data.examples import Examples, tokenise
-from colm_scale.data.readers import read_rows
+from colm_scale.data.reading import Reading
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
 from colm_scale.errors import UserError
@@ -37,6 +33,7 @@ from colm_scale.reporting.run_directory import finite
 from colm_scale.reporting.summary import Evaluation
 from colm_scale.run import process
 from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
+from colm_scale.run.host_data import once_per_host
 from colm_scale.selection.quota import kept_sources
 
 _WIDTH = 110
@@ -118,14 +115,14 @@ def _score(
     config: RunConfig, group: Group, watch: Watch, options: ScoreConfig, trained: Trained, found: list[Scores]
 ) -> bool:
     """Evaluate on this rank; the first rank adds its scores to ``found``."""
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
+    torch.set_num_threads(config.train.threads or group.cores)
     names = list(trained.sources)
     with group.together():
         check_kernels(config.model, config.train, None)
         longest = config.data.max_length or context_length(check_model(config.model, "model"))
         tokenizer = load_tokenizer(config.model, "model")
-        data, examples = _examples(config, options, tokenizer, longest, names)
-    group.agree(examples.digest(), "held-out data")
+        data = _data(config, options)
+    examples = once_per_host(Reading("eval", data, tokenizer, longest, tuple(names)), group).examples
     module = _module(config, trained, group)
     sizes = long_tensor(list(trained.sources.values()))
     small = kept_sources(sizes, names, None)
@@ -139,20 +136,17 @@ def _score(
     if group.is_first:
         named = {why.removeprefix("held-out examples "): counts for why, counts in evaluator.left_out.items()}
         left_out = {why.replace("--eval.", "--"): counts for why, counts in named.items() if counts}
-        found.append(Scores(data, evaluations[0], evaluations[1] if options.base else None, left_out))
+        specs = data.eval or ["built-in held-out split"]
+        found.append(Scores(specs, evaluations[0], evaluations[1] if options.base else None, left_out))
     return True
 
 
-def _examples(
-    config: RunConfig, options: ScoreConfig, tokenizer: PreTrainedTokenizerBase, longest: int, names: list[str]
-) -> tuple[list[str], Examples]:
-    """The names of the data and its examples; the run's sources come first, in the run's order."""
+def _data(config: RunConfig, options: ScoreConfig) -> DataConfig:
+    """Choose the data: that of the options, or else the run's."""
     specs = options.data or config.data.eval
     if specs is None and config.data.train:
         raise UserError(f"{options.run}: the run had no held-out data; add --data FILE")
-    rows = read_rows(specs, config.data) if specs else builtin_as_rows("eval", config.data)
-    examples = tokenise(rows, tokenizer, config.data, longest, names)
-    return specs or ["built-in held-out split"], examples
+    return dataclasses.replace(config.data, eval=specs)
 
 
 def _module(config: RunConfig, trained: Trained, group: Group) -> ExampleLoss:

@@ -9,10 +9,11 @@ straddles the border between prompt and completion. Examples that are too long a
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Tokenised examples, concatenated. All tensors are on the CPU.
+    """Tokenised examples, concatenated. All tensors are on the CPU, and never written: they may be a file's pages.
 
     Attributes:
         tokens: ``[total]`` int32.
@@ -116,7 +117,7 @@ class Examples:
         counts = sorted(self.dropped.items()), sorted(self.cut.items())
         digest = hashlib.sha256(repr((self.source_names, counts, len(self), len(self.tokens))).encode())
         for tensor in (self.tokens, self.labelled, self.offsets, self.ids, self.sources, self.protected):
-            digest.update(tensor.numpy().tobytes())
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
         return digest.hexdigest()
 
 
@@ -152,13 +153,13 @@ class Encoded:
 
 
 def tokenise(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     max_length: int,
     source_names: Sequence[str] = (),
 ) -> Examples:
-    """Tokenise rows, and drop or cut those longer than ``max_length`` tokens.
+    """Tokenise rows, and drop or cut those longer than ``max_length`` tokens. Few rows are held at a time.
 
     A prompt starts with the tokenizer's own leading special tokens, and a completion ends with its end-of-sequence
     token; a chat is rendered by its template.
@@ -170,11 +171,11 @@ def tokenise(
         UserError: No example is left, the tokenizer has no end-of-sequence token, or a chat template is missing or
             renders chats so that the assistant's turns cannot be located.
     """
-    examples = tokenise_block(rows, tokenizer, config, max_length, source_names)
-    if not len(examples):
-        shortest = min((len(encoded.tokens) for encoded in encode(rows, tokenizer, config)), default=0)
-        raise UserError(f"{none_left(len(rows), max_length)}, and the shortest example has {shortest}")
-    return examples
+    collected = _collected(rows, tokenizer, config, max_length)
+    if not collected.ids:
+        nothing = none_left(len(collected.all_lengths), max_length)
+        raise UserError(f"{nothing}, and the shortest example has {min(collected.all_lengths, default=0)}")
+    return collected.examples(source_names)
 
 
 def none_left(rows: int, max_length: int) -> str:
@@ -192,52 +193,88 @@ def too_few(count: int, usable: int, dropped: Mapping[str, int]) -> str:
 
 
 def tokenise_block(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     max_length: int,
     source_names: Sequence[str],
 ) -> Examples:
     """Tokenise a part of the rows as `tokenise` does, except that no example need be left."""
-    usable: list[Encoded] = []
-    dropped: Counter[str] = Counter()
-    cut: Counter[str] = Counter()
+    return _collected(rows, tokenizer, config, max_length).examples(source_names)
+
+
+class _Collected:
+    """Usable examples so far, in buffers that grow: a Python object per example would be larger than its tokens.
+
+    Attributes:
+        numbers: Of the sources, in order of appearance.
+        all_lengths: Of all rows, before they are cut or dropped.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.labelled, self.protected = bytearray(), bytearray(), bytearray()
+        self.lengths, self.ids, self.sources, self.all_lengths = array("q"), array("q"), array("q"), array("q")
+        self.numbers: dict[str, int] = {}
+        self.dropped: Counter[str] = Counter()
+        self.cut: Counter[str] = Counter()
+
+    def add(self, row: Row, tokens: np.ndarray, labelled: np.ndarray) -> None:
+        self.tokens += tokens.tobytes()
+        self.labelled += labelled.tobytes()
+        self.protected.append(row.protected)
+        self.lengths.append(len(tokens))
+        self.ids.append(row.id)
+        self.sources.append(self.numbers.setdefault(row.source, len(self.numbers)))
+
+    def examples(self, source_names: Sequence[str]) -> Examples:
+        """Return the examples, with ``source_names`` first and other sources sorted after them."""
+        names = (*source_names, *sorted(self.numbers.keys() - set(source_names)))
+        number = {name: source for source, name in enumerate(names)}
+        sorted_numbers = np.array([number[name] for name in self.numbers], np.int64)
+        return Examples(
+            tokens=torch.from_numpy(np.frombuffer(self.tokens, np.int32)),
+            labelled=torch.from_numpy(np.frombuffer(self.labelled, bool)),
+            offsets=offsets_of(torch.from_numpy(np.frombuffer(self.lengths, np.int64))),
+            ids=torch.from_numpy(np.frombuffer(self.ids, np.int64)),
+            sources=torch.from_numpy(sorted_numbers[np.frombuffer(self.sources, np.int64)]),
+            protected=torch.from_numpy(np.frombuffer(self.protected, bool)),
+            source_names=names,
+            dropped=dict(self.dropped),
+            cut=dict(self.cut),
+        )
+
+
+def _collected(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, max_length: int
+) -> _Collected:
+    collected = _Collected()
     for encoded in encode(rows, tokenizer, config):
-        length = len(encoded.tokens)
-        if length > max_length and config.overlong == "cut":
-            encoded = Encoded(encoded.row, encoded.tokens[:max_length], encoded.labelled[:max_length])
-        if len(encoded.tokens) > max_length or not encoded.labelled.any():
-            dropped[encoded.row.source] += 1
+        row, tokens, labelled = encoded.row, encoded.tokens, encoded.labelled
+        collected.all_lengths.append(len(tokens))
+        overlong = len(tokens) > max_length
+        if overlong and config.overlong == "cut":
+            tokens, labelled = tokens[:max_length], labelled[:max_length]
+        if len(tokens) > max_length or not labelled.any():
+            collected.dropped[row.source] += 1
             continue
-        if length > max_length:
-            cut[encoded.row.source] += 1
-        usable.append(encoded)
-    names = (*source_names, *sorted({encoded.row.source for encoded in usable}.difference(source_names)))
-    number = {name: source for source, name in enumerate(names)}
-    return Examples(
-        tokens=torch.from_numpy(np.concatenate([np.empty(0, np.int32), *(encoded.tokens for encoded in usable)])),
-        labelled=torch.from_numpy(np.concatenate([np.empty(0, bool), *(encoded.labelled for encoded in usable)])),
-        offsets=offsets_of(long_tensor([len(encoded.tokens) for encoded in usable])),
-        ids=long_tensor([encoded.row.id for encoded in usable]),
-        sources=long_tensor([number[encoded.row.source] for encoded in usable]),
-        protected=torch.tensor([encoded.row.protected for encoded in usable], dtype=torch.bool),
-        source_names=names,
-        dropped=dict(dropped),
-        cut=dict(cut),
-    )
+        if overlong:
+            collected.cut[row.source] += 1
+        collected.add(row, tokens, labelled)
+    return collected
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
+def encode(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: RowConfig) -> Iterator[Encoded]:
     """Tokenise every row, in order and whatever its length.
 
     Raises:
         UserError: As `tokenise`.
     """
-    first_chat = next((row.where for row in rows if row.messages), "")
-    chats = _Chats(tokenizer, check_tokenizer(tokenizer, config, first_chat))
-    leading, eos = _leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        batch = rows[start : start + _ROWS_AT_ONCE]
+    check_tokenizer(tokenizer, config, first_chat="")
+    leading, eos = leading_special_tokens(tokenizer), [tokenizer.eos_token_id]
+    left = iter(rows)
+    while batch := list(islice(left, _ROWS_AT_ONCE)):
+        first_chat = next((row.where for row in batch if row.messages), "")
+        chats = _Chats(tokenizer, check_tokenizer(tokenizer, config, first_chat))
         written = [
             chats.segments(row) if row.messages else [(row.prompt, False), (row.completion, True)] for row in batch
         ]
@@ -259,7 +296,7 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     return ids
 
 
-def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens put before a text, often a begin-of-sequence token; those put after it are left out."""
     text = "a"
     whole: list[int] = tokenizer(text)["input_ids"]

@@ -57,6 +57,21 @@ def records_of(spec: str, *, streaming: bool) -> tuple[str, Iterable[Record]]:
     )
 
 
+def identity(spec: str) -> list[object] | None:
+    """Return what changes when a file or a hub data set changes; None if nothing is known to."""
+    path = Path(spec)
+    if path.is_file():
+        found = path.stat()  # the time of change too: a copy can have the old time of modification
+        return [path.stem, str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    match = _HUB_SPEC.fullmatch(spec)
+    if match is None or path.exists() or path.suffix.lower() in _READERS:
+        return None
+    try:
+        return [spec, _load_dataset(match["name"], match["split"] or "train", streaming=False)._fingerprint]
+    except Exception:  # reading it will say why
+        return None
+
+
 def _file_reader(path: Path) -> Callable[[Path], Iterable[Record]]:
     """Choose the reader of an existing file by its suffix."""
     if path.is_dir():
@@ -176,11 +191,15 @@ def _parquet(path: Path) -> Iterator[Record]:
     return _typed(rows(), str(path))
 
 
-def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
+def _load_dataset(name: str, split: str, *, streaming: bool) -> Any:
     import datasets
 
+    return datasets.load_dataset(name, split=split, streaming=streaming)
+
+
+def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
     try:
-        yield from _typed(datasets.load_dataset(name, split=split, streaming=streaming), f"{name}:{split}")
+        yield from _typed(_load_dataset(name, split, streaming=streaming), f"{name}:{split}")
     except Exception as error:  # the hub, the network and the data set's own files each fail in their own way
         raise UserError(
             f"{name} is not a file, and cannot be loaded from the hub as a data set with a split {split!r}: "

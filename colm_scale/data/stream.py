@@ -75,9 +75,8 @@ def survey(specs: Sequence[str], config: DataConfig) -> Survey:
     """
     sizes: Counter[str] = Counter()
     protected: Counter[str] = Counter()
-    digest, first_chat = _RowDigest(config), ""
-    for row in labelled(each_row(specs, config, streaming=True), config.sources):
-        digest.add(row)
+    digest, first_chat = RowDigest(config), ""
+    for row in digest.over(labelled(each_row(specs, config, streaming=True), config.sources)):
         sizes[row.source] += 1
         protected[row.source] += row.protected
         if row.messages and not first_chat:
@@ -184,7 +183,7 @@ class BlockStream:
 
     def _epoch(self) -> Iterator[list[Row]]:
         """Iterate over one epoch's blocks of rows; the last block comes only if all rows were as surveyed."""
-        digest = _RowDigest(self._config)
+        digest = RowDigest(self._config)
         block: list[Row] = []
         for row in self._rows():
             if digest.rows == self._surveyed.rows or row.source not in self._surveyed.source_names:
@@ -213,16 +212,12 @@ class BlockStream:
                 counts.update(Counter(counts) + Counter(more))
 
 
-def digest_of(rows: Iterable[Row], config: DataConfig) -> str:
-    """Return the SHA-256 of rows in memory, equal to that of a `Survey` of the same rows."""
-    digest = _RowDigest(config)
-    for row in rows:
-        digest.add(row)
-    return digest.hexadecimal()
+class RowDigest:
+    """SHA-256 of the chat template and the rows, in their order.
 
-
-class _RowDigest:
-    """SHA-256 of the chat template and the rows, in their order."""
+    Attributes:
+        rows: Rows so far.
+    """
 
     def __init__(self, config: DataConfig):
         self.rows = 0
@@ -232,6 +227,12 @@ class _RowDigest:
         self.rows += 1
         messages = [(message.role, message.content) for message in row.messages]
         self._digest.update(json.dumps([row.source, messages, row.prompt, row.completion, row.protected]).encode())
+
+    def over(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Pass rows on, and add each."""
+        for row in rows:
+            self.add(row)
+            yield row
 
     def hexadecimal(self) -> str:
         return self._digest.hexdigest()

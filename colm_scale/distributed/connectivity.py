@@ -12,7 +12,7 @@ import platform
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +21,9 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
-from colm_scale.distributed.group import interface_to, own_address
+from colm_scale.distributed.connect import first_line, interface_to, open_store, own_address
+from colm_scale.distributed.device import identity, take_device
+from colm_scale.errors import UserError
 
 _HELLO = b"colm"
 _CONNECT_SECONDS = 5.0
@@ -59,24 +61,11 @@ def try_ranks(seconds: float) -> Reach:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store = _store(rank, seconds)
+        store = dist.PrefixStore("colm_scale/doctor", open_store(rank, seconds))
         meeting = _Meeting(store, rank, ranks, seconds)
     except (OSError, RuntimeError) as error:  # torch's DistError is a RuntimeError
-        return Reach(ranks, error=f"rank {rank} cannot reach the meeting point {where}: {_first_line(error)}")
+        return Reach(ranks, error=f"rank {rank} cannot reach the meeting point {where}: {first_line(error)}")
     return meeting.hold()
-
-
-def _store(rank: int, seconds: float) -> dist.Store:
-    """Open the launcher's store, or one on rank 0. Unlike torch's rendezvous, it does not wait for all ranks."""
-    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=is_master,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-    )
-    return dist.PrefixStore("colm_scale/doctor", store)
 
 
 class _Meeting:
@@ -87,25 +76,29 @@ class _Meeting:
         own = own_address(os.environ["MASTER_ADDR"])
         self._listener = socket.create_server((own, 0), family=socket.AF_INET6 if ":" in own else socket.AF_INET)
         threading.Thread(target=self._answer, daemon=True).start()
-        store.set(f"place/{rank}", json.dumps([own, self._listener.getsockname()[1], _versions()]))
+        self._device = _device()
+        place = (own, self._listener.getsockname()[1], _versions(), identity(self._device))
+        store.set(f"place/{rank}", json.dumps(place))
 
     def hold(self) -> Reach:
         """Run all three stages."""
         said = self._collected("place", range(self._ranks), self._seconds)
-        places: dict[int, tuple[str, int, str]] = {peer: json.loads(place) for peer, place in said.items()}
-        cut = [(peer, _connect(address, port)) for peer, (address, port, _) in places.items() if peer != self._rank]
+        places: dict[int, tuple[str, int, str, str]] = {peer: json.loads(place) for peer, place in said.items()}
+        cut = [(peer, _connect(address, port)) for peer, (address, port, *_) in places.items() if peer != self._rank]
         self._store.set(f"cut/{self._rank}", json.dumps([(peer, why) for peer, why in cut if why]))
+        gpus = {gpu for *_, gpu in places.values() if gpu}
+        backends = ("gloo", "nccl") if len(gpus) == self._ranks else ("gloo",)  # NCCL needs a GPU for each rank
         if self._rank:
             if self._awaited("go", 5 * self._seconds + self._ranks * _CONNECT_SECONDS) == b"yes":
-                self._backends()
+                self._try(backends)
             return Reach(self._ranks)
         said = self._collected("cut", places, 2 * self._seconds + len(places) * _CONNECT_SECONDS)
         rows: dict[int, list[tuple[int, str]]] = {peer: json.loads(row) for peer, row in said.items()}
         absent = [peer for peer in range(self._ranks) if peer not in rows]
         pairs = [(rank, peer, why) for rank, row in sorted(rows.items()) for peer, why in row]
         self._store.set("go", "no" if absent or pairs else "yes")
-        failed = {} if absent or pairs else self._backends()
-        versions = {peer: found for peer, (_, _, found) in sorted(places.items())}
+        failed = {} if absent or pairs else self._try(backends)
+        versions = {peer: found for peer, (_, _, found, _) in sorted(places.items())}
         return Reach(self._ranks, absent, pairs, failed, versions if len(set(versions.values())) > 1 else {})
 
     def _collected(self, what: str, ranks: Iterable[int], seconds: float) -> dict[int, bytes]:
@@ -128,11 +121,10 @@ class _Meeting:
                 with way:
                     way.sendall(_HELLO)
 
-    def _backends(self) -> dict[str, str]:
-        """Try gloo and NCCL; return their errors. A backend that hangs is left in its thread."""
-        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", self._ranks)), torch.cuda.device_count()
+    def _try(self, backends: Sequence[str]) -> dict[str, str]:
+        """Try each backend; return their errors. A backend that hangs is left in its thread."""
         failed = {}
-        for backend in ("gloo", "nccl") if 0 < local <= gpus else ("gloo",):
+        for backend in backends:
             done: list[str] = []
             thread = threading.Thread(target=lambda b=backend, d=done: d.append(self._sum(b)), daemon=True)
             thread.start()
@@ -144,8 +136,7 @@ class _Meeting:
 
     def _sum(self, backend: str) -> str:
         """Sum a one from each rank; return the error, empty if there is none."""
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+        device = self._device if backend == "nccl" else torch.device("cpu")
         if interface := interface_to(os.environ["MASTER_ADDR"]):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
@@ -156,8 +147,15 @@ class _Meeting:
             found = int(total)
             dist.destroy_process_group()
         except RuntimeError as error:
-            return _first_line(error)
+            return first_line(error)
         return "" if found == self._ranks else f"{self._ranks} ones add up to {found}"
+
+
+def _device() -> torch.device:
+    """Take this rank's GPU; the CPU if there are too few, because the ranks can still be tried without."""
+    with suppress(UserError):
+        return take_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def _connect(address: str, port: int) -> str:
@@ -175,7 +173,3 @@ def _versions() -> str:
         with suppress(metadata.PackageNotFoundError):
             found.append(f"{package} {metadata.version(package)}")
     return ", ".join(found)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]

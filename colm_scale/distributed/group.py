@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,9 +21,6 @@ from torch import Tensor
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import on_device
 
-_TIMEOUT = timedelta(days=1)
-"""`Watch` ends a hanging run much earlier; but rank 0 may have to read a whole stream first."""
-_POLL_SECONDS = 0.1
 _COUNT = "_get_sequence_number_for_group"
 """Method that returns the number of collectives a backend has started; not in torch's types."""
 _Plain = TypeVar("_Plain")
@@ -50,6 +42,7 @@ class Group:
         local_rank, local_world_size: Rank and number of those on this machine.
         device: Device of this rank.
         attempt: Name of this start of the ranks; after a restart by the launcher it is another.
+        cores: Number of cores for this rank to use, see `cores.own_share`.
         traffic: Payload bytes per label since the last `take_traffic`: output of a gather, input of a reduction or
             broadcast. Equal on every rank.
     """
@@ -60,6 +53,7 @@ class Group:
     local_world_size: int
     device: torch.device
     attempt: str = ""
+    cores: int = 1
     traffic: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -127,17 +121,26 @@ class Group:
         shared: _Plain = json.loads(text)
         return shared
 
+    def texts(self, text: str) -> list[str]:
+        """Return a short text of every rank on each."""
+        encoded = text.encode(errors="surrogateescape")
+        row = torch.zeros(max(1, *self.gathered(len(encoded))), dtype=torch.uint8)
+        row[: len(encoded)] = torch.tensor([*encoded], dtype=torch.uint8)
+        rows = self.all_gather(row.to(self.device), "control").cpu()
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="surrogateescape") for row in rows]
+
+    def rest(self) -> None:
+        """Wait for all ranks without using the processor, which a wait on a GPU does: for work that only some do."""
+        self.all_gather(torch.zeros(1), "control")
+
     def barrier(self) -> None:
         if self.world_size > 1:
             self.all_reduce(torch.zeros(1, device=self.device), "control")
 
     def agree(self, value: str, what: str) -> None:
-        """Raise on every rank unless all have the same short text (up to 256 bytes), such as a digest."""
-        row = torch.zeros(256, dtype=torch.uint8)
-        encoded = torch.frombuffer(bytearray(value.encode()[:256]), dtype=torch.uint8)
-        row[: len(encoded)] = encoded
-        rows = self.all_gather(row.to(self.device), "control").cpu()
-        different = (rows != rows[0]).any(1).nonzero().flatten().tolist()
+        """Raise on every rank unless all have the same short text, such as a digest."""
+        texts = self.texts(value)
+        different = [rank for rank, text in enumerate(texts) if text != texts[0]]
         if different:
             raise UserError(f"rank {different[0]} and rank 0 differ in {what}: every rank must read the same input")
 
@@ -176,7 +179,7 @@ class Group:
     def ensure_process_group(self) -> None:
         """Make a process group for a single process, because FSDP2 and DeepSpeed need one."""
         if not dist.is_initialized():
-            dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend_of(self.device), store=dist.HashStore(), rank=0, world_size=1)
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -191,79 +194,5 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _backend(device: torch.device) -> str:
+def backend_of(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def own_address(host: str) -> str:
-    """Return this machine's address on the route to ``host``. Connecting a datagram socket sends nothing."""
-    family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)
-        own: str = probe.getsockname()[0]
-    return own
-
-
-def interface_to(host: str) -> str | None:
-    """Return the network interface on the route to ``host``; None if the name does not resolve.
-
-    Gloo by default takes the interface that this machine's own name resolves to, on many machines none or the loopback.
-    """
-    try:
-        own = own_address(host)
-    except OSError:
-        return None
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, found in interfaces if own in [address.address for address in found]), None)
-
-
-def connect() -> Group:
-    """Join the ranks that the launcher names in the environment; a single process is a group of one."""
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible: start fewer processes "
-                f"or unset CUDA_VISIBLE_DEVICES"
-            )
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        if interface := interface_to(os.environ.get("MASTER_ADDR", "")):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-        attempt = meet(store, rank, world_size)
-        dist.init_process_group(
-            _backend(device),
-            store=dist.PrefixStore(attempt, store),
-            rank=rank,
-            world_size=world_size,
-            timeout=_TIMEOUT,
-        )
-        return Group(rank, world_size, local_rank, local_world_size, device, attempt)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return Group(rank, world_size, local_rank, local_world_size, device)
-
-
-def meet(store: dist.Store, rank: int, world_size: int) -> str:
-    """Agree on a new name for this start of the ranks. All ranks call it together.
-
-    torchrun's store outlives a restart, and torch would take its old entries for those of the new ranks and connect to
-    dead addresses. The launcher's count of restarts cannot be the name, because each host has its own count.
-    """
-    own = uuid.uuid4().hex
-    if rank == 0:
-        store.set("colm_scale/attempt", own)
-        for peer in range(1, world_size):
-            store.set(f"colm_scale/{own}/answer/{peer}", store.get(f"colm_scale/{own}/hello/{peer}").decode())
-        return own
-    while True:
-        attempt = store.get("colm_scale/attempt").decode()  # may be that of earlier ranks
-        answer = f"colm_scale/{attempt}/answer/{rank}"
-        store.set(f"colm_scale/{attempt}/hello/{rank}", own)
-        if store.check([answer]) and store.get(answer).decode() == own:
-            return attempt
-        time.sleep(_POLL_SECONDS)

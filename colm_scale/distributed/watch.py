@@ -58,9 +58,11 @@ class Watch:
         self._place = (0, "start", time.monotonic())
         self.stop_requested = False
         """Set when this rank is asked to stop. All ranks then save a checkpoint after the step and end."""
+        self.stopped_code = STOPPED
+        """Exit code of a run that has stopped so; 0 after SIGUSR1, so that torchrun does not restart the ranks."""
         self._alone = group.world_size == 1
         self._store: Store = HashStore() if self._alone else _rendezvous_store()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._told_to_stop)
         threading.Thread(target=self._run, name="colm_scale-watch", daemon=True).start()
 
@@ -104,8 +106,10 @@ class Watch:
         self._stop.set()
 
     def _told_to_stop(self, number: int, _frame: object) -> None:
+        if number == signal.SIGUSR1:
+            self.stopped_code = 0
         if not self._step or (number == signal.SIGINT and self.stop_requested):
-            os._exit(128 + number)
+            os._exit(self.stopped_code and 128 + number)
         self.stop_requested = True
 
     def _run(self) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from colm_scale.config.cache import CACHE_VARIABLE, cache_folder
+from colm_scale.distributed.cores import usable_cores
 from colm_scale.doctor.finding import Finding, Status
 from colm_scale.reporting.environment import driver_version
 from colm_scale.reporting.run_directory import nearest_folder
@@ -30,7 +32,7 @@ def check_devices() -> list[Finding]:
         if not torch.cuda.is_bf16_supported():
             findings.append(Finding("devices", "warning", "no bfloat16", "use --train.dtype float16 or float32"))
         return findings
-    cpus = f"no GPU; {os.cpu_count()} cores, {psutil.virtual_memory().total / _GIB:.0f} GiB of memory"
+    cpus = f"no GPU; {usable_cores()} cores, {psutil.virtual_memory().total / _GIB:.0f} GiB of memory"
     driver = driver_version()
     if driver is None:
         return [Finding("devices", "ok", cpus)]
@@ -141,12 +143,13 @@ def check_shared_memory() -> list[Finding]:
 
 
 def check_caches(environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Check that the cache folders of libraries can be written."""
+    """Check that cache folders can be written."""
     home = Path(environ.get("HOME", "~")).expanduser()
     cache = Path(environ.get("XDG_CACHE_HOME", home / ".cache"))
     hub = Path(environ.get("HF_HOME", cache / "huggingface"))
     extensions = Path(environ.get("TORCH_EXTENSIONS_DIR", cache / "torch_extensions"))
     folders = {
+        CACHE_VARIABLE: (cache_folder(environ), "tokenised data"),
         "HF_HOME": (hub, "models and data sets of the hub"),
         "TORCH_EXTENSIONS_DIR": (extensions, "DeepSpeed's operators"),
         "TRITON_CACHE_DIR": (Path(environ.get("TRITON_CACHE_DIR", home / ".triton")), "compiled kernels"),

@@ -21,8 +21,9 @@ from colm_scale.checkpoint.selection_state import SelectionState
 from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.data.batching import Batching
 from colm_scale.data.examples import Examples
+from colm_scale.distributed.connect import connect
 from colm_scale.distributed.examples import gather_examples
-from colm_scale.distributed.group import Group, connect
+from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Update
 from colm_scale.errors import UserError
 from colm_scale.estimators.make import make_estimator

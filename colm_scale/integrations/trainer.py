@@ -27,7 +27,7 @@ from colm_scale.checkpoint.selection_state import Files
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import RunConfig, SelectionConfig, TrainConfig, as_yaml
 from colm_scale.data.examples import Examples
-from colm_scale.distributed.group import connect
+from colm_scale.distributed.connect import connect
 from colm_scale.errors import UserError
 from colm_scale.integrations.candidates import CandidateCollator, Columns, count_sources, numbered
 from colm_scale.integrations.options import as_run, check_arguments, loader_batch, optimizer_of

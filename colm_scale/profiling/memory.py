@@ -22,6 +22,7 @@ import psutil
 import pynvml
 import torch
 
+from colm_scale.distributed.device import visible_as
 from colm_scale.distributed.group import Group
 
 _SAMPLE_SECONDS = 0.02
@@ -217,16 +218,9 @@ def _nvml_gauge(device: torch.device) -> NvmlGauge | None:
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     try:
         pynvml.nvmlInit()
-        return NvmlGauge(find_device(uuid, _visible_as(device)))
+        return NvmlGauge(find_device(uuid, visible_as(device)))
     except pynvml.NVMLError:
         return None
-
-
-def _visible_as(device: torch.device) -> str:
-    """Return the device's entry in CUDA_VISIBLE_DEVICES; empty if there is none."""
-    entries = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    index = device.index or 0
-    return entries[index].strip() if index < len(entries) else ""
 
 
 def find_device(uuid: str, visible: str) -> object:

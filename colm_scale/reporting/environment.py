@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import psutil
 import pynvml
 import torch
 
+from colm_scale.distributed.cores import usable_cores
 from colm_scale.profiling.memory import cpu_name
 
 _PACKAGES = ("colm_scale", "torch", "transformers", "peft", "deepspeed", "numpy")
@@ -26,7 +26,7 @@ def environment(device: torch.device, world_size: int, engine: str, **extra: obj
         "devices": _devices(device),
         "world_size": world_size,
         "engine": engine,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "host_memory_bytes": psutil.virtual_memory().total,
         "platform": platform.platform(),

@@ -10,13 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from colm_scale.clustering.cluster import check_installed
 from colm_scale.config import RunConfig
 from colm_scale.config.checks import check_even_shares
-from colm_scale.data.builtin import Split, builtin_as_rows
-from colm_scale.data.examples import Examples, tokenise
-from colm_scale.data.readers import Row, read_rows
+from colm_scale.data.examples import Examples
+from colm_scale.data.reading import Reading
 from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
-from colm_scale.data.source_labels import labelled
-from colm_scale.data.stream import digest_of, survey
+from colm_scale.data.stream import survey
 from colm_scale.distributed.group import Group
 from colm_scale.engines.choose import check_optimizer, sharding
 from colm_scale.engines.ds_config import read_ds_config
@@ -24,6 +22,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
 from colm_scale.records import Json
 from colm_scale.reporting.trackers import check_trackers
+from colm_scale.run.host_data import once_per_host
 from colm_scale.run.schedule import total_steps
 from colm_scale.run.streaming import StreamedSampler, share_survey
 from colm_scale.selection.quota import check_names, kept_sources
@@ -92,12 +91,12 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
         check_names("data.protected_sources", config.data.protected_sources or (), names)
         kept = kept_sources(sizes, names, config.selection.kept_sources)
         check_shares(config.selection, names, kept, refreshed=config.sources.refresh_every > 0)
-        held_out = None
-        if config.data.has_held_out:
-            held_out = tokenise(_rows(config, "eval"), tokenizer, config.data, longest, names)
         if record:
             digest = f"{digest}, selected as in {record.digest}"
             _check_record(record, rows_digest, total_steps(config, int(sizes.sum())))
+    held_out = None
+    if config.data.has_held_out:
+        held_out = once_per_host(Reading("eval", config.data, tokenizer, longest, names), group).examples
     return Inputs(tokenizer, sampler, names, sizes, kept, protected, digest, held_out, ds_config, rows_digest, record)
 
 
@@ -108,16 +107,14 @@ _Training = tuple[Sampler, tuple[str, ...], Tensor, Tensor, str, str]
 def _held(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, longest: int, group: Group, record: SelectionRecord | None
 ) -> _Training:
-    """Read the training data on every rank."""
+    """Hold the training data, read once per host."""
+    found = once_per_host(Reading("train", config.data, tokenizer, longest), group)
+    train = found.examples
     with group.together():
-        rows = _rows(config, "train")
-        train = tokenise(rows, tokenizer, config.data, longest)
         sampler: Sampler = CandidateSampler(train, config.selection.candidates, config.train.seed)
         if record:
             sampler = RecordedSampler(train, record)
-    digest = train.digest()
-    group.agree(digest, "training data")
-    return sampler, train.source_names, train.sizes, train.protected_sizes, digest, digest_of(rows, config.data)
+    return sampler, train.source_names, train.sizes, train.protected_sizes, found.digest, found.rows_digest
 
 
 def _streamed(
@@ -158,9 +155,3 @@ def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None
             f"{record.file} was written by a run on other rows, although ids and sources are equal: use that run's "
             f"--data.train and --data.template"
         )
-
-
-def _rows(config: RunConfig, split: Split) -> list[Row]:
-    specs = getattr(config.data, split)
-    rows = read_rows(specs, config.data) if specs else builtin_as_rows(split, config.data)
-    return list(labelled(rows, config.data.sources)) if split == "train" else rows

@@ -6,7 +6,6 @@ Input is checked in the order of cost: options, files, tokens, model.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +114,7 @@ def _run_of(resumed: Path) -> Path:
 
 def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     """Prepare a run without writing anything. All ranks call it together."""
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // group.local_world_size))
+    torch.set_num_threads(config.train.threads or group.cores)
     clock = StartClock()
     clock("process")
     directory, found = _open_directory(config, group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import traceback
 import warnings
@@ -12,8 +13,9 @@ from collections.abc import Callable
 import transformers
 
 from colm_scale.config import RunConfig
-from colm_scale.distributed.group import Group, PeerFailed, connect
-from colm_scale.distributed.watch import STOPPED, Watch, peer_is_gone
+from colm_scale.distributed.connect import connect
+from colm_scale.distributed.group import Group, PeerFailed
+from colm_scale.distributed.watch import Watch, peer_is_gone
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.run.prepare import resolve
 
@@ -22,7 +24,8 @@ Job = Callable[[RunConfig, Group, Watch], bool]
 
 
 def run(config: RunConfig, job: Job) -> int:
-    """Run a ``job`` on this rank; return the exit code of the process: 0 if done, 143 if asked to stop, and saved.
+    """Run a ``job`` on this rank; return the exit code of the process: 0 if done, 143 if asked to stop, and saved
+    (0 if asked by SIGUSR1).
 
     After an error the process ends with 2 (wrong input) or 1 (training failed). One rank prints it, and all ranks end.
     """
@@ -31,7 +34,8 @@ def run(config: RunConfig, job: Job) -> int:
         group = connect()
         watch = Watch(group, config.train.timeout)
     except BaseException as error:
-        _print(error)
+        if not isinstance(error, PeerFailed):
+            _print(error)
         os._exit(_exit_code(error))
     try:
         with group.together():
@@ -41,12 +45,19 @@ def run(config: RunConfig, job: Job) -> int:
         if not isinstance(error, PeerFailed) and watch.failed():
             lost = TrainingError(f"{watch.place()}, lost another rank: it was killed or disconnected")
             expected = isinstance(error, (UserError, TrainingError))
-            _print(lost if not expected and peer_is_gone(error) else error)
+            _print(lost if not expected and peer_is_gone(error) else _located(error, group))
         sys.stdout.flush()
         watch.leave(_exit_code(error))  # not sys.exit: closing a collective would wait for peers that are still in it
     watch.close()
     group.close()
-    return 0 if completed else STOPPED
+    return 0 if completed else watch.stopped_code
+
+
+def _located(error: BaseException, group: Group) -> BaseException:
+    """Add the host to an error of input that rank 0 does not have: a file may be missing there alone."""
+    if isinstance(error, UserError) and not group.is_first:
+        return UserError(f"rank {group.rank} on {socket.gethostname()}: {error}")
+    return error
 
 
 def quieten() -> None:

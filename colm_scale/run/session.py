@@ -18,10 +18,12 @@ class Session:
 
     Attributes:
         reports: Receives steps and evaluations.
+        owed: Whether an evaluation is due: the one before the first step, or one that a stopped run has put off.
     """
 
     def __init__(self, engine: Engine, evaluator: Evaluator, reports: Reports, group: Group):
         self.reports = reports
+        self.owed = True
         self._engine, self._evaluator, self._group = engine, evaluator, group
         self._best: Evaluation | None = None
 
@@ -33,11 +35,13 @@ class Session:
 
     def state(self) -> Json:
         """Return the counts (on rank 0) and the best evaluation so far, as plain JSON."""
-        return {"best": asdict(self._best) if self._best else None, "summary": self.reports.state()}
+        best = asdict(self._best) if self._best else None
+        return {"best": best, "owed": self.owed, "summary": self.reports.state()}
 
     def load(self, state: Json) -> None:
         """Resume from rank 0's `state`."""
         self._best = Evaluation.of(state["best"]) if state["best"] else None
+        self.owed = state.get("owed", False)  # older runs evaluated before they saved
         self.reports.load(state["summary"])
 
     def evaluate(self, step: int, *, whole: bool) -> None:
@@ -46,6 +50,7 @@ class Session:
         Adapters are compared by the mean loss over sources on the sample that every evaluation scores, even if one of
         the evaluations is ``whole``: the mean of other examples would mostly reflect how hard those are.
         """
+        self.owed = False
         if not self._evaluator.evaluates:
             return
         evaluation = self._evaluator(self._engine.module, step, whole=whole)

@@ -37,8 +37,8 @@ def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> b
     """Make the steps after ``done``, with evaluations and checkpoints in between."""
     config, watch, steps, reports = run.config, run.watch, run.steps, session.reports
     evaluate_every = evaluation_period(config.eval, steps)
-    if not done:
-        session.evaluate(0, whole=True)
+    if session.owed:
+        session.evaluate(done, whole=done in (0, steps))
     for number in range(done + 1, steps + 1):
         watch.begin(number)
         report, work = run.step(number, learning_rate(config.train, number, steps))
@@ -49,16 +49,19 @@ def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> b
         watch.enter("sources")
         if drift := run.step.refresh_sources(number):
             reports.drifted(drift)
-        if number == steps or _is_due(evaluate_every, number):
+        stoppable = number < steps or config.checkpoint.every > 0
+        stopping = stoppable and run.group.any(watch.stop_requested)  # before an evaluation, which may take long
+        session.owed = number == steps or _is_due(evaluate_every, number)
+        if session.owed and not stopping:
             session.evaluate(number, whole=number == steps)
-        stopping = run.group.any(watch.stop_requested)
+            stopping = number < steps and run.group.any(watch.stop_requested)
         if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")
             started = time.perf_counter()
             reports.flush()
             state.save(number)
             reports.saved(number, time.perf_counter() - started)
-        if stopping and number < steps:
+        if stopping:
             reports.stopped(number)
             return False
     session.finish(steps)

@@ -49,3 +49,22 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(launcher, options, tmp_p
 def test_a_rank_that_vanishes_ends_all(tmp_path):
     with start(deepspeed(2, SABOTAGED), "exit", tmp_path, *ZERO) as command:
         assert_ends(command, tmp_path / "run/metrics.jsonl")
+
+
+MISSED = [
+    (3, "rank 3 did not arrive within 3 seconds; here: rank 0-2 on "),
+    (0, "reaches nothing at MASTER_ADDR:MASTER_PORT, 127.0.0.1:"),
+]
+
+
+@pytest.mark.parametrize(("absent", "said"), MISSED)
+def test_a_rank_that_does_not_arrive_is_missed_after_the_limit(absent, said, forked, tmp_path):
+    """Rank 0 says it for all; without it there is no place to agree, and each of the others says it."""
+    options = (*SMALL, "--output_dir", str(tmp_path / "run"))
+    ranks = forked.start(options, tmp_path / "output", 4, absent=[absent], RDZV_SECONDS="3")
+    outcome = ranks.outcome(ENDED_SECONDS)
+    assert outcome.code == 1
+    assert len(outcome.errors) == (1 if absent else 3), outcome.stderr
+    assert len(outcome.stderr.splitlines()) == len(outcome.errors)
+    assert all(said in error and "RDZV_SECONDS" in error for error in outcome.errors)
+    assert not (tmp_path / "run").exists()

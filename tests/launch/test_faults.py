@@ -320,12 +320,12 @@ def test_what_was_saved_before_a_loss_was_not_finite_is_left_as_it_was(workshop,
     assert not (broken / "adapter_last").exists()
 
 
-def test_ranks_that_read_different_data_are_told_which(workshop, tmp_path):
+def test_hosts_that_read_different_data_are_told_which(workshop, tmp_path):
     same = rows(workshop.folder / "train.jsonl")
     write_rows(tmp_path / "train-0.jsonl", same)
     write_rows(tmp_path / "train-1.jsonl", [*same[:-1], same[0]])
     data = ("--data.train", str(tmp_path / "train-@RANK.jsonl"))
-    outcome = workshop.start(tmp_path / "run", "ddp", *data).outcome(SECONDS)
+    outcome = workshop.start(tmp_path / "run", "ddp", *data, hosts=2).outcome(SECONDS)
     assert outcome.errors == ["error: rank 1 and rank 0 differ in training data: every rank must read the same input"]
     assert outcome.code != 0
     assert not (tmp_path / "run").exists()

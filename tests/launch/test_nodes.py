@@ -119,6 +119,55 @@ def test_a_lost_host_ends_the_other(hosts, tmp_path):
         assert commands[1].outcome(1).code != 0
 
 
+SEPARATE = (*("--train.steps", "8", "--checkpoint.every", "1"), *SMALL[2:])
+
+
+def separate(hosts: tuple[Host, Host], folder: Path, *options: str) -> list[list[str]]:
+    """Two ranks on the first host and one on the second, which finds another folder there, with nothing in it."""
+    lines = [torchrun(hosts, ranks, *options) for ranks in (2, 1)]
+    first, second = lines[0][0], lines[1][1]
+    meeting = next(word for word in first if word.startswith("RDZV_ENDPOINT="))
+    second = [meeting if word.startswith("RDZV_ENDPOINT=") else word for word in second]
+    own = folder.parent / "own"
+    own.mkdir(exist_ok=True)
+    return [first, hosts[1].with_own(folder, own, second)]
+
+
+@pytest.mark.slow
+def test_hosts_of_unequal_size_and_separate_folders_train_and_resume(hosts, tmp_path):
+    """Only rank 0's folder counts: what it holds, and that others hold nothing."""
+    folder, own = tmp_path / "shared", tmp_path / "own"
+    folder.mkdir()
+    run([*python(), *SEPARATE, "--output_dir", str(tmp_path / "alone")], tmp_path / "output").succeeded()
+    with ExitStack() as stack:
+        start(stack, separate(hosts, folder, *SEPARATE, "--output_dir", str(folder / "run")), tmp_path / "killed")
+        wait_until(lambda: list(folder.glob("run/checkpoints/step-*")), STARTED_SECONDS)
+        for host in hosts:
+            host.kill()
+            wait_until(lambda: not host.alive(), ENDED_SECONDS)  # noqa: B023
+    with ExitStack() as stack:
+        lines = separate(hosts, folder, *SEPARATE, "--output_dir", str(folder / "run"))
+        for command in start(stack, lines, tmp_path / "resumed"):
+            command.outcome(FINISHED_SECONDS).succeeded()
+    assert json.loads((folder / "run/environment.json").read_text("utf-8"))["world_size"] == 3
+    selected, alone = rows(folder / "run/selection.jsonl"), rows(tmp_path / "alone/selection.jsonl")
+    assert [row["selected"] for row in selected] == [row["selected"] for row in alone]
+    assert not list(own.iterdir())
+
+
+def test_a_file_that_one_host_lacks_is_named_with_it(hosts, tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 40, "utf-8")
+    data = ("--data.train", str(folder / "train.jsonl"), "--output_dir", str(tmp_path / "run"))
+    with ExitStack() as stack:
+        commands = start(stack, separate(hosts, folder, *SMALL, *data), tmp_path)
+        errors = [line for command in commands for line in command.outcome(FINISHED_SECONDS).errors]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: rank 2 on {hosts[1].name}: ")
+    assert str(folder / "train.jsonl") in errors[0]
+
+
 # By ssh, and under Slurm: neither is here
 
 
@@ -144,15 +193,17 @@ def stand_in(path: Path, text: str) -> None:
 @pytest.fixture
 def job(hosts, tmp_path) -> dict[str, str]:
     """What Slurm sets for a job on two hosts. Its commands: srun starts a program on each host and hands signals on,
-    scontrol names the hosts and writes down what it is asked."""
+    scontrol names the hosts and writes down what it is asked, scancel signals every process of the job."""
     commands = tmp_path / "commands"
     commands.mkdir()
     tasks = "\n".join(f'{shlex.join(host.command())} "$@" &' for host in hosts)
     stand_in(
         commands / "srun",
         f'printf "%s\\n" "$@" > {tmp_path}/srun.txt\nwhile [[ $1 == --* ]]; do shift; done\n{tasks}\n'
-        "trap 'kill -TERM $(jobs -p)' TERM\nwhile ! wait; do :; done\n",
+        f"trap 'touch {tmp_path}/terminated; kill -TERM $(jobs -p)' TERM\nwhile ! wait; do :; done\n",
     )
+    listed = "; ".join(f"ip netns pids {host.name}" for host in hosts)
+    stand_in(commands / "scancel", f'[[ $* == "--signal=USR1 4242" ]] && kill -USR1 $({listed})\n')
     names = "\\n".join(host.address for host in hosts)
     stand_in(
         commands / "scontrol",
@@ -182,6 +233,8 @@ def test_a_slurm_job_trains_on_all_hosts_and_goes_back_into_the_queue(job, hosts
         "show hostnames host[1-2]",
         "requeue 4242",
     ]
+    assert not (tmp_path / "terminated").exists()  # torchrun would have killed the ranks after its own grace
+    assert list((directory / "checkpoints").glob("step-*"))
     assert "--cpus-per-task=3" in (tmp_path / "srun.txt").read_text("utf-8").splitlines()
     assert json.loads((directory / "environment.json").read_text("utf-8"))["world_size"] == 2
     # The learning rate's schedule depends on the number of steps, so only the first step is the same.

@@ -159,14 +159,25 @@ class Forked:
         """Running processes that it started."""
         return [process for process in self._command.alive() if process.pid != self.pid]
 
-    def start(self, options: Sequence[str], log: Path, ranks: int = 1, command: str = "train") -> Ranks:
-        """Start a run or another command, with output in ``LOG.stdout`` and ``LOG.stderr``."""
+    def start(
+        self, options: Sequence[str], log: Path, ranks: int = 1, command: str = "train", absent: Sequence[int] = (),
+        hosts: int = 1, **own: str,
+    ) -> Ranks:  # fmt: skip
+        """Start a run or another command, with output in ``LOG.stdout`` and ``LOG.stderr``.
+
+        Args:
+            absent: Ranks that are not started.
+            hosts: As many as the ranks are told that they are on.
+            own: Variables of the environment.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         for stream in ("stdout", "stderr"):
             Path(f"{log}.{stream}").write_text("", "utf-8")
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        shared = meeting | {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        launched = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)] if ranks > 1 else [{}]
+        local = ranks // hosts
+        shared = meeting | {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local} | own
+        present = [rank for rank in range(ranks) if rank not in absent]
+        launched = [shared | {"RANK": rank, "LOCAL_RANK": rank % local} for rank in present] if ranks > 1 else [own]
         variables = [{name: str(value) for name, value in of_rank.items()} for of_rank in launched]
         return Ranks(self, self._ask({"words": [command, *options], "log": str(log), "ranks": variables}), log)
 

@@ -70,8 +70,8 @@ class Workshop:
             *(*ENGINES[engine], "--output_dir", str(run), *more),
         ]
 
-    def start(self, run: Path, engine: str, *more: str, ranks: int = 2) -> Ranks:
-        return self.forked.start(self.options(run, engine, *more), self.folder / "output", ranks)
+    def start(self, run: Path, engine: str, *more: str, ranks: int = 2, hosts: int = 1) -> Ranks:
+        return self.forked.start(self.options(run, engine, *more), self.folder / "output", ranks, hosts=hosts)
 
     def go_on(self, run: Path, engine: str, *more: str, ranks: int = 2) -> Outcome:
         """Resume a run to its end."""

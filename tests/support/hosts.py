@@ -1,7 +1,7 @@
 """Two hosts on one machine: connected network namespaces.
 
-Each has its own address and name; the names do not resolve, as in many clusters. Both share the file system. Requires
-root.
+Each has its own address and name; the names do not resolve, as in many clusters. Both share the file system, but for
+folders that a command is given of its own. Requires root.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from support.commands import wait_until
 
@@ -31,6 +32,11 @@ class Host:
         """Command prefix that runs a command on this host."""
         named = 'hostname "$0" && exec "$@"'
         return ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", named, self.name, *arguments]
+
+    def with_own(self, folder: Path, own: Path, command: Sequence[str]) -> list[str]:
+        """A command that finds another folder, its host's own, where the other hosts find ``folder``."""
+        mounted = 'mount --bind "$0" "$1" && shift && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", mounted, str(own), str(folder), *command]
 
     def alive(self) -> list[int]:
         """Processes on this host."""

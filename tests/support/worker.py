@@ -43,8 +43,9 @@ from colm_scale.config import (
 from colm_scale.data.batching import Batching, weighted
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
+from colm_scale.distributed.connect import connect
 from colm_scale.distributed.exchange import share_selection
-from colm_scale.distributed.group import Group, PeerFailed, connect
+from colm_scale.distributed.group import Group, PeerFailed
 from colm_scale.engines import tensors
 from colm_scale.engines.choose import make_engine
 from colm_scale.engines.ds_config import read_ds_config

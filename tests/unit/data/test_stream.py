@@ -17,7 +17,7 @@ from colm_scale.config import DataConfig, ModelConfig
 from colm_scale.data import stream
 from colm_scale.data.examples import Examples, tokenise, tokenise_block
 from colm_scale.data.readers import Row, each_row, read_rows
-from colm_scale.data.stream import BlockStream, Position, digest_of, survey
+from colm_scale.data.stream import BlockStream, Position, RowDigest, survey
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.modeling.load import load_tokenizer
 from colm_scale.randomness import generator
@@ -100,7 +100,9 @@ def test_streamed_rows_are_the_rows_that_are_read(in_tmp, content):
     write("b.jsonl", RECORDS[:2])
     specs = ["a.jsonl", "b.jsonl", "a.jsonl"]
     assert list(each_row(specs, DataConfig(), streaming=True)) == read_rows(specs, DataConfig())
-    assert survey(specs, DataConfig()).digest == digest_of(read_rows(specs, DataConfig()), DataConfig())
+    digest, rows = RowDigest(DataConfig()), read_rows(specs, DataConfig())
+    assert list(digest.over(rows)) == rows
+    assert survey(specs, DataConfig()).digest == digest.hexadecimal()
 
 
 def test_a_row_is_read_when_it_is_asked_for(in_tmp):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from importlib import metadata
 
 import torch
 
+from colm_scale.distributed.cores import usable_cores
 from colm_scale.reporting import environment as module
 from colm_scale.reporting.environment import _commit, environment
 
@@ -23,7 +23,7 @@ def test_versions_devices_and_what_was_given():
     assert set(found["versions"]) == named
     assert [set(device) for device in found["devices"]] == [{"name", "memory_bytes"}]
     assert (found["world_size"], found["engine"], found["base_model"]) == (2, "deepspeed", "tiny")
-    assert (found["cores"], found["threads"]) == (os.cpu_count(), torch.get_num_threads())
+    assert (found["cores"], found["threads"]) == (usable_cores(), torch.get_num_threads())
 
 
 def test_neither_host_name_nor_variables_nor_folders_are_written(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from support.families import FAMILIES, adapted_model, base_model, with_adapters
 
 from colm_scale.config.command_line import parse
-from colm_scale.distributed.group import connect
+from colm_scale.distributed.connect import connect
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.run import assemble

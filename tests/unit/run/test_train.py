@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 
-from colm_scale.config import EvalConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import CheckpointConfig, EvalConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.run import train
 from colm_scale.run.banner import rounding_lines
 from colm_scale.run.prepare import resolve
+from colm_scale.run.reports import Reports
 from colm_scale.run.schedule import evaluation_period, learning_rate, total_steps
+from colm_scale.run.session import Session
 from colm_scale.sketch.zeroth_order import PERTURBATION
 
 
@@ -83,3 +89,53 @@ def test_finite_differences_that_are_rounding_are_told(selection, options, told)
     config = RunConfig(selection=SelectionConfig(**{"estimator": "zeroth_order", **selection}), **options)
     found = rounding_lines(config)
     assert found == [] if told is None else told in found[0]
+
+
+def stopped_in(step: int, last: int = 6, *, every: int = 50, state: dict | None = None) -> tuple[list, bool, dict]:
+    """Evaluate every second step and stop in a step (0: never); returns what happens, whether it ended, and the state
+    that the last checkpoint holds. Or continue from such a state, after that step."""
+    happened, saved = [], {}
+    session = Session(SimpleNamespace(module=None), Mock(evaluates=False), Reports(), group=None)
+    evaluate, done = session.evaluate, step if state else 0
+    session.evaluate = lambda number, whole: (
+        happened.append(("evaluate", number, whole)),
+        evaluate(number, whole=whole),
+    )
+    session.finish = lambda steps: happened.append(("finish", steps))
+    session.load(state) if state else None
+    watch = SimpleNamespace(stop_requested=False, begin=lambda number: None, enter=lambda phase: None)
+
+    def make(number: int, rate: float) -> tuple[None, None]:
+        watch.stop_requested = number == step and not state
+        return None, None
+
+    def save(number: int) -> None:
+        happened.append(("save", number))
+        saved.update(session.state())
+
+    config = RunConfig(
+        eval=EvalConfig(every=2), checkpoint=CheckpointConfig(every=every), train=TrainConfig(steps=last)
+    )
+    make.refresh_sources = lambda number: None
+    group = SimpleNamespace(any=bool)
+    run = SimpleNamespace(config=resolve(config), watch=watch, steps=last, step=make, group=group)
+    ended = train._run_steps(run, session, SimpleNamespace(save=save), done)
+    return happened, ended, saved
+
+
+def test_a_run_that_is_to_stop_saves_first_and_the_resumed_one_evaluates():
+    happened, ended, state = stopped_in(4)
+    assert happened == [("evaluate", 0, True), ("evaluate", 2, False), ("save", 4)]
+    assert not ended
+    happened, ended, _ = stopped_in(4, state=state)
+    assert happened == [("evaluate", 4, False), ("evaluate", 6, True), ("save", 6), ("finish", 6)]
+    assert ended
+    _, _, state = stopped_in(3)
+    assert stopped_in(3, state=state)[0][0] == ("evaluate", 4, False)
+
+
+def test_a_run_that_is_to_stop_in_its_last_step_saves_if_it_can():
+    happened, ended, state = stopped_in(6)
+    assert (happened[-1], ended) == (("save", 6), False)
+    assert stopped_in(6, state=state)[:2] == ([("evaluate", 6, True), ("finish", 6)], True)
+    assert stopped_in(6, every=0)[0][-2:] == [("evaluate", 6, True), ("finish", 6)]

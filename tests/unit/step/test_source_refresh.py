@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.families import base_model, batch_of, with_adapters
 
 from colm_scale.config import DataConfig, RunConfig, SelectionConfig, SourcesConfig
-from colm_scale.distributed.group import connect
+from colm_scale.distributed.connect import connect
 from colm_scale.errors import UserError
 from colm_scale.modeling.embedding import mean_states
 from colm_scale.modeling.losses import ExampleLoss

@@ -1,0 +1,133 @@
+"""From the user's data to tokenised examples: out of the cache, or else out of the rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from colm_scale import __version__
+from colm_scale.base import MIXTURE
+from colm_scale.config import DataConfig
+from colm_scale.config.cache import CACHE_VARIABLE, cache_folder
+from colm_scale.data.builtin import Split, builtin_as_rows
+from colm_scale.data.examples import leading_special_tokens, read_chat_template, tokenise
+from colm_scale.data.formats import identity
+from colm_scale.data.readers import Row, each_row
+from colm_scale.data.source_labels import labelled
+from colm_scale.data.stream import RowDigest
+from colm_scale.data.tokenised import Damaged, NotStored, TokenFolder, Tokenised
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+_FILES = ("train", "eval", "sources", "chat_template")
+"""Options that name files, whose content matters instead."""
+_CHANGEABLE = re.compile(r"strftime_now|random|lipsum")
+"""What makes a chat template render differently at another time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Data to be read, and all that its tokens depend on.
+
+    Attributes:
+        max_length: Longest example, in tokens.
+        source_names: For held-out data, the sources of the training data; see `tokenise`.
+    """
+
+    split: Split
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    source_names: tuple[str, ...] = ()
+
+    @property
+    def _specs(self) -> list[str]:
+        return getattr(self.config, self.split) or []
+
+    def rows(self) -> Iterator[Row]:
+        """Read the rows one by one; without files, those of the built-in mixture."""
+        rows: Iterable[Row] = each_row(self._specs, self.config)
+        if not self._specs:
+            rows = builtin_as_rows(self.split, self.config)
+        return labelled(rows, self.config.sources if self.split == "train" else None)
+
+    def tokenised(self) -> Tokenised:
+        """Read and tokenise the rows.
+
+        Raises:
+            UserError: As `each_row`, `labelled` and `tokenise`.
+        """
+        rows = RowDigest(self.config)
+        examples = tokenise(rows.over(self.rows()), self.tokenizer, self.config, self.max_length, self.source_names)
+        return Tokenised(examples, examples.digest(), rows.hexadecimal())
+
+    def key(self) -> str:
+        """Return a SHA-256 of all that the tokens depend on, in hexadecimal; empty if it is not known to be all."""
+        files = self._specs or [str(MIXTURE / f"{self.split}.jsonl.gz")]
+        if self.split == "train" and self.config.sources:
+            files = [*files, self.config.sources]
+        options = {name: value for name, value in asdict(self.config).items() if name not in _FILES}
+        facts = [
+            *(_code(), _tokenizer_facts(self.tokenizer), _template_facts(self.tokenizer, self.config)),
+            *map(identity, files),
+            *([self.split, self.max_length, self.source_names], options),
+        ]
+        return "" if None in facts else hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _code() -> list[str]:
+    """Return what changes with the code that makes tokens: versions, and the digest of this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return [__version__, digest.hexdigest(), *map(metadata.version, _LIBRARIES)]
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[object] | None:
+    """Return a tokenizer's content; None for one that is Python code, or brings its own."""
+    kind, backend = type(tokenizer), getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or kind.__module__.split(".")[0] != "transformers":
+        return None
+    leading = leading_special_tokens(tokenizer)  # using it resets what its file says of truncation and padding
+    special = {**tokenizer.special_tokens_map, "extra": [str(token) for token in tokenizer.extra_special_tokens]}
+    whole = tokenizer.split_special_tokens
+    return [kind.__qualname__, backend.to_str(), leading, tokenizer.eos_token_id, special, whole]
+
+
+def _template_facts(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[object] | None:
+    """Return the chat templates; None if one renders differently at another time."""
+    facts = [read_chat_template(config), tokenizer.chat_template]
+    return None if _CHANGEABLE.search(json.dumps(facts)) else facts
+
+
+def find_or_read(reading: Reading, spare: Sequence[Path], warn: Callable[[str], None]) -> Tokenised:
+    """Return tokenised data from the cache; else read the rows, and store their tokens there.
+
+    Args:
+        spare: Folders for tokens that the cache cannot hold; without any, these are only returned.
+        warn: Receives a line for each folder that cannot hold them.
+
+    Raises:
+        UserError: As `Reading.tokenised`.
+    """
+    cache, key = TokenFolder(cache_folder() / "tokens"), reading.key()
+    try:
+        if key and (found := cache.find(key)):
+            return found
+    except Damaged as error:
+        warn(f"warning: {error}: the data is tokenised again")
+    read = reading.tokenised()
+    unchanged = key and key == reading.key()  # else a file has changed while it was read
+    for folder in [*([cache] if unchanged else []), *map(TokenFolder, spare)]:
+        try:
+            return folder.store(key or read.digest, read)
+        except NotStored as error:
+            hint = f"; {CACHE_VARIABLE} names another folder" if folder is cache else ""
+            warn(f"warning: {error}{hint}")
+    return read
