@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import command_line as arguments
-from colm_scale.distributed.group import connect
+from colm_scale.distributed.connect import connect
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.plan.fake import fake_model, tried
@@ -133,10 +133,12 @@ def measured(options: list[str], send: Callable[[dict], None]) -> None:
             report, work = step(number, 1e-3)
     if group.is_first:
         found = {phase: peak[0] for phase, peak in report.phase_peak_bytes["live"].items()}
-        batches = {"sketched": [list(batch.lengths) for batch in work.sketched]}
-        batches["trained"] = [list(micro.batch.lengths) for micro in work.trained]
-        share = float(examples.labelled.double().mean())
-        send({"measured": {phase: found[phase] for phase in found if phase != "step"}, **batches, "share": share})
+        trained = [micro.batch for micro in work.trained]
+        of_batches = {"sketched": [list(batch.lengths) for batch in work.sketched]}
+        of_batches |= {"trained": [list(batch.lengths) for batch in trained]}
+        widest = max(work.sketched or trained, key=lambda batch: sum(batch.lengths))
+        share = len(widest.targets.tokens) / sum(widest.lengths)
+        send({"measured": {phase: found[phase] for phase in found if phase != "step"}, **of_batches, "share": share})
     group.close()
 
 

@@ -52,6 +52,8 @@ class EngineMemory:
         reducing: Buffers allocated while gradients are reduced.
         gathered: Whole weights that are gathered at a time.
         keeps_gradients: Whether adapters hold whole gradients until the optimizer has run.
+        part: The largest part that is whole while a sharded model is loaded: a block, or a weight outside of them.
+        host: Bytes that are kept on the host: offloaded shards, averages and float32 copies.
     """
 
     weights: int
@@ -60,6 +62,8 @@ class EngineMemory:
     reducing: int
     gathered: int
     keeps_gradients: bool
+    part: int = 0
+    host: int = 0
 
     @property
     def resident(self) -> int:
@@ -73,7 +77,7 @@ class Peaks:
 
     Attributes:
         engine: The part that does not depend on the micro-batches.
-        phases: ``sketch`` (if candidates are forwarded), ``train`` and ``optimizer``.
+        phases: ``load``, ``sketch`` (if candidates are forwarded), ``train`` and ``optimizer``.
     """
 
     engine: EngineMemory
@@ -102,18 +106,39 @@ def engine_memory(train: TrainConfig, ds_config: Json, fake: FakeModel, world_si
         return EngineMemory(whole, averages * adapters * FLOAT32, ddp * adapters * FLOAT32, 0, 0, True)
     part = -(-adapters // world_size) * FLOAT32
     on_cpu = zero.get("offload_optimizer", {}).get("device") == "cpu"
-    optimizer = 0 if on_cpu else part * (1 + averages)
+    states = part * (1 + averages)
+    optimizer, host = (0, states) if on_cpu else (states, 0)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * FLOAT32
     if stage < 3:
         buckets = 2 if zero.get("overlap_comm") else 1
-        return EngineMemory(whole, optimizer + adapters * FLOAT32, 0, buckets * bucket + part, 0, False)
+        reducing = buckets * bucket + part
+        return EngineMemory(whole, optimizer + adapters * FLOAT32, 0, reducing, 0, False, host=host)
     small = int(zero.get("stage3_param_persistence_threshold", 1e5))
     persistent = sum(_bytes(weight) * times for weight, times in weights if weight.numel() <= small)
-    shards = 0 if zero.get("offload_param", {}).get("device") == "cpu" else -(-(whole - persistent) // world_size)
-    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * next(fake.module.parameters()).element_size()
+    sharded = whole - persistent
+    shards = -(-sharded // world_size)
+    gathered, more = _gathered(train, zero, fake, sharded)
+    if zero.get("offload_param", {}).get("device") == "cpu":
+        host, shards = host + shards, 0
+    part_whole = max(_block_bytes(fake, 0))
+    return EngineMemory(
+        shards + persistent, optimizer + part, bucket, part + more, gathered, False, part=part_whole, host=host
+    )
+
+
+def _gathered(train: TrainConfig, zero: Json, fake: FakeModel, sharded: int) -> tuple[int, int]:
+    """Compute the bytes of weights that ZeRO-3 gathers at a time, and how many more in training.
+
+    DeepSpeed gathers ahead. With activation checkpointing, blocks run in another order than it has recorded, and what
+    it gathered ahead stays until the end of the backward, up to ``stage3_max_live_parameters`` numbers.
+    """
+    itemsize = next(fake.module.parameters()).element_size()
+    small = int(zero.get("stage3_param_persistence_threshold", 1e5))
+    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * itemsize
     largest = max(_block_bytes(fake, small))
-    gathered = largest + min(ahead, largest)
-    return EngineMemory(shards + persistent, optimizer + part, bucket, part, gathered, False)
+    gathered = min(sharded, largest + ahead)
+    live = min(sharded, int(zero.get("stage3_max_live_parameters", 1e9)) * itemsize)
+    return gathered, max(0, live - gathered) if train.activation_checkpointing else 0
 
 
 def peaks(
@@ -152,7 +177,7 @@ def tracing(
 
 def _peaks(memory: EngineMemory, traces: Sequence[Trace], world_size: int, batches: Batches) -> Peaks:
     """Trace each phase, and add the engine's memory."""
-    phases, running, trace = {}, memory.resident + memory.gathered, traces[0]
+    phases, running, trace = {"load": memory.weights + memory.part}, memory.resident + memory.gathered, traces[0]
     if batches.sketched:
         few = _at_most_two_alike(batches.sketched)
         growth = _of_whole_depth(trace.fake.depth, [trace.sketch(few) for trace in traces])
@@ -161,7 +186,8 @@ def _peaks(memory: EngineMemory, traces: Sequence[Trace], world_size: int, batch
         phases["sketch"] = running + max(growth.peaks.values()) + further + trace.held_inputs(batches.sketched)
     few = _at_most_two_alike(batches.trained)
     growth = _of_whole_depth(trace.fake.depth, [trace.train(few) for trace in traces])
-    phases["train"] = running + memory.reducing + max(growth.peaks.values()) + trace.held_inputs(batches.trained)
+    phases["train"] = running + memory.reducing + max(growth.peaks.values())
+    phases["train"] += trace.held_inputs(batches.trained, further=True)
     adapters = sum(_bytes(weight) * times for weight, times in trace.fake.weights if weight.requires_grad)
     share = adapters if memory.keeps_gradients else adapters // world_size
     phases["optimizer"] = memory.resident + 2 * share  # its gradient, and the root of the second average
@@ -205,9 +231,10 @@ def _block_bytes(fake: FakeModel, small: int) -> Iterator[int]:
 
 def _fsdp_memory(config: RunConfig, fake: FakeModel) -> EngineMemory:
     """Compute the memory of FSDP2 between steps, for a sharded model. Gradients are shards too."""
-    if config.fsdp.cpu_offload:
-        return EngineMemory(0, 0, 0, 0, 0, False)
     shards = [(weight, tensor, times) for weight, times in fake.weights for tensor in local_tensors(weight)]
     weights = sum(_bytes(tensor) * times for _, tensor, times in shards)
     adapters = sum(tensor.numel() * times for weight, tensor, times in shards if weight.requires_grad)
-    return EngineMemory(weights, AVERAGES[config.train.optimizer] * adapters * FLOAT32, 0, 0, 0, False)
+    averages, part = AVERAGES[config.train.optimizer] * adapters * FLOAT32, max(_block_bytes(fake, 0))
+    if config.fsdp.cpu_offload:
+        return EngineMemory(0, 0, 0, 0, 0, False, part=part, host=weights + averages)
+    return EngineMemory(weights, averages, 0, 0, 0, False, part=part)

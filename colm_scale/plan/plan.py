@@ -20,7 +20,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.load import check_model
 from colm_scale.plan.fake import FakeModel, fake_model, tried
-from colm_scale.plan.memory import AVERAGES, FLOAT32, Batches, Peaks, tracing
+from colm_scale.plan.memory import AVERAGES, FLOAT32, Batches, EngineMemory, Peaks, tracing
 from colm_scale.plan.trace import MicroBatches
 from colm_scale.selection.route import deal, form_micro_batches, route
 from colm_scale.step.block_inputs import forward_reuse_store
@@ -60,6 +60,7 @@ class Plan:
         forward_flops, training_flops: FLOP of a rank in a step, for the candidates' forward and for training.
         largest: Largest sizes that fit into ``plan.memory_gib``; infinite if memory does not bound them.
         checkpoint_bytes: Size of one checkpoint on disk.
+        host: Bytes of a rank on the host, while it loads and between steps. Python and data are not counted.
         padded_because: Reason why micro-batches are padded, if they are.
     """
 
@@ -74,6 +75,7 @@ class Plan:
     training_flops: float
     largest: dict[str, float]
     checkpoint_bytes: int
+    host: dict[str, int]
     padded_because: str | None
 
     @property
@@ -125,6 +127,7 @@ def make_plan(
         training_flops=forward * passes * trained,
         largest=largest,
         checkpoint_bytes=sizes.adapters * FLOAT32 * (1 + AVERAGES[config.train.optimizer]),
+        host=planner.host(fake, found.engine),
         padded_because=fake.padded_because,
     )
 
@@ -172,6 +175,14 @@ class _Planner:
     def tracing(self, fake: FakeModel) -> AbstractContextManager[Callable[[Batches], Peaks]]:
         """A context with a function that traces the memory of a rank; FSDP2 shards the model."""
         return tracing(self._config, self._ds_config, fake, self._plan.world_size, self._plan.label_share)
+
+    def host(self, fake: FakeModel, memory: EngineMemory) -> dict[str, int]:
+        """Compute the bytes of a rank on the host: a part in the files' type at a time, and what is offloaded."""
+        base = [weight for weight in fake.module.parameters() if not weight.requires_grad]
+        of_files = getattr(self._of, "dtype", None) or base[0].dtype
+        larger = max(1, torch.empty(0, dtype=of_files).element_size() / base[0].element_size())
+        part = memory.part or max(map(_bytes, base))
+        return {"while loading": memory.host + int(part * larger), "between steps": memory.host}
 
     def exchanged(self, sizes: Sizes, batches: Batches) -> dict[str, int]:
         """Compute the bytes a rank sends for the selection, see `estimators`, and the engine, with ring algorithms."""

@@ -22,7 +22,7 @@ from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.records import Batch
 from colm_scale.sketch import last_layer, zeroth_order
 from colm_scale.sketch.precision import float32_tail
-from colm_scale.step.block_inputs import forward_reuse_store
+from colm_scale.step.block_inputs import blocks_alike, forward_reuse_store
 
 MicroBatches = Sequence[Sequence[int]]
 """Lengths of the examples of each micro-batch."""
@@ -83,14 +83,22 @@ class Trace:
         module.zero_grad(set_to_none=True)
         return growth
 
-    def held_inputs(self, micro_batches: MicroBatches) -> int:
-        """Return the bytes of block inputs that forward reuse holds on the device, up to its bound."""
-        if forward_reuse_store(self._config, self.fake.tap) != "device":
+    def held_inputs(self, micro_batches: MicroBatches, *, further: bool = False) -> int:
+        """Return the bytes of block inputs that forward reuse holds on the device, up to its bound.
+
+        Args:
+            further: Leave out those of the largest micro-batch, which its trace holds for activation checkpointing.
+        """
+        if forward_reuse_store(self._config, self.fake.tap) != "device" or self.fake.tap is None:
             return 0
         model, blocks = self.fake.module.causal_model, sum(self.fake.depth.times)
+        live = blocks_alike(self._config, self.fake.tap) - len(self.fake.blocks) + blocks
         hidden: int = model.config.get_text_config().hidden_size
-        size = blocks * hidden * sum(map(sum, micro_batches)) * input_weight(model).element_size()
-        return min(size, int(self._config.train.forward_reuse_gib * 2**30))
+        each = (live + 1) * hidden * input_weight(model).element_size()
+        packed = self.fake.module.packs
+        tokens = [sum(lengths) if packed else len(lengths) * max(lengths) for lengths in micro_batches]
+        held = min(each * sum(tokens), int(self._config.train.forward_reuse_gib * 2**30))
+        return max(0, held - each * max(tokens) * further)
 
     def _growth(self, phase: str, run: Callable[[Batch], None], micro_batches: MicroBatches) -> Growth:
         """Trace ``run``, once for each phase and micro-batches of a model."""
@@ -99,7 +107,7 @@ class Trace:
             batches = _batches(micro_batches, self.fake, self._label_share)
             shards = (tensor for weight in self.fake.module.parameters() for tensor in local_tensors(weight))
             there = [*shards, *self.fake.module.buffers()]
-            with self.fake.mode, LiveBytes(there) as live:
+            with self.fake.running(), LiveBytes(there) as live:
                 sections = _Sections(self.fake, live)
                 for batch in batches:
                     run(batch)

@@ -138,9 +138,12 @@ def test_forward_reuse_keeps_what_goes_into_each_block():
     )
     each = OPTIONS["num_hidden_layers"] * 64 * 4 * sum(LENGTHS)
     assert kept["sketch"] - plain["sketch"] == 2 * each
-    assert kept["train"] - plain["train"] == each
+    assert kept["train"] == plain["train"]  # one micro-batch, which checkpointing holds too
     assert on_cpu == plain
-    assert few["train"] - plain["train"] == 1000
+    assert few["sketch"] - plain["sketch"] == 1000
+    two = Batches([LENGTHS] * 2, [LENGTHS, LENGTHS[:1]])
+    without, with_held = (peaks(c, {}, fake_of(c), 1, two).phases["train"] for c in (checkpointed, reusing))
+    assert with_held - without == OPTIONS["num_hidden_layers"] * 64 * 4 * LENGTHS[0]
 
 
 def test_what_engines_hold():
@@ -160,6 +163,7 @@ def test_what_engines_hold():
     assert offloaded.reducing == 8000 + 4 * adapters // 2
     assert offloaded.resident == whole + 4 * adapters
     zero = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}}
+    zero["zero_optimization"]["stage3_prefetch_bucket_size"] = 1000
     three = engine_memory(config.train, zero, fake, 4)
     assert three.weights == pytest.approx(whole / 4, abs=4)
     assert three.buffers == 4000
@@ -254,3 +258,52 @@ def test_wrong_numbers_are_told():
         PlanConfig(world_size=0)
     with pytest.raises(UserError, match=r"--plan\.label_share"):
         PlanConfig(label_share=0)
+
+
+def test_loading_holds_the_shards_and_the_largest_part():
+    options = {**OPTIONS, "vocab_size": 2000}  # the embedding is the largest part
+    of = base_model("llama", torch.bfloat16, **options).config
+    config = config_of(engine="fsdp", train={"dtype": "bfloat16", "forward_reuse": "off"})
+    embedding = 2000 * 64 * 2
+    found = make_plan(config, PlanConfig(world_size=4, tokens=20), of)
+    assert found.peaks.phases["load"] == found.peaks.engine.weights + embedding
+    assert found.host == {"while loading": embedding, "between steps": 0}
+    offloading = dataclasses.replace(config, fsdp=FsdpConfig(cpu_offload=True))
+    offloaded = make_plan(offloading, PlanConfig(world_size=4, tokens=20), of)
+    assert offloaded.peaks.phases["load"] == embedding
+    adapters = found.peaks.engine.optimizer // 2
+    assert offloaded.host["between steps"] == found.peaks.engine.weights + 2 * adapters
+    assert offloaded.host["while loading"] == offloaded.host["between steps"] + embedding
+    for line in ("load", "host memory of a rank while loading", "(4 ranks: "):
+        assert line in shown(found)
+
+
+def test_an_unsharded_model_is_loaded_tensor_by_tensor():
+    of = base_model("llama", **OPTIONS).config
+    found = make_plan(config_of(), PlanConfig(world_size=2, tokens=20), of)
+    assert found.peaks.phases["load"] == found.peaks.engine.weights
+    assert found.host["while loading"] == 200 * 64 * 4
+
+
+def test_zero3_gathers_ahead_and_more_with_checkpointing():
+    config = config_of(train={"forward_reuse": "off"})
+    checkpointing = config_of(train={"forward_reuse": "off", "activation_checkpointing": True})
+    fake = fake_of(config)
+    whole = sum(weight.numel() for weight in fake.module.parameters())
+    sizes = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
+    small = {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 100, **sizes}}
+    large = {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 10**9, **sizes}}
+    block = sum(weight.numel() for weight in fake.blocks[0].parameters())
+    assert engine_memory(config.train, small, fake, 2).gathered == 4 * (block + 100)
+    assert engine_memory(config.train, large, fake, 2).gathered == 4 * whole
+    plain, more = (engine_memory(c.train, small, fake, 2).reducing for c in (config, checkpointing))
+    assert more - plain == 4 * (whole - block - 100)
+    small["zero_optimization"]["stage3_max_live_parameters"] = block + 1100
+    assert engine_memory(checkpointing.train, small, fake, 2).reducing - plain == 4 * 1000
+
+
+@SLOW
+def test_experts_in_float32_are_planned():
+    of = base_model("qwen3_moe", num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2).config
+    found = make_plan(config_of(), PlanConfig(tokens=20), of)
+    assert found.peaks.phases["train"] > found.peaks.engine.weights
