@@ -137,8 +137,8 @@ class Bench:
         self._group = group = connect()
         self._inputs = inputs = read_inputs(config, group)
         self._examples = inputs.sampler.examples
-        self._module, self._tap = assembly.build_model(config, loading_device(config, {}, group), group)
-        engine = make_engine(config, {}, self._module, group)
+        self._module, weights, self._tap = assembly.build_model(config, loading_device(config, {}, group), group)
+        engine = make_engine(config, {}, self._module, group, weights)
         random = replace(config, selection=replace(config.selection, method="random"))
         spans = Spans(group.device, memory_meter(group))
         self._step = assembly.build_step(random, inputs, engine, None, spans, group)

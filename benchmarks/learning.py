@@ -108,8 +108,8 @@ def _prepared(options: list[str]):
     config = resolve(arguments.parse(options))
     group = connect()
     inputs = read_inputs(config, group)
-    module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
-    engine = make_engine(config, inputs.ds_config, module, group)
+    module, weights, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    engine = make_engine(config, inputs.ds_config, module, group, weights)
     spans = Spans(group.device, memory_meter(group), lambda phase: None)
     return assembly.build_step(config, inputs, engine, tap, spans, group)
 

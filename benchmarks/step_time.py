@@ -65,8 +65,8 @@ def prepare(options: list[str], group: Group) -> tuple:
     """A run's step, and the estimator's work on a micro-batch beyond a bare forward."""
     config = resolve(arguments.parse(options))
     inputs = read_inputs(config, group)
-    module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
-    engine = make_engine(config, inputs.ds_config, module, group)
+    module, weights, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
+    engine = make_engine(config, inputs.ds_config, module, group, weights)
     spans = Spans(group.device, memory_meter(group), lambda _: None)
     step = assembly.build_step(config, inputs, engine, tap, spans, group)
     return step, branches(config, tap, group), module, runs.digest(config.data.train)

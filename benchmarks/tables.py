@@ -20,7 +20,7 @@ import rows
 README = rows.ROOT / "README.md"
 BENCHMARKS_README = rows.ROOT / "benchmarks" / "README.md"
 MAKERS = (
-    *("engines", "checkpoints", "data_loading", "faults", "fuzz_readers"),
+    *("engines", "checkpoints", "data_loading", "loading", "faults", "fuzz_readers"),
     *("scale", "host_time", "selection_speed", "estimator_cost", "gradient_match", "learning_tables", "drift"),
     *("step_time", "against_trl", "memory", "scaling", "time_to_loss", "sources", "host_reads"),
 )

@@ -26,9 +26,11 @@ def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
 def global_draws(device: torch.device, seed: int, purpose: str, *index: int) -> Iterator[None]:
     """Seed torch's global generators with the key inside the block, and restore them afterwards.
 
-    Only for code that cannot take a generator: dropout, and peft when it makes adapters.
+    Only for code that cannot take a generator: dropout, and peft when it makes adapters. For a model on the meta
+    device, it draws on the CPU.
     """
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+    kind = "cpu" if device.type == "meta" else device.type
+    with torch.random.fork_rng(devices=[] if kind == "cpu" else [device], device_type=kind):
         torch.manual_seed(_key(seed, purpose, index))  # noqa: TID251
         yield
 

@@ -10,7 +10,7 @@
 #   NPROC_PER_NODE  ranks per host (one per GPU, or per core that may be used without a GPU)
 #   RDZV_ENDPOINT   HOST:PORT of one of the hosts, where all meet and agree on their ranks (c10d)
 #   MASTER_ADDR     alternatively the host of rank 0 (static), with MASTER_PORT (29500) and each host's NODE_RANK
-#   RDZV_ID         name of the run, if several share an endpoint (colm_scale)
+#   RDZV_ID         name of the run, if several share an endpoint; restarts of the same name follow each other at once
 #   RDZV_SECONDS    how long hosts, and then ranks, wait for each other at the start (600)
 #   MAX_RESTARTS    number of restarts of all ranks after one fails (3)
 #
@@ -80,5 +80,6 @@ trap '' USR1
 count='import torch; from colm_scale.distributed.cores import usable_cores as c; print(torch.cuda.device_count() or c())'
 ranks=${NPROC_PER_NODE:-$(PYTHONPATH="$(dirname "$0")/..:${PYTHONPATH:-}" python3 -c "$count")}
 
-exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "$ranks" --rdzv_id "${RDZV_ID:-colm_scale}" \
-    --max_restarts "${MAX_RESTARTS:-3}" "${meeting[@]}" "${torchrun[@]}" "$(dirname "$0")/train.py" "$@"
+id=${RDZV_ID:-colm_scale-${RDZV_ENDPOINT:-$MASTER_ADDR:${MASTER_PORT:-29500}}}
+exec torchrun --nnodes "${NNODES:-1}" --nproc_per_node "$ranks" --rdzv_id "$id" --max_restarts "${MAX_RESTARTS:-3}" \
+    "${meeting[@]}" "${torchrun[@]}" "$(dirname "$0")/train.py" "$@"

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from colm_scale.config import RunConfig
 from colm_scale.config.removed import OPTIONS, is_harmless
 from colm_scale.errors import UserError
+from colm_scale.modeling.weights import WHOLE, Weights
 from colm_scale.records import Json
 
-_SAMPLE = 1024
-"""Elements of each parameter that the model's digest reads."""
 _VOLATILE = {
     "_name_or_path",
     "transformers_version",
@@ -49,7 +46,7 @@ _NONE = "no such option"
 """Stands for the value of an option that the other version does not have."""
 
 
-def model_digest(module: nn.Module) -> str:
+def model_digest(module: nn.Module, weights: Weights = WHOLE) -> str:
     """Compute the SHA-256 of a base model, in hexadecimal: of its configuration and a sample of each frozen parameter.
 
     Adapters, device and origin do not change it. A sample has at most 1,024 elements at equal distances, so billions of
@@ -58,18 +55,13 @@ def model_digest(module: nn.Module) -> str:
 
     Args:
         module: A transformers model or a module around one, before an engine shards it.
+        weights: Its weights; if they come from files, an engine may have sharded it.
     """
     model = next(part for part in module.modules() if isinstance(part, PreTrainedModel))
     digest = hashlib.sha256(json.dumps(_lasting(model.config.to_diff_dict()), sort_keys=True, default=str).encode())
-    # peft moves an adapted layer one level down.
-    frozen = {
-        name.replace(".base_layer.", "."): parameter.data
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
-    }
-    for name, data in sorted(frozen.items()):
-        digest.update(repr((name, tuple(data.shape), str(data.dtype))).encode())
-        digest.update(_sample(data))
+    for name, (shape, dtype, sample) in sorted(weights.samples(model).items()):
+        digest.update(repr((name, shape, dtype)).encode())
+        digest.update(sample)
     return digest.hexdigest()
 
 
@@ -130,10 +122,3 @@ def _lasting(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _lasting(item) for key, item in value.items() if key not in _VOLATILE}
     return [_lasting(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _sample(data: Tensor) -> bytes:
-    """Return the bytes in memory of at most 1,024 elements of any type."""
-    flat = data.reshape(-1)
-    sample = flat[:: max(1, math.ceil(len(flat) / _SAMPLE))]
-    return sample.contiguous().view(torch.uint8).cpu().numpy().tobytes()

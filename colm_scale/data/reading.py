@@ -65,7 +65,9 @@ class Reading:
         """
         rows = RowDigest(self.config)
         examples = tokenise(rows.over(self.rows()), self.tokenizer, self.config, self.max_length, self.source_names)
-        return Tokenised(examples, examples.digest(), rows.hexadecimal())
+        templates = json.dumps(_templates(self.tokenizer, self.config))
+        lasting = not (rows.chats and _CHANGEABLE.search(templates))
+        return Tokenised(examples, examples.digest(), rows.hexadecimal(), lasting=lasting)
 
     def key(self) -> str:
         """Return a SHA-256 of all that the tokens depend on, in hexadecimal; empty if it is not known to be all."""
@@ -74,7 +76,7 @@ class Reading:
             files = [*files, self.config.sources]
         options = {name: value for name, value in asdict(self.config).items() if name not in _FILES}
         facts = [
-            *(_code(), _tokenizer_facts(self.tokenizer), _template_facts(self.tokenizer, self.config)),
+            *(_code(), _tokenizer_facts(self.tokenizer), _templates(self.tokenizer, self.config)),
             *map(identity, files),
             *([self.split, self.max_length, self.source_names], options),
         ]
@@ -100,10 +102,8 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[object] | None:
     return [kind.__qualname__, backend.to_str(), leading, tokenizer.eos_token_id, special, whole]
 
 
-def _template_facts(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[object] | None:
-    """Return the chat templates; None if one renders differently at another time."""
-    facts = [read_chat_template(config), tokenizer.chat_template]
-    return None if _CHANGEABLE.search(json.dumps(facts)) else facts
+def _templates(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[object]:
+    return [read_chat_template(config), tokenizer.chat_template]
 
 
 def find_or_read(reading: Reading, spare: Sequence[Path], warn: Callable[[str], None]) -> Tokenised:
@@ -123,8 +123,8 @@ def find_or_read(reading: Reading, spare: Sequence[Path], warn: Callable[[str], 
     except Damaged as error:
         warn(f"warning: {error}: the data is tokenised again")
     read = reading.tokenised()
-    unchanged = key and key == reading.key()  # else a file has changed while it was read
-    for folder in [*([cache] if unchanged else []), *map(TokenFolder, spare)]:
+    storable = key and read.lasting and key == reading.key()  # another key: a file has changed while it was read
+    for folder in [*([cache] if storable else []), *map(TokenFolder, spare)]:
         try:
             return folder.store(key or read.digest, read)
         except NotStored as error:

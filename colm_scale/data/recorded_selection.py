@@ -1,4 +1,8 @@
-"""A run's recorded selections (``selection.jsonl``), read back and checked for a replay."""
+"""A run's recorded selections (``selection.jsonl``), read back and checked for a replay.
+
+A line has the numbers of its candidates' sources; their names are in it if they are not those of the line before. Older
+versions wrote a name for each candidate.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from colm_scale.errors import TrainingError, UserError
-from colm_scale.records import Candidates, Selection, long_tensor
+from colm_scale.records import Candidates, Json, Selection, long_tensor
 
 FILE = "selection.jsonl"
 
@@ -45,28 +49,50 @@ def recorded_steps(file: Path) -> Iterator[RecordedStep]:
     Raises:
         UserError: The file cannot be read, or a line is not a step, or not the next one. Names the line.
     """
-    count = 0
+    count, names = 0, SourceNames()
     try:
         with file.open("rb") as lines:
             for count, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     count -= 1
                     break
-                yield _step(line, count, f"{file} line {count}")
+                yield _step(line, count, names, f"{file} line {count}")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     if not count:
         raise UserError(f"{file} holds no step")
 
 
-def _step(line: bytes, number: int, where: str) -> RecordedStep:
+class SourceNames:
+    """The names of sources in the lines read so far."""
+
+    def __init__(self) -> None:
+        self._names: Sequence[str] = ()
+
+    def of(self, line: Json) -> list[str]:
+        """Return the source of each candidate of the next line.
+
+        Raises:
+            ValueError, TypeError, KeyError: The line is malformed, or it and those before do not name each source.
+        """
+        if "names" in line:
+            self._names = list(line["names"])
+        named: dict[object, object] = dict(enumerate(self._names))
+        found = [source if isinstance(source, str) else named.get(source) for source in line["sources"]]
+        names = [name for name in found if isinstance(name, str)]
+        if len(names) < len(found):
+            raise ValueError("a source has no name")
+        return names
+
+
+def _step(line: bytes, number: int, names: SourceNames, where: str) -> RecordedStep:
     try:
         written = json.loads(line)
+        written["sources"] = names.of(written)
         found = RecordedStep(**{name: written[name] for name in RecordedStep.__dataclass_fields__})
         whole = len(found.candidates) == len(found.sources) and len(found.selected) == len(found.weights)
         whole = whole and 0 <= found.kept <= len(found.selected) > 0
         whole = whole and all(isinstance(each, int) for each in (*found.candidates, *found.selected))
-        whole = whole and all(isinstance(each, str) for each in found.sources)
         whole = whole and all(math.isfinite(weight) and weight > 0 for weight in found.weights)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is not a step of a selection.jsonl: {type(error).__name__}: {error}") from None

@@ -216,15 +216,16 @@ class RowDigest:
     """SHA-256 of the chat template and the rows, in their order.
 
     Attributes:
-        rows: Rows so far.
+        rows, chats: Rows so far, and chats among them.
     """
 
     def __init__(self, config: DataConfig):
-        self.rows = 0
+        self.rows = self.chats = 0
         self._digest = hashlib.sha256(json.dumps(read_chat_template(config)).encode())
 
     def add(self, row: Row) -> None:
         self.rows += 1
+        self.chats += bool(row.messages)
         messages = [(message.role, message.content) for message in row.messages]
         self._digest.update(json.dumps([row.source, messages, row.prompt, row.completion, row.protected]).encode())
 

@@ -49,12 +49,14 @@ class Tokenised:
         digest: `Examples.digest` of the examples.
         rows_digest: `RowDigest` of the rows.
         file: The file they are mapped from; empty if they are only in this process's memory.
+        lasting: False if the same rows could have other tokens tomorrow.
     """
 
     examples: Examples
     digest: str
     rows_digest: str
     file: str = ""
+    lasting: bool = True
 
 
 def write(tokenised: Tokenised, path: Path) -> None:

@@ -125,7 +125,8 @@ class Engine(ABC):
         self.module, self._ranks = module, ranks
         self.scale = LossScale.of(config.dtype)
         self._parameters = trainable(module)
-        self._elements = sum(parameter.numel() for parameter in self._parameters.values())
+        # ZeRO-3 has emptied the tensor itself.
+        self._elements = sum(getattr(weight, "ds_numel", weight.numel()) for weight in self._parameters.values())
         self.optimizer = make_optimizer(self._parameters.values(), config)
         self.state_keys = state_keys(self.optimizer)
         self._max_norm = config.max_grad_norm or math.inf

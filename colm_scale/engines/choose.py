@@ -12,19 +12,26 @@ from colm_scale.engines.single_and_ddp import TorchEngine
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import NEED_WHOLE_MATRICES
+from colm_scale.modeling.weights import META, WHOLE, Weights
 from colm_scale.records import Json
 
 
-def make_engine(config: RunConfig, ds_config: Json, module: ExampleLoss, group: Group) -> Engine:
-    """Make the engine of ``--engine`` and ``--ds_config``, for a module on the device of `loading_device`."""
+def make_engine(
+    config: RunConfig, ds_config: Json, module: ExampleLoss, group: Group, weights: Weights = WHOLE
+) -> Engine:
+    """Make the engine of ``--engine`` and ``--ds_config``, for a module on the device of `loading_device`.
+
+    Args:
+        weights: Of the base model. An engine that shards them fills one part after the other.
+    """
     if ds_config:
         from colm_scale.engines.zero import ZeroEngine
 
-        return ZeroEngine(module, config.train, group, ds_config)
+        return ZeroEngine(module, config.train, group, ds_config, weights)
     if config.engine == "fsdp":
         from colm_scale.engines.fsdp import FsdpEngine, mesh_of
 
-        return FsdpEngine(module, config.train, config.fsdp, group, mesh_of(group))
+        return FsdpEngine(module, config.train, config.fsdp, group, mesh_of(group), weights)
     return TorchEngine(module, config.train, group)
 
 
@@ -52,5 +59,5 @@ def sharding(config: RunConfig, ds_config: Json) -> str | None:
 
 
 def loading_device(config: RunConfig, ds_config: Json, group: Group) -> torch.device:
-    """Return where to load the model: on the CPU if it is sharded, because the whole may not fit into a GPU."""
-    return torch.device("cpu") if sharding(config, ds_config) else group.device
+    """Return where to load the model: on the meta device if it is sharded, because no rank may have room for it."""
+    return META if sharding(config, ds_config) else group.device

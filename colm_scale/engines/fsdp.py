@@ -18,6 +18,7 @@ from colm_scale.engines.base import Engine
 from colm_scale.engines.tensors import all_have_room
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
+from colm_scale.modeling.weights import WHOLE, Weights
 from colm_scale.records import Batch
 
 
@@ -62,20 +63,30 @@ def among_absent_ranks(world_size: int) -> Iterator[tuple[Group, DeviceMesh]]:
 
 
 class FsdpEngine(Engine):
-    """Trains with `fully_shard`. The model comes on the CPU and moves to the device block by block.
+    """Trains with `fully_shard`. The model comes on the CPU, or without its weights, and moves to the device block by
+    block.
 
     The root is the causal language model itself, not the loss module around it, so that generation gathers too.
     """
 
     name = "fsdp"
 
-    def __init__(self, module: ExampleLoss, train: TrainConfig, fsdp: FsdpConfig, group: Group, mesh: DeviceMesh):
+    def __init__(
+        self,
+        module: ExampleLoss,
+        train: TrainConfig,
+        fsdp: FsdpConfig,
+        group: Group,
+        mesh: DeviceMesh,
+        weights: Weights = WHOLE,
+    ):
         self._device, self._group = group.device, group
         self._reshard = fsdp.reshard_after_forward
         precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         offload = CPUOffloadPolicy(pin_memory=group.device.type == "cuda") if fsdp.cpu_offload else OffloadPolicy()
         root = module.causal_model
         for unit in units(root):
+            weights.fill(unit)
             fully_shard(
                 unit,
                 mesh=mesh,

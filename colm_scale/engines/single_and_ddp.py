@@ -22,9 +22,13 @@ class TorchEngine(Engine):
         self.name = "ddp" if group.world_size > 1 else "single"
         self._wrapped: ExampleLoss | DistributedDataParallel = module
         if group.world_size > 1:
+            # The frozen weights need not be sent: every rank has read the same files.
+            for parameter in self._parameters.values():
+                parameter.data.copy_(group.broadcast(parameter.data, "control"))
             self._wrapped = DistributedDataParallel(
                 module,
                 device_ids=[group.device.index] if group.device.type == "cuda" else None,
+                init_sync=False,
                 broadcast_buffers=False,  # they are equal and no training changes them
             )
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from colm_scale.config import TrainConfig
@@ -22,9 +22,11 @@ from colm_scale.engines.base import (
     unscale,
 )
 from colm_scale.engines.ds_config import zero_stage
+from colm_scale.engines.fsdp import units
 from colm_scale.engines.tensors import all_have_room, local_tensors
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.weights import WHOLE, Weights
 from colm_scale.records import Batch, Json
 
 _COUNTS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -35,19 +37,21 @@ class ZeroEngine(Engine):
     """Trains with DeepSpeed's engine.
 
     Adapters are float32 whatever the base's type, so DeepSpeed runs in its float32 mode and makes no second copy. Under
-    stage 3 the model comes on the CPU and moves to the device tensor by tensor.
+    stage 3 the model comes on the CPU, or without its weights, and moves to the device tensor by tensor.
     """
 
     name = "deepspeed"
 
-    def __init__(self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: Json):
+    def __init__(
+        self, module: ExampleLoss, config: TrainConfig, group: Group, ds_config: Json, weights: Weights = WHOLE
+    ):
         deepspeed = _import_deepspeed(group)
         group.ensure_process_group()
-        super().__init__(module, config, group.world_size)
         self._rank, self._group = group.rank, group
         self._stage = zero_stage(ds_config)
         if self._stage == 3:
-            _shard(module, ds_config, group)
+            _shard(module, ds_config, group, weights)
+        super().__init__(module, config, group.world_size)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.optimizer, config=ds_config, dist_init_required=False
         )
@@ -192,15 +196,19 @@ class ZeroEngine(Engine):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _shard(module: nn.Module, ds_config: Json, group: Group) -> None:
-    """Cut one parameter after the other, so that no other is whole on the device; then move the buffers there.
+def _shard(module: ExampleLoss, ds_config: Json, group: Group, weights: Weights) -> None:
+    """Fill one part after the other and cut its parameters, so that no other is whole; then move the buffers.
 
     `deepspeed.initialize` would first move the whole model, if it finds no parameter that is cut.
     """
     from deepspeed import init_distributed, zero
 
     init_distributed(dist_init_required=False)  # it counts the ranks
-    zero.Init(module=module, config_dict_or_path=ds_config, dtype=next(module.parameters()).dtype)
+    dtype = next(module.parameters()).dtype
+    for unit in units(module.causal_model):
+        weights.fill(unit)
+        for part in unit if isinstance(unit, list) else [unit]:
+            zero.Init(module=part, config_dict_or_path=ds_config, dtype=dtype)
     moved(module, group.device)  # only buffers are left to move
 
 

@@ -36,6 +36,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.adapter_linear import compute_in_input_type
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
+from colm_scale.modeling.weights import META, WHOLE, FileWeights, Weights, weight_files
 from colm_scale.randomness import global_draws
 from colm_scale.records import Json
 
@@ -158,12 +159,17 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the base model, frozen, in ``dtype`` on ``device``.
 
+    On the meta device no weights are read, only the names and shapes in the files; `weights_of` reads the weights. A
+    model whose files are quantised goes to the CPU instead, whole.
+
     With ``--model.attention auto`` and ``prefers_flash`` it uses flash attention where that runs, else the model's own
     choice.
 
     Raises:
         UserError: The weights cannot be read, or do not match the model's configuration.
     """
+    if device == META and getattr(check_model(config, option), "quantization_config", None):
+        device = torch.device("cpu")
     named = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     flash = prefers_flash and not named and torch.cuda.is_available() and dtype != torch.float32
     if flash and _has_flash_attention():
@@ -192,19 +198,17 @@ def _load(
     """The model, and transformers' report on its weights."""
     read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # its annotations lack the pair
     if config.quantize == "nf4":
-        options |= {
-            "device_map": {"": device},
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            ),
-        }
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     with _one_line(config, option):
         found = read(
             _name(config),
             dtype=dtype,
+            device_map={"": device},
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused in one line
             output_loading_info=True,
@@ -214,6 +218,14 @@ def _load(
     assert isinstance(found, tuple)
     model, report = found
     return model, report
+
+
+def weights_of(model: PreTrainedModel, config: ModelConfig) -> Weights:
+    """The weights of a loaded model: those in its files if it is on the meta device."""
+    if not any(weight.is_meta for weight in model.parameters()):
+        return WHOLE
+    only = getattr(model.config, "transformers_weights", None)
+    return FileWeights(model, weight_files(_name(config), config.revision, only))
 
 
 def keep_block_inputs_only(model: PreTrainedModel) -> None:

@@ -123,7 +123,7 @@ def _differs(few: ExampleLoss, padded: tuple[Tensor, Tensor], device: torch.devi
 
 
 def _few(model: PreTrainedModel, device: torch.device) -> ExampleLoss:
-    return ExampleLoss(moved(few_blocks(model, kinds_of_blocks(model)), device))
+    return ExampleLoss(moved(few_blocks(model, kinds_of_blocks(model), device), device))
 
 
 def _rows(first: int = 2) -> list[Tensor]:

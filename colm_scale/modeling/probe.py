@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
+from colm_scale.modeling.weights import draw
 from colm_scale.randomness import global_draws
 from colm_scale.records import Batch
 
+_CPU = torch.device("cpu")
 _SAMPLE_VOCABULARY = 128
 _SAMPLE_MLP = 64
 _MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size")
@@ -66,9 +68,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
+def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.device = _CPU) -> PreTrainedModel:
     """A model of a few blocks of another, in ascending order, with its embeddings, final norm and head, sharing its
-    weights.
+    weights. In place of those that are on the meta device, it has random ones on ``device``, and a tiny vocabulary.
 
     An engine that shards or moves the base's parameters does not affect the copy.
     """
@@ -86,6 +88,11 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel
     if types := getattr(config, "layer_types", None):  # the model looks them up by place
         others = [kind for number, kind in enumerate(types) if number not in numbers]
         config.layer_types = [*(types[number] for number in numbers), *others]
+    if any(weight.is_meta for weight in model.parameters()):
+        if type(model.get_output_embeddings()) is nn.Linear:
+            model.resize_token_embeddings(_SAMPLE_VOCABULARY, mean_resizing=False)
+        with global_draws(device, 0, "sample"):
+            draw(model, device)
     return model
 
 
@@ -93,7 +100,7 @@ def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
     """A model of another's last block, as in `few_blocks`; the model itself if that block needs what others compute
     (Gemma 3n's reads the keys and values of an earlier one)."""
     alone = few_blocks(model, [len(decoder_blocks(model)[1]) - 1])
-    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(alone.parameters()).device)
     try:
         with torch.no_grad(), without_dropout(alone):
             alone(input_ids=tokens, attention_mask=tokens, use_cache=False)
@@ -172,7 +179,7 @@ def sample_of(config: PretrainedConfig) -> PreTrainedModel:
     Args:
         config: Configuration of the whole model.
     """
-    with global_draws(torch.device("cpu"), 0, "sample"):
+    with global_draws(_CPU, 0, "sample"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
     return model.requires_grad_(False)
 
@@ -181,7 +188,7 @@ def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """A sample (see `sample_of`) of a loaded model, with the named attention."""
     config = _shortened(model.config)
     config._attn_implementation = attention
-    with global_draws(torch.device("cpu"), 0, "sample"):
+    with global_draws(_CPU, 0, "sample"):
         sample = type(model)(config)  # ``from_config`` would shard the weights while a trainer runs ZeRO-3
     in_float32: PreTrainedModel = sample.float()
     return in_float32.requires_grad_(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from colm_scale.data.examples import Examples
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import StepReport
 from colm_scale.reporting.audit import AuditWriter, cut, write_examples
+from colm_scale.reporting.lock import RunLock
 from colm_scale.reporting.summary import Evaluation
 from colm_scale.step.source_refresh import Drift
 
@@ -34,7 +36,7 @@ class RunDirectory:
         resume: Continue the run in the folder, if there is one.
 
     Raises:
-        UserError: The folder holds a run and ``resume`` is False, or it cannot be written.
+        UserError: The folder holds a run and ``resume`` is False, is in use by another, or cannot be written.
     """
 
     def __init__(self, path: str | None = None, *, resume: bool = False):
@@ -50,6 +52,7 @@ class RunDirectory:
         self._examples = self.path / "examples.parquet"
         self._audit = AuditWriter(self._audit_folder)
         self._resume = resume
+        self._named: Sequence[str] = ()
         if self.metrics.exists() and not resume:
             raise UserError(
                 f"--output_dir {self.path} already holds a run ({self.metrics.name}): use another folder, or "
@@ -58,6 +61,8 @@ class RunDirectory:
         nearest, writable = nearest_folder(self.path)
         if not writable:
             raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a writable folder")
+        self._lock = RunLock(self.path)
+        self._lock.wait()
 
     def create(
         self,
@@ -65,21 +70,25 @@ class RunDirectory:
         environment: Mapping[str, object],
         after: int = 0,
         facts: Mapping[str, object] = MappingProxyType({}),
+        evaluated: int = 0,
     ) -> None:
         """Create the folder, claim it for this run, and write ``config.yaml``, ``environment.json`` and ``run.json``.
 
         Args:
             after: Step after which the run continues; rows of later steps are removed, since those steps are repeated.
+            evaluated: Step of the last evaluation that is not repeated.
             facts: Content of ``run.json``: the schedule, and the training examples of each source.
 
         Raises:
-            UserError: The folder cannot be written.
+            UserError: The folder cannot be written, or another run has just claimed it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
             self.metrics.touch(exist_ok=self._resume)
-            for rows in (self.metrics, self._selection, self._evaluations, self._drift):
-                _cut(rows, after)
+            for rows in (self.metrics, self._selection, self._drift):
+                _cut(rows, after or -1)  # even the evaluation before the first step, with the number 0, comes again
+            _cut(self._evaluations, evaluated if after else -1)
             cut(self._audit_folder, after)
             (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
             for name, content in {"environment.json": environment, FACTS: facts}.items():
@@ -88,9 +97,16 @@ class RunDirectory:
             raise UserError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
 
     def report(self, report: StepReport, source_names: Sequence[str]) -> None:
-        """Append a step to ``metrics.jsonl``, ``selection.jsonl`` and, if enabled, the audit."""
+        """Append a step to ``metrics.jsonl``, ``selection.jsonl`` and, if enabled, the audit.
+
+        Raises:
+            TrainingError: A file cannot be written, or another run has taken the folder over.
+        """
+        with writing(self.path):
+            self._lock.check()
         _append(self.metrics, metrics_row(report))
-        _append(self._selection, selection_row(report, source_names))
+        _append(self._selection, selection_row(report, source_names, self._named))
+        self._named = tuple(source_names)
         if report.audit is not None:
             with writing(self._audit_folder):
                 self._audit.add(report, report.audit, source_names)
@@ -99,6 +115,10 @@ class RunDirectory:
         """Write the buffered rows of the audit."""
         with writing(self._audit_folder):
             self._audit.flush()
+
+    def close(self) -> None:
+        """Leave the folder to other runs."""
+        self._lock.release()
 
     def examples(self, examples: Examples) -> None:
         """Write ``examples.parquet`` (`write_examples`)."""
@@ -148,32 +168,49 @@ def metrics_row(report: StepReport) -> dict[str, object]:
     }
 
 
-def selection_row(report: StepReport, source_names: Sequence[str]) -> dict[str, object]:
-    """The line of a step in ``selection.jsonl``: ids of the candidates, and the name of each one's source."""
+def selection_row(report: StepReport, source_names: Sequence[str], named: Sequence[str] = ()) -> dict[str, object]:
+    """The line of a step in ``selection.jsonl``, which `data.recorded_selection` reads.
+
+    Args:
+        named: Names of the sources in the lines before; names that are the same are not repeated.
+    """
     candidates, selection = report.candidates, report.selection
+    names = {} if list(named) == list(source_names) else {"names": list(source_names)}
     return {
         "step": report.step,
+        **names,
         "candidates": candidates.ids.tolist(),
-        "sources": [source_names[source] for source in candidates.sources.tolist()],
+        "sources": candidates.sources.tolist(),
         "selected": candidates.ids[selection.positions].tolist(),
         "weights": selection.weights.tolist(),
         "kept": selection.kept,
     }
 
 
-def _cut(path: Path, after: int) -> None:
-    """Remove the rows of steps later than ``after``, and an incomplete last line."""
+def _cut(path: Path, last: int) -> None:
+    """Remove the rows of steps later than ``last``, and an incomplete last line. Reads only what it removes.
+
+    Rows are appended in the order of steps, so nothing but the end changes: a crash leaves the file as it was, or cut.
+    """
     if not path.exists():
         return
-    retained = [line for line in path.read_bytes().splitlines(keepends=True) if _belongs(line, after)]
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(b"".join(retained))
-    new.replace(path)
+    with path.open("r+b") as file:
+        end = 0
+        if last >= 0 and os.fstat(file.fileno()).st_size:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as rows:
+                end = rows.rfind(b"\n") + 1
+                while end and not _belongs(rows[(start := rows.rfind(b"\n", 0, end - 1) + 1) : end], last):
+                    end = start
+        file.truncate(end)
 
 
-def _belongs(line: bytes, after: int) -> bool:
-    # A run that starts from step 0 repeats the evaluation before training, which has the number 0.
-    return after > 0 and line.endswith(b"\n") and json.loads(line)["step"] <= after
+def _belongs(line: bytes, last: int) -> bool:
+    """Return whether a line is the row of a step up to ``last``; one that a crash of the machine spoiled is not."""
+    try:
+        found: bool = json.loads(line)["step"] <= last
+    except (ValueError, TypeError, KeyError):
+        return False
+    return found
 
 
 def _append(path: Path, row: Mapping[str, object]) -> None:
@@ -183,7 +220,7 @@ def _append(path: Path, row: Mapping[str, object]) -> None:
 
 
 def _as_line(row: Mapping[str, object]) -> str:
-    encoded = partial(json.dumps, allow_nan=False, ensure_ascii=False)
+    encoded = partial(json.dumps, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     try:
         return encoded(row)
     except ValueError:  # some number is not finite; a search through the lists of all ranks and candidates takes longer

@@ -168,6 +168,11 @@ class RunSummary:
         self._gradient_bytes = state.get("gradient_bytes", 0)  # older checkpoints have none
         self._nearness.load(state["worth"])
 
+    @property
+    def evaluated(self) -> int:
+        """Step of the last evaluation; 0 before the first."""
+        return self._evaluations[-1].step if self._evaluations else 0
+
     def evaluation(self, evaluation: Evaluation) -> None:
         """Add one evaluation; the first and the last are compared."""
         self._evaluations.append(evaluation)

@@ -13,10 +13,11 @@ from colm_scale.engines.base import Engine
 from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
-from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model
+from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model, weights_of
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import check_flash, use_packing
 from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, last_block_alone
+from colm_scale.modeling.weights import Weights
 from colm_scale.profiling.spans import Spans
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.rule import SelectionRule
@@ -34,8 +35,8 @@ from colm_scale.step.train import TrainingStage
 
 def build_model(
     config: RunConfig, device: torch.device, group: Group, ended: Callable[[str], None] = lambda _: None
-) -> tuple[ExampleLoss, Tap | None]:
-    """Load the adapted model on ``device``, and the tap on its probe if the method sketches.
+) -> tuple[ExampleLoss, Weights, Tap | None]:
+    """Load the adapted model on ``device``, its weights, and the tap on its probe if the method sketches.
 
     Micro-batches are packed if requested and supported by the model, see `ExampleLoss.padded_because`.
 
@@ -47,17 +48,19 @@ def build_model(
             check_compiler(group.device)
         prefers_flash = config.train.packing == "off"  # otherwise torch's flash kernel, which takes packed rows
         base = load_model(config.model, getattr(torch, config.train.dtype), device, prefers_flash=prefers_flash)
+        weights = weights_of(base, config.model)
         ended("model")
         flash_fails = check_flash(base, config.model.attention, group.device)
         tried = use_packing(base, config.train.packing, group.device)
         if config.train.activation_checkpointing:
             keep_block_inputs_only(base)
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
-        module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
+        with weights.adding_adapters(new=config.lora.adapter is None):
+            module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
         module.padded_because, module.sdpa_because = tried.padded_because, flash_fails or tried.sdpa_because
         tap = _tap(module, probe) if probe else None
         ended("trials")
-        return module, tap
+        return module, weights, tap
 
 
 def _tap(module: ExampleLoss, probe: Probe) -> Tap:

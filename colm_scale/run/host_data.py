@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
 
+from colm_scale.config.cache import cache_folder
 from colm_scale.data.reading import Reading, find_or_read
 from colm_scale.data.tokenised import Damaged, Tokenised, open_file
 from colm_scale.distributed.group import Group
@@ -44,8 +45,11 @@ def once_per_host(reading: Reading, group: Group) -> Tokenised:
 
 
 def _mapped(files: Sequence[str]) -> Tokenised | None:
-    """Map the first of some ranks' files that this rank sees; files of other hosts have the same content."""
-    for file in dict.fromkeys(files):
+    """Map the first of some ranks' files that this rank sees; files of other hosts have the same content.
+
+    Temporary ones come first: where one is, the cache could not be written, and may be damaged.
+    """
+    for file in sorted({*files} - {""}, key=lambda file: cache_folder() in Path(file).parents):
         try:
             return open_file(Path(file), verify=False)
         except (FileNotFoundError, Damaged):

@@ -21,6 +21,7 @@ from colm_scale.engines.base import Engine
 from colm_scale.engines.choose import loading_device, make_engine
 from colm_scale.engines.tensors import held_bytes
 from colm_scale.modeling.optimizers import default_learning_rate
+from colm_scale.modeling.weights import WHOLE
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans, StartClock
 from colm_scale.records import Json
@@ -124,11 +125,14 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
     with group.together():  # models are not loaded yet, so their digests are not compared
         if found is not NO_CHECKPOINT:
             check_same_run(found.state["run"], {**found.state["run"], **identity}, found.path)
-    module, tap = build_model(config, loading_device(config, inputs.ds_config, group), group, clock)
-    identity["model"] = model_digest(module)
+    module, weights, tap = build_model(config, loading_device(config, inputs.ds_config, group), group, clock)
+    identity["model"] = model_digest(module, weights)
     group.agree(identity["model"], "weights of the base model")
     clock("model")
-    engine = make_engine(config, inputs.ds_config, module, group)
+    engine = make_engine(config, inputs.ds_config, module, group, weights)
+    if weights is not WHOLE:  # they were read only now
+        identity["model"] = model_digest(module, weights)
+        group.agree(identity["model"], "weights of the base model")
     clock("engine")
     meter = memory_meter(group)
     small = kept_sources(inputs.sizes, inputs.source_names, None)

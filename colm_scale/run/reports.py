@@ -64,7 +64,7 @@ class Reports:
         """Write buffered rows, so that a checkpoint is never of a later step than the files."""
 
     def close(self, *, failed: bool) -> None:
-        """Restore the terminal, and write buffered rows."""
+        """Restore the terminal, write buffered rows, and leave the run directory to other runs."""
 
     def state(self) -> Json | None:
         """Return the counts so far, as plain JSON."""
@@ -97,7 +97,7 @@ class WrittenReports(Reports):
             memory=self._meter.label,
             **found,
         )
-        self._directory.create(as_yaml(self._config), whole, done, facts)
+        self._directory.create(as_yaml(self._config), whole, done, facts, self._summary.evaluated)
         if self._config.audit and not self._config.data.streaming:
             self._directory.examples(self._inputs.sampler.examples)
 
@@ -162,8 +162,11 @@ class WrittenReports(Reports):
         self._display.close()
         self._trackers.close()
         # Report the error that ended the run, not its consequences, such as the same full disk.
-        with suppress(TrainingError) if failed else nullcontext():
-            self.flush()
+        try:
+            with suppress(TrainingError) if failed else nullcontext():
+                self.flush()
+        finally:
+            self._directory.close()
 
     def state(self) -> Json | None:
         return self._summary.state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +69,17 @@ def test_a_rank_that_does_not_arrive_is_missed_after_the_limit(absent, said, for
     assert len(outcome.stderr.splitlines()) == len(outcome.errors)
     assert all(said in error and "RDZV_SECONDS" in error for error in outcome.errors)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_in_the_folder_of_a_living_one_is_refused_and_of_a_dead_one_not(forked, tmp_path):
+    options = ("--output_dir", str(tmp_path / "run"), "--resume", "auto", *SMALL)
+    endless = forked.start((*options, "--train.steps", "100000"), tmp_path / "first")
+    wait_until(reached(tmp_path / "run/metrics.jsonl", 1), STARTED_SECONDS)
+    refused = forked.start(options, tmp_path / "second").outcome(ENDED_SECONDS)
+    (error,) = refused.errors
+    assert refused.code == 2
+    assert f"in use by another run (process {endless.pids[0]} on " in error
+    endless.send(signal.SIGKILL)
+    forked.start(options, tmp_path / "third").outcome(STARTED_SECONDS).succeeded()
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert not (tmp_path / "run/.lock").exists()

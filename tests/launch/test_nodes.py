@@ -124,10 +124,11 @@ SEPARATE = (*("--train.steps", "8", "--checkpoint.every", "1"), *SMALL[2:])
 
 def separate(hosts: tuple[Host, Host], folder: Path, *options: str) -> list[list[str]]:
     """Two ranks on the first host and one on the second, which finds another folder there, with nothing in it."""
-    lines = [torchrun(hosts, ranks, *options) for ranks in (2, 1)]
-    first, second = lines[0][0], lines[1][1]
-    meeting = next(word for word in first if word.startswith("RDZV_ENDPOINT="))
-    second = [meeting if word.startswith("RDZV_ENDPOINT=") else word for word in second]
+    meeting = [f"MASTER_ADDR={hosts[0].address}", f"MASTER_PORT={free_port()}"]
+    first, second = (
+        host.command("env", *meeting, f"NODE_RANK={place}", *_agent(ranks), *options)
+        for place, (host, ranks) in enumerate(zip(hosts, (2, 1)))
+    )
     own = folder.parent / "own"
     own.mkdir(exist_ok=True)
     return [first, hosts[1].with_own(folder, own, second)]

@@ -252,8 +252,13 @@ def wait_until(condition: Callable[[], object], seconds: float) -> float:
 
 
 def rows(path: Path) -> list[dict]:
-    """The lines of a JSONL file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    """The lines of a JSONL file; those of a selection with the name of each candidate's source."""
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    names: list[str] = []
+    for row in found if path.name == "selection.jsonl" else ():
+        names = row.pop("names", names)
+        row["sources"] = [names[source] for source in row["sources"]]
+    return found
 
 
 def write_rows(path: Path, content: Sequence[Mapping]) -> Path:

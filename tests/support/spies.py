@@ -19,6 +19,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.engines import fsdp
 from colm_scale.engines.base import Engine, LossScale, Update, trainable
 from colm_scale.estimators.base import Estimator
+from colm_scale.modeling.weights import Weights
 from colm_scale.records import Batch, CandidateMatrix, Selection, SketchPlan
 from colm_scale.selection.moments import Moments
 
@@ -180,6 +181,29 @@ class WholeOnDevice(ExitStack):
         self._moved |= {tensor.data_ptr() for tensor in tensors if tensor.data_ptr() in self._weights}
         alive = [(weight(), numbers) for weight, numbers in (self._weights[moved] for moved in self._moved)]
         self.most = max(self.most, sum(n for weight, n in alive if weight is not None and weight.numel() == n))
+
+
+class FillSpy(Weights):
+    """Counts the numbers of a model's frozen weights that are whole on this rank while an engine fills and cuts them.
+
+    Attributes:
+        most, total: Numbers of all weights that were whole at a time, and of the model.
+    """
+
+    def __init__(self, inner: Weights, module: nn.Module):
+        self._inner, self._module = inner, module
+        self.most, self.total = 0, sum(weight.numel() for weight in self._frozen())
+
+    def fill(self, part) -> None:
+        self._inner.fill(part)
+        whole = (w.numel() for w in self._frozen() if not w.is_meta and not isinstance(w, DTensor))
+        self.most = max(self.most, sum(whole))  # what ZeRO-3 has cut has no numbers
+
+    def samples(self, model: nn.Module):
+        return self._inner.samples(model)
+
+    def _frozen(self):
+        return (weight for weight in self._module.parameters() if not weight.requires_grad)
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from colm_scale.config import (
     EvalConfig,
     FsdpConfig,
     LoraConfig,
+    ModelConfig,
     RunConfig,
     SelectionConfig,
     SourcesConfig,
@@ -47,7 +48,7 @@ from colm_scale.distributed.connect import connect
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed
 from colm_scale.engines import tensors
-from colm_scale.engines.choose import make_engine
+from colm_scale.engines.choose import make_engine, sharding
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes
 from colm_scale.errors import TrainingError, UserError
@@ -56,13 +57,14 @@ from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probe
+from colm_scale.modeling.weights import META, WHOLE, Weights
 from colm_scale.profiling import memory
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
 from colm_scale.records import Candidates, Selection, long_tensor
 from colm_scale.run import evaluate
-from colm_scale.run.assemble import build_step
+from colm_scale.run.assemble import build_model, build_step
 from colm_scale.run.evaluate import HeldOut, HeldOutEvaluator
 from colm_scale.run.inputs import Inputs
 from colm_scale.selection.quota import kept_sources
@@ -73,7 +75,7 @@ from colm_scale.step.preview import preview
 from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
-from support.spies import EngineSpy, EstimatorSpy, WholeOnDevice, whole_weights
+from support.spies import EngineSpy, EstimatorSpy, FillSpy, WholeOnDevice, whole_weights
 from support.state import changed, leaves, random_states
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +132,8 @@ class Case:
     """Options of the model."""
     generate_after: int | None = None
     """Generate answers after this step."""
+    from_files: bool = False
+    """Whether an engine that shards reads the weights from files, part by part."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -229,6 +233,15 @@ CASES = {
     "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
     "generating": Case(_selection(), 2, generate_after=1),
     "tied": Case(_selection(), 1, model={"tie_word_embeddings": True}),
+    "tied_files": Case(_selection(), 1, model={"tie_word_embeddings": True}, from_files=True),
+    "cluster_files": Case(_selection(weights="cluster"), 1, from_files=True),
+    "tail_files": Case(
+        _selection(estimator="zeroth_order", num_probes=2),
+        1,
+        {"dtype": "bfloat16"},
+        perturbation=1e-3,
+        from_files=True,
+    ),
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
     "ranked_facility": Case(_selection(weights="cluster"), 2),
     "ranked_matching": Case(_selection(ranking="matching"), 2),
@@ -315,10 +328,24 @@ def poisoned(data: Examples) -> Examples:
     return replace(data, tokens=tokens)
 
 
+def base_of_run(**options) -> nn.Module:
+    """The model without adapters, equal in every process."""
+    options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, **options}
+    return base_model("llama", **options).requires_grad_(False)
+
+
+def model_from_files(
+    config: RunConfig, folder: Path, group: Group, device: torch.device
+) -> tuple[ExampleLoss, FillSpy, Tap | None]:
+    """As `model`, from the files in ``folder``: on the CPU, or without weights, which come part by part."""
+    config = replace(config, model=ModelConfig(name=str(folder)), train=replace(config.train, seed=0))
+    module, weights, tap = build_model(config, device, group)
+    return module, FillSpy(weights, module), tap
+
+
 def model(config: RunConfig | None = None, device: torch.device = CPU, **options) -> tuple[ExampleLoss, Tap]:
     """The model before training and the tap on its probe, equal in every process."""
-    options = {"vocab_size": VOCABULARY, "num_key_value_heads": 4, "num_hidden_layers": BLOCKS, **options}
-    base = base_model("llama", **options).requires_grad_(False).to(device)
+    base = base_of_run(**options).to(device)
     probe = find_probe(base, "v" if config is None else config.selection.probe)
     if config is not None:
         base.to(getattr(torch, config.train.dtype))
@@ -348,7 +375,7 @@ class Parts:
     state: RunState
     held: list[int]
     """Bytes of weights held while the last layer of each block ran."""
-    moved: WholeOnDevice
+    moved: WholeOnDevice | FillSpy
     weights: dict[str, Tensor]
     """Frozen weights and buffers before the engine was made."""
 
@@ -359,6 +386,12 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     module, tap = model(config, **case.model)
     if case.poisoned:
         module.causal_model.get_input_embeddings().weight.data[POISON] = torch.nan
+    if case.from_files:
+        files = Path(group.share_json(f"{folder} model"))
+        if group.is_first:
+            base_of_run(**case.model).save_pretrained(files, max_shard_size="20KB")
+        group.barrier()
+        module, _, tap = model_from_files(config, files, group, CPU)
     weights = whole_weights(module)
     ds_config = read_ds_config(config, group.world_size)
     inputs = Inputs(
@@ -373,8 +406,14 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
         ds_config=ds_config,
     )
     held: list[int] = []
-    with WholeOnDevice(module) as moved:
-        engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
+    filled: Weights = WHOLE
+    if case.from_files and sharding(config, ds_config):
+        module, filled, tap = model_from_files(config, files, group, META)
+        engine = EngineSpy(make_engine(config, inputs.ds_config, module, group, filled))
+        moved = filled
+    else:
+        with WholeOnDevice(module) as moved:
+            engine = EngineSpy(make_engine(config, inputs.ds_config, module, group))
     blocks = [] if config.train.compile else decoder_blocks(module.causal_model)[1]  # hooks change compiled code
     for block in blocks:  # the engine's own hooks, which gather, come first
         block.mlp.down_proj.base_layer.register_forward_pre_hook(lambda *_: held.append(held_bytes(module)))

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import yaml
 
+from colm_scale.data.recorded_selection import SourceNames
 from colm_scale.errors import UserError
 from colm_scale.records import Json
 from colm_scale.reporting.run_directory import FACTS
@@ -218,12 +219,13 @@ def _numbers(value: object, key: Key = ()) -> Iterator[tuple[Key, float]]:
 
 
 def _composition(rows: Iterable[tuple[int, Json]], names: list[str], path: Path) -> Composition:
-    drawn, steps = _Table(0), 0
+    drawn, steps, named = _Table(0), 0, SourceNames()
     seen: dict[str, set[int]] = {name: set() for name in names}
     trained: dict[str, set[int]] = {name: set() for name in names}
     for number, row in rows:
         try:
-            source_of = dict(zip(row["candidates"], row["sources"], strict=True))
+            sources = named.of(row)
+            source_of = dict(zip(row["candidates"], sources, strict=True))
             picked = [source_of[example] for example in row["selected"]]
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path} line {number} is damaged: candidates, sources and selected do not match") from None
@@ -231,7 +233,7 @@ def _composition(rows: Iterable[tuple[int, Json]], names: list[str], path: Path)
             seen.setdefault(source, set()).add(example)
         for example, source in zip(row["selected"], picked):
             trained.setdefault(source, set()).add(example)
-        drawn.add(_numbers({"candidates": Counter(row["sources"]), "selected": Counter(picked)}))
+        drawn.add(_numbers({"candidates": Counter(sources), "selected": Counter(picked)}))
         steps += 1
     columns, none = drawn.columns(), np.zeros(steps)
     by_step = (

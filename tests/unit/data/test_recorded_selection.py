@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from colm_scale.data.recorded_selection import SelectionRecord, index_of
+from colm_scale.data.recorded_selection import SelectionRecord, index_of, recorded_steps
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.records import Candidates, long_tensor
 
@@ -44,6 +45,25 @@ def test_a_step_comes_back_as_it_was_selected(tmp_path):
     assert found.positions.tolist() == [1, 0]
     assert torch.equal(found.weights, torch.tensor([1.0, 0.1]))
     assert found.kept == 1
+
+
+def test_names_hold_until_others_come(tmp_path):
+    numbered = [
+        {**STEPS[0], "names": ["a", "b"], "sources": [0, 1, 0]},
+        {**STEPS[1], "sources": [0, 0, 0]},
+        {**STEPS[1], "step": 3, "names": ["c", "a"], "sources": [1, 1, 0]},
+    ]
+    found = recorded_steps(Path(written(tmp_path, numbered)) / "selection.jsonl")
+    assert [step.sources for step in found] == [["a", "b", "a"], ["a", "a", "a"], ["a", "a", "c"]]
+    named = SelectionRecord(written(tmp_path, STEPS)).digest
+    assert SelectionRecord(written(tmp_path, numbered[:2])).digest == named
+
+
+@pytest.mark.parametrize("sources", [[0, 1, 2], [0, -1, 0], [0, None, 0], 5])
+def test_a_source_without_a_name_is_refused(sources, tmp_path):
+    numbered = [{**STEPS[0], "names": ["a", "b"], "sources": sources}]
+    with pytest.raises(UserError, match=r"line 1 is not a step of a selection\.jsonl"):
+        SelectionRecord(written(tmp_path, numbered))
 
 
 def test_an_example_that_comes_twice_is_taken_twice(tmp_path):

@@ -6,9 +6,12 @@ import math
 import re
 
 import pytest
+import torch
 
+from colm_scale.data.recorded_selection import recorded_steps
 from colm_scale.errors import UserError
 from colm_scale.records import Candidates, Selection, StepReport, long_tensor
+from colm_scale.reporting import run_directory
 from colm_scale.reporting.run_directory import RunDirectory
 from colm_scale.reporting.summary import Evaluation, HeldOutLoss
 
@@ -91,13 +94,36 @@ def test_a_step_is_a_row_of_metrics_and_one_of_selection(directory):
     assert rows(directory.path / "selection.jsonl") == [
         {
             "step": 3,
+            "names": ["algebra", "ζ"],
             "candidates": [50, 60, 70, 80],
-            "sources": ["algebra", "ζ", "ζ", "algebra"],
+            "sources": [0, 1, 1, 0],
             "selected": [80, 60],
             "weights": [1.0, 2.0],
             "kept": 1,
         }
     ]
+
+
+def test_the_names_of_sources_are_written_once_until_they_change(directory):
+    for number, names in enumerate([["algebra", "ζ"]] * 2 + [["algebra", "ζ", "new"]] * 2, 1):
+        directory.report(dataclasses.replace(REPORT, step=number), names)
+    written = [row.get("names") for row in rows(directory.path / "selection.jsonl")]
+    assert written == [["algebra", "ζ"], None, ["algebra", "ζ", "new"], None]
+    steps = list(recorded_steps(directory.path / "selection.jsonl"))
+    assert [step.sources for step in steps] == [["algebra", "ζ", "ζ", "algebra"]] * 4
+
+
+def test_a_row_of_many_candidates_takes_a_few_bytes_for_each(directory):
+    n = 8192
+    ids = torch.arange(n) + 100_000
+    candidates = Candidates(3, ids, ids, ids % 14, torch.ones(n).long())
+    selection = Selection(torch.arange(0, n, 2), torch.ones(n // 2), kept=0)
+    report = dataclasses.replace(REPORT, candidates=candidates, selection=selection)
+    for _ in range(2):
+        directory.report(report, [f"data/CoT/source_{number}.json" for number in range(14)])
+    _, line = (directory.path / "selection.jsonl").read_bytes().splitlines()
+    # An id of 6 digits and a source of 1 or 2, each with a comma; of every second one an id and a weight, "1.0".
+    assert len(line) < n * (7 + 2.3 + 3.5 + 2) + 200
 
 
 def test_rows_are_appended_in_order_and_are_there_at_once(directory):
@@ -183,3 +209,39 @@ def test_a_run_that_begins_again_has_no_rows(directory):
     directory.evaluation(EVALUATION)
     RunDirectory(str(directory.path), resume=True).create("", {}, after=0)
     assert rows(directory.metrics) == rows(directory.path / "evaluations.jsonl") == []
+
+
+def test_an_evaluation_that_was_put_off_until_the_run_goes_on_is_written_once(directory):
+    """After the checkpoint of step 4, the run was evaluated, and killed; the next one evaluates again."""
+    for number in (0, 2, 4):
+        directory.report(dataclasses.replace(REPORT, step=max(1, number)), ["algebra", "ζ"])
+        directory.evaluation(dataclasses.replace(EVALUATION, step=number))
+    for evaluated, there in ((4, [0, 2, 4]), (2, [0, 2]), (0, [0])):
+        RunDirectory(str(directory.path), resume=True).create("", {}, after=4, evaluated=evaluated)
+        assert [row["step"] for row in rows(directory.path / "evaluations.jsonl")] == there
+    assert len(rows(directory.metrics)) == 3
+
+
+SPOILED = {"zeros": b"\0\0\0\n", "list": b"[1]\n", "no step": b'{"loss": 2}\n', "torn": b"{"}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED.values(), ids=SPOILED)
+def test_an_end_that_a_crash_has_spoiled_is_removed(spoiled, directory):
+    for number in (1, 2, 3):
+        directory.report(dataclasses.replace(REPORT, step=number), ["algebra", "ζ"])
+    with directory.metrics.open("ab") as file:
+        file.write(spoiled)
+    RunDirectory(str(directory.path), resume=True).create("", {}, after=3)
+    assert [row["step"] for row in rows(directory.metrics)] == [1, 2, 3]
+
+
+def test_only_the_rows_that_are_removed_are_read(directory, monkeypatch):
+    for number in range(1, 51):
+        directory.report(dataclasses.replace(REPORT, step=number), ["algebra", "ζ"])
+    read: list[int] = []
+    loads = json.loads
+    monkeypatch.setattr(run_directory.json, "loads", lambda line: (read.append(1), loads(line))[1])
+    RunDirectory(str(directory.path), resume=True).create("", {}, after=48)
+    assert sum(read) <= 2 * 3 + 3  # of both files the two rows and the one before; and the lock
+    monkeypatch.undo()
+    assert [row["step"] for row in rows(directory.metrics)] == [*range(1, 49)]

@@ -38,7 +38,7 @@ def test_no_forward_of_the_whole_model(options, monkeypatch):
     monkeypatch.setattr(assemble, "load_model", spied)
     config = resolve(parse(["--train.threads", "1", *options]))
     parts = []
-    module, tap = assemble.build_model(config, torch.device("cpu"), connect(), parts.append)
+    module, _, tap = assemble.build_model(config, torch.device("cpu"), connect(), parts.append)
     assert parts == ["model", "trials"]
     blocks = len(decoder_blocks(module.causal_model)[1])
     assert blocks > 3

@@ -14,7 +14,7 @@ from colm_scale.config.cache import cache_folder
 from colm_scale.data import reading
 from colm_scale.data.examples import tokenise
 from colm_scale.data.reading import Reading
-from colm_scale.data.tokenised import Tokenised
+from colm_scale.data.tokenised import TokenFolder, Tokenised
 from colm_scale.distributed.group import Group, PeerFailed
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import load_tokenizer
@@ -188,3 +188,15 @@ def test_one_process_needs_no_temporary_folder(make_hosts, one, monkeypatch):
     monkeypatch.setattr(host_data, "_temporary_folders", none)
     first, _ = hosts.read(one)
     assert len(first.examples) == 20
+
+
+def test_a_temporary_file_is_mapped_before_the_caches_of_other_hosts(one, monkeypatch, tmp_path):
+    """The cache of this host may have the same name and be damaged, where it could not be written."""
+    monkeypatch.setenv("COLM_SCALE_CACHE", str(tmp_path / "a cache"))
+    read = one.tokenised()
+    files = [TokenFolder(folder).store(read.digest, read).file for folder in (cache_folder(), tmp_path / "temporary")]
+    assert host_data._mapped(files).file == files[1]
+    Path(files[1]).unlink()
+    assert host_data._mapped(["", *files]).file == files[0]
+    Path(files[0]).write_bytes(b"")
+    assert host_data._mapped(files) is None

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from support.commands import rows as read_rows
 from support.pages import Page
 from support.runs import SIZES, SOURCES, evaluation, write_run
 
@@ -102,7 +103,7 @@ def test_training_loss(two):
 def test_coverage_counts_different_examples(tmp_path):
     run = write_run(tmp_path / "run", steps=6)
     page, _ = written(tmp_path, run)
-    rows = [json.loads(line) for line in (run / "selection.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "selection.jsonl")
     seen = {example: source for row in rows for example, source in zip(row["candidates"], row["sources"])}
     trained = {example for row in rows for example in row["selected"]}
     drawn, picked = Counter(seen.values()), Counter(seen[example] for example in trained)
