@@ -122,9 +122,9 @@ def measured(options: list[str], send: Callable[[dict], None]) -> None:
     held = (getattr(examples, field.name) for field in dataclasses.fields(examples))
     live = LiveBytes(outside=[value for value in held if isinstance(value, torch.Tensor)])
     with live:
-        module, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
+        module, weights, tap = assembly.build_model(config, loading_device(config, inputs.ds_config, group), group)
         live.count([*module.parameters(), *module.buffers()])
-        made = make_engine(config, inputs.ds_config, module, group)
+        made = make_engine(config, inputs.ds_config, module, group, weights)
         gc.collect()
         spans = Spans(group.device, memory.LiveMeter(live), lambda _: None)
         step = assembly.build_step(config, inputs, made, tap, spans, group)

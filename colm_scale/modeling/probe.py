@@ -74,6 +74,17 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.devi
 
     An engine that shards or moves the base's parameters does not affect the copy.
     """
+    model = copy_of_blocks(base, numbers)
+    if any(weight.is_meta for weight in model.parameters()):
+        if type(model.get_output_embeddings()) is nn.Linear:
+            model.resize_token_embeddings(_SAMPLE_VOCABULARY, mean_resizing=False)
+        with global_draws(device, 0, "sample"):
+            draw(model, device)
+    return model
+
+
+def copy_of_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
+    """A model as in `few_blocks`, on the same device."""
     name, blocks = decoder_blocks(base)
     # New parameters on the same storage; 4-bit ones, which no engine shards, are shared as they are.
     memo: dict[int, object] = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
@@ -88,11 +99,6 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.devi
     if types := getattr(config, "layer_types", None):  # the model looks them up by place
         others = [kind for number, kind in enumerate(types) if number not in numbers]
         config.layer_types = [*(types[number] for number in numbers), *others]
-    if any(weight.is_meta for weight in model.parameters()):
-        if type(model.get_output_embeddings()) is nn.Linear:
-            model.resize_token_embeddings(_SAMPLE_VOCABULARY, mean_resizing=False)
-        with global_draws(device, 0, "sample"):
-            draw(model, device)
     return model
 
 

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -24,8 +25,8 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import (
     Probe,
+    copy_of_blocks,
     decoder_blocks,
-    few_blocks,
     find_probe,
     kind_of_each_block,
     of_sample,
@@ -75,16 +76,32 @@ class Depth:
         return cls(tuple(numbers), tuple(of_kind), tuple(further))
 
 
+class Section(NamedTuple):
+    """A section of a phase.
+
+    Attributes:
+        micro_batch: Its number.
+        what: What a block has begun or ended: ``forward``, ``after`` it, or ``backward``.
+        block: The block's number in the whole model.
+        time: How often it has in this micro-batch.
+    """
+
+    micro_batch: int
+    what: str
+    block: int
+    time: int
+
+
 @dataclass(frozen=True, slots=True)
 class Growth:
     """Growth of live bytes in a phase.
 
     Attributes:
-        peaks: The largest since the start, by section.
+        peaks: The largest since the start, by section, in their order.
         left: What each micro-batch leaves behind.
     """
 
-    peaks: dict[Hashable, int]
+    peaks: dict[Section, int]
     left: list[int]
 
 
@@ -113,8 +130,7 @@ class FakeModel:
     def running(self) -> Iterator[None]:
         """A context in which the model can run."""
         # On fake tensors, torch's product of groups (of tokens by expert) takes bfloat16 alone.
-        by_itself = mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False, create=True)
-        with self.mode, by_itself:
+        with self.mode, mock.patch.object(torch.nn.functional, "grouped_mm", _of_one_group, create=True):
             yield
 
     @property
@@ -193,7 +209,7 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
 
 def _with_adapters(config: RunConfig, base: PreTrainedModel, known: Tried, depth: Depth) -> FakeModel:
     """Make the adapted model with some of the blocks of a frozen model on meta tensors."""
-    few = few_blocks(base, depth.numbers)
+    few = copy_of_blocks(base, depth.numbers)
     probe = known.probe_in(few)
     with torch.device("meta"):
         module = ExampleLoss(add_adapters(few, config.lora, config.train.seed))
@@ -203,6 +219,11 @@ def _with_adapters(config: RunConfig, base: PreTrainedModel, known: Tried, depth
         _to_fake_tensors(module)
         tap = Tap(module, probe, like=known.like) if probe else None
     return FakeModel(mode, module, tap, known.padded_because, depth)
+
+
+def _of_one_group(tokens: Tensor, weights: Tensor, **_: object) -> Tensor:
+    """The product of ``[S, i]`` tokens with the first of ``[experts, i, o]``: it needs the memory of that with all."""
+    return tokens @ weights[0]
 
 
 def _runs(fake: FakeModel) -> bool:

@@ -54,6 +54,8 @@ class EngineMemory:
         keeps_gradients: Whether adapters hold whole gradients until the optimizer has run.
         part: The largest part that is whole while a sharded model is loaded: a block, or a weight outside of them.
         host: Bytes that are kept on the host: offloaded shards, averages and float32 copies.
+        in_flight: Whole weights gathered ahead and not used, in the backward.
+        kept: Whole weights that stay gathered from a step's first training micro-batch to the next.
     """
 
     weights: int
@@ -64,6 +66,8 @@ class EngineMemory:
     keeps_gradients: bool
     part: int = 0
     host: int = 0
+    in_flight: int = 0
+    kept: int = 0
 
     @property
     def resident(self) -> int:
@@ -115,30 +119,38 @@ def engine_memory(train: TrainConfig, ds_config: Json, fake: FakeModel, world_si
         return EngineMemory(whole, optimizer + adapters * FLOAT32, 0, reducing, 0, False, host=host)
     small = int(zero.get("stage3_param_persistence_threshold", 1e5))
     persistent = sum(_bytes(weight) * times for weight, times in weights if weight.numel() <= small)
-    sharded = whole - persistent
-    shards = -(-sharded // world_size)
-    gathered, more = _gathered(train, zero, fake, sharded)
+    shards = -(-(whole - persistent) // world_size)
     if zero.get("offload_param", {}).get("device") == "cpu":
         host, shards = host + shards, 0
-    part_whole = max(_block_bytes(fake, 0))
+    whole_part = max(_block_bytes(fake, 0))
+    gathered, in_flight, kept = _gathered(train, zero, fake, whole - persistent)
     return EngineMemory(
-        shards + persistent, optimizer + part, bucket, part + more, gathered, False, part=part_whole, host=host
+        *(shards + persistent, optimizer + part, bucket, part, gathered, False),
+        part=whole_part,
+        host=host,
+        in_flight=in_flight,
+        kept=kept,
     )
 
 
-def _gathered(train: TrainConfig, zero: Json, fake: FakeModel, sharded: int) -> tuple[int, int]:
-    """Compute the bytes of weights that ZeRO-3 gathers at a time, and how many more in training.
+def _gathered(train: TrainConfig, zero: Json, fake: FakeModel, sharded: int) -> tuple[int, int, int]:
+    """Compute the whole weights that ZeRO-3 has at a time: gathered, in flight and kept.
 
-    DeepSpeed gathers ahead. With activation checkpointing, blocks run in another order than it has recorded, and what
-    it gathered ahead stays until the end of the backward, up to ``stage3_max_live_parameters`` numbers.
+    It gathers ahead. What it does not release, because a further micro-batch needs it soon or because activation
+    checkpointing runs blocks in another order than it has recorded, has at most ``stage3_max_live_parameters`` numbers.
     """
     itemsize = next(fake.module.parameters()).element_size()
     small = int(zero.get("stage3_param_persistence_threshold", 1e5))
     ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * itemsize
-    largest = max(_block_bytes(fake, small))
-    gathered = min(sharded, largest + ahead)
-    live = min(sharded, int(zero.get("stage3_max_live_parameters", 1e9)) * itemsize)
-    return gathered, max(0, live - gathered) if train.activation_checkpointing else 0
+    live = int(zero.get("stage3_max_live_parameters", 1e9)) * itemsize
+    blocks = sum(
+        _bytes(weight) * times
+        for block, times in zip(fake.blocks, fake.depth.times)
+        for weight in block.parameters()
+        if weight.numel() > small
+    )
+    gathered = min(sharded, max(_block_bytes(fake, small)) + ahead)
+    return gathered, min(blocks, live) * train.activation_checkpointing, min(sharded, live)
 
 
 def peaks(
@@ -186,12 +198,21 @@ def _peaks(memory: EngineMemory, traces: Sequence[Trace], world_size: int, batch
         phases["sketch"] = running + max(growth.peaks.values()) + further + trace.held_inputs(batches.sketched)
     few = _at_most_two_alike(batches.trained)
     growth = _of_whole_depth(trace.fake.depth, [trace.train(few) for trace in traces])
-    phases["train"] = running + memory.reducing + max(growth.peaks.values())
-    phases["train"] += trace.held_inputs(batches.trained, further=True)
+    phases["train"] = running + in_training(memory, growth, batches) + trace.held_inputs(batches.trained, further=True)
     adapters = sum(_bytes(weight) * times for weight, times in trace.fake.weights if weight.requires_grad)
     share = adapters if memory.keeps_gradients else adapters // world_size
     phases["optimizer"] = memory.resident + 2 * share  # its gradient, and the root of the second average
     return Peaks(memory, phases)
+
+
+def in_training(memory: EngineMemory, growth: Growth, batches: Batches) -> int:
+    """Return the peak growth in training: from the first gradient on, with the memory to reduce them."""
+    stays = memory.in_flight + memory.kept * (len(batches.trained) > 1)
+    more, most, began = memory.reducing + max(0, stays - memory.gathered), 0, False
+    for section, peak in growth.peaks.items():
+        began = began or section.what == "backward"
+        most = max(most, peak + more * began)
+    return most
 
 
 def _of_whole_depth(depth: Depth, grown: Sequence[Growth]) -> Growth:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -17,7 +17,7 @@ from colm_scale.data.batching import make_batch
 from colm_scale.engines.base import Engine, trainable
 from colm_scale.engines.tensors import local_tensors
 from colm_scale.modeling.causal import hooked, input_weight
-from colm_scale.plan.fake import CPU, FakeModel, Growth
+from colm_scale.plan.fake import CPU, FakeModel, Growth, Section
 from colm_scale.profiling.live_tensors import LiveBytes
 from colm_scale.records import Batch
 from colm_scale.sketch import last_layer, zeroth_order
@@ -124,9 +124,9 @@ class _Sections:
 
     def __init__(self, fake: FakeModel, live: LiveBytes):
         self._live, self._start = live, live.now
-        self._peaks: dict[Hashable, int] = {}
-        self._seen: Counter[Hashable] = Counter()
-        self._section: Hashable = None
+        self._peaks: dict[Section, int] = {}
+        self._seen: Counter[tuple[int, str, int]] = Counter()
+        self._section = Section(0, "start", 0, 1)
         self._ends = [live.now]
         self._handles = []
         for number, block in zip(fake.depth.numbers, fake.blocks):
@@ -149,7 +149,7 @@ class _Sections:
         self._live.restart()
         section = (len(self._ends), what, number)
         self._seen[section] += 1
-        self._section = (*section, self._seen[section])
+        self._section = Section(*section, self._seen[section])
 
     def _enter(self, number: int, *_: object) -> None:
         self._begin("forward", number)

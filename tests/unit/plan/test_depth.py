@@ -69,7 +69,8 @@ def test_peaks_are_those_of_all_blocks(monkeypatch):
 )
 @pytest.mark.parametrize("estimator", ["last_layer", "zeroth_order"])
 def test_the_plan_is_that_of_all_blocks(family, engine, options, estimator, monkeypatch):
-    more = {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]} if family == "qwen3_moe" else {}
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
+    more = moe if family == "qwen3_moe" else {}
     of = base_model(family, num_hidden_layers=30 if family == "gemma2" else 12, **more).config
     config = RunConfig(
         engine=engine,

@@ -18,8 +18,8 @@ from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe
-from colm_scale.plan.fake import FakeModel, fake_model, tried
-from colm_scale.plan.memory import Batches, engine_memory, peaks
+from colm_scale.plan.fake import FakeModel, Growth, Section, fake_model, tried
+from colm_scale.plan.memory import Batches, EngineMemory, engine_memory, in_training, peaks
 from colm_scale.plan.plan import arranged, make_plan
 from colm_scale.plan.show import shown
 from colm_scale.profiling.live_tensors import LiveBytes
@@ -296,10 +296,28 @@ def test_zero3_gathers_ahead_and_more_with_checkpointing():
     block = sum(weight.numel() for weight in fake.blocks[0].parameters())
     assert engine_memory(config.train, small, fake, 2).gathered == 4 * (block + 100)
     assert engine_memory(config.train, large, fake, 2).gathered == 4 * whole
-    plain, more = (engine_memory(c.train, small, fake, 2).reducing for c in (config, checkpointing))
-    assert more - plain == 4 * (whole - block - 100)
-    small["zero_optimization"]["stage3_max_live_parameters"] = block + 1100
-    assert engine_memory(checkpointing.train, small, fake, 2).reducing - plain == 4 * 1000
+    blocks = len(fake.blocks) * block
+    plain, more = (engine_memory(c.train, small, fake, 2) for c in (config, checkpointing))
+    assert (plain.in_flight, more.in_flight, plain.kept) == (0, 4 * blocks, 4 * whole)
+    small["zero_optimization"]["stage3_max_live_parameters"] = 1000
+    bounded = engine_memory(checkpointing.train, small, fake, 2)
+    assert (bounded.in_flight, bounded.kept) == (4000, 4000)
+    one, two = (peaks(config, small, fake, 2, Batches([], [LENGTHS] * n)).phases["train"] for n in (1, 2))
+    small["zero_optimization"]["stage3_max_live_parameters"] = 10**9
+    kept = peaks(config, small, fake, 2, Batches([], [LENGTHS] * 2)).phases["train"]
+    assert kept - two == 4 * (whole - block - 100)
+    assert two >= one
+
+
+def test_memory_to_reduce_gradients_is_needed_from_the_first_gradient_on():
+    memory = EngineMemory(0, 0, 0, 30, 10, False, in_flight=0, kept=17)
+    head = {Section(1, "forward", 0, 1): 50, Section(1, "after", 0, 1): 100, Section(1, "backward", 0, 1): 60}
+    one = Growth(head, [0])
+    assert in_training(memory, one, Batches([], [LENGTHS])) == 100
+    assert in_training(dataclasses.replace(memory, reducing=41), one, Batches([], [LENGTHS])) == 101
+    assert in_training(dataclasses.replace(memory, in_flight=31), one, Batches([], [LENGTHS])) == 60 + 30 + 21
+    two = Growth({**head, Section(2, "after", 0, 1): 100}, [0, 0])
+    assert in_training(memory, two, Batches([], [LENGTHS] * 2)) == 100 + 30 + 7
 
 
 @SLOW
