@@ -94,7 +94,8 @@ class Draw:
 
 def drawn_fault(seed: int, number: int, kinds: Sequence[str]) -> Fault:
     """Draw a fault at a place that the run reaches."""
-    from support.faults import ENGINES, PHASES, WRITING
+    from support.faults import ENGINES, PHASES
+    from support.sabotage import WRITING
 
     draw = Draw(seed, number)
     engine, kind = draw.of(list(ENGINES)), draw.of(kinds)

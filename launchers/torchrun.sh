@@ -15,7 +15,7 @@
 #   MAX_RESTARTS    number of restarts of all ranks after one fails (3)
 #
 # Restarted ranks resume from the newest checkpoint, so --resume auto is the default here, and --output_dir (or --config
-# with output_dir) is required: a folder on a file system that all hosts share.
+# with output_dir) is required: a folder of the host of rank 0 (MASTER_ADDR), or one that all hosts share.
 
 set -euo pipefail
 

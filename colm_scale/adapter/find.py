@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from colm_scale.base import BASE_MODEL
-from colm_scale.checkpoint.store import Checkpoint, CheckpointFolder
+from colm_scale.checkpoint.files import Checkpoint
+from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import LoraConfig, ModelConfig, RunConfig
 from colm_scale.config.command_line import read_trained
 from colm_scale.config.commands import Which

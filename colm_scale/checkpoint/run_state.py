@@ -8,18 +8,21 @@ neither needs a state here.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from colm_scale import __version__
+from colm_scale.checkpoint.background import Snapshot, Writer
+from colm_scale.checkpoint.files import NO_CHECKPOINT, Checkpoint
 from colm_scale.checkpoint.identity import check_same_run
 from colm_scale.checkpoint.selection_state import SelectionState
-from colm_scale.checkpoint.store import NO_CHECKPOINT, Checkpoint, CheckpointFolder, NoCheckpointFolder
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import LossScale
-from colm_scale.engines.tensors import collect, restore
+from colm_scale.engines.tensors import collect, landing, restore, to_host
 from colm_scale.errors import UserError
 from colm_scale.records import Json
 from colm_scale.reporting.run_directory import finite
@@ -38,7 +41,7 @@ class RunState:
     """Saves and restores the parts of a run that change.
 
     Args:
-        folder: Stores the checkpoints, on rank 0.
+        writer: Writes the checkpoints, on rank 0.
         identity: Options and digests that make two runs the same run, see `checkpoint.identity`.
         facts: Saved for people: source table, schedule.
         step: The parts that make the steps: sampler, selection, engine.
@@ -47,31 +50,45 @@ class RunState:
 
     def __init__(
         self,
-        folder: CheckpointFolder | NoCheckpointFolder,
+        writer: Writer,
         identity: Mapping[str, object],
         facts: Mapping[str, object],
         step: CoresetStep,
         session: Counters,
         group: Group,
     ):
-        self._folder, self._identity, self._facts = folder, identity, facts
+        self._writer, self._identity, self._facts = writer, identity, facts
         self._sampler, self._engine, self._session, self._group = step.sampler, step.train.engine, session, group
         self._refresh, self._sources = step.refresh, step.select.sources
         self._selection = SelectionState(step.select.sketch.estimator, self._sources, group)
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of a step. All ranks call it together.
+        """Copy the state after a step on rank 0, and begin to write it as a checkpoint. All ranks call it together.
 
         Raises:
-            TrainingError: On rank 0: it cannot be written.
+            TrainingError: On rank 0: the checkpoint before could not be written.
         """
-        tensors = collect(self._engine, keep=self._group.is_first) | self._selection.tensors(step)
-        if clusters := self._refresh.state():
-            tensors["clusters"] = clusters
-        with self._group.together():
+        self.wait()
+        started = time.perf_counter()
+        tensors: dict[str, Mapping[str, Tensor]] = {**collect(self._engine, self._group)}
+        if self._group.is_first:
+            others = self._selection.tensors(step)
+            if clusters := self._refresh.state():
+                others["clusters"] = clusters
+            for file, named in others.items():
+                tensors[file] = {name: to_host(tensor) for name, tensor in named.items()}
             state = finite(self._state(step))
             assert isinstance(state, dict)
-            self._folder.write(step, state, tensors)
+            self._writer.begin(Snapshot(step, state, tensors, started, landing(self._group.device)))
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written. All ranks call it together.
+
+        Raises:
+            TrainingError: On rank 0: it could not be.
+        """
+        with self._group.together():
+            self._writer.wait()
 
     def load(self, found: Checkpoint) -> int:
         """Restore rank 0's checkpoint ``found``; other ranks pass `NO_CHECKPOINT`. All ranks call it together.

@@ -185,7 +185,7 @@ class TrainConfig:
     """Most tokens (padding included) of one micro-batch per rank, in sketching and in training. A longer example forms
     a micro-batch alone."""
     threads: int | None = None
-    """CPU threads per rank. Default: the machine's cores divided by its ranks."""
+    """CPU threads per rank. Default: the cores that it may use, divided by the ranks that share them."""
     timeout: float = 600.0
     """Seconds after which a rank that is stuck in one phase of a step ends the run. Raise it for slower steps."""
 

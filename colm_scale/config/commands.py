@@ -69,7 +69,7 @@ class ScoreConfig(AdapterConfig):
     micro_batch_tokens: int | None = None
     """Forwards hold up to four times this number of tokens. Default: as in the run."""
     threads: int | None = None
-    """CPU threads per rank. Default: the machine's cores divided by its ranks."""
+    """CPU threads per rank. Default: the cores that it may use, divided by the ranks that share them."""
     tasks: str = "gsm8k,hellaswag"
     """Tasks in the lm-evaluation-harness command that is printed at the end."""
 

@@ -91,6 +91,9 @@ def _join(rank: int, world_size: int, device: torch.device, seconds: float) -> t
         limit = timedelta(seconds=seconds)
         dist.init_process_group(backend_of(device), store=whole, rank=rank, world_size=world_size, timeout=limit)
     except RuntimeError as error:
+        with suppress(dist.DistError):  # without the store, each says it
+            if store.add(f"colm_scale/{attempt}/unconnected", 1) > 1:
+                raise PeerFailed("another rank has said that it cannot connect") from None
         raise TrainingError(
             f"rank {rank} on {socket.gethostname()} met the others, but cannot connect to all of them "
             f"({first_line(error)}): colm-scale doctor, started in the same way, names the pairs"

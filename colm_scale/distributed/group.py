@@ -87,6 +87,13 @@ class Group:
         self._count(label, tensor)
         return tensor
 
+    def reduce(self, tensor: Tensor, label: str) -> Tensor:
+        """Return the elementwise sum over ranks on the first, anything on the others. Overwrites ``tensor``."""
+        if self.world_size > 1:
+            dist.reduce(tensor, dst=0)
+            self._count(label, tensor)
+        return tensor
+
     def broadcast(self, tensor: Tensor, label: str, source: int = 0) -> Tensor:
         """Return the tensor of rank ``source`` on every rank; the others pass one of the same shape and type."""
         if self.world_size == 1:

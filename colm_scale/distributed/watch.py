@@ -58,6 +58,8 @@ class Watch:
         self._place = (0, "start", time.monotonic())
         self.stop_requested = False
         """Set when this rank is asked to stop. All ranks then save a checkpoint after the step and end."""
+        self.last_act: Callable[[], None] = lambda: None
+        """Called before this process ends after a failure; returns by itself."""
         self.stopped_code = STOPPED
         """Exit code of a run that has stopped so; 0 after SIGUSR1, so that torchrun does not restart the ranks."""
         self._alone = group.world_size == 1
@@ -86,9 +88,10 @@ class Watch:
             return True
 
     def leave(self, code: int) -> NoReturn:
-        """End this process at once. The rank that holds the store first waits until its peers know of the failure;
-        otherwise they would only see that the store is gone."""
+        """End this process, at once after its last act. The rank that holds the store first waits until its peers know
+        of the failure; otherwise they would only see that the store is gone."""
         self._stop.set()
+        self.last_act()
         holds_store = not self._alone and self._holder == f"rank {self._group.rank}"
         deadline = time.monotonic() + (_LEAVE_SECONDS if holds_store else 0.0)
         heard = 0

@@ -42,6 +42,21 @@ class Update:
     loss_scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What this rank has of a tensor that training changes.
+
+    Attributes:
+        shape: Shape of the whole tensor.
+        start: Place of the first of ``values`` in the whole tensor, flattened.
+        values: Flat and float32. Not copied where that is possible.
+    """
+
+    shape: torch.Size
+    start: int
+    values: Tensor
+
+
 @dataclass(slots=True)
 class LossScale:
     """Factor of the loss that keeps its gradients within the range of float16.
@@ -117,9 +132,12 @@ class Engine(ABC):
     Attributes:
         module: The unwrapped module. Sketches, evaluation and the bare floor run on it, without the engine's hooks.
         state_keys: Names of the optimizer's averages of each adapter tensor.
+        is_sharded: Whether ranks have different parts of what training changes, which together are the whole once.
+            Otherwise each has the whole.
     """
 
     name: str
+    is_sharded = False
 
     def __init__(self, module: ExampleLoss, config: TrainConfig, ranks: int):
         self.module, self._ranks = module, ranks
@@ -196,13 +214,14 @@ class Engine(ABC):
 
         return restore
 
-    def read(self, name: str, key: str) -> Tensor:
-        """Return a whole adapter tensor (`WEIGHT`) or one of its `state_keys`, in float32. All ranks call it."""
-        return self._tensor(name, key).detach()
+    def part(self, name: str, key: str) -> Part:
+        """Return this rank's part of an adapter tensor (`WEIGHT`) or of one of its `state_keys`."""
+        whole = self._tensor(name, key).detach()
+        return Part(whole.shape, 0, whole.flatten())
 
     @torch.no_grad()
     def write(self, name: str, key: str, value: Tensor) -> None:
-        """Set what `read` returns. All ranks call it together, with the same value."""
+        """Set a whole adapter tensor or one of its `state_keys`. All ranks call it together, with the same value."""
         self._tensor(name, key).copy_(value)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from colm_scale.config import FsdpConfig, TrainConfig
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import Engine
+from colm_scale.engines.base import Engine, Part
 from colm_scale.engines.tensors import all_have_room
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks
@@ -70,6 +71,7 @@ class FsdpEngine(Engine):
     """
 
     name = "fsdp"
+    is_sharded = True
 
     def __init__(
         self,
@@ -126,9 +128,12 @@ class FsdpEngine(Engine):
             for module in sharded:
                 module.reshard()
 
-    def read(self, name: str, key: str) -> Tensor:
-        # Offloaded shards are on the CPU, where NCCL cannot gather.
-        return _as_sharded(self._tensor(name, key).detach().to(self._device)).full_tensor()
+    def part(self, name: str, key: str) -> Part:
+        # Rows are cut as by `torch.chunk`; a last rank may have none.
+        tensor = _as_sharded(self._tensor(name, key).detach())
+        rows, width = len(tensor), tensor.shape[1:].numel()
+        start = min(rows, self._group.rank * math.ceil(rows / self._ranks))
+        return Part(tensor.shape, start * width, tensor.to_local().flatten())
 
     @torch.no_grad()
     def write(self, name: str, key: str, value: Tensor) -> None:

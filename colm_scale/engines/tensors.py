@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from colm_scale.distributed.group import Group
-from colm_scale.engines.base import WEIGHT, Engine, trainable
+from colm_scale.engines.base import WEIGHT, Engine, Part, trainable
+
+_BUCKET = 2**24
+"""Numbers that are collected at a time: 64 MiB."""
 
 
 def local_tensors(parameter: nn.Parameter) -> list[Tensor]:
@@ -46,26 +49,45 @@ def free_bytes(group: Group) -> int:
     return torch.cuda.mem_get_info(group.device)[0] + cached
 
 
-def collect(engine: Engine, *, keep: bool) -> dict[str, dict[str, Tensor]]:
+@torch.no_grad()
+def collect(engine: Engine, group: Group) -> dict[str, dict[str, Tensor]]:
     """Return all that training has changed: ``{"adapter": {name: weight}, "optimizer": {"key/name": average, ...}}``.
 
-    All ranks call it together. Those with ``keep`` get float32 copies on the CPU, the others nothing.
+    All ranks call it together. The first gets float32 copies in CPU memory of their own, the others nothing. From a GPU
+    these are copies in flight, to pinned memory: read them after `landing`.
     """
     found: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}}
-    for name in trainable(engine.module):
-        for file, label, key in _entries(engine, name):
-            value = engine.read(name, key)
-            if keep:
-                found[file][label] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if engine.is_sharded or group.is_first:
+        for bucket in _buckets(engine):
+            parts = [part for _, _, part in bucket]
+            whole = _gathered(parts, group) if engine.is_sharded else torch.cat([part.values for part in parts])
+            if group.is_first:
+                whole = whole.to("cpu", non_blocking=True)
+                for (file, label, part), values in zip(bucket, whole.split([part.shape.numel() for part in parts])):
+                    found[file][label] = values.view(part.shape)
     return found
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor into CPU memory of its own; from a GPU in flight, see `landing`."""
+    return tensor.detach().to("cpu", non_blocking=True, copy=True, memory_format=torch.contiguous_format)
+
+
+def landing(device: torch.device) -> Callable[[], None]:
+    """Return a function that waits for the copies from ``device`` that have begun, and for no later work there."""
+    if device.type == "cpu":
+        return lambda: None
+    event = torch.get_device_module(device).Event()
+    event.record()
+    wait: Callable[[], None] = event.synchronize
+    return wait
 
 
 def restore(engine: Engine, tensors: Mapping[str, Mapping[str, Tensor]], group: Group) -> None:
     """Restore what `collect` returned. All ranks call it together; only rank 0's ``tensors`` count."""
     for name in trainable(engine.module):
         for file, label, key in _entries(engine, name):
-            shape = engine.read(name, key).shape
-            value = torch.empty(shape, device=group.device)
+            value = torch.empty(engine.part(name, key).shape, device=group.device)
             if group.is_first:
                 value.copy_(tensors[file][label])
             engine.write(name, key, group.broadcast(value, "control"))
@@ -75,3 +97,30 @@ def _entries(engine: Engine, name: str) -> list[tuple[str, str, str]]:
     """Return file, label and key of everything that is saved of an adapter tensor."""
     averages = [("optimizer", f"{key}/{name}", key) for key in engine.state_keys]
     return [("adapter", name, WEIGHT), *averages]
+
+
+def _buckets(engine: Engine) -> Iterator[list[tuple[str, str, Part]]]:
+    """Yield file, label and this rank's part of all that is saved, in pieces of about `_BUCKET` numbers of the whole.
+
+    One exchange for each tensor would cost more than their bytes: adapters are hundreds of small tensors.
+    """
+    bucket: list[tuple[str, str, Part]] = []
+    size = 0
+    for name in trainable(engine.module):
+        for file, label, key in _entries(engine, name):
+            part = engine.part(name, key)
+            if bucket and size + part.shape.numel() > _BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((file, label, part))
+            size += part.shape.numel()
+    yield bucket
+
+
+def _gathered(parts: Sequence[Part], group: Group) -> Tensor:
+    """Return the whole tensors of all ranks' ``parts``, flattened and joined, on the first rank."""
+    joined = torch.zeros(sum(part.shape.numel() for part in parts), device=group.device)
+    for part, place in zip(parts, joined.split([part.shape.numel() for part in parts])):
+        place[part.start :][: len(part.values)] = part.values
+    # Summed as integers, one of which is not zero: floats would lose the sign of -0.0.
+    return group.reduce(joined.view(torch.int32), "control").view(torch.float32)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from colm_scale.distributed.group import Group
 from colm_scale.engines.base import (
     WEIGHT,
     Engine,
+    Part,
     Update,
     remember,
     unscale,
@@ -49,6 +51,7 @@ class ZeroEngine(Engine):
         group.ensure_process_group()
         self._rank, self._group = group.rank, group
         self._stage = zero_stage(ds_config)
+        self.is_sharded = self._stage > 0
         if self._stage == 3:
             _shard(module, ds_config, group, weights)
         super().__init__(module, config, group.world_size)
@@ -126,19 +129,24 @@ class ZeroEngine(Engine):
 
         return restore
 
-    def read(self, name: str, key: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        parameter = self._parameters[name]
+    def part(self, name: str, key: str) -> Part:
+        parameter: Any = self._parameters[name]
         if not self._stage:
-            return super().read(name, key)
-        whole: Tensor
-        if key == WEIGHT:
-            whole = safe_get_full_fp32_param(parameter)
-        else:
-            self._begin_state()
-            whole = safe_get_full_optimizer_state(parameter, key)
-        return whole
+            return super().part(name, key)
+        self._begin_state()
+        if self._stage < 3:
+            cut = parameter._hp_mapping  # none on a rank whose partition has nothing of it
+            if cut is None:
+                return Part(parameter.shape, 0, parameter.new_empty(0))
+            values = cut.get_hp_fragment(None if key == WEIGHT else key)
+            return Part(parameter.shape, cut.lp_fragment_address.start, values.detach())
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        padded = (
+            safe_get_local_fp32_param(parameter) if key == WEIGHT else safe_get_local_optimizer_state(parameter, key)
+        )
+        start = min(parameter.ds_numel, self._rank * len(padded))
+        return Part(parameter.ds_shape, start, padded[: parameter.ds_numel - start])
 
     @torch.no_grad()
     def write(self, name: str, key: str, value: Tensor) -> None:

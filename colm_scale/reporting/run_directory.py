@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
@@ -48,6 +49,7 @@ class RunDirectory:
         self._evaluations = self.path / "evaluations.jsonl"
         self._drift = self.path / "drift.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self._saved = self.path / "checkpoints.jsonl"
         self._audit_folder = self.path / "audit"
         self._examples = self.path / "examples.parquet"
         self._audit = AuditWriter(self._audit_folder)
@@ -86,7 +88,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.take()
             self.metrics.touch(exist_ok=self._resume)
-            for rows in (self.metrics, self._selection, self._drift):
+            for rows in (self.metrics, self._selection, self._drift, self._saved):
                 _cut(rows, after or -1)  # even the evaluation before the first step, with the number 0, comes again
             _cut(self._evaluations, evaluated if after else -1)
             cut(self._audit_folder, after)
@@ -129,6 +131,10 @@ class RunDirectory:
         """Append the fields of `Drift` to ``drift.jsonl``."""
         _append(self._drift, dataclasses.asdict(drift))
 
+    def checkpoint(self, row: Mapping[str, object]) -> None:
+        """Append a checkpoint's step, bytes and seconds to ``checkpoints.jsonl``."""
+        _append(self._saved, row)
+
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append the fields of `Evaluation` to ``evaluations.jsonl``."""
         _append(self._evaluations, dataclasses.asdict(evaluation))
@@ -139,6 +145,15 @@ def nearest_folder(path: Path) -> tuple[Path, bool]:
     path = path.absolute()
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     return nearest, nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or the first of ``path2``, ``path3``, ... that does not exist.
+
+    What a network file system will not remove, because a file in it is open elsewhere, must be in nobody's way.
+    """
+    numbered = (path.with_name(f"{path.name}{number if number > 1 else ''}") for number in count(1))
+    return next(name for name in numbered if not name.exists())
 
 
 def metrics_row(report: StepReport) -> dict[str, object]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from colm_scale.checkpoint.store import NO_CHECKPOINT, Checkpoint
+from colm_scale.checkpoint.files import NO_CHECKPOINT, Checkpoint
 from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from colm_scale.checkpoint.background import BackgroundWriter, Writer
+from colm_scale.checkpoint.files import NO_CHECKPOINT, Checkpoint
 from colm_scale.checkpoint.identity import check_same_run, config_facts, model_digest
 from colm_scale.checkpoint.run_state import RunState
-from colm_scale.checkpoint.store import NO_CHECKPOINT, Checkpoint, CheckpointFolder, NoCheckpointFolder
+from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import RunConfig
 from colm_scale.distributed.group import Group
 from colm_scale.distributed.watch import Watch
@@ -42,7 +44,7 @@ class Prepared:
     """A run that is ready for its next step.
 
     Attributes:
-        folder: Stores the checkpoints, on rank 0.
+        writer: Writes the checkpoints, on rank 0.
         found: The checkpoint to resume from, on rank 0.
         reports: Nothing is written yet.
         identity: Options and digests that make two runs the same run, see `checkpoint.identity`.
@@ -54,7 +56,7 @@ class Prepared:
     config: RunConfig
     group: Group
     watch: Watch
-    folder: CheckpointFolder | NoCheckpointFolder
+    writer: Writer
     found: Checkpoint
     reports: Reports
     identity: Json
@@ -67,7 +69,7 @@ class Prepared:
 
     def state(self, session: Session) -> RunState:
         """Collect the parts that change."""
-        return RunState(self.folder, self.identity, self.facts(), self.step, session, self.group)
+        return RunState(self.writer, self.identity, self.facts(), self.step, session, self.group)
 
     def lines(self, done: int) -> list[str]:
         """Return the lines printed before the first step after ``done``."""
@@ -141,15 +143,15 @@ def prepare(config: RunConfig, group: Group, watch: Watch) -> Prepared:
         held_out = HeldOut(inputs.eval, inputs.sizes, small, inputs.tokenizer)
         evaluator = HeldOutEvaluator(held_out, config.eval, config.train, group, watch.enter, engine.gathered)
     reports: Reports = Reports()
-    folder: CheckpointFolder | NoCheckpointFolder = NoCheckpointFolder()
+    writer = Writer()
     if directory is not None:
         reports = WrittenReports(config, directory, inputs, small, meter)
-        folder = CheckpointFolder(directory.checkpoints, config.checkpoint.keep)
+        writer = BackgroundWriter(CheckpointFolder(directory.checkpoints, config.checkpoint.keep))
     return Prepared(
         config=config,
         group=group,
         watch=watch,
-        folder=folder,
+        writer=writer,
         found=found,
         reports=reports,
         identity=identity,

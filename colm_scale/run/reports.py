@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 from torch import Tensor
 
+from colm_scale.checkpoint.background import Saved
 from colm_scale.config import RunConfig, as_yaml
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
@@ -17,7 +20,7 @@ from colm_scale.profiling.memory import MemoryMeter
 from colm_scale.records import Json, StepReport
 from colm_scale.reporting.display import Display
 from colm_scale.reporting.environment import environment
-from colm_scale.reporting.run_directory import RunDirectory, writing
+from colm_scale.reporting.run_directory import RunDirectory, free_name, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
 from colm_scale.reporting.trackers import Trackers
 from colm_scale.run.inputs import Inputs
@@ -51,8 +54,8 @@ class Reports:
     def adapter(self, name: str, module: ExampleLoss, weights: Mapping[str, Tensor]) -> None:
         """Write an adapter, in PEFT format, as the folder ``name``."""
 
-    def saved(self, step: int, seconds: float) -> None:
-        """Show that a checkpoint was written."""
+    def saved(self, saved: Saved) -> None:
+        """Write and show that a checkpoint was written."""
 
     def stopped(self, step: int) -> None:
         """Show that the run was asked to stop, and how to resume it."""
@@ -127,20 +130,22 @@ class WrittenReports(Reports):
         """Write under a dot-name and rename, so that a folder ``name`` always holds a whole adapter."""
         named = {label.removeprefix("model."): weight for label, weight in weights.items()}
         place = self._directory.path / name
-        new, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
         with writing(place):
-            shutil.rmtree(new, ignore_errors=True)
+            new = _cleared(place.with_name(f".{name}.new"))
             module.model.save_pretrained(str(new), state_dict=named, save_embedding_layers=False)
-            shutil.rmtree(old, ignore_errors=True)
+            old = _cleared(place.with_name(f".{name}.old"))
             if place.exists():
                 place.rename(old)
             new.rename(place)
             shutil.rmtree(old, ignore_errors=True)
 
-    def saved(self, step: int, seconds: float) -> None:
-        files = (self._directory.checkpoints / f"step-{step:08d}").iterdir()
-        size = sum(file.stat().st_size for file in files)
-        self._display.message(f"checkpoint of step {step}: {size / 1e6:,.1f} MB in {seconds:.2f} s")
+    def saved(self, saved: Saved) -> None:
+        row = dataclasses.asdict(saved)
+        for note in row.pop("notes"):
+            self._display.message(f"warning: {note}")
+        self._directory.checkpoint(row)
+        took = f"{saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s, steps waited {saved.stall_seconds:.2f} s"
+        self._display.message(f"checkpoint of step {saved.step}: {took}")
 
     def stopped(self, step: int) -> None:
         self._display.close()
@@ -173,6 +178,13 @@ class WrittenReports(Reports):
 
     def load(self, state: Json) -> None:
         self._summary.load(state)
+
+
+def _cleared(path: Path) -> Path:
+    """Remove what was left under a name as far as it will go, and return a free name like it."""
+    for left in path.parent.glob(f"{path.name}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return free_name(path)
 
 
 def drift_line(drift: Drift) -> str:

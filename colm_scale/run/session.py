@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.engines.tensors import collect
+from colm_scale.engines.tensors import collect, landing
 from colm_scale.records import Json
 from colm_scale.reporting.summary import Evaluation
 from colm_scale.run.evaluate import Evaluator
@@ -75,6 +75,7 @@ class Session:
         return evaluation.sample.loss_by_source < self._best.sample.loss_by_source
 
     def _save(self, name: str) -> None:
-        weights = collect(self._engine, keep=self._group.is_first)["adapter"]
+        weights = collect(self._engine, self._group)["adapter"]
+        landing(self._group.device)()
         self.reports.adapter(name, self._engine.module, weights)
         self._group.barrier()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.config import RunConfig
@@ -25,6 +24,7 @@ def run(config: RunConfig) -> int:
 def train(config: RunConfig, group: Group, watch: Watch) -> bool:
     """Train; return False if the run was asked to stop. All ranks call it together."""
     prepared = prepare(config, group, watch)
+    watch.last_act = prepared.writer.finish
     with Session(prepared.engine, prepared.evaluator, prepared.reports, group) as session:
         state = prepared.state(session)
         done = state.load(prepared.found)
@@ -50,22 +50,31 @@ def _run_steps(run: Prepared, session: Session, state: RunState, done: int) -> b
         if drift := run.step.refresh_sources(number):
             reports.drifted(drift)
         stoppable = number < steps or config.checkpoint.every > 0
-        stopping = stoppable and run.group.any(watch.stop_requested)  # before an evaluation, which may take long
+        stopping = stoppable and _is_asked_to_stop(run)  # before an evaluation, which may take long
         session.owed = number == steps or _is_due(evaluate_every, number)
         if session.owed and not stopping:
             session.evaluate(number, whole=number == steps)
-            stopping = number < steps and run.group.any(watch.stop_requested)
-        if config.checkpoint.every and (stopping or number == steps or _is_due(config.checkpoint.every, number)):
+            stopping = number < steps and _is_asked_to_stop(run)
+        is_last = stopping or number == steps
+        if config.checkpoint.every and (is_last or _is_due(config.checkpoint.every, number)):
             watch.enter("checkpoint")
-            started = time.perf_counter()
             reports.flush()
             state.save(number)
-            reports.saved(number, time.perf_counter() - started)
+            if is_last:
+                state.wait()
+        for saved in run.writer.saved():
+            reports.saved(saved)
         if stopping:
             reports.stopped(number)
             return False
     session.finish(steps)
     return True
+
+
+def _is_asked_to_stop(run: Prepared) -> bool:
+    """Return whether to save and stop: as asked, or because a checkpoint could not be written, of which `save` says
+    why. All ranks call it together."""
+    return run.group.any(run.watch.stop_requested or run.writer.failed)
 
 
 def _is_due(every: int, number: int) -> bool:

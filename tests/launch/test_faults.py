@@ -17,7 +17,6 @@ from support.faults import (
     ENGINES,
     PHASES,
     SECONDS,
-    WRITING,
     NoMounts,
     Workshop,
     mount_disk,
@@ -26,7 +25,7 @@ from support.faults import (
     result,
     steps_written,
 )
-from support.sabotage import BAD_ID
+from support.sabotage import BAD_ID, WRITING
 
 EVERY = 2
 SHARDED = ("ddp", "zero2", "zero3", "fsdp")
@@ -54,14 +53,17 @@ def long(workshop) -> Workshop:
     return Workshop(workshop.forked, workshop.folder, steps=20)
 
 
-def assert_broken(workshop: Workshop, run: Path, step: int, outcome: Outcome) -> None:
-    """The run ended by itself in that step, said why in its first line, and lost no more than it may."""
+def assert_broken(workshop: Workshop, run: Path, step: int, outcome: Outcome, behind: int = 0) -> None:
+    """The run ended by itself in that step, said why in its first line, and lost no more than it may.
+
+    ``behind``: steps that it may have made while the checkpoint that broke was written.
+    """
     assert outcome.code != 0
     assert outcome.stderr.startswith("error: "), outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert not workshop.forked.left()
-    assert step - 1 <= steps_written(run) <= step
-    assert steps_written(run) - newest_checkpoint(run) <= EVERY
+    assert step - 1 <= steps_written(run) <= step + behind
+    assert steps_written(run) - newest_checkpoint(run) <= EVERY + behind
 
 
 def assert_goes_on(workshop: Workshop, run: Path, engine: str) -> None:
@@ -93,8 +95,53 @@ def test_a_run_of_which_a_rank_is_killed(engine, phase, step, rank, workshop, tm
     assert ranks.codes()[rank] == -signal.SIGKILL
     assert f"rank {1 - rank}, in phase" in outcome.errors[0]
     assert "lost another rank" in outcome.errors[0]
-    assert_broken(workshop, run, step, outcome)
+    assert_broken(workshop, run, step, outcome, behind=EVERY if phase in WRITING else 0)
+    assert newest_checkpoint(run) == {"naming": 2, "writing": 2, "pruning": 6}.get(phase, newest_checkpoint(run))
     assert_goes_on(workshop, run, engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "phase", "rank"),
+    [
+        ("single", "train", 0),
+        *(pytest.param(engine, "sketch", rank, marks=pytest.mark.faults) for engine in SHARDED for rank in (0, 1)),
+    ],
+)
+def test_killed_in_a_step_while_a_checkpoint_is_half_written_a_run_has_the_one_before(
+    engine, phase, rank, workshop, tmp_path
+):
+    run, ranks = tmp_path / "run", 1 if engine == "single" else 2
+    kill = ("--sabotage", "behind", "60", "kill", phase, "2", str(rank))
+    broken = workshop.start(run, engine, "--checkpoint.every", "1", *kill, ranks=ranks)
+    assert broken.outcome(SECONDS).code != 0
+    assert (steps_written(run), newest_checkpoint(run)) == (1, 0)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [".step-00000001.new"]
+    workshop.go_on(run, engine, ranks=ranks).succeeded()
+    assert result(run) == workshop.unbroken(engine, ranks)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("engine", ["single", pytest.param("fsdp", marks=pytest.mark.faults)])
+def test_the_next_checkpoint_waits_for_the_one_before_and_says_so(engine, workshop, tmp_path):
+    run, ranks = tmp_path / "run", 1 if engine == "single" else 2
+    workshop.start(run, engine, "--sabotage", "slow", "writing", "2", "0", ranks=ranks).outcome(SECONDS).succeeded()
+    assert result(run) == workshop.unbroken(engine, ranks)
+    saved = rows(run / "checkpoints.jsonl")
+    assert [row["step"] for row in saved] == [2, 4, 6]
+    assert all(row["stall_seconds"] > 0 for row in saved)
+    files = (run / "checkpoints" / "step-00000006").iterdir()
+    assert saved[-1]["bytes"] == sum(file.stat().st_size for file in files)
+    assert newest_checkpoint(run) == 6
+
+
+def test_a_failure_elsewhere_lets_the_checkpoint_be_finished(workshop, tmp_path):
+    run = tmp_path / "run"
+    fault = ("--sabotage", "behind", "8", "raise", "train", "2", "1")
+    outcome = workshop.start(run, "ddp", "--checkpoint.every", "1", *fault).outcome(SECONDS)
+    assert "the disk of rank 1 burns" in outcome.stderr
+    assert newest_checkpoint(run) == 1
+    workshop.go_on(run, "ddp").succeeded()
+    assert result(run) == workshop.unbroken("ddp")
 
 
 @pytest.mark.faults
@@ -132,7 +179,7 @@ def test_torchrun_starts_a_killed_run_again_and_it_ends_as_if_nothing_had_been(w
 def test_a_run_saves_itself_when_ranks_are_told_to_stop(engine, told, workshop, tmp_path):
     run = tmp_path / "run"
     ranks = workshop.start(run, engine, "--sabotage", "wait", "train", "3", str(told[0]))
-    wait_until(lambda: steps_written(run) == 2, SECONDS)
+    wait_until((run / "waiting").exists, SECONDS)
     ranks.send(signal.SIGTERM, *told)
     outcome = ranks.outcome(SECONDS)
     assert ranks.codes() == [143, 143]
@@ -165,7 +212,7 @@ def test_a_run_saves_itself_when_its_launcher_is_told_to_stop(launcher, engine, 
     run = tmp_path / "run"
     options = workshop.options(run, engine, "--sabotage", "wait", "train", "3", "0")
     with Command([*launcher(2, SABOTAGED), *options], tmp_path / "output") as command:
-        wait_until(lambda: steps_written(run) == 2, SECONDS)
+        wait_until((run / "waiting").exists, SECONDS)
         told(command).send_signal(signal.SIGTERM)
         wait_until(lambda: not command.alive(), SECONDS)
         outcome = command.outcome(1)
@@ -180,7 +227,7 @@ def test_a_run_saves_itself_when_its_launcher_is_killed(launcher, engine, worksh
     run = tmp_path / "run"
     options = workshop.options(run, engine, "--sabotage", "wait", "train", "3", "0")
     with Command([*launcher(2, SABOTAGED), *options], tmp_path / "output") as command:
-        wait_until(lambda: steps_written(run) == 2, SECONDS)
+        wait_until((run / "waiting").exists, SECONDS)
         command.process.kill()
         wait_until(lambda: not command.alive(), SECONDS)
     assert newest_checkpoint(run) == 3
@@ -207,6 +254,18 @@ def test_a_rank_that_hangs_is_named_with_its_phase(engine, phase, rank, workshop
     assert outcome.errors[0].startswith(said)
     assert "--train.timeout (now 6 seconds)" in outcome.errors[0]
     assert_broken(workshop, run, 4, outcome)
+    assert_goes_on(workshop, run, engine)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_disk_that_hangs_is_noticed_by_the_next_checkpoint(engine, workshop, tmp_path):
+    run = tmp_path / "run"
+    hang = ("--train.timeout", "6", "--sabotage", "hang", "writing", "4", "0")
+    outcome = workshop.start(run, engine, *hang).outcome(SECONDS)
+    assert outcome.errors[0].startswith("error: step 6: rank 0 hangs in phase checkpoint, others wait for it in phase")
+    assert_broken(workshop, run, 4, outcome, behind=EVERY)
+    assert newest_checkpoint(run) == 2
     assert_goes_on(workshop, run, engine)
 
 
@@ -245,20 +304,21 @@ def small_disk(mounts, workshop) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("deed", "phase", "file"),
+    ("deed", "phase", "step", "file"),
     [
-        ("fill", "checkpoint", "checkpoint .*step-00000004"),
-        ("flood", "train", r".*metrics\.jsonl"),
-        pytest.param("flood", "checkpoint", "checkpoint .*step-00000004", marks=pytest.mark.faults),
+        ("fill", "checkpoint", 4, "checkpoint .*step-00000004"),
+        ("fill", "checkpoint", 6, "checkpoint .*step-00000006"),  # the last
+        ("flood", "train", 4, r".*metrics\.jsonl"),
+        pytest.param("flood", "checkpoint", 4, r".*(step-00000004|metrics\.jsonl)", marks=pytest.mark.faults),
     ],
 )
-def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(deed, phase, file, workshop, small_disk):
-    (place, seen), name = small_disk, f"{deed}-{phase}"
-    outcome = workshop.start(place / name, "ddp", "--sabotage", deed, phase, "4", "0").outcome(SECONDS)
+def test_a_full_disk_ends_a_run_and_room_lets_it_go_on(deed, phase, step, file, workshop, small_disk):
+    (place, seen), name = small_disk, f"{deed}-{phase}-{step}"
+    outcome = workshop.start(place / name, "ddp", "--sabotage", deed, phase, str(step), "0").outcome(SECONDS)
     (error,) = outcome.errors
     assert re.match(f"error: {file} cannot be written: No space left on device", error)
-    assert_broken(workshop, seen / name, 4, outcome)
-    assert newest_checkpoint(seen / name) == 2
+    assert_broken(workshop, seen / name, step, outcome, behind=EVERY if phase == "checkpoint" else 0)
+    assert newest_checkpoint(seen / name) == step - 2
     (seen / name / "filler").unlink()
     workshop.go_on(place / name, "ddp").succeeded()
     assert result(seen / name) == workshop.unbroken("ddp")

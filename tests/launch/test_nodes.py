@@ -119,7 +119,11 @@ def test_a_lost_host_ends_the_other(hosts, tmp_path):
         assert commands[1].outcome(1).code != 0
 
 
-SEPARATE = (*("--train.steps", "8", "--checkpoint.every", "1"), *SMALL[2:])
+SEPARATE = (
+    *SMALL,
+    *("--train.steps", "8", "--checkpoint.every", "1"),
+    *("--selection.candidates", "18", "--selection.budget", "9"),  # for three ranks
+)
 
 
 def separate(hosts: tuple[Host, Host], folder: Path, *options: str) -> list[list[str]]:
@@ -162,7 +166,7 @@ def test_a_file_that_one_host_lacks_is_named_with_it(hosts, tmp_path):
     (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 40, "utf-8")
     data = ("--data.train", str(folder / "train.jsonl"), "--output_dir", str(tmp_path / "run"))
     with ExitStack() as stack:
-        commands = start(stack, separate(hosts, folder, *SMALL, *data), tmp_path)
+        commands = start(stack, separate(hosts, folder, *SEPARATE, *data), tmp_path)
         errors = [line for command in commands for line in command.outcome(FINISHED_SECONDS).errors]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: rank 2 on {hosts[1].name}: ")

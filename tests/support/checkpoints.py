@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colm_scale.checkpoint import store
+from colm_scale.checkpoint.files import Checkpoint
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.errors import UserError
 
@@ -24,7 +24,7 @@ def contents(mark: float = 0.0) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def mark_of(checkpoint: store.Checkpoint) -> float:
+def mark_of(checkpoint: Checkpoint) -> float:
     """Number of the write; state and all tensors must agree."""
     marks = {checkpoint.state["mark"], *checkpoint.tensors["adapter"]["a.weight"].flatten().tolist()}
     (mark,) = marks | set(checkpoint.tensors["moments"]["first"].tolist())

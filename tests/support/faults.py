@@ -15,8 +15,6 @@ from support.commands import Forked, Outcome, Ranks, rows, write_rows
 from support.families import base_model
 
 PHASES = ("sample", "sketch", "gather", "select", "broadcast", "learn", "route", "train", "optimizer", "checkpoint")
-WRITING = ("writing", "naming", "pruning")
-"""Phases of writing a checkpoint on rank 0 (`support.sabotage.at`)."""
 SECONDS = 120
 """Time limit of a run on a busy machine, beyond which it counts as hung."""
 ENGINES: dict[str, tuple[str, ...]] = {

@@ -1,6 +1,7 @@
 """``launchers/train.py`` with a fault, given by the last option, ``--sabotage``:
 
     --sabotage kill sketch 2 1      a deed and its place: phase, step and rank (`DEEDS`, `at`)
+    --sabotage behind 9 kill train 5 0      the same while a checkpoint is half written: each takes 9 seconds longer
     --sabotage nan candidate        numbers that are not finite and their place (`NUMBERS`); ``inf`` likewise
     --sabotage selection            rank 1 receives another selection than rank 0 sent
 
@@ -12,8 +13,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -21,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from colm_scale.checkpoint import store
+from colm_scale.checkpoint import files, store
+from colm_scale.checkpoint.background import BackgroundWriter, Snapshot
 from colm_scale.cli import main as cli
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
@@ -54,9 +57,13 @@ def hang() -> None:
 PAGE_BYTES = 4096
 
 
+def output_dir() -> Path:
+    return Path(sys.argv[sys.argv.index("--output_dir") + 1])
+
+
 def fill_disk(but: int) -> None:
     """Fill the disk of the run's folder up to ``but`` bytes, and the last page of its files of rows."""
-    folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    folder = output_dir()
     if not but:
         for rows in folder.glob("*.jsonl"):
             with rows.open("ab") as file:
@@ -65,11 +72,18 @@ def fill_disk(but: int) -> None:
         os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - but))
 
 
+def wait_for_the_next() -> None:
+    """Until the steps wait for this checkpoint."""
+    WAITED_FOR.wait()
+
+
 def wait_for_a_stop() -> None:
+    (output_dir() / "waiting").touch()
     while not WATCHES[-1].stop_requested:
         time.sleep(0.05)
 
 
+WAITED_FOR = threading.Event()
 WATCHES: list[Watch] = []
 """This rank's, after the start of a step."""
 DEEDS = {
@@ -79,20 +93,28 @@ DEEDS = {
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": hang,
+    "slow": wait_for_the_next,
     "wait": wait_for_a_stop,
     "fill": lambda: fill_disk(but=2**14),  # enough for rows but not for a checkpoint
     "flood": lambda: fill_disk(but=0),
 }
 
 
-def at(phase: str, step: str, on_rank: str, deed: Callable[[], None]) -> None:
+WRITING = ("writing", "naming", "pruning")
+"""Phases of writing a checkpoint on rank 0."""
+
+
+def at(deed: Callable[[], None], phase: str, step: str, on_rank: str, *, behind: float = 0.0) -> None:
     """Do ``deed`` when that rank enters a phase of a step.
 
-    The phases are those of `Watch` and, while rank 0 writes a checkpoint, ``writing`` (half of a file is written),
-    ``naming`` (all files are written, but the folder is not renamed yet) and ``pruning`` (the checkpoint is complete,
-    and an old one is about to be deleted).
+    The phases are those of `Watch`, for which a checkpoint that is being written is finished first, unless writing is
+    ``behind`` by these seconds. And, while rank 0 writes the checkpoint of that step, ``writing`` (half of a file is
+    written), ``naming`` (all files are written, but the folder is not renamed yet) and ``pruning`` (the checkpoint is
+    complete, and an old one is about to be deleted).
     """
     begin, enter = Watch.begin, Watch.enter
+    begin_to_write, wait = BackgroundWriter.begin, BackgroundWriter.wait
+    writers: list[BackgroundWriter] = []
     now = [0]
 
     def remember(self, number: int) -> None:
@@ -102,29 +124,51 @@ def at(phase: str, step: str, on_rank: str, deed: Callable[[], None]) -> None:
 
     def entered(self, name: str) -> None:
         enter(self, name)
-        arrive(name)
+        arrive(name, now[0])
 
-    def arrive(name: str) -> None:
-        if (name, str(now[0]), rank()) == (phase, step, on_rank):
+    def remember_writer(self, snapshot: Snapshot) -> None:
+        writers[:] = [self]
+        begin_to_write(self, snapshot)
+
+    def waited(self) -> None:
+        if self._pending:
+            WAITED_FOR.set()
+        wait(self)
+
+    def arrive(name: str, number: int) -> None:
+        if name == "writing":
+            time.sleep(behind)
+        if (name, str(number), rank()) == (phase, step, on_rank):
+            if name not in WRITING and not behind:
+                for writer in writers:
+                    writer.finish()
             deed()
 
     Watch.begin, Watch.enter = remember, entered
+    BackgroundWriter.begin, BackgroundWriter.wait = remember_writer, waited
     arrive_in_checkpoint(arrive)
 
 
-def arrive_in_checkpoint(arrive: Callable[[str], None]) -> None:
-    write, put, discard = store._write_file, store.CheckpointFolder._put, store._discard
+def arrive_in_checkpoint(arrive: Callable[[str, int], None]) -> None:
+    now = [0]
+    folder = store.CheckpointFolder
+    write, put, discard, write_all = files._write_file, folder._put, folder._discard, folder.write
 
-    def write_half_before(path: Path, content: bytes) -> dict[str, object]:
+    def write_half_before(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, object]:
+        content = b"".join(parts)
         if path.stem == "optimizer":
             path.write_bytes(content[: len(content) // 2])
-            arrive("writing")
+            arrive("writing", now[0])
             path.unlink()
-        return write(path, content)
+        return write(path, [content])
 
-    store._write_file = write_half_before
-    store.CheckpointFolder._put = lambda self, final: (arrive("naming"), put(self, final))
-    store._discard = lambda folder: (arrive("pruning"), discard(folder))
+    def remember(self, step: int, *content: object) -> Path:
+        now[0] = step
+        return write_all(self, step, *content)
+
+    files._write_file, folder.write = write_half_before, remember
+    folder._put = lambda self, new, final: (arrive("naming", now[0]), put(self, new, final))
+    folder._discard = lambda self, old: (arrive("pruning", now[0]), discard(self, old))
 
 
 # Numbers that are not finite
@@ -208,8 +252,11 @@ def sabotage(kind: str, *words: str) -> None:
             NUMBERS[words[0]](float(kind))
         case "selection":
             change_selection()
+        case "behind":
+            seconds, deed, *place = words
+            at(DEEDS[deed], *place, behind=float(seconds))
         case _:
-            at(*words, DEEDS[kind])
+            at(DEEDS[kind], *words)
 
 
 def main() -> None:

@@ -21,12 +21,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from colm_scale.checkpoint.background import Snapshot, Writer
+from colm_scale.checkpoint.run_state import RunState
 from colm_scale.config import EvalConfig, RunConfig
 from colm_scale.data.batching import make_batch
 from colm_scale.data.sampler import CandidateSampler
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
 from colm_scale.engines.choose import make_engine
+from colm_scale.engines.tensors import collect, landing
 from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
@@ -40,6 +43,7 @@ from colm_scale.selection.ranking import rank
 from colm_scale.sketch.tap import Tap
 from colm_scale.step.floor import bare_floor_seconds
 from colm_scale.step.measure import Measurement
+from colm_scale.step.step import CoresetStep
 from support import worker
 from support.families import base_model, with_adapters
 from support.worker import Case, _selection
@@ -143,7 +147,38 @@ def run_case(
         options = EvalConfig(generate=2, max_new_tokens=3, limit=8)
         held_out = HeldOut(data, data.sizes, data.sizes < 10, tokenizer)
         HeldOutEvaluator(held_out, options, config.train, group, entered)(module, STEPS)
+        entered("")
+        found["snapshot"] = _snapshot(step, spans, group, entered)
     return found
+
+
+class _Keeping(Writer):
+    """Keeps the last snapshot, and does not write it."""
+
+    def begin(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+
+def _snapshot(step: CoresetStep, spans: Spans, group: Group, entered: Callable[[str], None]) -> dict[str, bool]:
+    """Whether a snapshot's copies were in flight, and are what the state was although another step has changed it."""
+    engine, writer, session = step.train.engine, _Keeping(), SimpleNamespace(state=dict)
+    state = RunState(writer, {}, {}, step, session, group)
+    collected = collect(engine, group)
+    landing(group.device)()
+    was = {
+        file: {name: value.cpu().clone() for name, value in named.items()}
+        for file, named in (collected | state._selection.tensors(STEPS)).items()
+    }
+    entered("checkpoint")
+    state.save(STEPS)
+    spans._entered = lambda _: None
+    entered("")
+    found = writer.snapshot.tensors
+    in_flight = all(value.isnan().all() for value in found["adapter"].values())
+    step(STEPS + 1, worker.RATE)
+    writer.snapshot.landed()
+    same = all(torch.equal(found[file][name], value) for file in was for name, value in was[file].items())
+    return {"in flight": bool(in_flight), "same": same and found.keys() >= was.keys()}
 
 
 def _nothing_to_add(_state, bucket):  # DDP refuses annotations that are not evaluated

@@ -28,8 +28,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from colm_scale.checkpoint.background import BackgroundWriter, Writer
+from colm_scale.checkpoint.files import NO_CHECKPOINT
 from colm_scale.checkpoint.run_state import RunState
-from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder, NoCheckpointFolder
+from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import (
     DataConfig,
     EvalConfig,
@@ -48,6 +50,7 @@ from colm_scale.distributed.connect import connect
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed
 from colm_scale.engines import tensors
+from colm_scale.engines.base import WEIGHT, Engine, trainable
 from colm_scale.engines.choose import make_engine, sharding
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes
@@ -254,9 +257,7 @@ CASES = {
     "counted": Case(_selection(method="stratified"), 2, {"micro_batch_tokens": 32}, counted=True),
     "overflowing": Case(_selection(), 4, {"dtype": "float16"}, overflowing=(1, 3)),
     # Five examples are micro-batches of their own, too few for two ranks with three each.
-    "poisoned": Case(
-        _selection(candidates=24, budget=5, kept_sources=[]), 3, {"micro_batch_tokens": 1}, poisoned=True
-    ),
+    "poisoned": Case(_selection(candidates=24, budget=5, kept_sources=[]), 3, {"micro_batch_tokens": 1}, poisoned=True),
     "floored": Case(
         _selection(estimator="zeroth_order", reuse=3),
         4,
@@ -431,7 +432,7 @@ def make_parts(case: Case, engine_name: str, group: Group, folder: Path) -> Part
     train = SimpleNamespace(engine=engine.inner)
     watched = SimpleNamespace(sampler=inputs.sampler, refresh=step.refresh, select=select, train=train)
     state = RunState(
-        folder=CheckpointFolder(folder, keep=1) if group.is_first else NoCheckpointFolder(),
+        writer=BackgroundWriter(CheckpointFolder(folder, keep=1)) if group.is_first else Writer(),
         identity={"config": {}, "data": "", "model": ""},
         facts={},
         step=watched,
@@ -481,6 +482,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     for number in range(1, case.steps + 1):
         if number - 1 == case.break_after:
             parts.state.save(number - 1)
+            parts.state.wait()
             parts = make_parts(case, second or first, group, folder)
             newest = CheckpointFolder(folder, 1).newest(fallback=False) if group.is_first else NO_CHECKPOINT
             assert parts.state.load(newest) == number - 1
@@ -516,7 +518,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "graphs": counters["stats"]["unique_graphs"] - graphs,
         "steps": steps,
         "gradients": gradients,
-        "adapters": collect(engine.inner, keep=True)["adapter"],
+        "adapters": whole_adapters(engine.inner, group),
         "floor": floor,
         "generated": generated,
         "name": engine.name,
@@ -526,10 +528,22 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
     }
 
 
+def whole_adapters(engine: Engine, group: Group) -> dict[str, torch.Tensor]:
+    """The trained weights that this rank has whole, or the first has gathered."""
+    if not engine.is_sharded:
+        found = {name: engine.part(name, WEIGHT) for name in trainable(engine.module)}
+        return {name: part.values.view(part.shape).clone() for name, part in found.items()}
+    gathered, whole = collect(engine, group)["adapter"], {}
+    for name in trainable(engine.module):
+        own = torch.zeros(engine.part(name, WEIGHT).shape)
+        whole[name] = group.broadcast(gathered.get(name, own), "control")
+    return whole
+
+
 def _floor(parts: Parts, work: Work, group: Group) -> dict:
     """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
     engine = parts.engine.inner
-    collect(engine, keep=True)  # begins the optimizer's state, as a checkpoint does
+    collect(engine, group)  # begins the optimizer's state, as a checkpoint does
     held = {"engine": engine, "step": parts.step}
     before = leaves(held, "run") | random_states()
     seconds = bare_floor_seconds(work, engine, group, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from support.families import adapted_model, batch_of
 
+from colm_scale.checkpoint.background import BackgroundWriter
+from colm_scale.checkpoint.files import NO_CHECKPOINT
 from colm_scale.checkpoint.run_state import RunState
-from colm_scale.checkpoint.store import NO_CHECKPOINT, CheckpointFolder
+from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import LossScale
@@ -53,7 +56,7 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     select = SimpleNamespace(sketch=SimpleNamespace(estimator=estimator), sources=sources)
     train = SimpleNamespace(engine=engine)
     step = SimpleNamespace(sampler=sampler, refresh=SourceRefresh(), select=select, train=train)
-    state = RunState(CheckpointFolder(folder, 1), identity, {}, step, session, GROUP)
+    state = RunState(BackgroundWriter(CheckpointFolder(folder, 1)), identity, {}, step, session, GROUP)
     return SimpleNamespace(
         engine=engine, estimator=estimator, sources=sources, sampler=sampler, session=session, state=state
     )
@@ -71,6 +74,7 @@ def saved(tmp_path) -> SimpleNamespace:
     trained(run)
     run.engine.scale = LossScale(1024.0, 5)
     run.state.save(20)
+    run.state.wait()
     return run
 
 
@@ -81,8 +85,8 @@ def load(run: SimpleNamespace, folder: Path) -> int:
 def test_every_part_comes_back(saved, tmp_path):
     run = parts(tmp_path, 1)
     assert load(run, tmp_path) == 20
-    for file, named in collect(saved.engine, keep=True).items():
-        back = collect(run.engine, keep=True)[file]
+    for file, named in collect(saved.engine, GROUP).items():
+        back = collect(run.engine, GROUP)[file]
         assert named.keys() == back.keys()
         assert all(torch.equal(named[name], back[name]) for name in named)
     assert run.engine.updates == 2
@@ -96,8 +100,45 @@ def test_every_part_comes_back(saved, tmp_path):
     run.engine.scale = saved.engine.scale = LossScale(1.0)
     for one in (saved, run):
         trained(one)
-    ours, theirs = (collect(one.engine, keep=True)["adapter"] for one in (run, saved))
+    ours, theirs = (collect(one.engine, GROUP)["adapter"] for one in (run, saved))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "Adam's bias correction counts on"
+
+
+def test_what_the_steps_change_while_it_is_written_is_not_in_it(tmp_path, monkeypatch):
+    """Everything that is saved is changed in place, as far as anything is."""
+    run, may_write, write = parts(tmp_path, 7), threading.Event(), CheckpointFolder.write
+    run.estimator.store = SketchStore(reuse=4, entries=8)
+    run.estimator.store.add(torch.tensor([70]), torch.tensor([20]), torch.tensor([[1.0, 2.0, 3.0]]))
+    trained(run)
+    moved = {"ids": torch.tensor([1, 2])}
+    run.state._refresh.state = lambda: moved
+    expected = {
+        file: {name: tensor.clone() for name, tensor in named.items()}
+        for file, named in (collect(run.engine, GROUP) | run.state._selection.tensors(20)).items()
+    }
+
+    def wait_and_write(self, *content):
+        may_write.wait()
+        return write(self, *content)
+
+    monkeypatch.setattr(CheckpointFolder, "write", wait_and_write)
+    run.state.save(20)
+    trained(run)
+    run.sampler.number = run.session.number = 9
+    run.engine.scale = LossScale(2.0, 1)
+    for changed in (moved["ids"], *run.estimator.moments.tensors().values(), run.estimator.store._rows):
+        changed.add_(1)
+    for tensor in (run.sources.recent.seen, run.sources.coverage.owed, run.sources.recent.kept):
+        tensor.zero_()
+    may_write.set()
+    run.state.wait()
+    found = CheckpointFolder(tmp_path, 1).newest(fallback=False)
+    assert found.tensors.pop("clusters")["ids"].tolist() == [1, 2]
+    assert found.tensors.keys() == expected.keys()
+    for file, named in expected.items():
+        assert all(torch.equal(found.tensors[file][name], tensor) for name, tensor in named.items()), file
+    assert (found.state["sampler"], found.state["session"]) == ({"number": 7}, {"number": 7})
+    assert (found.state["updates"], found.state["loss_scale"]["scale"]) == (1, 1.0)
 
 
 def test_without_a_checkpoint_a_run_begins(tmp_path):
@@ -137,6 +178,7 @@ def test_sketches_that_still_count_come_back(tmp_path):
     run.estimator.store.add(torch.tensor([70]), torch.tensor([16]), torch.tensor([[1.0, 2.0, 3.0]]))
     run.estimator.store.add(torch.tensor([80, 90]), torch.tensor([18, 18]), torch.tensor([[0.1, 0.2, 0.3]] * 2))
     run.state.save(20)
+    run.state.wait()
     assert load(again, tmp_path) == 20
     places = again.estimator.store.find(torch.tensor([90, 70, 80, 60]), 21)
     assert (places >= 0).tolist() == [True, False, True, False], "70 counts until step 20"
@@ -150,5 +192,6 @@ def test_a_store_without_sketches_comes_back_empty(tmp_path):
     for one in (run, again):
         one.estimator.store = SketchStore(reuse=4, entries=8)
     run.state.save(20)
+    run.state.wait()
     assert load(again, tmp_path) == 20
     assert again.estimator.store.find(torch.tensor([0, 70]), 21).tolist() == [-1, -1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from colm_scale.distributed import connect
@@ -103,6 +105,26 @@ def test_a_first_rank_that_does_not_arrive_is_named(monkeypatch):
     monkeypatch.setattr(connect, "_VERDICT_SECONDS", 0.1)
     found = in_threads({1: Place("b", "", 1)}, dist.HashStore(), 2, 0.2)
     assert found[1].startswith("TrainingError: rank 1 on b: rank 0 did not arrive within 0.2 seconds")
+
+
+def test_ranks_that_meet_but_cannot_connect_say_so_once(monkeypatch):
+    """A firewall lets them reach the store alone; torch's message goes on with a stack."""
+    store = dist.HashStore()
+
+    def refuse(*_: object, timeout: timedelta, **__: object) -> None:
+        assert timeout == timedelta(seconds=5)
+        raise RuntimeError("Gloo connectFullMesh failed: timed out\nframe #0: ...")
+
+    monkeypatch.setattr(connect, "open_store", lambda rank, seconds: store)
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with ThreadPoolExecutor(3) as pool:
+        joined = [pool.submit(connect._join, rank, 3, torch.device("cpu"), 5.0) for rank in range(3)]
+    errors = [one.exception() for one in joined]
+    (said,) = [str(error) for error in errors if isinstance(error, TrainingError)]
+    assert "cannot connect to all of them (Gloo connectFullMesh failed: timed out): colm-scale doctor" in said
+    assert sum(isinstance(error, PeerFailed) for error in errors) == 2
 
 
 def test_the_limit_is_a_number_of_seconds(monkeypatch):

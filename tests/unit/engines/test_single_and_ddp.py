@@ -91,7 +91,7 @@ def test_a_first_step_that_is_undone_leaves_no_trace(optimizer, dtype, factor):
 def test_what_is_collected_is_all_that_a_run_goes_on_with(optimizer):
     whole, other = engine_of(optimizer=optimizer), engine_of(optimizer=optimizer)
     trained(whole, 2)
-    collected = collect(whole, keep=True)
+    collected = collect(whole, GROUP)
     restore(other, collected, GROUP)
     other.updates = whole.updates
     assert whole.updates == (2 if optimizer in ("adamw", "adafactor") else 0)

@@ -107,10 +107,21 @@ def test_it_computes_what_the_cpu_computes(quick):
         assert quick[name]["device"]["losses"] == pytest.approx(quick[name]["cpu"]["losses"], rel=1e-5)
 
 
+def test_a_checkpoint_is_copied_without_waiting_for_the_device(quick):
+    """What is read of it after an event is what was there, whatever the next step has changed in place."""
+    assert quick["last_layer"]["device"]["snapshot"] == {"in flight": True, "same": True}
+
+
 @pytest.mark.slow
 def test_every_method_reads_the_device_no_more_than_it_must(every):
     for name in ALLOWED.keys() - set(QUICK):
         check(every[name], ALLOWED[name])
+
+
+@pytest.mark.slow
+def test_every_checkpoint_is_copied_without_waiting_for_the_device(every):
+    for name in ("padded", "re-clustered"):
+        assert every[name]["device"]["snapshot"] == {"in flight": True, "same": True}
 
 
 @pytest.mark.slow
