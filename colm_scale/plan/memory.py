@@ -54,7 +54,7 @@ class EngineMemory:
         keeps_gradients: Whether adapters hold whole gradients until the optimizer has run.
         part: The largest part that is whole while a sharded model is loaded: a block, or a weight outside of them.
         host: Bytes that are kept on the host: offloaded shards, averages and float32 copies.
-        in_flight: Whole weights gathered ahead and not used, in the backward.
+        in_flight: Whole weights gathered ahead and not used, in training.
         kept: Whole weights that stay gathered from a step's first training micro-batch to the next.
     """
 
@@ -208,11 +208,11 @@ def _peaks(memory: EngineMemory, traces: Sequence[Trace], world_size: int, batch
 def in_training(memory: EngineMemory, growth: Growth, batches: Batches) -> int:
     """Return the peak growth in training: from the first gradient on, with the memory to reduce them."""
     stays = memory.in_flight + memory.kept * (len(batches.trained) > 1)
-    more, most, began = memory.reducing + max(0, stays - memory.gathered), 0, False
+    most, began = 0, False
     for section, peak in growth.peaks.items():
         began = began or section.what == "backward"
-        most = max(most, peak + more * began)
-    return most
+        most = max(most, peak + memory.reducing * began)
+    return most + max(0, stays - memory.gathered)
 
 
 def _of_whole_depth(depth: Depth, grown: Sequence[Growth]) -> Growth:

@@ -315,7 +315,7 @@ def test_memory_to_reduce_gradients_is_needed_from_the_first_gradient_on():
     one = Growth(head, [0])
     assert in_training(memory, one, Batches([], [LENGTHS])) == 100
     assert in_training(dataclasses.replace(memory, reducing=41), one, Batches([], [LENGTHS])) == 101
-    assert in_training(dataclasses.replace(memory, in_flight=31), one, Batches([], [LENGTHS])) == 60 + 30 + 21
+    assert in_training(dataclasses.replace(memory, in_flight=31), one, Batches([], [LENGTHS])) == 100 + 21
     two = Growth({**head, Section(2, "after", 0, 1): 100}, [0, 0])
     assert in_training(memory, two, Batches([], [LENGTHS] * 2)) == 100 + 30 + 7
 
