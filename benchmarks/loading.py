@@ -123,7 +123,7 @@ def start(folder: str, engine: str, out: str, dtype: str) -> None:
     import transformers
 
     from colm_scale.config import command_line as arguments
-    from colm_scale.distributed.group import connect
+    from colm_scale.distributed.connect import connect
     from colm_scale.run import prepare as preparation
 
     marks: list[tuple[str, float]] = []

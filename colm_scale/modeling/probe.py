@@ -86,7 +86,7 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.devi
 def copy_of_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
     """A model as in `few_blocks`, on the same device."""
     name, blocks = decoder_blocks(base)
-    # New parameters on the same storage; 4-bit ones, which no engine shards, are shared as they are.
+    # New parameters on the same storage; those of bitsandbytes, which no engine shards, are shared as they are.
     memo: dict[int, object] = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
     memo |= {id(block): nn.Identity() for number, block in enumerate(blocks) if number not in numbers}
     model = copy.deepcopy(base, memo)

@@ -64,7 +64,10 @@ class RunDirectory:
         if not writable:
             raise UserError(f"--output_dir {self.path} cannot be written: {nearest} is not a writable folder")
         self._lock = RunLock(self.path)
-        self._lock.wait()
+        try:
+            self._lock.wait()
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path} cannot be used: {error.filename}: {error.strerror}") from None
 
     def create(
         self,

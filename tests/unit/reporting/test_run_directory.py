@@ -191,6 +191,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_p
     assert not (tmp_path / "new").exists()
 
 
+def test_a_lock_that_cannot_be_read_is_refused_by_name(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"--output_dir .* cannot be used: .*\.lock: Is a directory"):
+        RunDirectory(str(tmp_path))
+
+
 def test_a_run_that_goes_on_takes_later_rows_out_and_a_torn_line(directory):
     for number in (1, 2, 3):
         directory.report(dataclasses.replace(REPORT, step=number), ["algebra", "ζ"])

@@ -118,8 +118,9 @@ def stopped_in(step: int, last: int = 6, *, every: int = 50, state: dict | None 
     )
     make.refresh_sources = lambda number: None
     group = SimpleNamespace(any=bool)
-    run = SimpleNamespace(config=resolve(config), watch=watch, steps=last, step=make, group=group)
-    ended = train._run_steps(run, session, SimpleNamespace(save=save), done)
+    writer = SimpleNamespace(failed=False, saved=list)
+    run = SimpleNamespace(config=resolve(config), watch=watch, steps=last, step=make, group=group, writer=writer)
+    ended = train._run_steps(run, session, SimpleNamespace(save=save, wait=lambda: None), done)
     return happened, ended, saved
 
 
