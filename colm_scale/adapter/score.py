@@ -118,7 +118,7 @@ def _score(
     torch.set_num_threads(config.train.threads or group.cores)
     names = list(trained.sources)
     with group.together():
-        check_kernels(config.model, config.train, None)
+        check_kernels(config.model, config.train)
         longest = config.data.max_length or context_length(check_model(config.model, "model"))
         tokenizer = load_tokenizer(config.model, "model")
         data = _data(config, options)

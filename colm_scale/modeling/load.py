@@ -18,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,6 +41,9 @@ from colm_scale.records import Json
 
 _LONGEST_DEFAULT = 2048
 _OPTION = "model.name"
+_REPACKS = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' layers. Where true, the first forward in evaluation mode packs the weights anew, and from
+then on products are in bfloat16 and have no gradients."""
 
 
 def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
@@ -106,14 +108,11 @@ def _weights_folder(name: str) -> str:
     return str(Path(found).parent)
 
 
-def check_kernels(config: ModelConfig, train: TrainConfig, sharding: str | None) -> None:
+def check_kernels(config: ModelConfig, train: TrainConfig) -> None:
     """Check that flash attention and 4-bit weights, if asked for, can run here.
 
-    Args:
-        sharding: The engine that shards the frozen weights, if one does.
-
     Raises:
-        UserError: A library is missing, or the device, dtype or engine does not support it.
+        UserError: A library is missing, or the device or dtype does not support it.
     """
     if config.attention == "flash_attention_2":
         if not torch.cuda.is_available() or train.dtype == "float32":
@@ -126,14 +125,8 @@ def check_kernels(config: ModelConfig, train: TrainConfig, sharding: str | None)
                 "--model.attention flash_attention_2: neither flash-attn nor kernels is installed: "
                 "pip install 'colm_scale[flash]', or use sdpa"
             )
-    if config.quantize == "nf4":
-        if not is_bitsandbytes_available():
-            raise UserError("--model.quantize nf4 requires bitsandbytes: pip install 'colm_scale[quantize]'")
-        if sharding:
-            raise UserError(
-                f"--model.quantize nf4 does not work with {sharding}, which would shard the packed 4-bit weights: use "
-                f"DDP, ZeRO-1 or ZeRO-2, where each rank holds the whole quantised base"
-            )
+    if config.quantize == "nf4" and not is_bitsandbytes_available():
+        raise UserError("--model.quantize nf4 requires bitsandbytes: pip install 'colm_scale[quantize]'")
 
 
 def _has_flash_attention() -> bool:
@@ -189,6 +182,9 @@ def load_model(
             f"--{option} {_name(config)}: {len(drawn)} weights that its config.json asks for are missing in its files "
             f"or have another shape, the first is {drawn[0]}: the folder is incomplete or mixes two models"
         )
+    for layer in model.modules():
+        if hasattr(layer, _REPACKS):
+            setattr(layer, _REPACKS, False)
     return moved(model.requires_grad_(False), device)
 
 
@@ -197,13 +193,10 @@ def _load(
 ) -> tuple[PreTrainedModel, Json]:
     """The model, and transformers' report on its weights."""
     read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # its annotations lack the pair
-    if config.quantize == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    if config.quantize == "nf4" and device != META:
+        from colm_scale.modeling.quantised import nf4
+
+        options["quantization_config"] = nf4(dtype)
     with _one_line(config, option):
         found = read(
             _name(config),
@@ -220,12 +213,21 @@ def _load(
     return model, report
 
 
-def weights_of(model: PreTrainedModel, config: ModelConfig) -> Weights:
-    """The weights of a loaded model: those in its files if it is on the meta device."""
+def weights_of(model: PreTrainedModel, config: ModelConfig, device: torch.device) -> Weights:
+    """The weights of a loaded model: those in its files if it is on the meta device.
+
+    Args:
+        device: Of the run.
+    """
     if not any(weight.is_meta for weight in model.parameters()):
         return WHOLE
     only = getattr(model.config, "transformers_weights", None)
-    return FileWeights(model, weight_files(_name(config), config.revision, only))
+    files = weight_files(_name(config), config.revision, only)
+    if config.quantize == "none":
+        return FileWeights(model, files)
+    from colm_scale.modeling.quantised import PackedWeights
+
+    return PackedWeights(model, files, device, model.dtype)
 
 
 def keep_block_inputs_only(model: PreTrainedModel) -> None:

@@ -67,7 +67,7 @@ class Weights:
         """Sample each frozen weight of ``model``, by its name without adapters."""
         frozen = ((name, weight) for name, weight in model.named_parameters() if not weight.requires_grad)
         # peft moves an adapted layer one level down.
-        return {name.replace(".base_layer.", "."): _sample(weight.data) for name, weight in frozen}
+        return {name.replace(".base_layer.", "."): sample(weight.data) for name, weight in frozen}
 
 
 WHOLE = Weights()
@@ -91,9 +91,12 @@ class FileWeights(Weights):
         self._like = copy.deepcopy(model)
         self._tie_equal(model)
         compute_buffers(model)
-        self._model, self._places = model, _places(model)
         self._drawn: dict[nn.Module, Callable[[], Tensor]] = {}
         self._sampled: dict[str, Sample] = {}
+        self._locate(model)
+
+    def _locate(self, model: PreTrainedModel) -> None:
+        self._model, self._places = model, _places(model)
 
     def fill(self, part: Part) -> None:
         tops = part if isinstance(part, list) else [part]
@@ -107,7 +110,7 @@ class FileWeights(Weights):
             if value.is_meta:
                 raise UserError(f"the model's files hold {places[0].path} in a form that only --engine ddp can load")
             if isinstance(tensor, nn.Parameter):
-                self._sampled[places[0].path] = _sample(value)
+                self._sampled[places[0].path] = sample(value)
                 value = nn.Parameter(value, requires_grad=tensor.requires_grad)
             for place in places:
                 setattr(place.module, place.name, value)
@@ -265,6 +268,7 @@ def weightless(model: nn.Module) -> Iterator[None]:
     for weight, of_weight in places.items():
         seeming = torch.empty((), dtype=weight.dtype).expand(weight.shape)
         parameter = nn.Parameter(seeming, requires_grad=weight.requires_grad)
+        vars(parameter).update(vars(weight))  # peft asks a 4-bit weight for its kind
         for place in of_weight:
             setattr(place.module, place.name, parameter)
     try:
@@ -293,7 +297,7 @@ def _taken(model: PreTrainedModel, path: str) -> Tensor:
     return tensor.data
 
 
-def _sample(data: Tensor) -> Sample:
+def sample(data: Tensor) -> Sample:
     """Sample a weight of any type, at equal distances."""
     flat = data.reshape(-1)
     read = flat[:: max(1, math.ceil(len(flat) / _SAMPLE))].contiguous().view(torch.uint8).cpu().numpy().tobytes()

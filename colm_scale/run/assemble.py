@@ -48,7 +48,7 @@ def build_model(
             check_compiler(group.device)
         prefers_flash = config.train.packing == "off"  # otherwise torch's flash kernel, which takes packed rows
         base = load_model(config.model, getattr(torch, config.train.dtype), device, prefers_flash=prefers_flash)
-        weights = weights_of(base, config.model)
+        weights = weights_of(base, config.model, group.device)
         ended("model")
         flash_fails = check_flash(base, config.model.attention, group.device)
         tried = use_packing(base, config.train.packing, group.device)

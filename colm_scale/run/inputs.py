@@ -16,7 +16,7 @@ from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
 from colm_scale.data.stream import survey
 from colm_scale.distributed.group import Group
-from colm_scale.engines.choose import check_optimizer, sharding
+from colm_scale.engines.choose import check_optimizer
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import check_adapter, check_kernels, check_model, context_length, load_tokenizer
@@ -75,7 +75,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
             check_trackers(config.track)
         ds_config = _check_ranks(config, group)
         config.selection.check_own()
-        check_kernels(config.model, config.train, sharding(config, ds_config))
+        check_kernels(config.model, config.train)
         if config.reclusters:
             check_installed("sklearn")
         model = check_model(config.model)

@@ -102,7 +102,8 @@ class _Tail:
         if not self._reached:
             return None
         halves = any(weight is not None and _is_half(weight) for weight in module._parameters.values())
-        if halves and module is not self._model.fused_head:
+        packed = hasattr(module, "quant_state")  # bytes of 4-bit weights, whatever their type says
+        if halves and not packed and module is not self._model.fused_head:
             self._lent[module] = module._parameters
             copies = {k: None if v is None else _in_float32(v) for k, v in module._parameters.items()}
             vars(module)["_parameters"] = copies  # tensors, where torch has parameters

@@ -169,7 +169,6 @@ FILES = {
     "streamed CSV": data("a,b\n", ".jsonl", options="--data.streaming true", name="train.csv"),
     "streamed row wrong": data(lines((3, "{")), "train.jsonl line 3", options="--data.streaming true"),
     "flash attention on a CPU": good("--model.attention flash_attention_2", "flash_attention_2", "a CPU", "use sdpa"),
-    "4 bits in shards": good("--model.quantize nf4 --engine fsdp", "--model.quantize nf4", "fsdp", "ZeRO-1"),
     "DDP of one": good("--engine ddp", "--engine ddp needs several processes", "torchrun"),
     "ds_config with a batch size": ds('{"train_micro_batch_size_per_gpu": 4}', "train_micro_batch_size_per_gpu is 4"),
     "ds_config with clipping": ds(

@@ -30,6 +30,7 @@ from torch._dynamo.utils import counters
 
 from colm_scale.checkpoint.background import BackgroundWriter, Writer
 from colm_scale.checkpoint.files import NO_CHECKPOINT
+from colm_scale.checkpoint.identity import model_digest
 from colm_scale.checkpoint.run_state import RunState
 from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import (
@@ -53,7 +54,7 @@ from colm_scale.engines import tensors
 from colm_scale.engines.base import WEIGHT, Engine, trainable
 from colm_scale.engines.choose import make_engine, sharding
 from colm_scale.engines.ds_config import read_ds_config
-from colm_scale.engines.tensors import collect, held_bytes
+from colm_scale.engines.tensors import collect, held_bytes, local_tensors
 from colm_scale.errors import TrainingError, UserError
 from colm_scale.modeling.forward_reuse import HeldBlockInputs
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
@@ -137,6 +138,8 @@ class Case:
     """Generate answers after this step."""
     from_files: bool = False
     """Whether an engine that shards reads the weights from files, part by part."""
+    quantize: str = "none"
+    """As the option, for weights from files."""
 
 
 def _selection(**options) -> SelectionConfig:
@@ -245,6 +248,21 @@ CASES = {
         perturbation=1e-3,
         from_files=True,
     ),
+    **{
+        f"nf4{name}": Case(_selection(**options), **{"steps": 4, "from_files": True, "quantize": "nf4", **others})
+        for name, options, others in (
+            ("", {}, {}),
+            ("_zeroth_order", {"estimator": "zeroth_order", "num_probes": 2}, {}),
+            ("_broken", {}, {"break_after": 2}),
+            ("_generating", {}, {"steps": 2, "generate_after": 1}),
+            (
+                "_forward_reused",
+                {},
+                {"steps": 2, "train": {"activation_checkpointing": True, "forward_reuse": "device"}},
+            ),
+            ("_tail", {"estimator": "zeroth_order"}, {"steps": 1, "train": {"dtype": "bfloat16"}}),
+        )
+    },
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
     "ranked_facility": Case(_selection(weights="cluster"), 2),
     "ranked_matching": Case(_selection(ranking="matching"), 2),
@@ -276,6 +294,7 @@ def run_config(case: Case, engine: str = "auto") -> RunConfig:
     """``engine``: ``auto``, ``fsdp``, ``fsdp_offload``, ``fsdp_unsharded``, or the name of a file in ``ds_configs``."""
     train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5, **case.train}
     return RunConfig(
+        model=ModelConfig(quantize=case.quantize),
         selection=case.selection,
         lora=LoraConfig(rank=RANK, alpha=RANK),
         train=TrainConfig(**train),
@@ -339,7 +358,7 @@ def model_from_files(
     config: RunConfig, folder: Path, group: Group, device: torch.device
 ) -> tuple[ExampleLoss, FillSpy, Tap | None]:
     """As `model`, from the files in ``folder``: on the CPU, or without weights, which come part by part."""
-    config = replace(config, model=ModelConfig(name=str(folder)), train=replace(config.train, seed=0))
+    config = replace(config, model=replace(config.model, name=str(folder)), train=replace(config.train, seed=0))
     module, weights, tap = build_model(config, device, group)
     return module, FillSpy(weights, module), tap
 
@@ -524,6 +543,7 @@ def _run_case(case: Case, engine_name: str, group: Group) -> dict:
         "name": engine.name,
         "moved": (parts.moved.most, parts.moved.total),
         "weights_kept": _same(whole_weights(module), parts.weights),
+        **({} if case.quantize == "none" else _quantised(parts)),
         "held": (held_at_start, max(parts.held, default=0), held_bytes(module)),
     }
 
@@ -598,6 +618,29 @@ def generate(parts: Parts, group: Group, room: str) -> dict[str, object]:
             evaluator(parts.module, 0)
         collectives[tokens] = group.collectives() - before
     return {"answers": answers, "collectives": collectives, "held": max(held)}
+
+
+def _quantised(parts: Parts) -> dict[str, object]:
+    """The weights of the layers in 4 bits, as they compute; each parameter's type and size on this rank."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    from colm_scale.modeling.quantised import PackedLinear
+
+    layers = {name: layer for name, layer in parts.module.named_modules() if isinstance(layer, Linear4bit)}
+    own = {name: local_tensors(layer.weight)[0] for name, layer in layers.items()}
+    with parts.engine.inner.gathered():
+        weights = {
+            name: dequantize_4bit(
+                *(layer.unpacked() if isinstance(layer, PackedLinear) else (layer.weight, layer.weight.quant_state))
+            )
+            for name, layer in layers.items()
+        }
+    return {
+        "digest": model_digest(parts.module, parts.moved if isinstance(parts.moved, FillSpy) else WHOLE),
+        "weights": weights,
+        "own": {name: (tensor.dtype, tensor.nbytes) for name, tensor in own.items()},
+    }
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

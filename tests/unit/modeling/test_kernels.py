@@ -37,10 +37,10 @@ def test_flash_attention_is_asked_for_where_it_can_run(monkeypatch, gpu, dtype, 
     monkeypatch.setattr(load, "is_kernels_available", lambda: False)
     config, train = ModelConfig(attention="flash_attention_2"), TrainConfig(dtype=dtype)
     if wrong is None:
-        check_kernels(config, train, None)
+        check_kernels(config, train)
     else:
         with pytest.raises(UserError, match=wrong):
-            check_kernels(config, train, None)
+            check_kernels(config, train)
 
 
 @pytest.mark.parametrize(

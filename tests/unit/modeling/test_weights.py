@@ -37,7 +37,7 @@ def rewrite(folder, change) -> None:
 def by_parts(config: ModelConfig, dtype: torch.dtype = torch.float32):
     """The model, its weights, and its parts: what is outside the blocks in one, then each block."""
     model = load_model(config, dtype, META)
-    return model, weights_of(model, config)
+    return model, weights_of(model, config, CPU)
 
 
 def fill_by_parts(model, weights) -> None:
@@ -126,13 +126,13 @@ def test_a_model_whose_files_are_quantised_is_loaded_whole(tmp_path):
     packed.save_pretrained(tmp_path / "packed")
     config = ModelConfig(name=str(tmp_path / "packed"))
     model = load_model(config, torch.float32, META)
-    assert weights_of(model, config) is WHOLE
+    assert weights_of(model, config, CPU) is WHOLE
     assert tensors(model)["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
 
 
 def test_a_model_that_has_its_weights_is_left_alone():
     model = load_model(ModelConfig(), torch.float32, CPU)
-    assert weights_of(model, ModelConfig()) is WHOLE
+    assert weights_of(model, ModelConfig(), CPU) is WHOLE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
