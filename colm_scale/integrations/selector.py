@@ -35,7 +35,7 @@ from colm_scale.modeling.causal import CausalModel, moved
 from colm_scale.modeling.forward_reuse import BlockInputs
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import find_probe, in_last_block, sample_of_model, trial_batch, without_dropout
+from colm_scale.modeling.probe import find_probe, of_sample, sample_of_model, trial_batch, without_dropout
 from colm_scale.profiling.memory import memory_meter
 from colm_scale.profiling.spans import Spans
 from colm_scale.records import Candidates, MicroBatch, Route, Selection, StepReport, long_tensor, on_device
@@ -260,4 +260,4 @@ def _prepare(
             "use SelectionConfig(method='stratified'), which compares nothing"
         )
     probe = find_probe(sample, selection.probe)
-    return module, Tap(module, in_last_block(base, probe))
+    return module, Tap(module, of_sample(sample, probe, base))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from colm_scale.records import Batch
 
 _CPU = torch.device("cpu")
 _SAMPLE_VOCABULARY = 128
+_SAMPLE_MLP = 64
+_MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size")
+"""Names of the width of an MLP, or of an expert, in configurations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,17 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.devi
 
     An engine that shards or moves the base's parameters does not affect the copy.
     """
+    model = copy_of_blocks(base, numbers)
+    if any(weight.is_meta for weight in model.parameters()):
+        if type(model.get_output_embeddings()) is nn.Linear:
+            model.resize_token_embeddings(_SAMPLE_VOCABULARY, mean_resizing=False)
+        with global_draws(device, 0, "sample"):
+            draw(model, device)
+    return model
+
+
+def copy_of_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedModel:
+    """A model as in `few_blocks`, on the same device."""
     name, blocks = decoder_blocks(base)
     # New parameters on the same storage; those of bitsandbytes, which no engine shards, are shared as they are.
     memo: dict[int, object] = {id(p): copy.copy(p) if type(p) is nn.Parameter else p for p in base.parameters()}
@@ -85,11 +99,6 @@ def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.devi
     if types := getattr(config, "layer_types", None):  # the model looks them up by place
         others = [kind for number, kind in enumerate(types) if number not in numbers]
         config.layer_types = [*(types[number] for number in numbers), *others]
-    if any(weight.is_meta for weight in model.parameters()):
-        if type(model.get_output_embeddings()) is nn.Linear:
-            model.resize_token_embeddings(_SAMPLE_VOCABULARY, mean_resizing=False)
-        with global_draws(device, 0, "sample"):
-            draw(model, device)
     return model
 
 
@@ -109,12 +118,20 @@ def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
 def kinds_of_blocks(model: PreTrainedModel) -> list[int]:
     """Numbers of the first two blocks, and of the first one of every further kind: with other layers, or with another
     attention (such as a sliding window)."""
+    kinds: dict[object, int] = {}
+    for number, kind in enumerate(kind_of_each_block(model)):
+        kinds.setdefault(kind, number)
+    return sorted({*range(min(2, len(decoder_blocks(model)[1]))), *kinds.values()})
+
+
+def kind_of_each_block(model: PreTrainedModel) -> list[tuple[object, ...]]:
+    """The kind of each decoder block: its attention (such as a sliding window), and its layers with their sizes."""
     blocks = decoder_blocks(model)[1]
     types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(blocks)
-    kinds: dict[object, int] = {}
-    for number, block in enumerate(blocks):
-        kinds.setdefault((types[number], *map(type, block.modules())), number)
-    return sorted({*range(min(2, len(blocks))), *kinds.values()})
+    return [
+        (kind, *map(type, block.modules()), *(weight.shape for weight in block.parameters()))
+        for kind, block in zip(types, blocks)
+    ]
 
 
 def trial_batch(rows: list[Tensor], device: torch.device, *, packed: bool = False) -> Batch:
@@ -161,7 +178,9 @@ def linear_layers(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
 
 def sample_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of one block with random weights and a tiny vocabulary: frozen, in float32 on the CPU, reproducible.
+    """A model of one block with random weights: frozen, in float32 on the CPU, reproducible.
+
+    Its vocabulary and its MLP are tiny; its attention has the full width.
 
     Args:
         config: Configuration of the whole model.
@@ -182,10 +201,18 @@ def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
 
 
 def in_last_block(model: nn.Module, found: Probe) -> Probe:
-    """The probe found in a sample's only block, in the last block of the whole model."""
+    """The probe found in a model's only block, in the last block of the whole model, which is as wide."""
     prefix, blocks = decoder_blocks(model)
     name = f"{prefix}.{len(blocks) - 1}"
     return Probe(name, name + found.layer.removeprefix(found.block), found.rows)
+
+
+def of_sample(sample: nn.Module, found: Probe, model: nn.Module) -> Probe:
+    """The probe found in a sample, in the last block of the whole model, whose MLP is wider."""
+    probe = in_last_block(model, found)
+    if len(found.rows) < width(sample.get_submodule(found.layer)):
+        return probe
+    return replace(probe, rows=torch.arange(width(model.get_submodule(probe.layer))))
 
 
 def _shortened(of: PretrainedConfig) -> PretrainedConfig:
@@ -193,6 +220,9 @@ def _shortened(of: PretrainedConfig) -> PretrainedConfig:
     config.num_hidden_layers, config.vocab_size = 1, _SAMPLE_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
+    for name in _MLP_WIDTHS:
+        if isinstance(found := getattr(config, name, None), int):
+            setattr(config, name, min(found, _SAMPLE_MLP))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     return config

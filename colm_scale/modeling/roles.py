@@ -131,8 +131,12 @@ class _Trials:
     def in_proportion(self, name: str) -> dict[str, Tensor]:
         """The chunks of a layer that act like values: bool ``[chunks]`` by other layer, in execution order.
 
-        Such a chunk changes the other layer's input at another token, in proportion to its own change.
+        Such a chunk changes the other layer's input at another token, in proportion to its own change. Most layers
+        reach no other token at all, as one forward shows in which all their chunks change.
         """
+        together = self._changes(name, _EARLIER, self._large, 1)
+        if not any(change.any() for change in together.values()):
+            return dict.fromkeys(together, torch.zeros(self._chunks(name), dtype=torch.bool))
         smaller, large = (self._changes(name, _EARLIER, self._large / by) for by in (_SMALLER, 1))
         felt = {}
         for other in large:
@@ -149,19 +153,26 @@ class _Trials:
         up, down = (self._changes(name, tokens, size)[by] for size in (self._large, -self._large))
         return ((up != 0) | (down != 0)).any(1).cpu()
 
-    def _changes(self, name: str, tokens: slice, size: float) -> dict[str, Tensor]:
+    def _chunks(self, name: str) -> int:
+        rows = width(self.linears[name])
+        return rows // _head_dim(self._model, rows)
+
+    def _changes(self, name: str, tokens: slice, size: float, copies: int | None = None) -> dict[str, Tensor]:
         """The changes of the other layers' inputs at the last token when a layer's output changes at ``tokens``.
 
         Both forwards have the same shape, so unchanged inputs are bitwise equal.
 
+        Args:
+            copies: One for each chunk, or 1 to change all chunks together.
+
         Returns:
-            ``[chunks, d_in]`` change of the input per unit of ``size``, by layer, in execution order.
+            ``[copies, d_in]`` change of the input per unit of ``size``, by layer, in execution order.
         """
-        layer = self.linears[name]
-        chunk = _head_dim(self._model, width(layer))
-        copies = width(layer) // chunk
+        layer, chunks = self.linears[name], self._chunks(name)
+        copies, chunk = copies or chunks, width(layer) // chunks
         order = torch.randperm(chunk, generator=generator(0, "probe finding"))
-        changes = torch.block_diag(*[torch.linspace(-1, 1, chunk)[order]] * copies)
+        each = [torch.linspace(-1, 1, chunk)[order]] * chunks
+        changes = torch.cat(each).unsqueeze(0) if copies == 1 else torch.block_diag(*each)
 
         def shift(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
             shifted = output.clone()  # OPT's MLP flattens tokens into rows: the view undoes that

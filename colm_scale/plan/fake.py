@@ -1,23 +1,108 @@
-"""Models of any size on fake tensors, which have shapes and types but no memory."""
+"""Models of any size on fake tensors, which have shapes and types but no memory.
+
+Blocks of a kind are alike, so a deep model is traced with few of them, and again with one more of each kind: what one
+more adds, all that are left out add (`Depth`).
+"""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from colm_scale.config import RunConfig
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
-from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, sample_of
+from colm_scale.modeling.probe import (
+    Probe,
+    copy_of_blocks,
+    decoder_blocks,
+    find_probe,
+    kind_of_each_block,
+    of_sample,
+    sample_of,
+    trial_batch,
+)
 from colm_scale.sketch.tap import Tap
 
 CPU = torch.device("cpu")
+_ENDS = 2
+"""First and last blocks that are always traced: what is gathered next to the others differs there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """Blocks that represent those of a whole model.
+
+    Attributes:
+        numbers: Their numbers, ascending.
+        times: For each, how many blocks of the whole model it stands for, itself included.
+        further: A further block of each kind of which some are left out, and how many are.
+    """
+
+    numbers: tuple[int, ...]
+    times: tuple[int, ...]
+    further: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def all(cls, numbers: Sequence[int]) -> Depth:
+        """Blocks that stand for themselves."""
+        return cls(tuple(numbers), (1,) * len(numbers))
+
+    @classmethod
+    def of(cls, kinds: Sequence[Hashable]) -> Depth:
+        """Choose the blocks of a model whose blocks are of these kinds: both ends, first and last of each kind."""
+        every = range(len(kinds))
+        places = {kind: [number for number in every if kinds[number] == kind] for kind in kinds}
+        chosen = {*every[:_ENDS], *every[-_ENDS:]} | {place for of in places.values() for place in (of[0], of[-1])}
+        left_out = Counter(kinds[number] for number in every if number not in chosen)
+        traced = len(chosen) + (len(chosen) + 1) * len(left_out)
+        if traced >= len(kinds):
+            return cls.all(every)
+        numbers = sorted(chosen)
+        of_kind = [1 + left_out.pop(kinds[number], 0) for number in numbers]
+        middle = [next((place for place in places[kinds[n]] if place not in chosen), n) for n in numbers]
+        further = [(place, times - 1) for place, times in zip(middle, of_kind) if times > 1]
+        return cls(tuple(numbers), tuple(of_kind), tuple(further))
+
+
+class Section(NamedTuple):
+    """A section of a phase.
+
+    Attributes:
+        micro_batch: Its number.
+        what: What a block has begun or ended: ``forward``, ``after`` it, or ``backward``.
+        block: The block's number in the whole model.
+        time: How often it has in this micro-batch.
+    """
+
+    micro_batch: int
+    what: str
+    block: int
+    time: int
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Growth of live bytes in a phase.
+
+    Attributes:
+        peaks: The largest since the start, by section, in their order.
+        left: What each micro-batch leaves behind.
+    """
+
+    peaks: dict[Section, int]
+    left: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +113,8 @@ class FakeModel:
         mode: Operations on its tensors must run in this mode.
         tap: The tap on its probe, if it sketches.
         padded_because: Reason why its micro-batches are padded, if they are.
+        depth: The blocks that it has.
+        longer: For each of ``depth.further``, the model with that block too.
         traced: Earlier traces, by phase and micro-batches.
     """
 
@@ -35,17 +122,32 @@ class FakeModel:
     module: ExampleLoss
     tap: Tap | None
     padded_because: str | None
-    traced: dict[tuple[object, ...], tuple[int, list[int]]] = field(default_factory=dict)
+    depth: Depth
+    longer: tuple[FakeModel, ...] = ()
+    traced: dict[tuple[object, ...], Growth] = field(default_factory=dict)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A context in which the model can run."""
+        # On fake tensors, torch's product of groups (of tokens by expert) takes bfloat16 alone.
+        with self.mode, mock.patch.object(torch.nn.functional, "grouped_mm", _of_one_group, create=True):
+            yield
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks."""
         return decoder_blocks(self.module.causal_model)[1]
 
+    @property
+    def weights(self) -> list[tuple[nn.Parameter, int]]:
+        """Its weights, and how many of the whole model each stands for."""
+        inside = {w: times for block, times in zip(self.blocks, self.depth.times) for w in block.parameters()}
+        return [(weight, inside.get(weight, 1)) for weight in self.module.parameters()]
+
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """Results of trying a sample of the model, one block in its full width.
+    """Results of trying a sample of the model, one block whose attention has the full width.
 
     Attributes:
         attention: Name of its attention, after packing if requested and possible.
@@ -58,6 +160,12 @@ class Tried:
     padded_because: str | None
     probe: Probe | None
     like: Tap | None
+
+    def probe_in(self, model: PreTrainedModel) -> Probe | None:
+        """The probe in the last block of the whole model."""
+        if self.probe is None or self.like is None:
+            return None
+        return of_sample(self.like.model.causal_model, self.probe, model)
 
 
 def tried(config: RunConfig, of: PretrainedConfig) -> Tried:
@@ -84,17 +192,49 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
     """
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(of), dtype=getattr(torch, config.train.dtype))
-        base.config._attn_implementation = known.attention
-        if config.train.activation_checkpointing:
-            keep_block_inputs_only(base)
-        probe = in_last_block(base, known.probe) if known.probe else None
-        module = ExampleLoss(add_adapters(base.requires_grad_(False), config.lora, config.train.seed))
+    base.config._attn_implementation = known.attention
+    base.requires_grad_(False)
+    if config.train.activation_checkpointing:
+        keep_block_inputs_only(base)
+    kinds = kind_of_each_block(base)
+    depth = Depth.of(kinds)
+    if depth.further and _runs(few := _with_adapters(config, base, known, depth)):
+        longer = [
+            _with_adapters(config, base, known, Depth.all(sorted((*depth.numbers, number))))
+            for number, _ in depth.further
+        ]
+        return replace(few, longer=tuple(longer))
+    return _with_adapters(config, base, known, Depth.all(range(len(kinds))))
+
+
+def _with_adapters(config: RunConfig, base: PreTrainedModel, known: Tried, depth: Depth) -> FakeModel:
+    """Make the adapted model with some of the blocks of a frozen model on meta tensors."""
+    few = copy_of_blocks(base, depth.numbers)
+    probe = known.probe_in(few)
+    with torch.device("meta"):
+        module = ExampleLoss(add_adapters(few, config.lora, config.train.seed))
     module.knows_logits()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _to_fake_tensors(module)
         tap = Tap(module, probe, like=known.like) if probe else None
-    return FakeModel(mode, module, tap, known.padded_because)
+    return FakeModel(mode, module, tap, known.padded_because, depth)
+
+
+def _of_one_group(tokens: Tensor, weights: Tensor, **_: object) -> Tensor:
+    """The product of ``[S, i]`` tokens with the first of ``[experts, i, o]``: it needs the memory of that with all."""
+    return tokens @ weights[0]
+
+
+def _runs(fake: FakeModel) -> bool:
+    """Whether the model runs with the blocks that it has (some of Gemma 3n's need what others compute)."""
+    batch = trial_batch([torch.arange(1, 4)], CPU, packed=fake.module.packs)
+    try:
+        with fake.running(), torch.no_grad():
+            fake.module(batch)
+    except Exception:  # a missing key, attribute or argument, each model in its own way
+        return False
+    return True
 
 
 def _to_fake_tensors(model: nn.Module) -> None:

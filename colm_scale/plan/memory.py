@@ -7,37 +7,25 @@ counted: the CUDA context and NCCL's buffers (0.5 to 1.5 GiB), fragments, and te
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from colm_scale.config import RunConfig, TrainConfig
-from colm_scale.data.batching import make_batch
-from colm_scale.engines.base import Engine, trainable
 from colm_scale.engines.ds_config import zero_stage
 from colm_scale.engines.fsdp import FsdpEngine, among_absent_ranks
 from colm_scale.engines.tensors import local_tensors
-from colm_scale.modeling.causal import input_weight
-from colm_scale.plan.fake import CPU, FakeModel
-from colm_scale.profiling.live_tensors import LiveBytes
-from colm_scale.records import Batch, Json
-from colm_scale.sketch import last_layer, zeroth_order
-from colm_scale.sketch.precision import float32_tail
-from colm_scale.step.block_inputs import forward_reuse_store
+from colm_scale.plan.fake import Depth, FakeModel, Growth
+from colm_scale.plan.trace import MicroBatches, Trace
+from colm_scale.records import Json
 
 FLOAT32 = 4
 AVERAGES = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}
 """An optimizer's averages per number of an adapter (Adafactor has some per row and column only)."""
-
-MicroBatches = Sequence[Sequence[int]]
-"""Lengths of the examples of each micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +52,10 @@ class EngineMemory:
         reducing: Buffers allocated while gradients are reduced.
         gathered: Whole weights that are gathered at a time.
         keeps_gradients: Whether adapters hold whole gradients until the optimizer has run.
+        part: The largest part that is whole while a sharded model is loaded: a block, or a weight outside of them.
+        host: Bytes that are kept on the host: offloaded shards, averages and float32 copies.
+        in_flight: Whole weights gathered ahead and not used, in training.
+        kept: Whole weights that stay gathered from a step's first training micro-batch to the next.
     """
 
     weights: int
@@ -72,6 +64,10 @@ class EngineMemory:
     reducing: int
     gathered: int
     keeps_gradients: bool
+    part: int = 0
+    host: int = 0
+    in_flight: int = 0
+    kept: int = 0
 
     @property
     def resident(self) -> int:
@@ -85,7 +81,7 @@ class Peaks:
 
     Attributes:
         engine: The part that does not depend on the micro-batches.
-        phases: ``sketch`` (if candidates are forwarded), ``train`` and ``optimizer``.
+        phases: ``load``, ``sketch`` (if candidates are forwarded), ``train`` and ``optimizer``.
     """
 
     engine: EngineMemory
@@ -104,9 +100,9 @@ def engine_memory(train: TrainConfig, ds_config: Json, fake: FakeModel, world_si
     averages and its gradient, and one or (with ``overlap_comm``) two buckets of ``reduce_bucket_size`` numbers in the
     backward. ZeRO-3: shards, small weights whole, one such bucket throughout, and the weights gathered around a block.
     """
-    module = fake.module
-    adapters = sum(weight.numel() for weight in trainable(module).values())
-    whole = sum(_bytes(weight) for weight in module.parameters())
+    weights = fake.weights
+    adapters = sum(weight.numel() * times for weight, times in weights if weight.requires_grad)
+    whole = sum(_bytes(weight) * times for weight, times in weights)
     averages = AVERAGES[train.optimizer]
     zero, stage = ds_config.get("zero_optimization", {}), zero_stage(ds_config)
     if not stage:
@@ -114,147 +110,121 @@ def engine_memory(train: TrainConfig, ds_config: Json, fake: FakeModel, world_si
         return EngineMemory(whole, averages * adapters * FLOAT32, ddp * adapters * FLOAT32, 0, 0, True)
     part = -(-adapters // world_size) * FLOAT32
     on_cpu = zero.get("offload_optimizer", {}).get("device") == "cpu"
-    optimizer = 0 if on_cpu else part * (1 + averages)
+    states = part * (1 + averages)
+    optimizer, host = (0, states) if on_cpu else (states, 0)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * FLOAT32
     if stage < 3:
         buckets = 2 if zero.get("overlap_comm") else 1
-        return EngineMemory(whole, optimizer + adapters * FLOAT32, 0, buckets * bucket + part, 0, False)
+        reducing = buckets * bucket + part
+        return EngineMemory(whole, optimizer + adapters * FLOAT32, 0, reducing, 0, False, host=host)
     small = int(zero.get("stage3_param_persistence_threshold", 1e5))
-    persistent = sum(_bytes(weight) for weight in module.parameters() if weight.numel() <= small)
-    shards = 0 if zero.get("offload_param", {}).get("device") == "cpu" else -(-(whole - persistent) // world_size)
-    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * next(module.parameters()).element_size()
-    largest = max(_block_bytes(fake, small))
-    gathered = largest + min(ahead, largest)
-    return EngineMemory(shards + persistent, optimizer + part, bucket, part, gathered, False)
+    persistent = sum(_bytes(weight) * times for weight, times in weights if weight.numel() <= small)
+    shards = -(-(whole - persistent) // world_size)
+    if zero.get("offload_param", {}).get("device") == "cpu":
+        host, shards = host + shards, 0
+    whole_part = max(_block_bytes(fake, 0))
+    gathered, in_flight, kept = _gathered(train, zero, fake, whole - persistent)
+    return EngineMemory(
+        *(shards + persistent, optimizer + part, bucket, part, gathered, False),
+        part=whole_part,
+        host=host,
+        in_flight=in_flight,
+        kept=kept,
+    )
+
+
+def _gathered(train: TrainConfig, zero: Json, fake: FakeModel, sharded: int) -> tuple[int, int, int]:
+    """Compute the whole weights that ZeRO-3 has at a time: gathered, in flight and kept.
+
+    It gathers ahead. What it does not release, because a further micro-batch needs it soon or because activation
+    checkpointing runs blocks in another order than it has recorded, has at most ``stage3_max_live_parameters`` numbers.
+    """
+    itemsize = next(fake.module.parameters()).element_size()
+    small = int(zero.get("stage3_param_persistence_threshold", 1e5))
+    ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7)) * itemsize
+    live = int(zero.get("stage3_max_live_parameters", 1e9)) * itemsize
+    blocks = sum(
+        _bytes(weight) * times
+        for block, times in zip(fake.blocks, fake.depth.times)
+        for weight in block.parameters()
+        if weight.numel() > small
+    )
+    gathered = min(sharded, max(_block_bytes(fake, small)) + ahead)
+    return gathered, min(blocks, live) * train.activation_checkpointing, min(sharded, live)
 
 
 def peaks(
     config: RunConfig, ds_config: Json, fake: FakeModel, world_size: int, batches: Batches, label_share: float = 0.5
 ) -> Peaks:
-    """Trace the peak bytes of one rank in a step.
+    """Trace the peak bytes of one rank in a step; see `tracing`."""
+    with tracing(config, ds_config, fake, world_size, label_share) as peaks_of:
+        return peaks_of(batches)
+
+
+@contextmanager
+def tracing(
+    config: RunConfig, ds_config: Json, fake: FakeModel, world_size: int, label_share: float = 0.5
+) -> Iterator[Callable[[Batches], Peaks]]:
+    """A context with a function that traces the peak bytes of one rank in a step.
 
     Args:
-        fake: The model; under FSDP2 this call shards it.
+        fake: The model; under FSDP2 it is sharded, and of no use afterwards.
         label_share: Share of an example, at its end, that carries loss.
     """
+    models = (fake, *fake.longer)
     if config.engine != "fsdp":
         memory = engine_memory(config.train, ds_config, fake, world_size)
-        there = [*fake.module.parameters(), *fake.module.buffers()]
-        trace = _Trace(config, fake, there, label_share, drops_gradients=not memory.keeps_gradients)
-        return _peaks(memory, trace, batches, world_size, lambda batch: fake.module(batch).sum().backward())
-    with _sharded(config, fake, world_size) as engine:
-        memory = _fsdp_memory(config, fake)
-        there = [*_shards(fake.module.parameters()), *fake.module.buffers()]
-        trace = _Trace(config, fake, there, label_share, drops_gradients=False)
+        drops = not memory.keeps_gradients
+        traces = [Trace(config, model, label_share, drops_gradients=drops) for model in models]
+        yield partial(_peaks, memory, traces, world_size)
+        return
+    with among_absent_ranks(world_size) as (group, mesh):  # outside of the mode, since a mesh has real numbers
+        traces = []
+        for model in models:
+            with model.mode:
+                engine = FsdpEngine(model.module, config.train, config.fsdp, group, mesh)
+            traces.append(Trace(config, model, label_share, engine))
+        yield partial(_peaks, _fsdp_memory(config, fake), traces, world_size)
 
-        def train(batch: Batch) -> None:
-            engine.backward(engine.forward(batch).sum())
 
-        return _peaks(memory, trace, batches, world_size, train)
-
-
-def _peaks(
-    memory: EngineMemory, trace: _Trace, batches: Batches, world_size: int, train: Callable[[Batch], None]
-) -> Peaks:
+def _peaks(memory: EngineMemory, traces: Sequence[Trace], world_size: int, batches: Batches) -> Peaks:
     """Trace each phase, and add the engine's memory."""
-    phases, running = {}, memory.resident + memory.gathered
+    phases, running, trace = {"load": memory.weights + memory.part}, memory.resident + memory.gathered, traces[0]
     if batches.sketched:
         few = _at_most_two_alike(batches.sketched)
-        grown, left = trace.sketch(few)
+        growth = _of_whole_depth(trace.fake.depth, [trace.sketch(few) for trace in traces])
         more = Counter(map(tuple, batches.sketched)) - Counter(few)
-        grown += sum(count * left[few.index(alike)] for alike, count in more.items())
-        phases["sketch"] = running + grown + trace.held_inputs(batches.sketched)
-    grown, _ = trace.train(_at_most_two_alike(batches.trained), train)
-    phases["train"] = running + memory.reducing + grown + trace.held_inputs(batches.trained)
-    adapters = sum(_bytes(weight) for weight in trainable(trace.fake.module).values())
+        further = sum(count * growth.left[few.index(alike)] for alike, count in more.items())
+        phases["sketch"] = running + max(growth.peaks.values()) + further + trace.held_inputs(batches.sketched)
+    few = _at_most_two_alike(batches.trained)
+    growth = _of_whole_depth(trace.fake.depth, [trace.train(few) for trace in traces])
+    phases["train"] = running + in_training(memory, growth, batches) + trace.held_inputs(batches.trained, further=True)
+    adapters = sum(_bytes(weight) * times for weight, times in trace.fake.weights if weight.requires_grad)
     share = adapters if memory.keeps_gradients else adapters // world_size
     phases["optimizer"] = memory.resident + 2 * share  # its gradient, and the root of the second average
     return Peaks(memory, phases)
 
 
-class _Trace:
-    """Runs phases on fake tensors; each returns the peak growth of live bytes, and what each micro-batch leaves.
+def in_training(memory: EngineMemory, growth: Growth, batches: Batches) -> int:
+    """Return the peak growth in training: from the first gradient on, with the memory to reduce them."""
+    stays = memory.in_flight + memory.kept * (len(batches.trained) > 1)
+    most, began = 0, False
+    for section, peak in growth.peaks.items():
+        began = began or section.what == "backward"
+        most = max(most, peak + memory.reducing * began)
+    return most + max(0, stays - memory.gathered)
 
-    Args:
-        there: Tensors that exist before.
-        drops_gradients: The engine copies each gradient into a bucket at once.
+
+def _of_whole_depth(depth: Depth, grown: Sequence[Growth]) -> Growth:
+    """Extrapolate from the growth of a few blocks, and with one more of each kind, to the whole model.
+
+    Within a section memory is linear in the number of blocks; the maximum over the sections is not.
     """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        fake: FakeModel,
-        there: list[torch.Tensor],
-        label_share: float,
-        *,
-        drops_gradients: bool,
-    ):
-        self.fake = fake
-        self._config, self._there, self._label_share, self._drops = config, there, label_share, drops_gradients
-
-    def sketch(self, micro_batches: MicroBatches) -> tuple[int, list[int]]:
-        """Sketch the micro-batches in sequence, holding the sketch of each."""
-        tap, selection = self.fake.tap, self._config.selection
-        assert tap is not None
-        held: list[object] = []
-        with self.fake.mode:
-            z = torch.empty(selection.num_probes if selection.estimator == "zeroth_order" else 0, tap.size)
-
-        def run(batch: Batch) -> None:
-            match selection.estimator:
-                case "last_layer":
-                    held.append(last_layer.sketch(tap, batch, torch.arange(len(batch.lengths)))[-1])
-                case "zeroth_order":
-                    half = self._config.train.dtype != "float32"
-                    with float32_tail(tap) if half else nullcontext():
-                        zeroth_order.directional_derivatives(tap, batch, z, zeroth_order.PERTURBATION)
-
-        return self._growth("sketch", run, micro_batches)
-
-    def train(self, micro_batches: MicroBatches, run: Callable[[Batch], None]) -> tuple[int, list[int]]:
-        """Run forward and backward of each micro-batch, with gradients."""
-        module = self.fake.module
-        handles = [_drop_gradient(weight) for weight in trainable(module).values()] if self._drops else []
-        try:
-            return self._growth("train", run, micro_batches)
-        finally:
-            for handle in handles:
-                handle.remove()
-            module.zero_grad(set_to_none=True)
-
-    def held_inputs(self, micro_batches: MicroBatches) -> int:
-        """Return the bytes of block inputs that forward reuse holds on the device, up to its bound."""
-        if forward_reuse_store(self._config, self.fake.tap) != "device":
-            return 0
-        model = self.fake.module.causal_model
-        hidden: int = model.config.get_text_config().hidden_size
-        size = len(self.fake.blocks) * hidden * sum(map(sum, micro_batches)) * input_weight(model).element_size()
-        return min(size, int(self._config.train.forward_reuse_gib * 2**30))
-
-    def _growth(self, phase: str, run: Callable[[Batch], None], micro_batches: MicroBatches) -> tuple[int, list[int]]:
-        """Trace ``run``, once for each phase and micro-batches of a model."""
-        key = (phase, *micro_batches, self._label_share, self._drops)
-        if key in self.fake.traced:
-            return self.fake.traced[key]
-        batches = _batches(micro_batches, self.fake, self._label_share)
-        gc.collect()
-        with self.fake.mode, LiveBytes(self._there) as live:
-            marks = [live.now]
-            for batch in batches:
-                run(batch)
-                marks.append(live.now)
-            self.fake.traced[key] = live.peak - marks[0], [after - before for before, after in pairwise(marks)]
-        return self.fake.traced[key]
-
-
-def _drop_gradient(weight: nn.Parameter) -> RemovableHandle:
-    """Drop each gradient when it is complete, as engines with buckets do."""
-
-    def drop(parameter: torch.Tensor) -> None:
-        parameter.grad = None
-
-    handle: RemovableHandle = weight.register_post_accumulate_grad_hook(drop)
-    return handle
+    few, *longer = grown
+    more = [(found, times) for found, (_, times) in zip(longer, depth.further)]
+    peaks = {at: peak + sum(n * (found.peaks[at] - peak) for found, n in more) for at, peak in few.peaks.items()}
+    left = [own + sum(n * (found.left[i] - own) for found, n in more) for i, own in enumerate(few.left)]
+    return Growth(peaks, left)
 
 
 def _at_most_two_alike(micro_batches: MicroBatches) -> list[tuple[int, ...]]:
@@ -263,16 +233,6 @@ def _at_most_two_alike(micro_batches: MicroBatches) -> list[tuple[int, ...]]:
     for lengths in map(tuple, micro_batches):
         if found.count(lengths) < 2:
             found.append(lengths)
-    return found
-
-
-def _batches(micro_batches: MicroBatches, fake: FakeModel, label_share: float) -> list[Batch]:
-    found = []
-    for lengths in micro_batches:
-        rows = [torch.full((length,), 3) for length in lengths]
-        marks = [torch.arange(length) >= min(length - 1, int(length * (1 - label_share))) for length in lengths]
-        positions = torch.arange(len(lengths))
-        found.append(make_batch(rows, marks, positions, 0, CPU, packed=fake.module.packs))
     return found
 
 
@@ -292,22 +252,10 @@ def _block_bytes(fake: FakeModel, small: int) -> Iterator[int]:
 
 def _fsdp_memory(config: RunConfig, fake: FakeModel) -> EngineMemory:
     """Compute the memory of FSDP2 between steps, for a sharded model. Gradients are shards too."""
-    adapters = _shards(trainable(fake.module).values())
-    weights = sum(map(_bytes, _shards(fake.module.parameters())))
-    averages = AVERAGES[config.train.optimizer] * sum(weight.numel() for weight in adapters) * FLOAT32
+    shards = [(weight, tensor, times) for weight, times in fake.weights for tensor in local_tensors(weight)]
+    weights = sum(_bytes(tensor) * times for _, tensor, times in shards)
+    adapters = sum(tensor.numel() * times for weight, tensor, times in shards if weight.requires_grad)
+    averages, part = AVERAGES[config.train.optimizer] * adapters * FLOAT32, max(_block_bytes(fake, 0))
     if config.fsdp.cpu_offload:
-        return EngineMemory(0, 0, 0, 0, 0, False)
-    return EngineMemory(weights, averages, 0, 0, 0, False)
-
-
-def _shards(weights: Iterable[nn.Parameter]) -> list[torch.Tensor]:
-    return [tensor for weight in weights for tensor in local_tensors(weight)]
-
-
-@contextmanager
-def _sharded(config: RunConfig, fake: FakeModel, world_size: int) -> Iterator[Engine]:
-    """Make the engine of one rank in a fake process group."""
-    with among_absent_ranks(world_size) as (group, mesh):  # outside of the mode, since a mesh has real numbers
-        with fake.mode:
-            engine = FsdpEngine(fake.module, config.train, config.fsdp, group, mesh)
-        yield engine
+        return EngineMemory(0, 0, 0, 0, 0, False, part=part, host=weights + averages)
+    return EngineMemory(weights, averages, 0, 0, 0, False, part=part)

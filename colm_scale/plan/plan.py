@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +14,14 @@ from colm_scale.config import RunConfig, SelectionConfig
 from colm_scale.config.checks import check_even_shares
 from colm_scale.config.commands import PlanConfig
 from colm_scale.config.user_functions import is_own
-from colm_scale.engines.base import trainable
 from colm_scale.engines.choose import check_optimizer, sharding
 from colm_scale.engines.ds_config import read_ds_config, zero_stage
 from colm_scale.errors import UserError
 from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.load import check_model
 from colm_scale.plan.fake import FakeModel, fake_model, tried
-from colm_scale.plan.memory import AVERAGES, FLOAT32, Batches, MicroBatches, Peaks, peaks
+from colm_scale.plan.memory import AVERAGES, FLOAT32, Batches, EngineMemory, Peaks, tracing
+from colm_scale.plan.trace import MicroBatches
 from colm_scale.selection.route import deal, form_micro_batches, route
 from colm_scale.step.block_inputs import forward_reuse_store
 
@@ -58,6 +60,7 @@ class Plan:
         forward_flops, training_flops: FLOP of a rank in a step, for the candidates' forward and for training.
         largest: Largest sizes that fit into ``plan.memory_gib``; infinite if memory does not bound them.
         checkpoint_bytes: Size of one checkpoint on disk.
+        host: Bytes of a rank on the host, while it loads and between steps. Python and data are not counted.
         padded_because: Reason why micro-batches are padded, if they are.
     """
 
@@ -72,6 +75,7 @@ class Plan:
     training_flops: float
     largest: dict[str, float]
     checkpoint_bytes: int
+    host: dict[str, int]
     padded_because: str | None
 
     @property
@@ -108,18 +112,22 @@ def make_plan(
     sketched, trained = (sum(map(sum, of_phase)) for of_phase in (batches.sketched, batches.trained))
     # The loss goes back through frozen weights, which have no gradients; adapters are negligible.
     passes = 3 if config.train.activation_checkpointing and not forward_reuse_store(config, fake.tap) else 2
+    with planner.tracing(fake) as peaks_of:
+        found = peaks_of(batches)
+        largest = planner.largest(batches, plan.memory_gib, peaks_of) if plan.memory_gib else {}
     return Plan(
         config=config,
         plan=plan,
         engine=planner.engine,
         sizes=sizes,
         batches=batches,
-        peaks=planner.peaks(fake, batches),
+        peaks=found,
         exchanged=planner.exchanged(sizes, batches),
         forward_flops=forward * sketched,
         training_flops=forward * passes * trained,
-        largest=planner.largest(batches, plan.memory_gib) if plan.memory_gib else {},
+        largest=largest,
         checkpoint_bytes=sizes.adapters * FLOAT32 * (1 + AVERAGES[config.train.optimizer]),
+        host=planner.host(fake, found.engine),
         padded_because=fake.padded_because,
     )
 
@@ -139,7 +147,7 @@ def arranged(config: RunConfig, plan: PlanConfig, *, packed: bool) -> Batches:
 
 
 class _Planner:
-    """Plans for one configuration and model, on as many fake models as needed.
+    """Plans for one configuration and model.
 
     Args:
         of: The model's configuration.
@@ -164,9 +172,17 @@ class _Planner:
         """Make a new fake model."""
         return fake_model(self._config, self._of, self._known)
 
-    def peaks(self, fake: FakeModel, batches: Batches) -> Peaks:
-        """Trace the memory of a rank; FSDP2 shards the model."""
-        return peaks(self._config, self._ds_config, fake, self._plan.world_size, batches, self._plan.label_share)
+    def tracing(self, fake: FakeModel) -> AbstractContextManager[Callable[[Batches], Peaks]]:
+        """A context with a function that traces the memory of a rank; FSDP2 shards the model."""
+        return tracing(self._config, self._ds_config, fake, self._plan.world_size, self._plan.label_share)
+
+    def host(self, fake: FakeModel, memory: EngineMemory) -> dict[str, int]:
+        """Compute the bytes of a rank on the host: a part in the files' type at a time, and what is offloaded."""
+        base = [weight for weight in fake.module.parameters() if not weight.requires_grad]
+        of_files = getattr(self._of, "dtype", None) or base[0].dtype
+        larger = max(1, torch.empty(0, dtype=of_files).element_size() / base[0].element_size())
+        part = memory.part or max(map(_bytes, base))
+        return {"while loading": memory.host + int(part * larger), "between steps": memory.host}
 
     def exchanged(self, sizes: Sizes, batches: Batches) -> dict[str, int]:
         """Compute the bytes a rank sends for the selection, see `estimators`, and the engine, with ring algorithms."""
@@ -187,7 +203,9 @@ class _Planner:
             found["weights"] = int(ring * (sizes.frozen_bytes * gathers + tails))
         return found
 
-    def largest(self, batches: Batches, memory_gib: float) -> dict[str, float]:
+    def largest(
+        self, batches: Batches, memory_gib: float, peaks_of: Callable[[Batches], Peaks]
+    ) -> dict[str, float]:
         """Find the largest micro-batch, coreset and (with accumulation) candidates that fit into a memory.
 
         Memory is linear in the tokens, so two traces suffice.
@@ -197,7 +215,7 @@ class _Planner:
         most = max(map(len, (*batches.trained, *batches.sketched)))
 
         def traced(sketched: MicroBatches, trained: MicroBatches) -> dict[str, int]:
-            return self.peaks(self.model(), Batches(sketched, trained)).phases
+            return peaks_of(Batches(sketched, trained)).phases
 
         one, two = ((tokens,) * most,), ((tokens,) * (2 * most),)
         small, double = (traced(size if batches.sketched else (), size) for size in (one, two))
@@ -216,14 +234,14 @@ class _Planner:
 
 
 def _sizes(fake: FakeModel) -> Sizes:
-    frozen = [weight for weight in {*fake.module.parameters()} if not weight.requires_grad]
+    frozen = [(weight, times) for weight, times in fake.weights if not weight.requires_grad]
     below = {weight for block in fake.blocks[:-1] for weight in block.parameters()}
     return Sizes(
-        frozen=sum(weight.numel() for weight in frozen),
-        adapters=sum(weight.numel() for weight in trainable(fake.module).values()),
+        frozen=sum(weight.numel() * times for weight, times in frozen),
+        adapters=sum(weight.numel() * times for weight, times in fake.weights if weight.requires_grad),
         probe=fake.tap.size if fake.tap else 0,
-        frozen_bytes=sum(map(_bytes, frozen)),
-        tail_bytes=sum(_bytes(weight) for weight in frozen if weight not in below),
+        frozen_bytes=sum(_bytes(weight) * times for weight, times in frozen),
+        tail_bytes=sum(_bytes(weight) for weight, _ in frozen if weight not in below),
     )
 
 

@@ -8,10 +8,12 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from colm_scale.plan.memory import MicroBatches
 from colm_scale.plan.plan import GIB, Plan
+from colm_scale.plan.trace import MicroBatches
 
 _WIDTH = 110
+_RANKS_OF_HOST = 8
+"""Most ranks that are counted on a host."""
 
 
 def shown(plan: Plan) -> str:
@@ -62,6 +64,8 @@ def _memory(plan: Plan) -> Table:
         reducing = engine.reducing if phase == "train" else 0
         gathered = 0 if phase == "optimizer" else engine.gathered
         held = (engine.weights, engine.optimizer, engine.buffers + reducing, gathered)
+        if phase == "load":
+            held = (engine.weights, 0, 0, engine.part)
         table.add_row(phase, *(f"{size / GIB:.2f}" for size in (*held, peak - sum(held), peak)))
     return table
 
@@ -70,6 +74,10 @@ def _further(plan: Plan) -> Table:
     table = Table(show_header=False, box=None)
     table.add_column()
     table.add_column(justify="right")
+    together = min(plan.plan.world_size, _RANKS_OF_HOST)
+    for when, size in plan.host.items():
+        of_host = f" ({together} ranks: {together * size / GIB:.2f})" if together > 1 else ""
+        table.add_row(f"host memory of a rank {when}, GiB", f"{size / GIB:.2f}{of_host}")
     for purpose, count in plan.exchanged.items():
         table.add_row(f"bytes a rank sends per step: {purpose}", f"{count:,}")
     table.add_row("FLOP per step and rank: candidates' forward", f"{plan.forward_flops:.3g}")

@@ -8,7 +8,8 @@ from torch import nn
 from colm_scale.config import ModelConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import load_model
-from colm_scale.modeling.probe import decoder_blocks, find_probe, last_block_alone
+from colm_scale.modeling.probe import decoder_blocks, find_probe, last_block_alone, linear_layers, without_dropout
+from colm_scale.modeling.roles import find_role
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -178,3 +179,17 @@ def test_a_last_block_that_needs_an_earlier_one_is_tried_out_in_the_whole_model(
     last.register_forward_pre_hook(lambda *_: shared["keys"] and None)
     assert last_block_alone(model) is model
     assert find_probe(model).layer == PROBES["llama"]
+
+
+def test_layers_that_reach_no_later_token_are_tried_once():
+    model, rows = base_model("llama"), []
+
+    def record(_module, _args, given):
+        rows.append(len(given["input_ids"]))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    linears = linear_layers(decoder_blocks(model)[1][-1], "model.layers.1")
+    with without_dropout(model):
+        find_role(model, linears, "v")
+    # Once unchanged and once changed in all chunks of each of 7 layers; then K and V, two heads each, in two sizes.
+    assert sorted(rows) == [1] * 8 + [2] * 5
