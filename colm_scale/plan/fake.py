@@ -193,6 +193,10 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(of), dtype=getattr(torch, config.train.dtype))
     base.config._attn_implementation = known.attention
+    if config.model.quantize == "nf4":
+        from colm_scale.modeling.quantised import make_quantisable
+
+        make_quantisable(base, base.dtype)
     base.requires_grad_(False)
     if config.train.activation_checkpointing:
         keep_block_inputs_only(base)
@@ -217,6 +221,10 @@ def _with_adapters(config: RunConfig, base: PreTrainedModel, known: Tried, depth
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _to_fake_tensors(module)
+        if config.model.quantize == "nf4":
+            from colm_scale.modeling.quantised import pack
+
+            pack(module, CPU, few.dtype)
         tap = Tap(module, probe, like=known.like) if probe else None
     return FakeModel(mode, module, tap, known.padded_because, depth)
 

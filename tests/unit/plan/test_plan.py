@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.families import base_model, batch_of
 
-from colm_scale.config import FsdpConfig, LoraConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.config import FsdpConfig, LoraConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.config.commands import PlanConfig
 from colm_scale.engines.base import trainable
 from colm_scale.errors import UserError
@@ -325,3 +325,17 @@ def test_experts_in_float32_are_planned():
     of = base_model("qwen3_moe", num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2).config
     found = make_plan(config_of(), PlanConfig(tokens=20), of)
     assert found.peaks.phases["train"] > found.peaks.engine.weights
+
+
+def test_weights_in_4_bits_are_planned_as_they_are_packed():
+    """Half a byte for each number of a block's layers, and a byte for each 64; in whole bfloat16 numbers."""
+    pytest.importorskip("bitsandbytes")
+    config = config_of(model=ModelConfig(quantize="nf4"), engine="fsdp", train={"dtype": "bfloat16"})
+    fake = fake_of(config)
+    layers = [64 * 64, 64 * 32, 64 * 32, 64 * 64, 64 * 160, 64 * 160, 64 * 160]
+    packed = 3 * sum(numbers // 2 + numbers // 64 for numbers in layers)
+    others = 2 * (2 * 200 * 64 + 7 * 64) + 4 * sum(weight.numel() for weight in trainable(fake.module).values())
+    assert sum(weight.nbytes for weight in fake.module.parameters()) == packed + others
+    two = peaks(config, {}, fake, 2, Batches([LENGTHS], [LENGTHS]))
+    assert two.engine.weights == pytest.approx((packed + others) / 2, rel=0.02)
+    assert two.phases["train"] > two.phases["optimizer"]
