@@ -131,10 +131,10 @@ class ChatTemplate:
         """List the keys of messages that have a text that is not in what the template wrote."""
         for number, message in enumerate(row.messages):
             begin, end = turns.get(number, (0, len(text)))
-            written = text[begin:end] if message.role == "assistant" else text
+            places = [text[begin:end], *([text] if message.role != "assistant" else [])]  # others may be written apart
             for key, value in {"content": message.content, **message.more}.items():
                 if key in ("content", "reasoning_content", "tool_calls"):
-                    stands = all(_stands_in(part, written) for part in _texts(value))
+                    stands = all(any(_stands_in(part, place) for place in places) for part in _texts(value))
                 else:  # how the template uses it is unknown
                     stands = key in _UNSAID or re.search(rf"\b{re.escape(key)}\b", self._source) is not None
                 if not stands:
