@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> None:
         for part in _plain(tensor):
             storage = part.untyped_storage()
-            if storage in self._outside:
+            if storage in self._outside or part.device.type == "meta":  # the latter has a size but no bytes
                 continue
             if storage not in self._sizes:
                 self._sizes[storage] = size = [0]  # a list, so that the finalizer does not hold the storage

@@ -62,3 +62,11 @@ def test_fake_tensors_count_as_real_ones_would():
         y = x @ x
         del x
         assert (live.now, live.peak) == (y.nbytes, 2 * y.nbytes) == (4_000_000, 8_000_000)
+
+
+def test_tensors_without_memory_are_not_counted():
+    with torch.device("meta"):
+        layer = torch.nn.Linear(8, 8)
+    with LiveBytes(there=layer.parameters()) as live:
+        kept = torch.zeros(4, device="meta"), torch.zeros(4)
+        assert live.now == kept[1].nbytes
