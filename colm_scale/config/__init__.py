@@ -52,10 +52,10 @@ class RowConfig:
     """The columns and the format of the rows."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns whose names differ from their roles, e.g. '{instruction: question, output: answer}'. A row needs
-    instruction and output (an optional input follows the instruction on a new line), or prompt and completion, or
-    messages (a list of {role, content}; only the assistant's turns carry loss). Optional roles are source (default: the
-    file's name) and protected: true for an example that colm and stratified train on whenever it is a candidate."""
+    """Columns whose names differ from their roles, e.g. '{instruction: question, output: answer}'. A row has messages
+    (a chat, with tools and system if there are; only the assistant's turns carry loss), or prompt and completion, or
+    instruction and output (with input, system and history), or text. Optional roles are source (default: the file's
+    name) and protected: true for an example that colm and stratified train on whenever it is a candidate."""
     protected_sources: list[str] | None = None
     """Sources whose examples are all protected, as if every row were marked so; independent of the kept sources."""
     chat_template: str | None = None
@@ -95,8 +95,8 @@ class DataConfig(RowConfig):
     """The training data and the held-out data."""
 
     train: list[str] | None = None
-    """Files (.jsonl, .json, .parquet, .csv, .xlsx) or hub data sets (ORG/NAME or ORG/NAME:SPLIT), one or more.
-    Default: the built-in mixture of maths problems."""
+    """Files (.jsonl, .json, .parquet, .csv, .xlsx; .gz and .zst), folders, patterns, or hub data sets (ORG/NAME or
+    ORG/NAME:SPLIT), one or more. Default: the built-in mixture of maths problems."""
     eval: list[str] | None = None
     """Held-out data, in the same forms. Default: the built-in held-out split if the training data is built in, else
     none."""
