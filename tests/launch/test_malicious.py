@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], tuple[str, ...]]] = {
     "a model with a pickled adapter": (model_with_a_pickled_adapter, ("--model.name", "adapter_model.safetensors")),
     "a model's code": (model_code, ("brings its own code", "--model.trust_remote_code true")),
     "a tokenizer's code": (tokenizer_code, ("brings its own code", "--model.trust_remote_code true")),
-    "a loading script": (loading_script("set"), ("set is a directory",)),
+    "a loading script": (loading_script("set"), ("set is a folder without any file of a known format",)),
     "a loading script by name": (loading_script("set/set.py"), ("set.py has no suffix of a known format",)),
 }
 

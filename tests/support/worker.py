@@ -576,6 +576,7 @@ def _floor(parts: Parts, work: Work, group: Group) -> dict:
     """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
     engine = parts.engine.inner
     collect(engine, group)  # begins the optimizer's state, as a checkpoint does
+    group.take_traffic()  # as a step does before its floor
     held = {"engine": engine, "step": parts.step}
     before = leaves(held, "run") | random_states()
     seconds = bare_floor_seconds(work, engine, group, 5)
