@@ -575,7 +575,8 @@ def whole_adapters(engine: Engine, group: Group) -> dict[str, torch.Tensor]:
 def _floor(parts: Parts, work: Work, group: Group) -> dict:
     """Measure the floor. ``changed`` are the paths of everything that is not as it was before."""
     engine = parts.engine.inner
-    collect(engine, group)  # begins the optimizer's state, as a checkpoint does
+    engine._begin_state()  # as a checkpoint does, under DDP on the first rank only
+    collect(engine, group)
     group.take_traffic()  # as a step does before its floor
     held = {"engine": engine, "step": parts.step}
     before = leaves(held, "run") | random_states()
