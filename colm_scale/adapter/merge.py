@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from colm_scale.adapter.find import Trained, adapted, find
 from colm_scale.config import ModelConfig
 from colm_scale.config.commands import MergeConfig
-from colm_scale.data.encoding import read_chat_template
 from colm_scale.errors import UserError
 from colm_scale.modeling.causal import base_of, moved
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
 from colm_scale.randomness import generator
+from colm_scale.run.saved_adapter import name_base, of_run
 
 _PROBE = (2, 64)
 """Rows and tokens of the batch on which the merged and the adapted model are compared."""
@@ -102,9 +101,7 @@ def _adapter_alone(trained: Trained, options: MergeConfig, new: Path, place: Pat
         for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
             if (trained.folder / name).is_file():
                 shutil.copyfile(trained.folder / name, new / name)
-    facts = json.loads((new / "adapter_config.json").read_text("utf-8"))
-    facts |= {"base_model_name_or_path": trained.base, "revision": trained.config.model.revision}
-    (new / "adapter_config.json").write_text(json.dumps(facts, indent=2), "utf-8")
+    name_base(new, trained.config.model)
     return Merged(place, _bytes(new))
 
 
@@ -129,7 +126,7 @@ def _write_tokenizer(trained: Trained, model: ModelConfig, new: Path) -> list[st
     tokenizer = load_tokenizer(model, "model")
     notes = []
     try:
-        tokenizer.chat_template = read_chat_template(trained.config.data) or tokenizer.chat_template
+        tokenizer = of_run(tokenizer, trained.config.data)
     except UserError as error:
         notes.append(f"note: the tokenizer lacks the run's chat template: {error}")
     tokenizer.save_pretrained(new)

@@ -79,11 +79,13 @@ def config_facts(config: RunConfig) -> Json:
         config: Resolved, so that a default and the same value given by the user are equal.
     """
     facts: Json = {"model.quantize": config.model.quantize}
-    added = list(_ADDED.items())
     for section in ("data", "selection", "sources", "lora", "train"):
         options = dataclasses.asdict(getattr(config, section))
         facts |= {f"{section}.{name}": value for name, value in options.items()}
-    compared = {name: value for name, value in facts.items() if name not in _LEFT_OUT and (name, value) not in added}
+    compared = {name: value for name, value in facts.items() if name not in _LEFT_OUT}
+    for name, value in _ADDED.items():
+        if compared[name] == value:
+            del compared[name]
     plain: Json = json.loads(json.dumps(compared))
     return plain
 

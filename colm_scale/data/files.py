@@ -100,10 +100,14 @@ def _place_apart(names: tuple[str, ...], alike: Iterable[tuple[str, ...]]) -> in
 
 
 def _parts(spec: str) -> tuple[str, ...]:
-    """Split a path into parts, without suffix; those of a hub data set are its name with the split, and its name."""
+    """Split a path into parts, the last of which names a source if it tells the file apart, and the first if no other.
+
+    They are a file's name, its folders, and its name without suffix; of a hub data set the name with the split, and the
+    name.
+    """
     if hub := hub_name(spec):
         name, split = hub
         return f"{name}:{split}", name
     path = Path(spec).absolute()
     suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in COMPRESSED else path.suffixes[-1:])
-    return *path.parts[1:-1], path.name.removesuffix(suffix)
+    return path.name, *path.parts[1:-1], path.name.removesuffix(suffix)

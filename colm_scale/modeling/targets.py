@@ -14,7 +14,7 @@ from colm_scale.modeling.probe import decoder_blocks, linear_layers
 
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
+_FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 """Names of feed-forward layers in families that have mixtures of experts."""
 _READ_BY_MAMBA = "out_proj"
 """A layer that peft refuses in these types of models: Mamba's kernels read its weight without calling it."""
@@ -34,14 +34,12 @@ def default_targets(model: PreTrainedModel) -> list[str]:
     layers of blocks without experts, which have the same names. In a model with Mamba layers, not their output layers.
     """
     names = block_layers(model)
-    mixtures = {found[1] for name, _ in model.named_modules() if (found := re.search(r"\.\d+\.(\w+)\.experts$", name))}
     text = model.config.get_text_config()
-    if any(getattr(text, key, None) for key in _NUMBER_OF_EXPERTS):  # a part of the model may have no mixture
-        mixtures.update(_FEED_FORWARD)
-    outside = [name for name in names if name.split(".")[0] not in mixtures]
+    if any(getattr(text, key, None) for key in _NUMBER_OF_EXPERTS):
+        names = [name for name in names if name.split(".")[0] not in _FEED_FORWARD]
     if model.config.model_type in _MAMBA:
-        outside = [name for name in outside if name.rsplit(".", 1)[-1] != _READ_BY_MAMBA]
-    return outside
+        names = [name for name in names if name.rsplit(".", 1)[-1] != _READ_BY_MAMBA]
+    return names
 
 
 def check_targets(model: nn.Module, targets: Collection[str]) -> None:

@@ -89,7 +89,7 @@ class RunSummary:
         sizes: ``[Q]`` training examples.
         small: ``[Q]`` bool, the sources reported as small.
         memory_label: Name of the headline memory figure, e.g. "GPU memory (torch allocator)".
-        too_long: Examples of each source that were too long, by treatment: ``{"dropped": ..., "cut": ...}``.
+        remarks: Examples of each source by what became of them, see `data.examples.REMARKS`.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class RunSummary:
         sizes: Tensor,
         small: Tensor,
         memory_label: str,
-        too_long: Mapping[str, Mapping[str, int]],
+        remarks: Mapping[str, Mapping[str, int]],
     ):
         self._names, self._small, self._memory_label = list(source_names), small, memory_label
         self.sizes = sizes
         counts = torch.zeros(4, len(source_names), dtype=torch.int64)
         self.candidates, self.selected, self.kept, self.protected = counts.unbind()
-        self._too_long = {title: counts for title, counts in too_long.items() if any(counts.values())}
+        self._remarks = {title: counts for title, counts in remarks.items() if any(counts.values())}
         self._evaluations: list[Evaluation] = []
         self._seconds: list[float] = []
         self._outside: list[float] = []
@@ -203,13 +203,13 @@ class RunSummary:
 
     def source_table(self) -> Table:
         """One row per source, including sources without training examples, then totals."""
-        too_long = self._too_long
-        table = _table("source", *self._columns(), *too_long, "held-out loss", "accuracy")
+        remarks = self._remarks
+        table = _table("source", *self._columns(), *remarks, "held-out loss", "accuracy")
         held_out = [evaluation.losses for evaluation in self._evaluations[-1:]]
-        names = dict.fromkeys(chain(self._names, *too_long.values(), *held_out))
+        names = dict.fromkeys(chain(self._names, *remarks.values(), *held_out))
         for source, name in enumerate(names):
             counts = self._counts(slice(source, source + 1))
-            lengths = [f"{counted.get(name, 0):,}" for counted in too_long.values()]
+            lengths = [f"{counted.get(name, 0):,}" for counted in remarks.values()]
             _add_row(table, name, *counts, *lengths, *self._held_out(name))
         table.add_section()
         self._add_totals(table)
@@ -249,13 +249,13 @@ class RunSummary:
         return table
 
     def _add_totals(self, table: Table) -> None:
-        too_long = [f"{sum(counted.values()):,}" for counted in self._too_long.values()]
-        blank = [_NONE] * len(too_long)
+        remarks = [f"{sum(counted.values()):,}" for counted in self._remarks.values()]
+        blank = [_NONE] * len(remarks)
         natural = self._change(lambda e: e.loss, ".3f")
         by_source = self._change(lambda e: e.loss_by_source, ".3f")
         accuracy = self._change(lambda e: e.accuracy, ".1%")
         small = self._change(lambda e: e.small_loss, ".3f")
-        _add_row(table, "mean over examples", *self._counts(slice(None)), *too_long, natural, _NONE)
+        _add_row(table, "mean over examples", *self._counts(slice(None)), *remarks, natural, _NONE)
         _add_row(table, "mean over sources", *[_NONE] * len(self._columns()), *blank, by_source, accuracy)
         _add_row(table, "small sources", *self._counts(self._small), *blank, small, _NONE)
 

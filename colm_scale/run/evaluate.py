@@ -94,6 +94,7 @@ class HeldOutEvaluator:
         self.left_out = {
             "held-out examples too long, dropped": examples.dropped,
             "held-out examples too long, cut": examples.cut,
+            "held-out examples of which the chat template leaves something out": examples.left_out,
             "held-out examples above --eval.limit, not evaluated": {n: size - k for n, size, k in drawn if size > k},
         }
 

@@ -48,7 +48,7 @@ class Inputs:
         digest: Of the tokenised training data.
         eval: Held-out examples, if there are any.
         ds_config: DeepSpeed's configuration; empty under other engines.
-        notes: Lines on columns of the training data that are not read.
+        notes: Lines on columns of the data that are not read.
         rows_digest: Of the training data's rows, before tokenising.
         record: The selections to replay, in a replay.
     """
@@ -106,7 +106,8 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
             _check_record(record, rows_digest, total_steps(config, int(sizes.sum())))
     held_out = None
     if config.data.has_held_out:
-        held_out = once_per_host(Reading("eval", config.data, tokenizer, longest, names), group).examples
+        found = once_per_host(Reading("eval", config.data, tokenizer, longest, names), group)
+        held_out, notes = found.examples, (*notes, *found.notes)
     data = tokenizer, sampler, names, sizes, kept, protected, digest, held_out
     return Inputs(*data, ds_config, notes, rows_digest, record)
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from colm_scale.config.commands import PreviewConfig
 from colm_scale.data.encoding import Encoded, encode
-from colm_scale.data.examples import NO_END, REMARKS, count_lines, remarks_on
+from colm_scale.data.examples import DROPPED, NO_END, REMARKS, count_lines, remarks_on
 from colm_scale.data.readers import Columns
 from colm_scale.data.reading import Reading
 from colm_scale.modeling.load import check_model, check_vocabulary, context_length, load_tokenizer
@@ -71,7 +71,7 @@ def _pages(
     for row in encoded:
         source, remarks = row.row.source, remarks_on(row, config.data, longest)
         tallies[source].update(["rows", *remarks])
-        if "dropped" not in remarks:
+        if DROPPED not in remarks:
             tallies[source]["tokens"] += min(len(row.tokens), longest)
             tallies[source]["learned"] += int(row.labelled[:longest].sum())
         if shown[source] < most:

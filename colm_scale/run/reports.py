@@ -24,7 +24,7 @@ from colm_scale.reporting.run_directory import RunDirectory, free_name, writing
 from colm_scale.reporting.summary import Evaluation, RunSummary
 from colm_scale.reporting.trackers import Trackers
 from colm_scale.run.inputs import Inputs
-from colm_scale.run.saved_adapter import complete_adapter
+from colm_scale.run.saved_adapter import name_base, of_run
 from colm_scale.step.source_refresh import Drift
 
 
@@ -87,6 +87,7 @@ class WrittenReports(Reports):
 
     def __init__(self, config: RunConfig, directory: RunDirectory, inputs: Inputs, small: Tensor, meter: MemoryMeter):
         self._config, self._directory, self._inputs, self._meter = config, directory, inputs, meter
+        self._tokenizer = of_run(inputs.tokenizer, config.data)
         self._display = Display(config.profile.display, meter.label, directory.log)
         self._trackers = Trackers(config, directory.path, self._display.message)
         self._summary = RunSummary(inputs.source_names, inputs.sizes, small, meter.label, inputs.sampler.counts)
@@ -133,7 +134,8 @@ class WrittenReports(Reports):
         with writing(place):
             new = _cleared(place.with_name(f".{name}.new"))
             module.model.save_pretrained(str(new), state_dict=named, save_embedding_layers=False)
-            complete_adapter(new, self._config, self._inputs.tokenizer)
+            name_base(new, self._config.model)
+            self._tokenizer.save_pretrained(new)
             old = _cleared(place.with_name(f".{name}.old"))
             if place.exists():
                 place.rename(old)

@@ -117,9 +117,9 @@ def test_adapters_are_those_of_one_process(ranks, alone, start, engine, case):
         assert_same_adapters(cases[f"{engine}/{case}"], alone[case], start)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_rank_reads_the_same_adapters(ranks, engine):
-    one, other = (cases[f"{engine}/last_layer_with_floor"]["adapters"] for cases in ranks)
+def test_replicas_have_the_same_adapters(ranks):
+    """Only where each rank has them whole: of shards the first rank has made one set."""
+    one, other = (cases["auto/last_layer_with_floor"]["adapters"] for cases in ranks)
     assert list(one) == list(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -36,12 +36,13 @@ def test_a_run_resumes_on_another_day(forked, tmp_path, streaming):
     data = str(write_rows(tmp_path / "data.jsonl", CHATS))
     run = tmp_path / "run"
     options = (
-        *(*SMALL, "--data.train", data, "--data.chat_template", str(tmp_path / "dated.jinja"), "--data.left_out"),
+        *(*SMALL, "--data.train", data, "--data.eval", data, "--data.chat_template", str(tmp_path / "dated.jinja"), "--data.left_out"),
         *("count", "--data.streaming", streaming, "--checkpoint.every", "1", "--profile.floor_every", "0"),
         *("--output_dir", str(run)),
     )
     outcome = forked.run("train", [*options, "--data.now", "2020-02-29T10:30"], tmp_path / "log").succeeded()
     assert "data.jsonl: columns not read: 'note' (32 rows)" in outcome.stdout
+    assert "held-out examples of which the chat template leaves something out: 8 (a 8)" in outcome.stdout
     if streaming == "false":
         assert "training examples of which the chat template leaves something out: 8 (a 8)" in outcome.stdout
     before = [row["loss"] for row in rows(run / "metrics.jsonl")]

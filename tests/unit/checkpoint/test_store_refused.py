@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support.checkpoints import mark_of, names, newest_mark, write
 from support.families import adapted_model
 
 from colm_scale.checkpoint.store import CheckpointFolder
+from colm_scale.config import ModelConfig, RunConfig
 from colm_scale.errors import TrainingError
+from colm_scale.modeling.load import load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.reporting.run_directory import RunDirectory
-from colm_scale.run import reports as reporting
 from colm_scale.run.reports import WrittenReports
 
 REFUSALS = ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "EBADF", "EACCES")
@@ -148,8 +148,7 @@ def test_an_adapter_is_replaced_though_what_it_replaced_before_will_not_go(tmp_p
     module = ExampleLoss(adapted_model("llama"))
     reports = WrittenReports.__new__(WrittenReports)
     reports._directory = RunDirectory(str(tmp_path))
-    monkeypatch.setattr(reporting, "complete_adapter", lambda *_: None)
-    reports._config = reports._inputs = SimpleNamespace(tokenizer=None)
+    reports._config, reports._tokenizer = RunConfig(), load_tokenizer(ModelConfig())
     for kind in ("new", "old"):
         (tmp_path / f".adapter.{kind}").mkdir()
         (tmp_path / f".adapter.{kind}" / ".nfs0001").touch()

@@ -313,3 +313,43 @@ def test_the_digest_changes_with_everything_and_with_nothing_else():
         dataclasses.replace(examples, cut={"x": 1}),
     ]
     assert len({examples.digest(), *(variant.digest() for variant in variants)}) == 10
+
+
+# Tokenizers that put a blank before each text
+
+
+def blank_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
+    """One token per character, and one for each small letter with the blank before it; as Llama-2's does."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["<s>", EOS, "<pad>", "\u2581", "\n", "[", "]", ":", *letters, *(f"\u2581{letter}" for letter in letters)]
+    merges = [("\u2581", letter) for letter in letters]
+    inner = tokenizers.Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token=EOS, pad_token="<pad>", **kwargs)
+
+
+TWO_TURNS = ("user", "say no"), ("assistant", "no"), ("user", "say yes"), ("assistant", "yes it is")
+
+
+def test_a_chat_has_the_tokens_of_its_whole_text():
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}]\n{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer = blank_tokenizer(chat_template=template)
+    tokens, labelled = tokenise([chat(*TWO_TURNS)], tokenizer, CONFIG, 200).example(0)
+    text = "[user]say no]\n[assistant]no]\n[user]say yes]\n[assistant]yes it is]\n"
+    assert tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    learned = tokenizer.convert_ids_to_tokens(tokens[labelled].tolist())
+    assert "".join(learned) == "no]\nyes\u2581it\u2581is]\n"
+
+
+def test_a_prompt_for_generation_is_a_prefix_of_what_is_trained():
+    """The blank after the colon would become one token with the first letter of the answer."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}]\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = blank_tokenizer(chat_template=template)
+    tokens, labelled = tokenise([chat(*TWO_TURNS[:2])], tokenizer, CONFIG, 200).example(0)
+    prompt = tokenizer("user: say no]\nassistant: ", add_special_tokens=False)["input_ids"]
+    assert tokens[: len(prompt)].tolist() == prompt
+    assert tokenizer.convert_ids_to_tokens(tokens[labelled].tolist()) == ["n", "o", "]", "\n"]
+    assert labelled.tolist().index(True) == len(prompt)

@@ -28,6 +28,8 @@ def in_tmp(tmp_path, monkeypatch):
         (["math/v1/train.jsonl", "code/v1/train.jsonl", "code/v1/test.jsonl"], ["math", "code", "test"]),
         (["math/train.jsonl", "code/train.jsonl", "math.jsonl"], ["math/train", "code", "math"]),
         (["a/train.jsonl", "a/train.jsonl"], ["train", "train"]),
+        (["a/train.jsonl", "a/train.csv"], ["train.jsonl", "train.csv"]),
+        (["math/train.jsonl", "code/train.csv"], ["math", "code"]),
         (["a/train.jsonl.gz", "b/train.v2.csv"], ["train", "train.v2"]),
         (["org/set", "org/set:test", "org/other:test"], ["org/set:train", "org/set:test", "org/other"]),
     ],
