@@ -36,9 +36,9 @@ def test_a_run_resumes_on_another_day(forked, tmp_path, streaming):
     data = str(write_rows(tmp_path / "data.jsonl", CHATS))
     run = tmp_path / "run"
     options = (
-        *(*SMALL, "--data.train", data, "--data.eval", data, "--data.chat_template", str(tmp_path / "dated.jinja"), "--data.left_out"),
-        *("count", "--data.streaming", streaming, "--checkpoint.every", "1", "--profile.floor_every", "0"),
-        *("--output_dir", str(run)),
+        *(*SMALL, "--data.train", data, "--data.eval", data, "--data.chat_template", str(tmp_path / "dated.jinja")),
+        *("--data.left_out", "count", "--data.streaming", streaming, "--checkpoint.every", "1"),
+        *("--profile.floor_every", "0", "--output_dir", str(run)),
     )
     outcome = forked.run("train", [*options, "--data.now", "2020-02-29T10:30"], tmp_path / "log").succeeded()
     assert "data.jsonl: columns not read: 'note' (32 rows)" in outcome.stdout
