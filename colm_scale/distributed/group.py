@@ -145,9 +145,14 @@ class Group:
             self.all_reduce(torch.zeros(1, device=self.device), "control")
 
     def agree(self, value: str, what: str) -> None:
-        """Raise on every rank unless all have the same short text, such as a digest."""
+        """Raise on every rank unless all have the same short text, such as a digest.
+
+        Rank 0 raises `UserError` and the others `PeerFailed`, so that only one message is printed.
+        """
         texts = self.texts(value)
         different = [rank for rank, text in enumerate(texts) if text != texts[0]]
+        if different and not self.is_first:
+            raise PeerFailed(f"rank {different[0]} and rank 0 differ in {what}")
         if different:
             raise UserError(f"rank {different[0]} and rank 0 differ in {what}: every rank must read the same input")
 

@@ -23,7 +23,7 @@ def once_per_host(reading: Reading, group: Group) -> Tokenised:
     that does not see the file, such as one in a container of its own, finds or reads the data itself.
 
     Raises:
-        UserError: On the rank that detects it, see `Reading.tokenised` and `Group.together`; or, on every rank, the
+        UserError: On the rank that detects it, see `Reading.tokenised` and `Group.together`; or, on rank 0, the
             data of two ranks differ.
     """
     temporary = _temporary_folders() if group.local_world_size > 1 else []
