@@ -57,12 +57,8 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the largest ModuleList of modules of one type."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
-    ]
+    """Name and list of the decoder blocks: the largest ModuleList. Jamba's blocks are of two types."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of decoder blocks, so the last block cannot be found")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
@@ -98,8 +94,17 @@ def copy_of_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedM
     config = model.config.get_text_config()
     if types := getattr(config, "layer_types", None):  # the model looks them up by place
         others = [kind for number, kind in enumerate(types) if number not in numbers]
-        config.layer_types = [*(types[number] for number in numbers), *others]
+        _give_types(config, [*(types[number] for number in numbers), *others])
     return model
+
+
+def _give_types(config: PretrainedConfig, types: list[str]) -> None:
+    """Give a configuration the types of its blocks. Some compute them from other options, and cannot be given any."""
+    name, kind = config.attribute_map.get("layer_types", "layer_types"), type(config)
+    if isinstance(getattr(kind, name, None), property):
+        config.__class__ = type(kind.__name__, (kind,), {name: types})
+    else:
+        config.layer_types = types
 
 
 def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:

@@ -146,7 +146,7 @@ def test_a_model_without_blocks_is_refused():
         decoder_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_the_blocks_are_the_largest_list_of_like_modules():
+def test_the_blocks_are_the_largest_list():
     model = base_model("llama")
     model.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     name, blocks = decoder_blocks(model)
