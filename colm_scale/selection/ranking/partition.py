@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_scale.config.selection import MOST_COMPARED, Metric
+from colm_scale.config.rules import MOST_COMPARED
+from colm_scale.config.selection import Metric
 from colm_scale.selection.ranking.facility import greedy, greedy_with_gains
 from colm_scale.selection.ranking.similarity import similarities, similarities_to
 
