@@ -1,4 +1,4 @@
-"""The lines of docs/serve.md, as far as the packages for them are here: those of peft, transformers and our own commands
+"""The lines of docs/serve.md, as far as the packages for them are here: those of peft, transformers and our commands
 are run. For vLLM, the saved folder is compared with what its loader takes (``vllm/lora/peft_helper.py``, in 2026)."""
 
 from __future__ import annotations

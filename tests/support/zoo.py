@@ -20,6 +20,7 @@ _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 _TWO_OF_FOUR = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
 _SSM = {"mamba_d_ssm": 64}
+_WITHOUT_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 
 
@@ -67,9 +68,7 @@ ZOO: dict[str, Family] = {
         "transposed weights; fused QKV; learned positions",
         {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
-    "gpt_neox": Family(
-        "GPT-NeoX, Pythia", "QKV fused by heads; parallel blocks; partial rotary", {**_MLP, **_UNTIED}
-    ),
+    "gpt_neox": Family("GPT-NeoX, Pythia", "QKV fused by heads; parallel blocks; partial rotary", {**_MLP, **_UNTIED}),
     "bloom": Family("BLOOM", "alibi; QKV fused by heads", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     "falcon": Family(
         "Falcon",
@@ -94,12 +93,10 @@ ZOO: dict[str, Family] = {
     "smollm3": Family("SmolLM3", "some blocks without positions", {**_GROUPED, **_TIED, "no_rope_layers": [1, 0]}),
     "ernie4_5": Family("ERNIE 4.5", "interleaved rotary", {**_HEADS, **_TIED}),
     "hunyuan_v1_dense": Family("Hunyuan", "norms of Q and K after the rotation", {**_HEADS, **_TIED}),
-    "seed_oss": Family("Seed-OSS", "biases of Q, K, V", {**_HEADS, **_UNTIED}),
+    "seed_oss": Family("Seed-OSS", "biases of Q, K, V; dropout by default", {**_HEADS, **_UNTIED, **_WITHOUT_DROPOUT}),
     "nemotron": Family("Nemotron 4", "squared ReLU; partial rotary", {**_HEADS, **_UNTIED}),
     "exaone4": Family("EXAONE 4", "sliding windows, else no positions; norms after", {**_HEADS, **_UNTIED, **_SLIDING}),
-    "mixtral": Family(
-        "Mixtral", "experts", {**_GROUPED, **_UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
+    "mixtral": Family("Mixtral", "experts", {**_GROUPED, **_UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": Family("Qwen3-MoE", "experts", {**_HEADS, **_UNTIED, **_TWO_OF_FOUR, "num_experts": 4}),
     "olmoe": Family(
         "OLMoE", "experts; norms of Q and K", {**_GROUPED, **_UNTIED, "num_experts": 4, "num_experts_per_tok": 2}
@@ -149,9 +146,7 @@ ZOO: dict[str, Family] = {
             **{"num_experts": 4, "num_experts_per_tok": 2},
         },
     ),
-    "lfm2": Family(
-        "LFM2", "short convolutions; attention in some", {**_GROUPED, **_TIED, **_CONVOLUTION}
-    ),
+    "lfm2": Family("LFM2", "short convolutions; attention in some", {**_GROUPED, **_TIED, **_CONVOLUTION}),
     "mamba2": Family(
         "Mamba 2",
         "recurrent state; no attention, so `--selection.probe in_proj`",
