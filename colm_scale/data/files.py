@@ -15,7 +15,20 @@ FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".xlsx")
 COMPRESSED = (".gz", ".zst")
 _TEXT_FORMATS = (".jsonl", ".json", ".csv")
 """Formats that may be compressed."""
-_OTHER_SUFFIXES = tuple(".txt .tsv .arrow .feather .xls .ndjson .xml .yaml .md .py .zip .tar .tgz .bz2 .xz".split())
+_OTHER_SUFFIXES = (
+    ".txt",
+    ".tsv",
+    ".arrow",
+    ".feather",
+    ".xls",
+    ".ndjson",
+    ".xml",
+    ".yaml",
+    ".md",
+    ".zip",
+    ".tar",
+    ".xz",
+)
 """Suffixes of files that are not read; no hub data set is looked for."""
 _KNOWN = f"{', '.join(FORMATS)}; {', '.join(_TEXT_FORMATS)} also with {' or '.join(COMPRESSED)} after it"
 

@@ -83,7 +83,10 @@ def test_a_default_configuration_needs_no_name():
     [
         ("org/set:test", "org/set has several configurations: name one, as in org/set:main:test. It has main, extra"),
         ("org/set:mian", "org/set has several configurations; did you mean org/set:main? It has main, extra"),
-        ("org/set:mian:test", "org/set has no configuration 'mian'; did you mean org/set:main:test? It has main, extra"),
+        (
+            "org/set:mian:test",
+            "org/set has no configuration 'mian'; did you mean org/set:main:test? It has main, extra",
+        ),
     ],
 )
 def test_a_configuration_that_is_missing_or_unknown_is_said_before_anything_is_read(spec, said):
@@ -117,7 +120,9 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     assert not datasets.config.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("spec", ["./data/set", "./set", "../set", "/data/set", "a/b/c", "data/set.ndjson", "org/set::"])
+@pytest.mark.parametrize(
+    "spec", ["./data/set", "./set", "../set", "/data/set", "a/b/c", "data/set.ndjson", "org/set::"]
+)
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(spec, monkeypatch):
     monkeypatch.setattr(hub, "_hub_answers", lambda: pytest.fail("it asks the hub"))
     with pytest.raises(UserError, match="is neither a file"):
