@@ -33,7 +33,7 @@ BATCH = batch_of([7, 5, 9])
 PATTERNS = {"r": 4, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.self_attn.v_proj": 6}}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES: dict[str, dict[str, object]] = {
-    **dict.fromkeys(("llama", "phi3", "gpt2", "bloom", "opt", "gemma2", "qwen2"), {}),
+    **{family: {} for family in ("llama", "phi3", "gpt2", "bloom", "opt", "gemma2", "qwen2")},
     "mixtral": EXPERTS,
     "qwen3_moe": {**EXPERTS, "head_dim": 8},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
@@ -64,8 +64,8 @@ def engine_of(config: RunConfig, purpose: str = "trained") -> TorchEngine:
     return TorchEngine(module, config.train, ALONE)
 
 
-def config_of(base: Path, lora: LoraConfig, **options: object) -> RunConfig:
-    return RunConfig(model=ModelConfig(name=str(base)), lora=lora, selection=SelectionConfig(method="random"), **options)
+def config_of(base: Path, lora: LoraConfig) -> RunConfig:
+    return RunConfig(model=ModelConfig(name=str(base)), lora=lora, selection=SelectionConfig(method="random"))
 
 
 def saved(engine: TorchEngine, config: RunConfig, path: Path) -> Path:
@@ -94,9 +94,8 @@ def check(engine: TorchEngine, folder: Path) -> None:
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), folder)
     assert Path(base).is_absolute()
-    assert peft.get_peft_model_state_dict(loaded, save_embedding_layers=False).keys() == load_file(
-        folder / "adapter_model.safetensors"
-    ).keys()
+    wanted = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert wanted.keys() == load_file(folder / "adapter_model.safetensors").keys()
     trained = {name.removeprefix("model."): weight for name, weight in collect(engine, ALONE)["adapter"].items()}
     found = {name: weight for name, weight in loaded.named_parameters() if "lora_" in name}
     assert found.keys() == trained.keys()
