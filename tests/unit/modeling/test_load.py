@@ -15,15 +15,8 @@ from support.families import base_model, batch_of, fill
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import LoraConfig, ModelConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import (
-    add_adapters,
-    check_adapter,
-    check_model,
-    check_vocabulary,
-    context_length,
-    load_model,
-    load_tokenizer,
-)
+from colm_scale.modeling.adapters import add_adapters, check_adapter
+from colm_scale.modeling.load import check_model, check_vocabulary, context_length, load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.sketch.tap import Tap
