@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -31,10 +31,13 @@ _TRAINED_WHOLE = {
     "target_parameters": "matrices of weights that are no linear layers",
 }
 """What else a LoRA adapter may hold, by the key of its configuration."""
+_OF_EMBEDDING = "lora_embedding_"
+"""What peft calls the LoRA matrices of an embedding."""
+_MERGE_FIRST = "merge it into its base model with colm-scale merge, and start from the result with --model.name"
 
 
 def check_adapter(config: LoraConfig) -> None:
-    """Check that ``config.adapter``, if set, can be trained further. Reads no weights.
+    """Check that ``config.adapter``, if set, is plain LoRA. Reads no weights.
 
     Raises:
         UserError: There is no such adapter, it is not plain LoRA, or its weights are in a format that can hold code.
@@ -50,15 +53,33 @@ def check_adapter(config: LoraConfig) -> None:
     if dora or found.peft_type != PeftType.LORA:
         kind = "DoRA" if dora else found.peft_type.value
         raise UserError(f"--lora.adapter {name} is of type {kind}, but must be plain LoRA")
-    whole = {key: getattr(found, key, None) for key in _TRAINED_WHOLE}
-    for key, value in whole.items():
+    _weights_folder(name)
+
+
+def check_trained_further(config: LoraConfig) -> None:
+    """Check that the adapter of `check_adapter`, if set, has only what can be trained here. Reads no weights.
+
+    Raises:
+        UserError: It has more than matrices of linear layers.
+    """
+    name = config.adapter
+    if name is None:
+        return
+    found = PeftConfig.from_pretrained(name)
+    for key, what in _TRAINED_WHOLE.items():
+        value = getattr(found, key, None)
         if value and value != "none":
             raise UserError(
-                f"--lora.adapter {name} also trains {_TRAINED_WHOLE[key]} ({key}: {value}), and only LoRA matrices of "
-                "linear layers can be trained further here: merge it into its base model with peft's merge_and_unload, "
-                "save that, and start from it with --model.name"
+                f"--lora.adapter {name} also trains {what} ({key}: {value}), and only LoRA matrices of linear layers "
+                f"can be trained further here: {_MERGE_FIRST}"
             )
-    _weights_folder(name)
+    with safe_open(Path(_weights_folder(name)) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        embedding = next((key for key in file.keys() if _OF_EMBEDDING in key), "")  # noqa: SIM118
+    if embedding:
+        raise UserError(
+            f"--lora.adapter {name} also adapts an embedding ({embedding}), and only LoRA matrices of linear layers "
+            f"can be trained further here: {_MERGE_FIRST}"
+        )
 
 
 def _weights_folder(name: str) -> str:
@@ -129,7 +150,7 @@ def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
         raise UserError(f"--lora.adapter {name} does not fit this model: {one_line(error, lines=2)}") from None
     # peft loads the weights that match and leaves the others random.
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    odd = sorted(wanted ^ {key for key in read if "lora_" in key})
+    odd = sorted({*wanted - read, *(key for key in read - wanted if "lora_" in key)})
     if odd:
         lacks = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
         raise UserError(f"--lora.adapter {name} does not fit this model: {lacks} {odd[0]}, the first of {len(odd)}")
