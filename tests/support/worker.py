@@ -56,8 +56,9 @@ from colm_scale.engines.choose import make_engine, sharding
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.engines.tensors import collect, held_bytes, local_tensors
 from colm_scale.errors import TrainingError, UserError
+from colm_scale.modeling.adapters import add_adapters
 from colm_scale.modeling.forward_reuse import HeldBlockInputs
-from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
+from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import decoder_blocks, find_probe

@@ -90,6 +90,14 @@ def test_a_tokenizer_that_adds_nothing_gets_no_begin_of_sequence():
     assert pieces(tokenise([pair("ab", "cd")], PLAIN, CONFIG, 100), PLAIN) == [("ab", False), (f"cd{EOS}", True)]
 
 
+def test_texts_that_were_written_with_begin_and_end_of_sequence_get_no_others():
+    rows = [pair("<s>ab", f"cd{EOS}"), pair("", f"<s>cd{EOS}\n"), pair("", "<s>cd")]
+    examples = tokenise(rows, character_tokenizer(special=True), CONFIG, 100)
+    assert pieces(examples, PLAIN, 0) == [("<s>ab", False), (f"cd{EOS}", True)]
+    assert pieces(examples, PLAIN, 1) == [("<s>", False), (f"cd{EOS}\n", True)]
+    assert pieces(examples, PLAIN, 2) == [("<s>", False), (f"cd{EOS}", True)]
+
+
 def test_texts_are_tokenised_verbatim():
     examples = tokenise([pair(" {instruction}\n", " é 😀 \n")], PLAIN, CONFIG, 100)
     assert pieces(examples, PLAIN) == [(" {instruction}\n", False), (f" é 😀 \n{EOS}", True)]
@@ -134,6 +142,31 @@ def test_only_the_assistants_turns_are_learned_each_with_its_end():
         ("<user>more<end>\n<assistant>", False),
         ("ha ha<end>\n", True),
     ]
+
+
+def test_a_turn_without_an_end_ends_in_the_special_token_that_begins_the_next():
+    template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = character_tokenizer(special=True, chat_template=template)
+    turns = ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")
+    plain = tokenise([chat(*turns)], tokenizer, CONFIG, 200)
+    assert pieces(plain, PLAIN)[1] == ("b", True)
+    assert plain.no_end == {"s": 1}
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>"]})
+    examples = tokenise([chat(*turns)], tokenizer, CONFIG, 200)
+    assert pieces(examples, tokenizer) == [
+        ("<s><|user|>a<|assistant|>", False),
+        ("b<|user|>", True),
+        ("c<|assistant|>", False),
+        ("d<|user|>", True),
+        ("e", False),
+    ]
+    assert not examples.no_end
+    assert tokenise([chat(*turns[:2])], tokenizer, CONFIG, 200).no_end == {"s": 1}
+    marked = template.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    tokenizer.chat_template = marked.replace("<|{{ m.role }}|>", "<|user|>")
+    marked_turns = tokenise([chat(("assistant", "b"), ("assistant", "c"))], tokenizer, CONFIG, 200)
+    assert pieces(marked_turns, tokenizer)[1:3] == [("b", True), ("<|user|>", False)]
 
 
 def test_what_follows_the_last_answer_is_there_but_not_learned():
