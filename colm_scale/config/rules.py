@@ -15,8 +15,6 @@ from colm_scale.errors import UserError
 if TYPE_CHECKING:
     from colm_scale.config import DataConfig, RunConfig, SelectionConfig, TrainConfig
 
-MOST_COMPARED = 8192
-"""Most candidates that are compared in pairs; the two float64 matrices take 1 GiB."""
 Options = TypeVar("Options")
 
 
@@ -123,12 +121,6 @@ SELECTION: tuple[Rule[SelectionConfig], ...] = (
         lambda of: of.own_parts and of.weights == "cluster" and of.ranking != "facility",
         lambda of: "--selection.weights cluster counts the candidates a medoid represents, and --selection.ranking "
         f"{of.ranking} picks no medoids: use --selection.ranking facility, or --selection.weights unbiased",
-    ),
-    Rule(
-        "--selection.candidates 10000 --selection.ranking matching",
-        lambda of: of.own_parts and of.candidates > MOST_COMPARED and of.ranking == "matching",
-        lambda of: f"--selection.candidates {of.candidates} are too many to compare in pairs, as --selection.ranking "
-        f"matching does: use at most {MOST_COMPARED}, or --selection.ranking facility",
     ),
 )
 FORWARD_REUSE: tuple[Rule[RunConfig], ...] = (
