@@ -33,10 +33,11 @@ Made by `make support` from [support.jsonl](support.jsonl), which has a row for 
 runs a sample of the cells again, every family, engine and feature among them, and fails if one is not as its row says.
 Rows: {versions}; float32 on a CPU.
 
-**✓ works**: a tiny model of the family (two blocks, random weights, read from files) makes two real steps with
-selection on two ranks; the selected ids are those of one process, the losses too (to 1e-5), and the saved adapter,
-loaded by plain peft, computes the losses of the trained model. **–** is refused, **✗** fails, with the line that says
-why; **·** was not tried. Large models, GPUs and half precision are not covered by this table.
+**✓ works**: a tiny model of the family (two blocks, random weights, no dropout, read from files) makes two real steps
+with selection on two ranks (one in the first column); the selected ids are those of one process, the losses too (to
+1e-5), and the saved adapter, loaded by plain peft, computes the losses of the trained model. **–** is refused, **✗**
+fails, with the line that says why; **·** was not tried. Large models, GPUs and half precision are not covered by this
+table. Dropout is drawn apart on each rank, so with it losses depend on the number of ranks.
 
 ## Families
 
