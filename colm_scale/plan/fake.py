@@ -132,7 +132,7 @@ class FakeModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """A context in which the model can run."""
-        # On fake tensors, torch's product of groups (of tokens by expert) takes bfloat16 alone; and a mask has no values.
+        # On fake tensors, torch's product of groups (tokens by expert) takes bfloat16 alone, and a mask has no values.
         grouped = mock.patch.object(torch.nn.functional, "grouped_mm", _of_one_group, create=True)
         masks = mock.patch.object(masking_utils, "is_tracing", return_value=True, create=True)
         with self.mode, grouped, masks:
