@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from peft import PeftConfig
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from colm_scale.checkpoint.files import NO_CHECKPOINT, Checkpoint
 from colm_scale.config import LoraConfig, RunConfig, SelectionConfig
@@ -34,6 +35,7 @@ def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Eval
         *([f"attention runs in sdpa: {why}"] if (why := engine.module.sdpa_because) else []),
         adapted_line(engine.module.causal_model),
         *continued_lines(config.lora),
+        *router_lines(engine.module.causal_model.config),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
         _method_line(selection, inputs),
         *kept_lines(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
@@ -64,6 +66,13 @@ def continued_lines(config: LoraConfig) -> list[str]:
         for name, value in given.items()
         if (sorted(value) if isinstance(value, list) else value) != its[name]
     ]
+
+
+def router_lines(model: PretrainedConfig) -> list[str]:
+    """Say that the auxiliary loss of a mixture of experts, if its configuration asks for it, is left out."""
+    if not getattr(model.get_text_config(), "output_router_logits", False):
+        return []
+    return ["the model's auxiliary loss of its router (output_router_logits) is not part of the loss"]
 
 
 def start_line(seconds: Mapping[str, float]) -> str:

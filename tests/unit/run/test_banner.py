@@ -3,9 +3,10 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from colm_scale.config import LoraConfig, RunConfig, SelectionConfig, TrainConfig
-from colm_scale.run.banner import continued_lines, kept_lines, start_line, update_lines
+from colm_scale.run.banner import continued_lines, kept_lines, router_lines, start_line, update_lines
 
 NAMES = ("a", "b", "c")
 SIZES = torch.tensor([10, 60, 30])
@@ -60,6 +61,12 @@ def test_updates_that_are_nothing_but_a_sign_are_told(optimizer, method, estimat
 def test_the_start_is_told_by_part():
     line = start_line({"process": 3.04, "data": 0.5, "model": 2.0})
     assert line == "started in 5.5 s: process 3.0, data 0.5, model 2.0"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_auxiliary_loss_that_is_left_out_is_named(asked):
+    lines = router_lines(MixtralConfig(output_router_logits=asked))
+    assert ["output_router_logits" in line for line in lines] == [True] * asked
 
 
 def test_options_that_an_adapter_decides_are_named_if_they_differ(tmp_path):
