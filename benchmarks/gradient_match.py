@@ -203,7 +203,7 @@ class Bench:
         budget = self.config.train.micro_batch_tokens
         plan = plan_sketch(candidates, quota, 1, budget, estimator.known(candidates))
         share = [torch.tensor(positions) for positions in plan.shares[0]]
-        estimator.sketch(plan, [self._collate(candidates.indices[at], at) for at in share])
+        estimator.sketch(plan, [self.collate(candidates.indices[at], at) for at in share])
         selection = rule.select(candidates, quota, estimator.gather())
         estimator.learn(selection)
         return selection
@@ -212,9 +212,9 @@ class Bench:
         lengths, budget = self.examples.lengths[self.pool], self.config.train.micro_batch_tokens
         for members in form_micro_batches(lengths, torch.arange(len(lengths)), budget):
             positions = torch.tensor(members)
-            yield self._collate(self.pool[positions], positions)
+            yield self.collate(self.pool[positions], positions)
 
-    def _collate(self, indices: Tensor, positions: Tensor) -> Batch:
+    def collate(self, indices: Tensor, positions: Tensor) -> Batch:
         return collate(self.examples, indices, positions, self.inputs.tokenizer.pad_token_id, self.group.device)
 
 
