@@ -93,7 +93,7 @@ class Columns:
 
 
 def read_rows(specs: Sequence[str], config: RowConfig, columns: Columns | None = None) -> list[Row]:
-    """Read all rows of files and hub data sets (``ORG/NAME`` or ``ORG/NAME:SPLIT``), in their order.
+    """Read all rows of files and hub data sets (`data.hub`), in their order.
 
     Args:
         columns: Notes the columns that are not read.

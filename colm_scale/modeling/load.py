@@ -126,7 +126,8 @@ def check_adapter(config: LoraConfig) -> None:
         if value and value != "none":
             raise UserError(
                 f"--lora.adapter {name} also trains {_TRAINED_WHOLE[key]} ({key}: {value}), and only LoRA matrices of "
-                "linear layers can be trained further here: merge it into its base model, and start from that"
+                "linear layers can be trained further here: merge it into its base model with peft's merge_and_unload, "
+                "save that, and start from it with --model.name"
             )
     _weights_folder(name)
 
