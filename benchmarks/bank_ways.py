@@ -7,8 +7,9 @@ along a random direction is the exact one, without a finite difference's roundin
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ class Pool:
     """The examples of a bank in one state of the model.
 
     Attributes:
+        step: Training steps before it.
         about: What bank.json says.
         products: ``{plain: {all, block 0, ..., probe}, scaled: {all, block 0, ...}}``, each ``[N, N]`` float64.
         rows: ``{name: [N, h]}`` to compare candidates by.
@@ -150,6 +152,7 @@ class Pool:
     """
 
     def __init__(self, bank: Path, step: int):
+        self.step = step
         self.about = about = json.loads((bank / "bank.json").read_text(encoding="utf-8"))
         self.group, self.train = connect(), TrainConfig()
         self.lengths, self.labels = long_tensor(about["lengths"]), long_tensor(about["labels"])
@@ -240,7 +243,7 @@ class Pool:
         """Select as `CoresetStep` does, on one rank."""
         quota = rule.quota(candidates)
         known = estimator.known(candidates)
-        plan = plan_sketch(candidates, quota, 1, self.train.micro_batch_tokens, known)
+        plan = plan_sketch(candidates, quota, 1, int(self.lengths.sum()), known)  # rows do not depend on micro-batches
         estimator.sketch(plan, [Stored(at, places[at]) for at in map(long_tensor, plan.shares[0])])
         selection = rule.select(candidates, quota, estimator.gather())
         estimator.learn(selection)
@@ -281,14 +284,14 @@ def of_random(products: Tensor, b: int, n: int) -> float:
     return float(variance) * (1 / b - 1 / n)
 
 
-def errors(pool: Pool, setting: str, n: int, b: int, draws: int, ways: Mapping[str, Way]) -> Iterator[tuple[str, dict]]:
+def errors(pool: Pool, setting: str, n: int, b: int, draws: int) -> dict[str, dict]:
     """Squared errors of each way, relative to the expected one of b random examples.
 
-    Yields:
-        The way; and ``pool``, ``candidates``: against the gradient of the pool, and of the candidates; ``scaled``:
-        against the pool's with Adam's scale; ``beyond``: against the pool's, minus that of a draw with the same quotas
-        (`stratified`) among the same candidates; ``nearer``: share of the draws in which it is nearer to the gradient
-        of the candidates than that one.
+    Returns:
+        ``{"ways": {way: ...}}`` with ``pool``, ``candidates``: against the gradient of the pool, and of the candidates;
+        ``scaled``: against the pool's with Adam's scale; ``beyond``: against the pool's, minus that of a draw with the
+        same quotas (`stratified`) among the same candidates; ``nearer``: share of the draws in which it is nearer to
+        the gradient of the candidates than that one.
     """
     plain, scaled = (pool.products[kind]["all"] for kind in ("plain", "scaled"))
     everything = torch.zeros(draws, len(pool), dtype=torch.float64)
@@ -297,17 +300,27 @@ def errors(pool: Pool, setting: str, n: int, b: int, draws: int, ways: Mapping[s
     mean = torch.full_like(everything, 1 / len(pool))
     of_pool = of_random(plain, b, len(pool))
     drawn = pool.weights(WAYS["stratified"], setting, n, b, draws)
-    for name, way in {ALL: None, **ways}.items():
+    found = {}
+    for name, way in {ALL: None, **WAYS}.items():
         own = everything if way is None else pool.weights(way, setting, n, b, draws)
         against, to_draw = (squared(plain, w, everything) for w in (own, drawn))
         beyond = squared(plain, own, mean) - squared(plain, drawn, mean)
-        yield name, {
+        found[name] = {
             "pool": interval(squared(plain, own, mean) / of_pool),
             "candidates": interval(against / of_random(plain, b, n)),
             "scaled": interval(squared(scaled, own, mean) / of_random(scaled, b, len(pool))),
             "beyond": interval(beyond / of_pool),
             "nearer": float((against < to_draw).double().mean()),
         }
+        print(f"{b} of {n}, {setting}: {name}: {found[name]['pool']['mean']:.3f}", flush=True)
+    return {"ways": found}
+
+
+def noise_scales(pool: Pool) -> dict[str, dict[str, Any]]:
+    """``{"scales": ...}``, the `noise` of all adapters, plain and scaled, and of the probe."""
+    plain, scaled = (pool.products[kind] for kind in ("plain", "scaled"))
+    chosen = {"all adapters": plain["all"], "all adapters, scaled": scaled["all"], "probe": plain["probe"]}
+    return {"scales": {name: noise(products, pool.sources) for name, products in chosen.items()}}
 
 
 def noise(products: Tensor, sources: Tensor) -> dict[str, Any]:
@@ -343,39 +356,32 @@ def noise(products: Tensor, sources: Tensor) -> dict[str, Any]:
     return found
 
 
-def ages(
-    pool: Pool, bank: Path, last: int, sizes: Sequence[tuple[int, int]], draws: int
-) -> Iterator[tuple[int, dict]]:
-    """How sketches age: those of earlier states, compared with gradients and used in the last one.
+def aged(pool: Pool, tap: StoredTap, sizes: Sequence[tuple[int, int]], draws: int) -> dict[str, Any]:
+    """How sketches age: those of an earlier state's ``tap``, compared with gradients and used in the pool's.
 
-    Yields:
-        The age in steps; and ``probe``, ``all``: correlation of the distances between the sketches with those between
-        today's probe gradients, and between today's gradients of all adapters, ``within``: the latter between examples
-        of the same source; ``losses``: correlation of the losses; ``error``: of matching and of facility location with
-        these sketches, as in `errors`.
+    Returns:
+        ``probe``, ``all``: correlation of the distances between the sketches with those between today's gradients of
+        the probe, and of all adapters; ``within``: the latter between examples of the same source; ``losses``:
+        correlation of the losses; ``error``: of matching and of facility location with these sketches, as in `errors`.
     """
     plain = pool.products["plain"]
     pairs = torch.triu_indices(len(pool), len(pool), 1)
     same = pool.sources[pairs[0]] == pool.sources[pairs[1]]
     now, whole = distances(plain["probe"], pairs), distances(plain["all"], pairs)
+    then = distances((tap.probe @ tap.probe.T).double(), pairs)
     mean = torch.full((draws, len(pool)), 1 / len(pool), dtype=torch.float64)
-    for folder in sorted(bank.glob("step-*"), key=lambda path: -int(path.name[5:])):
-        tap = pool.tap_of(folder)
-        then = distances((tap.probe @ tap.probe.T).double(), pairs)
-        found: dict[str, Any] = {
-            "probe": correlation(then, now),
-            "all": correlation(then, whole),
-            "within": correlation(then[same], whole[same]),
-            "losses": correlation(tap.losses.double(), pool.tap.losses.double()),
-            "error": {},
-        }
-        for ranking in ("matching", "facility"):
-            for n, b in sizes:
-                way = WAYS[f"last_layer countsketch; {ranking}"]
-                own = pool.weights(way, "none kept", n, b, draws, tap)
-                relative = squared(plain["all"], own, mean) / of_random(plain["all"], b, len(pool))
-                found["error"][f"{ranking}, {b} of {n}"] = interval(relative)
-        yield last - int(folder.name[5:]), found
+    found: dict[str, Any] = {
+        "probe": correlation(then, now),
+        "all": correlation(then, whole),
+        "within": correlation(then[same], whole[same]),
+        "losses": correlation(tap.losses.double(), pool.tap.losses.double()),
+        "error": {},
+    }
+    for ranking, (n, b) in itertools.product(("matching", "facility"), sizes):
+        own = pool.weights(WAYS[f"last_layer countsketch; {ranking}"], "none kept", n, b, draws, tap)
+        error = squared(plain["all"], own, mean) / of_random(plain["all"], b, len(pool))
+        found["error"][f"{ranking}, {b} of {n}"] = interval(error)
+    return found
 
 
 def distances(products: Tensor, pairs: Tensor) -> Tensor:

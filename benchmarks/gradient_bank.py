@@ -24,8 +24,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import bank_ways
@@ -33,7 +34,7 @@ import numpy as np
 import rows
 import torch
 from adapter_tap import AdapterTap
-from bank_ways import depths
+from bank_ways import Pool, depths
 from gradient_match import Bench
 from torch import Tensor, nn
 
@@ -303,31 +304,32 @@ def build(bank: Path, given: argparse.Namespace, options: Sequence[str]) -> Benc
 
 
 def tables(bank: Path, draws: int) -> None:
-    """Append the rows of every state that is measured."""
+    """Append the rows that are missing, of every state that is measured."""
     about = json.loads((bank / "bank.json").read_text(encoding="utf-8"))
     steps = sorted(int(path.parent.name.removeprefix("step-")) for path in bank.glob("step-*/products.pt"))
+    shared = {"benchmark": "gradient_bank", **{key: about[key] for key in ("data", "model", "batch", "learning_rate")}}
     for step in steps:
         pool = bank_ways.Pool(bank, step)
-        facts = {key: about[key] for key in ("data", "model", "batch", "learning_rate")}
-        facts = {"benchmark": "gradient_bank", **facts, "pool": len(pool), "steps": step}
-        products = {f"{kind}, all": of["all"] for kind, of in pool.products.items()}
-        products["plain, probe"] = pool.products["plain"]["probe"]
-        scales = {name: bank_ways.noise(p, pool.sources) for name, p in products.items()}
-        append(facts | {"kind": "noise", "scales": scales})
-        for (n, b), setting in itertools.product(SIZES, bank_ways.SETTINGS):
-            found = {}
-            for way, error in bank_ways.errors(pool, setting, n, b, draws, bank_ways.WAYS):
-                found[way] = error
-                print(f"{n} {b} {setting}: {way}: {error['pool']['mean']:.3f}", flush=True)
-            append(facts | {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws, "ways": found})
-        if step and step == steps[-1]:
-            for age, found in bank_ways.ages(pool, bank, step, AGED, draws):
-                append(facts | {"kind": "age", "age": age, "draws": draws} | found)
+        facts = shared | {"pool": len(pool), "steps": step}
+        for row, measure in planned(pool, bank, steps, draws):
+            row = facts | row
+            if not any(row.items() <= done.items() for done in rows.read("gradient_bank")):
+                rows.append("gradient_bank", row | measure() | {"environment": rows.here()})
 
 
-def append(row: dict[str, object]) -> None:
-    """Append a row."""
-    rows.append("gradient_bank", row | {"environment": rows.here()})
+def planned(
+    pool: Pool, bank: Path, steps: Sequence[int], draws: int
+) -> Iterator[tuple[dict[str, object], Callable[[], dict]]]:
+    """What rows of a state say first, and the measurement of the rest."""
+    yield {"kind": "noise"}, partial(bank_ways.noise_scales, pool)
+    for setting, (n, b) in itertools.product(bank_ways.SETTINGS, SIZES):
+        row = {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws}
+        yield row, partial(bank_ways.errors, pool, setting, n, b, draws)
+    if pool.step == steps[-1] > 0:
+        for folder in sorted(bank.glob("step-*"), key=lambda path: -int(path.name[5:])):
+            age = pool.step - int(folder.name[5:])
+            row = {"kind": "age", "age": age, "draws": draws}
+            yield row, partial(bank_ways.aged, pool, pool.tap_of(folder), AGED, draws)
 
 
 def main() -> None:
@@ -341,7 +343,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 60], help="training steps before each measurement")
     parser.add_argument("--batch", type=int, default=8, help="examples of a training step")
     parser.add_argument("--ages", nargs="*", type=int, default=[5, 10, 20, 50], help="steps before the last one")
-    parser.add_argument("--draws", type=int, default=200, help="draws of candidates for each error")
+    parser.add_argument("--draws", type=int, default=100, help="draws of candidates for each error")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     if given.what == "fetch":

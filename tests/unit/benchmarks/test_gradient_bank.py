@@ -287,8 +287,7 @@ def test_the_noise_scale_is_that_of_the_gradients(modules):
 def test_sketches_of_the_same_state_have_not_aged(bank, modules):
     ways = modules["bank_ways"]
     pool = ways.Pool(bank, 2)
-    found = dict(ways.ages(pool, bank, 2, ((6, 3),), 4))
-    assert sorted(found) == [0, 1, 2]
+    found = {age: ways.aged(pool, pool.tap_of(bank / f"step-{2 - age}"), ((6, 3),), 4) for age in (0, 1, 2)}
     assert found[0]["probe"] == found[0]["losses"] == 1
     assert found[2]["probe"] < 1
     assert set(found[0]["error"]) == {"matching, 3 of 6", "facility, 3 of 6"}
