@@ -61,7 +61,7 @@ def noise_table() -> str:
 def age_table() -> str:
     """Correlations and errors of sketches from some steps before."""
     aged = [row for of_state in found().values() for row in of_state if row["kind"] == "age"]
-    errors = list(aged[0]["error"])
+    errors = list(aged[0]["error"]) if aged else []
     lines = [
         "| mixture | age in steps | distances: probe today | all adapters today | of one source | losses "
         f"| {' | '.join(errors)} |",
@@ -74,19 +74,19 @@ def age_table() -> str:
     return "\n".join(lines)
 
 
-def _tables() -> dict:
-    made = {}
+def every_state(setting: str, only: tuple[str, ...] = ("",)) -> str:
+    """`errors_table` of every mixture and state, one below the other."""
+    tables = []
     for (data, steps), of_state in found().items():
-        if any(row["kind"] == "errors" for row in of_state):
-            name = f"bank {data} {steps}"
-            made[name] = lambda of=of_state: errors_table(of, "none kept")
-            made[f"{name} kept"] = lambda of=of_state: errors_table(of, "kept", _OF_KEPT)
-    if made:
-        made["bank noise"] = noise_table
-    if any(row["kind"] == "age" for of_state in found().values() for row in of_state):
-        made["bank age"] = age_table
-    return made
+        if any(row["kind"] == "errors" and row["setting"] == setting for row in of_state):
+            when = f"after {steps} steps" if steps else "before training"
+            tables.append(f"{data}, {when}:\n\n{errors_table(of_state, setting, only)}")
+    return "\n\n".join(tables)
 
 
-TABLES = _tables()
-"""Tables that have rows."""
+TABLES = {
+    "bank errors": lambda: every_state("none kept"),
+    "bank errors kept": lambda: every_state("kept", _OF_KEPT),
+    "bank noise": noise_table,
+    "bank age": age_table,
+}
