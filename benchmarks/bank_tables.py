@@ -8,8 +8,8 @@ from bank_ways import ALL
 SIZES = ((64, 32), (128, 32), (256, 32), (16, 8), (32, 8), (64, 8))
 _OF_KEPT = (ALL, "random", "stratified", "last_layer", "zeroth_order", "probe;", "all adapters", "words;", "length")
 """Ways in the tables of the default's kept sources."""
-
 DRAWN = ("random", "stratified")
+NOTHING = "Not measured yet."
 
 Row = dict
 
@@ -61,7 +61,9 @@ def noise_table() -> str:
 def age_table() -> str:
     """Correlations and errors of sketches from some steps before."""
     aged = [row for of_state in found().values() for row in of_state if row["kind"] == "age"]
-    errors = list(aged[0]["error"]) if aged else []
+    if not aged:
+        return NOTHING
+    errors = list(aged[0]["error"])
     lines = [
         "| mixture | age in steps | distances: probe today | all adapters today | of one source | losses "
         f"| {' | '.join(errors)} |",
@@ -81,7 +83,7 @@ def every_state(setting: str, only: tuple[str, ...] = ("",)) -> str:
         if any(row["kind"] == "errors" and row["setting"] == setting for row in of_state):
             when = f"after {steps} steps" if steps else "before training"
             tables.append(f"{data}, {when}:\n\n{errors_table(of_state, setting, only)}")
-    return "\n\n".join(tables)
+    return "\n\n".join(tables) or NOTHING
 
 
 TABLES = {
