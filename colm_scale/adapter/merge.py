@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,7 +18,7 @@ from colm_scale.adapter.find import Trained, adapted, find
 from colm_scale.config import ModelConfig
 from colm_scale.config.commands import MergeConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.causal import base_of, moved
+from colm_scale.modeling.causal import base_of, input_weight, moved
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
 from colm_scale.randomness import generator
 from colm_scale.run.saved_adapter import name_base, of_run
@@ -72,6 +73,7 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
     adapter = adapted(load_model(model, dtype, device, "model"), trained)
     tokens = _probe_tokens(base_of(adapter), device)
     expected = _logits(adapter, tokens)
+    notes += _untie(base_of(adapter))
     merged = adapter.merge_and_unload()
     merged.save_pretrained(new, max_shard_size=options.shard_size)
     del adapter, merged  # so that the device never holds two models
@@ -88,6 +90,22 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
         )
     same = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
     return Merged(place, _bytes(new), difference, largest, same, tuple(notes))
+
+
+def _untie(model: PreTrainedModel) -> list[str]:
+    """Give the head a weight of its own if it shares one with the embedding and either has an adapter.
+
+    peft would add both adapters to the one weight. Returns a note if so.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    adapted_ones = [layer for layer in (head, embedding) if isinstance(layer, BaseTunerLayer)]
+    if not adapted_ones or head.weight is not embedding.weight:
+        return []
+    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    layer.weight = nn.Parameter(input_weight(model).clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return ["note: the adapter changes the embedding or the head alone, so the merged model no longer ties them"]
 
 
 def _adapter_alone(trained: Trained, options: MergeConfig, new: Path, place: Path) -> Merged:

@@ -46,6 +46,17 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+_FLAGS = {"true": True, "1": True, 1: True, "false": False, "0": False, 0: False}
+
+
+def as_flag(value: Any) -> bool:
+    """Read a truth value, 0 or 1 or, in formats without them, a text. Raises ValueError for anything else."""
+    key = value.lower() if isinstance(value, str) else value
+    if not isinstance(key, str | int) or key not in _FLAGS:
+        raise ValueError(shown(value))
+    return _FLAGS[key]
+
+
 def records_of(spec: str, *, streaming: bool) -> Iterable[Record]:
     """Return an iterator that reads the rows of a file or a hub data set one by one."""
     if hub := hub_set(spec):

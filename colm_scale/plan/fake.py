@@ -19,7 +19,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from colm_scale.config import RunConfig
-from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import (
