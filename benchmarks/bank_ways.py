@@ -135,7 +135,7 @@ class Derivatives(ZerothOrder):
 
     def sketch(self, plan: SketchPlan, batches: list[Stored]) -> None:
         self._plan = plan
-        places = torch.cat([batch.places for batch in batches])
+        places = torch.cat([long_tensor([]), *(batch.places for batch in batches)])
         along = self._tap.probe[places] @ self._directions.T
         self._local = torch.cat([along, self._tap.losses[places].unsqueeze(1)], dim=1)
 
