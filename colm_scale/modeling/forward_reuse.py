@@ -89,7 +89,7 @@ class HeldBlockInputs(BlockInputs):
         self._mode = "run"
         self._most = 0
         self._like = torch.empty(0)
-        self._in_tuples = False
+        self._outputs = 0
         self._held: list[_Held] = []
         self._arranged: dict[int, list[Tensor]] = {}
         self._reused: list[Tensor] = []
@@ -155,7 +155,7 @@ class HeldBlockInputs(BlockInputs):
                 self._hold(number, hidden_states)
             if self._mode != "reuse" or number == live:
                 found: _Found = forward(hidden_states, *args, **kwargs)
-                self._in_tuples = isinstance(found, tuple)
+                self._outputs = len(found) if isinstance(found, tuple) else 0
                 return found
             inputs, shape = self._reused, hidden_states.shape
             anchor = torch.zeros((), device=hidden_states.device, requires_grad=True)
@@ -164,7 +164,8 @@ class HeldBlockInputs(BlockInputs):
             passed: Tensor = _ReusedBlock.apply(
                 hidden_states, onward, anchor, inputs, lambda known: again(known, *args, **kwargs)
             )
-            return (passed,) if self._in_tuples else passed
+            # Beside its hidden states a block may return the weights of its attention, which nobody reads.
+            return (passed, *(None,) * (self._outputs - 1)) if self._outputs else passed
 
         return wrapped
 

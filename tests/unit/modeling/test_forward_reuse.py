@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from support.families import FAMILIES, adapted_model, base_model, batch_of, some_of, with_adapters
+from support.zoo import ZOO
 from torch.utils.checkpoint import checkpoint
 
 from colm_scale.modeling.forward_reuse import HeldBlockInputs, dropout_of
@@ -70,6 +71,14 @@ def test_losses_and_gradients_are_those_of_a_second_forward(family, packs, store
 def test_where_a_block_is_checkpointed_outside_of_its_forward(family):
     module = module_of(family, packs=False)
     checkpoint_calls(module)
+    check_reuse(module)
+
+
+def test_where_a_block_returns_more_than_its_hidden_states():
+    check_reuse(module_of("bamba", packs=False, **ZOO["bamba"].options))
+
+
+def check_reuse(module: ExampleLoss) -> None:
     trained = some_of(ALL, TRAINED)
     expected = gradients(module, trained)
     inputs = HeldBlockInputs(module, 2)
