@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from colm_scale.adapter.find import Trained, adapted, find
 from colm_scale.config import ModelConfig
 from colm_scale.config.commands import MergeConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.causal import base_of, moved
+from colm_scale.modeling.causal import base_of
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
+from colm_scale.modeling.multimodal import leave_out, put_back, sees_or_hears
 from colm_scale.randomness import generator
 from colm_scale.run.saved_adapter import name_base, of_run
 
@@ -69,17 +70,18 @@ def export(options: MergeConfig) -> Merged:
 def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Path, place: Path) -> Merged:
     model, notes = _whole(trained.config.model)
     dtype = _dtype(options, trained)
-    adapter = adapted(load_model(model, dtype, device, "model"), trained)
+    base = load_model(model, dtype, device, "model", whole=True)
+    unadapted = leave_out(base) if sees_or_hears(base.config) else {}
+    adapter = adapted(base, trained)
     tokens = _probe_tokens(base_of(adapter), device)
     expected = _logits(adapter, tokens)
     merged = adapter.merge_and_unload()
+    put_back(merged, unadapted)
     merged.save_pretrained(new, max_shard_size=options.shard_size)
-    del adapter, merged  # so that the device never holds two models
+    del adapter, merged, base, unadapted  # so that the device never holds two models
     notes += _write_tokenizer(trained, model, new)
-    again = AutoModelForCausalLM.from_pretrained(
-        new, dtype=dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
-    )
-    found = _logits(moved(again, device).eval(), tokens)
+    again = load_model(dataclasses.replace(model, name=str(new), revision=None), dtype, device, "output")
+    found = _logits(again.eval(), tokens)
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE[dtype] * largest:
         raise UserError(

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
+from colm_scale.modeling.multimodal import untrained
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
 from colm_scale.modeling.weights import draw
 from colm_scale.randomness import global_draws
@@ -100,6 +101,18 @@ def copy_of_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedM
         others = [kind for number, kind in enumerate(types) if number not in numbers]
         config.layer_types = [*(types[number] for number in numbers), *others]
     return model
+
+
+def runs_on_text(model: PreTrainedModel) -> str:
+    """Run a model's first block on text; returns the error if that fails, else nothing."""
+    few = few_blocks(model, [0], model.device if model.device.type != "meta" else _CPU)
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=few.device)
+    try:
+        with torch.no_grad(), without_dropout(few):
+            few(input_ids=tokens, attention_mask=tokens, use_cache=False)
+    except Exception as error:  # a missing argument, attribute or part, each model in its own way
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
@@ -186,8 +199,7 @@ def sample_of(config: PretrainedConfig) -> PreTrainedModel:
         config: Configuration of the whole model.
     """
     with global_draws(_CPU, 0, "sample"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
-    return model.requires_grad_(False)
+        return untrained(_shortened(config), torch.float32).requires_grad_(False)
 
 
 def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -216,7 +228,8 @@ def of_sample(sample: nn.Module, found: Probe, model: nn.Module) -> Probe:
 
 
 def _shortened(of: PretrainedConfig) -> PretrainedConfig:
-    config = copy.deepcopy(of)
+    whole = copy.deepcopy(of)
+    config = whole.get_text_config()
     config.num_hidden_layers, config.vocab_size = 1, _SAMPLE_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
@@ -225,4 +238,4 @@ def _shortened(of: PretrainedConfig) -> PretrainedConfig:
             setattr(config, name, min(found, _SAMPLE_MLP))
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    return config
+    return whole

@@ -37,7 +37,7 @@ def default_targets(model: PreTrainedModel) -> list[str]:
     text = model.config.get_text_config()
     if any(getattr(text, key, None) for key in _NUMBER_OF_EXPERTS):
         names = [name for name in names if name.split(".")[0] not in _FEED_FORWARD]
-    if model.config.model_type in _MAMBA:
+    if text.model_type in _MAMBA:
         names = [name for name in names if name.rsplit(".", 1)[-1] != _READ_BY_MAMBA]
     return names
 

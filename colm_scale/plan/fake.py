@@ -17,11 +17,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.config import RunConfig
 from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.multimodal import untrained
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import (
     Probe,
@@ -191,7 +192,7 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
         UserError: As a run would: its blocks cannot be checkpointed.
     """
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(of), dtype=getattr(torch, config.train.dtype))
+        base = untrained(copy.deepcopy(of), getattr(torch, config.train.dtype))
     base.config._attn_implementation = known.attention
     if config.model.quantize == "nf4":
         from colm_scale.modeling.quantised import make_quantisable
