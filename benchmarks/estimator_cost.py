@@ -25,7 +25,8 @@ from colm_scale.config import LoraConfig, ModelConfig, RunConfig, SelectionConfi
 from colm_scale.data.batching import collate
 from colm_scale.distributed.group import Group
 from colm_scale.estimators.make import make_estimator
-from colm_scale.modeling.load import add_adapters, load_model
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import load_model
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import global_draws

@@ -21,7 +21,7 @@ from colm_scale.config import LoraConfig, ModelConfig, RunConfig
 from colm_scale.config.command_line import read_trained
 from colm_scale.config.commands import Which
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import add_adapters, check_adapter
+from colm_scale.modeling.adapters import add_adapters, check_adapter
 from colm_scale.reporting.run_directory import FACTS
 from colm_scale.run.prepare import resolve
 

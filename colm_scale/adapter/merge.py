@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
 from colm_scale.adapter.find import Trained, adapted, find
+from colm_scale.base import BASE_MODEL
 from colm_scale.config import ModelConfig
 from colm_scale.config.commands import MergeConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.causal import base_of
+from colm_scale.modeling.causal import base_of, input_weight
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
 from colm_scale.modeling.multimodal import leave_out, put_back, sees_or_hears
 from colm_scale.randomness import generator
@@ -75,11 +79,13 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
     adapter = adapted(base, trained)
     tokens = _probe_tokens(base_of(adapter), device)
     expected = _logits(adapter, tokens)
+    notes += _untie(base_of(adapter))
     merged = adapter.merge_and_unload()
     put_back(merged, unadapted)
     merged.save_pretrained(new, max_shard_size=options.shard_size)
     del adapter, merged, base, unadapted  # so that the device never holds two models
     notes += _write_tokenizer(trained, model, new)
+    _copy_processor(model, new)
     again = load_model(dataclasses.replace(model, name=str(new), revision=None), dtype, device, "output")
     found = _logits(again.eval(), tokens)
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
@@ -90,6 +96,22 @@ def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Pa
         )
     same = float((found.argmax(-1) == expected.argmax(-1)).double().mean())
     return Merged(place, _bytes(new), difference, largest, same, tuple(notes))
+
+
+def _untie(model: PreTrainedModel) -> list[str]:
+    """Give the head a weight of its own if it shares one with the embedding and either has an adapter.
+
+    peft would add both adapters to the one weight. Returns a note if so.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    adapted_ones = [layer for layer in (head, embedding) if isinstance(layer, BaseTunerLayer)]
+    if not adapted_ones or head.weight is not embedding.weight:
+        return []
+    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    layer.weight = nn.Parameter(input_weight(model).clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return ["note: the adapter changes the embedding or the head alone, so the merged model no longer ties them"]
 
 
 def _adapter_alone(trained: Trained, options: MergeConfig, new: Path, place: Path) -> Merged:
@@ -133,6 +155,14 @@ def _write_tokenizer(trained: Trained, model: ModelConfig, new: Path) -> list[st
         notes.append(f"note: the tokenizer lacks the run's chat template: {error}")
     tokenizer.save_pretrained(new)
     return notes
+
+
+def _copy_processor(model: ModelConfig, new: Path) -> None:
+    """Copy what makes inputs of images and sound, if the base model has it; its chat template is the tokenizer's."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
+        if file := cached_file(model.name or BASE_MODEL, name, revision=model.revision, **missing):
+            shutil.copyfile(file, new / name)
 
 
 def _probe_tokens(model: PreTrainedModel, device: torch.device) -> Tensor:

@@ -62,8 +62,8 @@ class DataConfig(RowConfig):
     """The training data and the held-out data."""
 
     train: list[str] | None = None
-    """Files (.jsonl, .json, .parquet, .csv, .xlsx; .gz and .zst), folders, patterns, or hub data sets (ORG/NAME or
-    ORG/NAME:SPLIT), one or more. Default: the built-in mixture of maths problems."""
+    """Files (.jsonl, .json, .parquet, .csv, .xlsx; .gz and .zst), folders, patterns, or hub data sets (ORG/NAME,
+    also with :SPLIT, :CONFIG or :CONFIG:SPLIT), one or more. Default: the built-in mixture of maths problems."""
     eval: list[str] | None = None
     """Held-out data, in the same forms. Default: the built-in held-out split if the training data is built in, else
     none."""

@@ -42,11 +42,13 @@ class RenderedChat:
         text: All of it, without a generation prompt.
         learned: Parts that carry loss, in their order.
         left_out: Keys of messages whose text the template leaves out, as ``messages[1].reasoning_content``.
+        marked: Whether the template's own marks say what is learned.
     """
 
     text: str
     learned: tuple[Span, ...]
     left_out: tuple[str, ...] = ()
+    marked: bool = False
 
 
 class ChatTemplate:
@@ -78,7 +80,7 @@ class ChatTemplate:
         learned = self._learned(chat, text, marks, turns)
         _check_apart(row, text, turns, learned)
         spans = [span for turn, span in sorted(learned.items()) if row.messages[turn].learned]
-        return RenderedChat(text, tuple(spans), tuple(self._left_out(row, text, turns)))
+        return RenderedChat(text, tuple(spans), tuple(self._left_out(row, text, turns)), bool(marks.generated))
 
     def _learned(self, chat: _Chat, text: str, marks: _Marks, turns: Mapping[int, Span]) -> dict[int, Span]:
         """Find the part of each of the assistant's turns that is learned."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from colm_scale.config import RowConfig
 from colm_scale.data.chats import ChatTemplate, RenderedChat, Span
+from colm_scale.data.hub import hub_answers
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 
@@ -49,8 +51,8 @@ def encode(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, config: RowC
     """Tokenise every row, in order and whatever its length.
 
     A prompt starts with the tokenizer's own leading special tokens, and a completion ends with its end-of-sequence
-    token; the two are tokenised apart, so that no token straddles their border. A chat is rendered by its template and
-    tokenised as a whole.
+    token, unless they were written with them; the two are tokenised apart, so that no token straddles their border. A
+    chat is rendered by its template and tokenised as a whole.
 
     Raises:
         UserError: As `data.examples.tokenise`.
@@ -78,10 +80,14 @@ class _Texts:
         ids = iter(plain_ids(self._tokenizer, [text for row in rows for text in (row.prompt, row.completion)]))
         end = str(self._tokenizer.eos_token)
         for row in rows:
-            prompt, completion = [*self._leading, *next(ids)], [*next(ids), *self._eos]
+            prompt, completion = next(ids), next(ids)
+            before, learned = row.prompt, row.completion
+            if (prompt or completion)[: len(self._leading)] != self._leading:  # else it was written with them
+                prompt, before = [*self._leading, *prompt], f"{self._begin}{before}"
+            if not learned.rstrip().endswith(end):
+                completion, learned = [*completion, *self._eos], f"{learned}{end}"
             labelled = np.repeat([False, True], [len(prompt), len(completion)])
             labelled[:1] = False
-            before, learned = f"{self._begin}{row.prompt}", f"{row.completion}{end}"
             span = len(before), len(before) + len(learned)
             tokens = np.array([*prompt, *completion], dtype=np.int32)
             yield Encoded(row, tokens, labelled, before + learned, (span,))
@@ -97,15 +103,15 @@ class _Chats:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, config: RowConfig):
         self._tokenizer = tokenizer
         self._template = ChatTemplate(template, tokenizer.special_tokens_map, _moment(config))
-        added = tokenizer.added_tokens_decoder.values()
-        self._ends = (str(tokenizer.eos_token), *(token.content for token in added if token.special))
+        self._ends = end_tokens(tokenizer)
+        self._stops = tuple(end for end in self._ends if end != tokenizer.bos_token)
         self._refuses = config.left_out == "refuse"
         self._newline = plain_ids(tokenizer, ["\n"])[0]
 
     def encode(self, rows: Sequence[Row]) -> Iterator[Encoded]:
         if not rows:
             return
-        chats = [self._template.render(row) for row in rows]
+        chats = [self._with_stops(self._template.render(row)) for row in rows]
         fast = self._tokenizer.is_fast
         whole = self._tokenizer(
             [chat.text for chat in chats],
@@ -130,6 +136,22 @@ class _Chats:
             labelled[:1] = False
             ends = all(chat.text[begin:end].rstrip().endswith(self._ends) for begin, end in chat.learned)
             yield Encoded(row, tokens, labelled, chat.text, chat.learned, chat.left_out, ends)
+
+    def _with_stops(self, chat: RenderedChat) -> RenderedChat:
+        """Let a turn without an end token end in the one that begins the next turn: GLM's models stop there.
+
+        Marks of the template's own stay as they are.
+        """
+        if chat.marked:
+            return chat
+        spans = []
+        for begin, end in chat.learned:
+            stop = "" if chat.text[begin:end].rstrip().endswith(self._ends) else self._stop_at(chat.text, end)
+            spans.append((begin, end + len(stop)))
+        return replace(chat, learned=tuple(spans))
+
+    def _stop_at(self, text: str, place: int) -> str:
+        return next((stop for stop in self._stops if text.startswith(stop, place)), "")
 
     def _apart(self, chat: RenderedChat) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise each learned part, and what stands between, on its own."""
@@ -175,6 +197,31 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 def _moment(config: RowConfig) -> datetime:
     return datetime.fromisoformat(config.now) if config.now else datetime.now()
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """List the tokens at which the model stops to generate.
+
+    They are the tokenizer's end token and those of the model's ``generation_config.json``. If the model has no such
+    file, each special token may be one.
+    """
+    stops = _generation_stops(tokenizer.name_or_path)
+    added = tokenizer.added_tokens_decoder
+    ends = (token.content for number, token in added.items() if (number in stops if stops else token.special))
+    return str(tokenizer.eos_token), *ends
+
+
+@lru_cache
+def _generation_stops(name: str) -> frozenset[int]:
+    """Read the ids at which a model stops to generate; none if it does not say."""
+    if not name:  # made in memory
+        return frozenset()
+    try:
+        local = not Path(name).is_dir() and not hub_answers()
+        found = GenerationConfig.from_pretrained(name, local_files_only=local).eos_token_id
+    except Exception:  # there is no such file, or the hub fails in one of its ways
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found or ())
 
 
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

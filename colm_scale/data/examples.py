@@ -198,7 +198,7 @@ def remarks_on(encoded: Encoded, config: DataConfig, max_length: int) -> list[st
 def count_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Describe the `counts` of training examples, a line for each remark that is made of any."""
     said = {
-        DROPPED: "training examples too long, dropped",
+        DROPPED: "training examples too long or without anything to learn, dropped",
         CUT: "training examples too long, cut",
         LEFT_OUT: "training examples of which the chat template leaves something out",
         NO_END: "warning: training examples with a learned part that ends in no end token, so the model is not taught "

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import difflib
 import glob
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
+from colm_scale.data.hub import HubSet, parsed, resolved
 from colm_scale.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".xlsx")
 COMPRESSED = (".gz", ".zst")
 _TEXT_FORMATS = (".jsonl", ".json", ".csv")
 """Formats that may be compressed."""
-_HUB_SPEC = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>.+))?")
+_OTHER_SUFFIXES = (
+    ".txt",
+    ".tsv",
+    ".arrow",
+    ".feather",
+    ".xls",
+    ".ndjson",
+    ".xml",
+    ".yaml",
+    ".md",
+    ".zip",
+    ".tar",
+    ".xz",
+)
+"""Suffixes of files that are not read; no hub data set is looked for."""
 _KNOWN = f"{', '.join(FORMATS)}; {', '.join(_TEXT_FORMATS)} also with {' or '.join(COMPRESSED)} after it"
 
 
@@ -27,24 +41,23 @@ def format_of(path: PurePath) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else ""
 
 
-def hub_name(spec: str) -> tuple[str, str] | None:
-    """Return name and split of a hub data set; None if ``spec`` names a file."""
+def hub_set(spec: str) -> HubSet | None:
+    """Return the hub data set of a name; None if ``spec`` names a file."""
     path = Path(spec)
-    match = _HUB_SPEC.fullmatch(spec)
-    if not match or format_of(path) or path.exists() or path.suffix in (*COMPRESSED, ".txt", ".tsv", ".arrow"):
+    if format_of(path) or path.exists() or path.suffix in (*COMPRESSED, *_OTHER_SUFFIXES):
         return None
-    return match["name"], match["split"] or "train"
+    return parsed(spec)
 
 
 def files_of(spec: str) -> list[str]:
-    """List the files of a file's name, folder or pattern, sorted; a hub data set stays as it is.
+    """List the files of a file's name, folder or pattern, sorted; of a hub data set, its name with the configuration.
 
     Raises:
-        UserError: There is no such file, or none of a known format.
+        UserError: There is no such file, or none of a known format; or a hub data set has other configurations.
     """
     path = Path(spec)
-    if hub_name(spec):
-        return [spec]
+    if hub_set(spec):
+        return [resolved(spec)]
     if spec and path.is_dir():
         found = sorted(str(file) for file in path.rglob("*") if file.is_file() and format_of(file))
         if not found:
@@ -58,7 +71,7 @@ def files_of(spec: str) -> list[str]:
     if not format_of(path) and (not spec or not path.exists()):
         raise UserError(
             f"data {spec!r} is neither a file ({_KNOWN}), nor a folder or a pattern of files, nor a hub data set "
-            "(ORG/NAME or ORG/NAME:SPLIT)"
+            "(ORG/NAME, with :SPLIT, :CONFIG or :CONFIG:SPLIT)"
         )
     _check(path)
     return [spec]
@@ -102,12 +115,11 @@ def _place_apart(names: tuple[str, ...], alike: Iterable[tuple[str, ...]]) -> in
 def _parts(spec: str) -> tuple[str, ...]:
     """Split a path into parts, the last of which names a source if it tells the file apart, and the first if no other.
 
-    They are a file's name, its folders, and its name without suffix; of a hub data set the name with the split, and the
-    name.
+    They are a file's name, its folders, and its name without suffix; of a hub data set, the name
+    alone, with configuration, with split, and with both.
     """
-    if hub := hub_name(spec):
-        name, split = hub
-        return f"{name}:{split}", name
+    if hub := hub_set(spec):
+        return str(hub), f"{hub.name}:{hub.split}", str(HubSet(hub.name, hub.config, "")), hub.name
     path = Path(spec).absolute()
     suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in COMPRESSED else path.suffixes[-1:])
     return path.name, *path.parts[1:-1], path.name.removesuffix(suffix)

@@ -20,7 +20,8 @@ from numbers import Number
 from pathlib import Path
 from typing import IO, Any
 
-from colm_scale.data.files import COMPRESSED, format_of, hub_name
+from colm_scale.data.files import COMPRESSED, format_of, hub_set
+from colm_scale.data.hub import HubSet
 from colm_scale.errors import UserError
 
 _SHEET_ROWS = 1_048_576
@@ -45,10 +46,21 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+_FLAGS = {"true": True, "1": True, 1: True, "false": False, "0": False, 0: False}
+
+
+def as_flag(value: Any) -> bool:
+    """Read a truth value, 0 or 1 or, in formats without them, a text. Raises ValueError for anything else."""
+    key = value.lower() if isinstance(value, str) else value
+    if not isinstance(key, str | int) or key not in _FLAGS:
+        raise ValueError(shown(value))
+    return _FLAGS[key]
+
+
 def records_of(spec: str, *, streaming: bool) -> Iterable[Record]:
     """Return an iterator that reads the rows of a file or a hub data set one by one."""
-    if hub := hub_name(spec):
-        return _hub(*hub, streaming=streaming)
+    if hub := hub_set(spec):
+        return _hub(hub, streaming=streaming)
     path = Path(spec)
     reader = _READERS[format_of(path)]
     if streaming and reader is not _jsonl:
@@ -62,8 +74,8 @@ def records_of(spec: str, *, streaming: bool) -> Iterable[Record]:
 def identity(spec: str) -> list[object] | None:
     """Return what changes when a file or a hub data set changes; None if nothing is known to."""
     try:
-        if hub := hub_name(spec):
-            return [spec, _load_dataset(*hub, streaming=False)._fingerprint]
+        if hub := hub_set(spec):
+            return [spec, hub.load(streaming=False)._fingerprint]
         path = Path(spec)
         if not path.is_file():
             return None
@@ -193,19 +205,14 @@ def _parquet(path: Path) -> Iterator[Record]:
     return _typed(rows(), str(path))
 
 
-def _load_dataset(name: str, split: str, *, streaming: bool) -> Any:
-    import datasets
-
-    return datasets.load_dataset(name, split=split, streaming=streaming)
-
-
-def _hub(name: str, split: str, *, streaming: bool) -> Iterator[Record]:
+def _hub(hub: HubSet, *, streaming: bool) -> Iterator[Record]:
     try:
-        yield from _typed(_load_dataset(name, split, streaming=streaming), f"{name}:{split}")
+        yield from _typed(hub.load(streaming=streaming), str(hub))
     except Exception as error:  # the hub, the network and the data set's own files each fail in their own way
+        config = f" and a configuration {hub.config!r}" if hub.config else ""
         raise UserError(
-            f"{name} is not a file, and cannot be loaded from the hub as a data set with a split {split!r}: "
-            f"{said(error)}"
+            f"{hub.name} is not a file or folder here, and cannot be loaded from the hub as a data set with a split "
+            f"{hub.split!r}{config}: {said(error)}"
         ) from error
 
 

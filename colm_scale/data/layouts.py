@@ -16,7 +16,7 @@ from typing import Any
 
 from colm_scale.config import RowConfig
 from colm_scale.data.formats import Record, is_missing, shortened, shown
-from colm_scale.data.messages import Message, check_learnable, checked_text, read_messages, read_tools
+from colm_scale.data.messages import Message, check_learnable, checked_text, parsed_json, read_messages, read_tools
 from colm_scale.errors import UserError
 
 _OTHER_NAMES = {"messages": ("conversations",), "input": ("context",), "output": ("response",)}
@@ -25,12 +25,17 @@ _OTHER_NAMES = {"messages": ("conversations",), "input": ("context",), "output":
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a row says."""
+    """What a row says.
+
+    Attributes:
+        unread: Roles of columns that its layout takes, but not in this form.
+    """
 
     messages: tuple[Message, ...] = ()
     prompt: str = ""
     completion: str = ""
     tools: tuple[dict[str, Any], ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 class Cells:
@@ -114,7 +119,8 @@ def _prompt_and_completion(cells: Cells) -> Content:
     """Read both as texts or, if one is a list, as messages of which those of the completion are learned."""
     prompt, completion = cells.get("prompt"), cells.get("completion")
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return Content(prompt=cells.text("prompt"), completion=cells.learned_text("completion"))
+        texts = cells.text("prompt"), cells.learned_text("completion")
+        return Content(prompt=texts[0], completion=texts[1], unread=("tools", "system"))  # a prompt is taken verbatim
     before, after = (
         [{"role": role, "content": value}] if isinstance(value, str) else value
         for role, value in (("user", prompt), ("assistant", completion))
@@ -129,8 +135,14 @@ def _prompt_and_completion(cells: Cells) -> Content:
 
 def _content(cells: Cells, messages: tuple[Message, ...], column: str) -> Content:
     """Add the tools and the system's message that stand in columns of their own."""
-    if (system := cells.optional_text("system")) and messages[:1] and messages[0].role != "system":
+    system, begin = cells.optional_text("system"), messages[:1]
+    if system and begin and begin[0].role != "system":
         messages = (Message("system", system), *messages)
+    elif system and begin and begin[0].content.strip() != system.strip():
+        raise UserError(
+            f"{cells.where}: {column!r} begins with a system message, and {cells.column('system')!r} has another one: "
+            "leave one of them out"
+        )
     tools = read_tools(cells.get("tools"), cells.column("tools"), cells.where)
     return Content(messages=check_learnable(messages, column, cells.where), tools=tools)
 
@@ -146,7 +158,7 @@ def _instruction(cells: Cells) -> Content:
 
 def _history(value: Any, column: str, where: str) -> list[tuple[str, str]]:
     """Read Alpaca's earlier turns, pairs of an instruction and its answer."""
-    turns = value or []
+    turns = parsed_json(value) or []
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise UserError(f"{where}: {column!r} is {shown(value)}, but must be a list of pairs [instruction, answer]")
     return [(checked_text(turn[0], column, where), checked_text(turn[1], column, where)) for turn in turns]

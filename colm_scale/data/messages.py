@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from colm_scale.data.formats import shown
+from colm_scale.data.formats import as_flag, is_missing, shown
 from colm_scale.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -28,6 +29,9 @@ _SHAREGPT_ROLES = {
 }
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of what an assistant thought before it spoke. Templates get the first one."""
+_LEARNED = ("train", "training", "loss", "weight")
+"""Names of marks that say whether a turn is learned."""
+_THOUGHT_AND_CALL = re.compile(r"(.*</think>)\s*([\[{].*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def read_messages(value: Any, column: str, where: str, *, learned: bool = True) 
     Raises:
         UserError: It is not a list of messages.
     """
-    value = _parsed(value)
+    value = parsed_json(value)
     if not isinstance(value, list):
         raise UserError(f"{where}: {column!r} is {shown(value)}, but must be a list of {{role, content}}")
     return tuple(_message(turn, f"{column}[{number}]", where, learned) for number, turn in enumerate(value))
@@ -84,9 +88,11 @@ def read_tools(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...
     Raises:
         UserError: It is something else.
     """
-    found = _parsed(value)
-    if found in (None, ""):
+    found = parsed_json(value.strip() if isinstance(value, str) else value)
+    if found in (None, "", "null"):
         return ()
+    if isinstance(found, list):
+        found = [parsed_json(tool) for tool in found]
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise UserError(f"{where}: {column!r} is {shown(value)}, but must be a list of tools, each an object")
     return tuple(found)
@@ -95,7 +101,7 @@ def read_tools(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...
 def _message(turn: Any, name: str, where: str, learned: bool) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{where}: {name} is {shown(turn)}, but must be an object with role and content")
-    keys = {key: value for key, value in turn.items() if value is not None}  # as if they were not there
+    keys = {key: value for key, value in turn.items() if not is_missing(value)}  # as if they were not there
     if "role" in keys or "from" not in keys:
         role, content = keys.pop("role", None), keys.pop("content", "")
         calls = keys.pop("function_call", None)
@@ -103,16 +109,19 @@ def _message(turn: Any, name: str, where: str, learned: bool) -> Message:
         written = keys.pop("from")
         role, content, calls = _SHAREGPT_ROLES.get(written, written), keys.pop("value", ""), None
         if written == "function_call":
-            content, calls = "", _parsed(content)
+            content, calls = _thought_and_calls(content)
     if role not in ROLES:
         raise UserError(f"{where}: the role of {name} is {shown(role)}, but must be one of {', '.join(ROLES)}")
     learned = _learned(keys, name, where, learned)
     parts = _parts(content, f"{name}.content", where)
     if calls is not None:
-        keys["tool_calls"] = [{"type": "function", "function": calls}]
+        keys["tool_calls"] = [
+            call if isinstance(call, dict) and "function" in call else {"type": "function", "function": call}
+            for call in (calls if isinstance(calls, list) else [calls])
+        ]
     more = _more(keys, name, where)
     says = "tool_calls" in more or "reasoning_content" in more
-    if role == "assistant" and not says and not "".join(parts).strip():
+    if role == "assistant" and learned and not says and not "".join(parts).strip():
         raise UserError(
             f"{where}: '{name}.content' is empty, so there is nothing to learn: fill it or leave the row out"
         )
@@ -121,14 +130,24 @@ def _message(turn: Any, name: str, where: str, learned: bool) -> Message:
 
 def _learned(keys: dict[str, Any], name: str, where: str, default: bool) -> bool:
     """Take out the marks that say whether a turn is learned."""
-    said = {key: keys.pop(key) for key in ("train", "weight") if key in keys}
-    for key, value in said.items():
-        if value not in (0, 1):  # True and False are equal to these
+    learned = default
+    for key in [key for key in _LEARNED if key in keys]:
+        value = keys.pop(key)
+        try:
+            learned &= as_flag(int(value) if value in (0.0, 1.0) else value)
+        except ValueError as error:
             raise UserError(
-                f"{where}: '{name}.{key}' is {shown(value)}, but must be 1 (the turn is learned) or 0: other weights "
-                "of turns are not supported"
-            )
-    return default and all(said.values())
+                f"{where}: '{name}.{key}' is {error}, but must be 1 (the turn is learned) or 0: other weights of turns "
+                "are not supported"
+            ) from error
+    return learned
+
+
+def _thought_and_calls(value: Any) -> tuple[Any, Any]:
+    """Read ShareGPT's calls of tools, JSON of one or of a list, and the thought that may stand before them."""
+    if isinstance(value, str) and (found := _THOUGHT_AND_CALL.fullmatch(value)):
+        return found[1], parsed_json(found[2])
+    return "", parsed_json(value)
 
 
 def _more(keys: dict[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -143,7 +162,7 @@ def _more(keys: dict[str, Any], name: str, where: str) -> dict[str, Any]:
 
 def _calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:
     """Read calls of tools, whose arguments may be JSON: templates get objects, as servers give them."""
-    calls = _parsed(value)
+    calls = parsed_json(value)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{where}: {name!r} is {shown(value)}, but must be a list of calls, each an object")
     found = []
@@ -151,7 +170,7 @@ def _calls(value: Any, name: str, where: str) -> list[dict[str, Any]]:
         inner = call.get("function", call)
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise UserError(f"{where}: {name!r} has a call without the name of a function: {shown(call)}")
-        function = {**inner, "arguments": _parsed(inner.get("arguments", {}))}
+        function = {**inner, "arguments": parsed_json(inner.get("arguments", {}))}
         found.append({**call, "function": function} if "function" in call else {"function": function})
     return found
 
@@ -187,7 +206,7 @@ def checked_text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def _parsed(value: Any) -> Any:
+def parsed_json(value: Any) -> Any:
     """Parse JSON that stands in a text, as in files whose columns have one type; other text stays as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:

@@ -14,12 +14,10 @@ from typing import Any
 
 from colm_scale.config import RowConfig
 from colm_scale.data.files import default_sources, files_of
-from colm_scale.data.formats import Record, is_missing, records_of, shown
+from colm_scale.data.formats import Record, as_flag, is_missing, records_of
 from colm_scale.data.layouts import Cells, layout_of
 from colm_scale.data.messages import Message, checked_text
 from colm_scale.errors import UserError
-
-_FLAGS = {"true": True, "1": True, 1: True, "false": False, "0": False, "": False, 0: False, None: False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ class Columns:
 
 
 def read_rows(specs: Sequence[str], config: RowConfig, columns: Columns | None = None) -> list[Row]:
-    """Read all rows of files and hub data sets (``ORG/NAME`` or ``ORG/NAME:SPLIT``), in their order.
+    """Read all rows of files and hub data sets (`data.hub`), in their order.
 
     Args:
         columns: Notes the columns that are not read.
@@ -167,7 +165,8 @@ def _row(number: int, source: str, record: Record, config: RowConfig, columns: C
     layout = layout_of(cells)
     content = layout.read(cells)
     protected = _flag(cells.get("protected"), cells.column("protected"), record.where)
-    columns.note(cells, read=(*layout.needs, *layout.takes, "source", "protected"))
+    read = {*layout.needs, *layout.takes, "source", "protected"} - {*content.unread}
+    columns.note(cells, read)
     return Row(
         id=number,
         source=source,
@@ -186,11 +185,11 @@ def protected_by_name(source: str, config: RowConfig) -> bool:
 
 
 def _flag(value: Any, column: str, where: str) -> bool:
-    """Read a truth value, a number or, in formats without them, a text; an empty cell is false."""
-    key = value.lower() if isinstance(value, str) else value
-    if not isinstance(key, str | int | None) or key not in _FLAGS:
+    """Read a truth value; an empty cell is false."""
+    try:
+        return value not in (None, "") and as_flag(value)
+    except ValueError as error:
         raise UserError(
-            f"{where}: {column!r} is {shown(value)}, but must be true or false (or 1 or 0): it marks examples that are "
+            f"{where}: {column!r} is {error}, but must be true or false (or 1 or 0): it marks examples that are "
             "always trained on (--data.columns.protected names the column)"
-        )
-    return _FLAGS[key]
+        ) from error

@@ -1,4 +1,4 @@
-"""Loading of base models, tokenizers and adapters. Checks come first, before any weights are read."""
+"""Loading of base models and tokenizers. Checks come first, before any weights are read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,8 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import CONFIG_NAME as CONFIG
-from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 from transformers.utils.import_utils import (
     is_bitsandbytes_available,
     is_flash_attn_2_available,
@@ -32,31 +28,15 @@ from transformers.utils.import_utils import (
 )
 
 from colm_scale.base import BASE_MODEL
-from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
-from colm_scale.errors import UserError
-from colm_scale.modeling.adapter_linear import compute_in_input_type
+from colm_scale.config import ModelConfig, TrainConfig
+from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.causal import moved
-from colm_scale.modeling.multimodal import not_loaded, sees_or_hears, text_class, whole_class, within
+from colm_scale.modeling.multimodal import sees_or_hears, text_class, whole_class
 from colm_scale.modeling.probe import runs_on_text
-from colm_scale.modeling.targets import (
-    adapted_layers,
-    block_layers,
-    check_targets,
-    default_targets,
-    wanted_layers,
-)
 from colm_scale.modeling.weights import META, WHOLE, FileWeights, Weights, weight_files
-from colm_scale.randomness import global_draws
 from colm_scale.records import Json
 
 _LONGEST_DEFAULT = 2048
-_TRAINED_WHOLE = {
-    "modules_to_save": "whole layers",
-    "trainable_token_indices": "embeddings of tokens",
-    "bias": "biases",
-    "target_parameters": "matrices of weights that are no linear layers",
-}
-"""What else a LoRA adapter may hold, by the key of its configuration."""
 _OPTION = "model.name"
 _REPACKS = "support_avx512bf16_for_cpu"
 """Attribute of bitsandbytes' layers. Where true, the first forward in evaluation mode packs the weights anew, and from
@@ -105,48 +85,6 @@ def context_length(config: PretrainedConfig, most: int = _LONGEST_DEFAULT) -> in
     known: Iterator[int | None]
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     return min([most, *(length for length in known if length)])
-
-
-def check_adapter(config: LoraConfig) -> None:
-    """Check that ``config.adapter``, if set, can be trained further. Reads no weights.
-
-    Raises:
-        UserError: There is no such adapter, it is not plain LoRA, or its weights are in a format that can hold code.
-    """
-    name = config.adapter
-    if name is None:
-        return
-    try:
-        found = PeftConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--lora.adapter {name}: no adapter can be read there ({_flat(error)})") from None
-    dora = getattr(found, "use_dora", False)
-    if dora or found.peft_type != PeftType.LORA:
-        kind = "DoRA" if dora else found.peft_type.value
-        raise UserError(f"--lora.adapter {name} is of type {kind}, but must be plain LoRA")
-    whole = {key: getattr(found, key, None) for key in _TRAINED_WHOLE}
-    for key, value in whole.items():
-        if value and value != "none":
-            raise UserError(
-                f"--lora.adapter {name} also trains {_TRAINED_WHOLE[key]} ({key}: {value}), and only LoRA matrices of "
-                "linear layers can be trained further here: merge it into its base model with peft's merge_and_unload, "
-                "save that, and start from it with --model.name"
-            )
-    _weights_folder(name)
-
-
-def _weights_folder(name: str) -> str:
-    """The folder with an adapter's safetensors file. Without one, peft would unpickle other files."""
-    try:
-        found = cached_file(name, SAFETENSORS_WEIGHTS_NAME)
-    except OSError as error:
-        why = "" if Path(name).is_dir() else f" ({_flat(error)})"
-        raise UserError(
-            f"--lora.adapter {name} has no {SAFETENSORS_WEIGHTS_NAME}, and other formats can hold code, so are not "
-            f"read: save it as safetensors{why}"
-        ) from None
-    assert found is not None  # else cached_file raises
-    return str(Path(found).parent)
 
 
 def check_kernels(config: ModelConfig, train: TrainConfig) -> None:
@@ -323,75 +261,6 @@ def keep_block_inputs_only(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
-    """Add LoRA adapters in training mode: new ones, equal on every rank, or ``config.adapter``.
-
-    Their weights and gradients are float32, their products in the type of the base.
-
-    Raises:
-        UserError: A target names no linear layer, or the adapter is missing, not plain LoRA, or another model's.
-    """
-    check_adapter(config)
-    with global_draws(model.device, seed, "adapters"):
-        adapted = _new_adapters(model, config) if config.adapter is None else _load_adapter(model, config.adapter)
-        saved = adapted.peft_config[adapted.active_adapter]
-        # The whole model may have layers of the same names in the parts that are not loaded here.
-        saved.exclude_modules = saved.exclude_modules or within(not_loaded(model)) or None
-        compute_in_input_type(adapted)
-        return adapted.train()
-
-
-def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    targets = default_targets(model) if config.targets is None else config.targets
-    check_targets(model, targets)
-    wanted = wanted_layers(model, targets)
-    configure: Callable[..., PeftLoraConfig] = PeftLoraConfig  # its annotations say that alpha is an int
-    peft_config = configure(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.use_rslora,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, peft_config)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"--lora.targets {targets}: peft refuses them: {_flat(error, lines=2)}") from None
-    found = adapted_layers(adapted)
-    if found != wanted:  # peft exchanges names of layers that experts have too
-        raise UserError(
-            f"--lora.targets {targets}: peft would adapt {', '.join(sorted(found - wanted)) or 'nothing'} instead of "
-            f"{', '.join(sorted(wanted - found)) or 'nothing'}: name other layers, of "
-            f"{', '.join(block_layers(model))}"
-        )
-    return adapted
-
-
-def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
-    folder = _weights_folder(name)
-    try:
-        read = load_peft_weights(folder, device="cpu").keys()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--lora.adapter {name}: its weights cannot be read ({_flat(error)})") from None
-    try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--lora.adapter {name} does not fit this model: {_flat(error, lines=2)}") from None
-    # peft loads the weights that match and leaves the others random.
-    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    odd = sorted(wanted ^ {key for key in read if "lora_" in key})
-    if odd:
-        if any(re.fullmatch(within(not_loaded(model)), key) for key in odd):
-            raise UserError(
-                f"--lora.adapter {name} also adapts {', '.join(not_loaded(model))}, which text never runs and so is not "
-                "loaded: merge it into its base model with peft, and start from that"
-            )
-        lacks = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
-        raise UserError(f"--lora.adapter {name} does not fit this model: {lacks} {odd[0]}, the first of {len(odd)}")
-    return adapted
-
-
 def _name(config: ModelConfig) -> str:
     return config.name or str(BASE_MODEL)
 
@@ -413,10 +282,4 @@ def _one_line(config: ModelConfig, option: str, what: str = "a model") -> Iterat
             message = f"--{option} {name} brings its own code, which is run only with --{trusting} true"
             raise UserError(message) from None
         where = "the folder" if Path(name).exists() else "there is no such folder, and the hub id"
-        raise UserError(f"--{option} {name}: cannot load {what} ({where} was tried: {_flat(error)})") from None
-
-
-def _flat(error: Exception, lines: int | None = None) -> str:
-    """The first ``lines`` lines of an error's message, joined."""
-    found = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(found[:lines]) or type(error).__name__
+        raise UserError(f"--{option} {name}: cannot load {what} ({where} was tried: {one_line(error)})") from None

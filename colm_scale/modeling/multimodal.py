@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,44 +46,48 @@ class NotLoaded(nn.Module):
 
 def sees_or_hears(config: PretrainedConfig) -> bool:
     """Whether a checkpoint is of a class with more than a language model, whose tokens it continues."""
-    found = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
-    if found is None or config.get_text_config() is config or config.get_text_config().is_encoder_decoder:
+    text = config.get_text_config()
+    if type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING or text is config or text.is_encoder_decoder:
         return False
     named = getattr(config, "architectures", None) or []
-    return found.__name__ in named or (not named and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
+    return _class(config).__name__ in named or (not named and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
 def whole_class(config: PretrainedConfig) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
     """Return the class of a checkpoint, with all its parts."""
-    if not sees_or_hears(config):
-        return AutoModelForCausalLM
-    found: type[PreTrainedModel] = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
-    return found
+    return _class(config) if sees_or_hears(config) else AutoModelForCausalLM
 
 
 def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | type[AutoModelForCausalLM]:
     """Return the class of a checkpoint whose models leave out what text never runs."""
-    whole = whole_class(config)
-    return whole if whole is AutoModelForCausalLM else _leaving_out(whole)
+    return _leaving_out(_class(config)) if sees_or_hears(config) else AutoModelForCausalLM
 
 
 def untrained(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Make a model with random weights, without what text never runs, on the default device."""
+    model: PreTrainedModel
     if not sees_or_hears(config):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model
     device = torch.get_default_device()
     with META:
-        model = _leaving_out(whole_class(config))._from_config(config, dtype=dtype)
+        model = _leaving_out(_class(config))._from_config(config, dtype=dtype)
     if device != META:
         draw(model, device)
     return model
 
 
+def _class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    found = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    assert isinstance(found, type)
+    assert issubclass(found, PreTrainedModel)
+    return found
+
+
 def _leaving_out(whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class of the same name, since transformers and peft go by names."""
 
-    def init(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
+    def init(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         whole.__init__(model, *args, **kwargs)
         ignored = {rf"^{re.escape(path)}\." for path in leave_out(model)}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}

@@ -191,7 +191,8 @@ def linear_layers(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
 
 def sample_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of one block with random weights: frozen, in float32 on the CPU, reproducible.
+    """A model of one block of each kind of attention, the last one's last, with random weights: frozen, in float32 on
+    the CPU, reproducible.
 
     Its vocabulary and its MLP are tiny; its attention has the full width.
 
@@ -230,12 +231,14 @@ def of_sample(sample: nn.Module, found: Probe, model: nn.Module) -> Probe:
 def _shortened(of: PretrainedConfig) -> PretrainedConfig:
     whole = copy.deepcopy(of)
     config = whole.get_text_config()
-    config.num_hidden_layers, config.vocab_size = 1, _SAMPLE_VOCABULARY
+    types = getattr(config, "layer_types", None) or [""]
+    kinds = [*(kind for kind in dict.fromkeys(types) if kind != types[-1]), types[-1]]
+    config.num_hidden_layers, config.vocab_size = len(kinds), _SAMPLE_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
     for name in _MLP_WIDTHS:
         if isinstance(found := getattr(config, name, None), int):
             setattr(config, name, min(found, _SAMPLE_MLP))
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
+    if any(kinds):
+        config.layer_types = kinds
     return whole

@@ -7,8 +7,7 @@ more adds, all that are left out add (`Depth`).
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -20,7 +19,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.config import RunConfig
-from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.multimodal import untrained
 from colm_scale.modeling.packing import use_packing
@@ -61,20 +61,23 @@ class Depth:
         return cls(tuple(numbers), (1,) * len(numbers))
 
     @classmethod
-    def of(cls, kinds: Sequence[Hashable]) -> Depth:
-        """Choose the blocks of a model whose blocks are of these kinds: both ends, first and last of each kind."""
-        every = range(len(kinds))
-        places = {kind: [number for number in every if kinds[number] == kind] for kind in kinds}
-        chosen = {*every[:_ENDS], *every[-_ENDS:]} | {place for of in places.values() for place in (of[0], of[-1])}
-        left_out = Counter(kinds[number] for number in every if number not in chosen)
-        traced = len(chosen) + (len(chosen) + 1) * len(left_out)
-        if traced >= len(kinds):
+    def of(cls, kinds: Sequence[tuple[object, ...]]) -> Depth:
+        """Choose the blocks of a model whose blocks are of these kinds: both ends, first and last of each kind.
+
+        Args:
+            kinds: See `kind_of_each_block`. One more block needs as much memory whatever its attention.
+        """
+        every, sizes = range(len(kinds)), [kind[1:] for kind in kinds]
+        places = [[number for number in every if kinds[number] == kind] for kind in {*kinds}]
+        chosen = {*every[:_ENDS], *every[-_ENDS:]} | {place for of in places for place in (of[0], of[-1])}
+        left_out = {size: [n for n in every if sizes[n] == size and n not in chosen] for size in {*sizes}}
+        further = [(of[0], len(of)) for of in left_out.values() if of]
+        if len(chosen) + len(further) * (len(chosen) + 1) >= len(kinds):
             return cls.all(every)
         numbers = sorted(chosen)
-        of_kind = [1 + left_out.pop(kinds[number], 0) for number in numbers]
-        middle = [next((place for place in places[kinds[n]] if place not in chosen), n) for n in numbers]
-        further = [(place, times - 1) for place, times in zip(middle, of_kind) if times > 1]
-        return cls(tuple(numbers), tuple(of_kind), tuple(further))
+        first = {size: next(n for n in numbers if sizes[n] == size) for size in left_out}
+        times = [1 + len(left_out[sizes[n]]) * (first[sizes[n]] == n) for n in numbers]
+        return cls(tuple(numbers), tuple(times), tuple(sorted(further)))
 
 
 class Section(NamedTuple):

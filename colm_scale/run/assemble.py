@@ -12,8 +12,9 @@ from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
 from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
+from colm_scale.modeling.adapters import add_adapters
 from colm_scale.modeling.compiling import check_compiler, compile_blocks
-from colm_scale.modeling.load import add_adapters, keep_block_inputs_only, load_model, weights_of
+from colm_scale.modeling.load import keep_block_inputs_only, load_model, weights_of
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import check_flash, use_packing
 from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, last_block_alone

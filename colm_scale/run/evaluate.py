@@ -92,7 +92,7 @@ class HeldOutEvaluator:
         self._generated = torch.cat([of_source[: config.generate] for of_source in chosen]).sort().values
         drawn = zip(examples.source_names, examples.sizes.tolist(), map(len, chosen))
         self.left_out = {
-            "held-out examples too long, dropped": examples.dropped,
+            "held-out examples too long or without anything to learn, dropped": examples.dropped,
             "held-out examples too long, cut": examples.cut,
             "held-out examples of which the chat template leaves something out": examples.left_out,
             "held-out examples above --eval.limit, not evaluated": {n: size - k for n, size, k in drawn if size > k},

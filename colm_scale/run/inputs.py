@@ -19,14 +19,8 @@ from colm_scale.distributed.group import Group
 from colm_scale.engines.choose import check_optimizer
 from colm_scale.engines.ds_config import read_ds_config
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import (
-    check_adapter,
-    check_kernels,
-    check_model,
-    check_vocabulary,
-    context_length,
-    load_tokenizer,
-)
+from colm_scale.modeling.adapters import check_adapter, check_trained_further
+from colm_scale.modeling.load import check_kernels, check_model, check_vocabulary, context_length, load_tokenizer
 from colm_scale.records import Json
 from colm_scale.reporting.trackers import check_trackers
 from colm_scale.run.host_data import once_per_host
@@ -89,6 +83,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
             check_installed("sklearn")
         model = check_model(config.model)
         check_adapter(config.lora)
+        check_trained_further(config.lora)
         tokenizer = load_tokenizer(config.model)
         check_vocabulary(tokenizer, model)
         longest = config.data.max_length or context_length(model)

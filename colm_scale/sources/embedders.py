@@ -16,9 +16,10 @@ from colm_scale.config.commands import SourcesOptions
 from colm_scale.data.encoding import encode
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
+from colm_scale.modeling.adapters import add_adapters
 from colm_scale.modeling.causal import CausalModel, base_of
 from colm_scale.modeling.embedding import embed
-from colm_scale.modeling.load import add_adapters, check_model, context_length, load_model, load_tokenizer
+from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer

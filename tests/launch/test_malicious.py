@@ -16,7 +16,8 @@ from colm_scale.base import BASE_MODEL
 from colm_scale.config import DataConfig, LoraConfig, ModelConfig
 from colm_scale.data.examples import tokenise
 from colm_scale.data.readers import read_rows
-from colm_scale.modeling.load import add_adapters, check_model, load_model, load_tokenizer
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import check_model, load_model, load_tokenizer
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 

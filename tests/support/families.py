@@ -75,8 +75,8 @@ ROWS: dict[str, Sequence[int]] = {
 def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """A model without adapters, in training mode."""
     options = {**_COMMON, **_OPTIONS.get(family, _GROUPED), **options}
-    sees = family in multimodal.FAMILIES
-    make = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    sees = family in multimodal.EVERY
+    make = transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
     config = multimodal.config_of(family, **options) if sees else transformers.AutoConfig.for_model(family, **options)
     with torch.random.fork_rng(devices=[]):
         model = make.from_config(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 from transformers import PretrainedConfig
 
@@ -88,8 +90,24 @@ _PARTS: dict[str, tuple[dict, dict]] = {
         {"model_type": "llama"},
         {"vision_config": _TOWER, "image_token_id": 90, "scale_factor": 1},
     ),
+    "qwen2_audio": (
+        {"model_type": "qwen2"},
+        {
+            "audio_config": {
+                "model_type": "qwen2_audio_encoder",
+                "d_model": 16,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 24,
+                "num_mel_bins": 8,
+            },
+            "audio_token_index": 90,
+        },
+    ),
 }
-FAMILIES = tuple(_PARTS)
+EVERY = tuple(_PARTS)
+FAMILIES = EVERY[:-1]
+"""Those that run on text without their towers."""
 NOT_LOADED = {
     **dict.fromkeys(("gemma3", "mistral3"), ("vision_tower", "multi_modal_projector")),
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_5"), ("visual",)),
@@ -99,7 +117,9 @@ NOT_LOADED = {
 """The parts that text never runs."""
 
 
-def config_of(family: str, **text: object) -> PretrainedConfig:
+def config_of(family: str, **text: Any) -> PretrainedConfig:
     """A configuration with these options of its text part."""
     own, parts = _PARTS[family]
+    if "layer_types" in own:
+        own = {**own, "layer_types": own["layer_types"] * (text["num_hidden_layers"] // 2)}
     return transformers.AutoConfig.for_model(family, text_config={"head_dim": 8, **text, **own}, **parts)

@@ -22,7 +22,8 @@ from colm_scale.checkpoint.store import CheckpointFolder
 from colm_scale.config import DataConfig, EvalConfig, LoraConfig, ModelConfig, RunConfig, as_yaml
 from colm_scale.config.commands import MergeConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import add_adapters, load_model
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import load_model
 
 CPU = torch.device("cpu")
 SOURCES = [{"name": "b", "examples": 30, "kept": False}, {"name": "a", "examples": 2, "kept": True}]

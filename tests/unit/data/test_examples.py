@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from colm_scale.config import DataConfig
 from colm_scale.data.builtin import builtin_as_rows
@@ -90,6 +91,14 @@ def test_a_tokenizer_that_adds_nothing_gets_no_begin_of_sequence():
     assert pieces(tokenise([pair("ab", "cd")], PLAIN, CONFIG, 100), PLAIN) == [("ab", False), (f"cd{EOS}", True)]
 
 
+def test_texts_that_were_written_with_begin_and_end_of_sequence_get_no_others():
+    rows = [pair("<s>ab", f"cd{EOS}"), pair("", f"<s>cd{EOS}\n"), pair("", "<s>cd")]
+    examples = tokenise(rows, character_tokenizer(special=True), CONFIG, 100)
+    assert pieces(examples, PLAIN, 0) == [("<s>ab", False), (f"cd{EOS}", True)]
+    assert pieces(examples, PLAIN, 1) == [("<s>", False), (f"cd{EOS}\n", True)]
+    assert pieces(examples, PLAIN, 2) == [("<s>", False), (f"cd{EOS}", True)]
+
+
 def test_texts_are_tokenised_verbatim():
     examples = tokenise([pair(" {instruction}\n", " é 😀 \n")], PLAIN, CONFIG, 100)
     assert pieces(examples, PLAIN) == [(" {instruction}\n", False), (f" é 😀 \n{EOS}", True)]
@@ -134,6 +143,50 @@ def test_only_the_assistants_turns_are_learned_each_with_its_end():
         ("<user>more<end>\n<assistant>", False),
         ("ha ha<end>\n", True),
     ]
+
+
+def test_a_turn_without_an_end_ends_in_the_special_token_that_begins_the_next():
+    template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer = character_tokenizer(special=True, chat_template=template)
+    turns = ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")
+    plain = tokenise([chat(*turns)], tokenizer, CONFIG, 200)
+    assert pieces(plain, PLAIN)[1] == ("b", True)
+    assert plain.no_end == {"s": 1}
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>"]})
+    examples = tokenise([chat(*turns)], tokenizer, CONFIG, 200)
+    assert pieces(examples, tokenizer) == [
+        ("<s><|user|>a<|assistant|>", False),
+        ("b<|user|>", True),
+        ("c<|assistant|>", False),
+        ("d<|user|>", True),
+        ("e", False),
+    ]
+    assert not examples.no_end
+    assert tokenise([chat(*turns[:2])], tokenizer, CONFIG, 200).no_end == {"s": 1}
+    marked = template.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    tokenizer.chat_template = marked.replace("<|{{ m.role }}|>", "<|user|>")
+    marked_turns = tokenise([chat(("assistant", "b"), ("assistant", "c"))], tokenizer, CONFIG, 200)
+    assert pieces(marked_turns, tokenizer)[1:3] == [("b", True), ("<|user|>", False)]
+
+
+def test_an_end_of_turn_at_which_the_model_does_not_stop_is_counted(tmp_path):
+    template = APPENDING.replace("<end>", "<|im_end|>")
+    tokenizer = character_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    rows = [chat(("user", "a"), ("assistant", "b"))]
+    tokenizer.save_pretrained(tmp_path)
+
+    def no_end(*stops: int) -> dict[str, int]:
+        folder = tmp_path / str(len(stops))
+        shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("[0-9]"))
+        if stops:
+            GenerationConfig(eos_token_id=list(stops)).save_pretrained(folder)
+        return tokenise(rows, AutoTokenizer.from_pretrained(folder), CONFIG, 100).no_end
+
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert no_end() == no_end(tokenizer.eos_token_id, end) == {}
+    assert no_end(tokenizer.eos_token_id) == {"s": 1}
 
 
 def test_what_follows_the_last_answer_is_there_but_not_learned():

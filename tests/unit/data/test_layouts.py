@@ -65,6 +65,60 @@ def test_a_call_in_sharegpt():
     assert message.more == {"tool_calls": [{"function": CALLS[0]["function"], "type": "function"}]}
 
 
+def test_several_calls_in_sharegpt_and_a_thought_before_a_call():
+    call = {"name": "lookup", "arguments": {"city": "Oslo"}}
+    two = {"from": "function_call", "value": json.dumps([call, call])}
+    thought = {"from": "function_call", "value": f"<think>where?</think>\n{json.dumps(call)}"}
+    _, first, second = row_of({"conversations": [{"from": "human", "value": "hi"}, two, thought]}).messages
+    assert first.more == {"tool_calls": [{"type": "function", "function": call}] * 2}
+    assert (second.content, second.more) == (
+        "<think>where?</think>",
+        {"tool_calls": [{"type": "function", "function": call}]},
+    )
+
+
+@pytest.mark.parametrize("key", ["train", "training", "loss", "weight"])
+@pytest.mark.parametrize("value", [0, 0.0, False, "0", "false", "False"])
+def test_marks_of_turns_that_are_not_learned(key, value):
+    turns = [{"role": "assistant", "content": "a", key: value}, {"role": "assistant", "content": "b", key: 1}]
+    assert [message.learned for message in row_of({"messages": turns}).messages] == [False, True]
+
+
+def test_a_turn_that_is_not_learned_may_be_empty():
+    empty = {"role": "assistant", "content": ""}
+    turns = [empty | {"train": False}, {"role": "assistant", "content": "b"}]
+    assert [message.content for message in row_of({"messages": turns}).messages] == ["", "b"]
+    assert "'messages[0].content' is empty" in error_of({"messages": [empty]})
+
+
+@pytest.mark.parametrize("tools", [" ", "null", "[]", [], '[{"name": "f"}]', ['{"name": "f"}'], [{"name": "f"}]])
+def test_tools_as_json_of_all_or_of_each(tools):
+    row = row_of({"messages": [{"role": "assistant", "content": "a"}], "tools": tools})
+    assert row.tools == (({"name": "f"},) if "f" in str(tools) else ())
+
+
+def test_a_system_column_beside_a_system_message():
+    turns = [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "a"}]
+    assert len(row_of({"messages": turns, "system": "be kind\n"}).messages) == 2
+    assert "a.jsonl line 1: 'messages' begins with a system message, and 'system' has another" in error_of(
+        {"messages": turns, "system": "be brief"}
+    )
+
+
+def test_a_prompt_that_is_a_text_is_taken_verbatim_and_the_columns_beside_it_are_named():
+    columns, chat = Columns(), [{"role": "user", "content": "a"}]
+    records = ({"prompt": "a", "completion": "b"}, {"prompt": chat, "completion": "b"})
+    rows = read_rows([written(*(record | {"system": "be kind"} for record in records))], DataConfig(), columns)
+    assert [row.prompt for row in rows] == ["a", ""]
+    assert rows[1].messages[0] == Message("system", "be kind")
+    assert columns.lines() == ["a.jsonl: columns not read: 'system' (1 rows)"]
+
+
+def test_history_in_csv():
+    Path("a.csv").write_text('instruction,output,history\ne?,f,"[[""a?"", ""b""]]"\ne?,f,\n')
+    assert [row.prompt for row in read_rows(["a.csv"], DataConfig())] == ["a?\nb\ne?\n", "e?\n"]
+
+
 def test_prompt_and_completion_as_messages():
     user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
     row = row_of({"prompt": [user, assistant, user], "completion": [assistant]})

@@ -10,7 +10,8 @@ from support.families import base_model, batch_of
 from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling import load
-from colm_scale.modeling.load import add_adapters, check_kernels, keep_block_inputs_only, load_model
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import check_kernels, keep_block_inputs_only, load_model
 from colm_scale.modeling.losses import ExampleLoss
 
 CPU = torch.device("cpu")

@@ -15,15 +15,8 @@ from support.families import base_model, batch_of, fill
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import LoraConfig, ModelConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import (
-    add_adapters,
-    check_adapter,
-    check_model,
-    check_vocabulary,
-    context_length,
-    load_model,
-    load_tokenizer,
-)
+from colm_scale.modeling.adapters import add_adapters, check_adapter, check_trained_further
+from colm_scale.modeling.load import check_model, check_vocabulary, context_length, load_model, load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.sketch.tap import Tap
@@ -264,13 +257,19 @@ def test_the_scale_of_rslora(folder):
         ({"modules_to_save": ["lm_head"]}, "whole layers (modules_to_save: ['lm_head'])"),
         ({"bias": "lora_only"}, "biases (bias: lora_only)"),
         ({"trainable_token_indices": [1]}, "embeddings of tokens (trainable_token_indices: [1])"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "an embedding (base_model.model.model.embed_tokens.lora_embedding_A)",
+        ),
     ],
 )
 def test_an_adapter_that_trains_more_than_matrices_is_refused(folder, tmp_path, more, what):
-    made = peft.get_peft_model(loaded(folder), peft.LoraConfig(target_modules=["q_proj"], **more))
+    made = peft.get_peft_model(loaded(folder), peft.LoraConfig(**{"target_modules": ["q_proj"], **more}))
     made.save_pretrained(tmp_path / "adapter")
-    with refused(re.escape(f"also trains {what}, and only LoRA matrices")):
-        check_adapter(LoraConfig(adapter=str(tmp_path / "adapter")))
+    config = LoraConfig(adapter=str(tmp_path / "adapter"))
+    check_adapter(config)  # it can be merged, which is the way out
+    with refused(rf"also (trains|adapts) {re.escape(what)}, and only LoRA matrices .* colm-scale merge"):
+        check_trained_further(config)
 
 
 def test_an_adapter_with_other_ranks_in_some_layers_comes_back(folder, tmp_path):

@@ -12,7 +12,8 @@ from colm_scale.config import LoraConfig, ModelConfig, TrainConfig
 from colm_scale.engines.base import trainable
 from colm_scale.errors import UserError
 from colm_scale.modeling import load
-from colm_scale.modeling.load import add_adapters, check_kernels, load_model, weights_of
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import check_kernels, load_model, weights_of
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import few_blocks, find_probe
 from colm_scale.modeling.weights import META

@@ -9,7 +9,7 @@ from support.families import _COMMON, _GROUPED
 
 from colm_scale.config import LoraConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import add_adapters
+from colm_scale.modeling.adapters import add_adapters
 from colm_scale.modeling.targets import adapted_layers, adapted_line, default_targets
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

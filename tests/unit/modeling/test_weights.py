@@ -12,7 +12,8 @@ from support.families import FAMILIES, base_model, fill
 from colm_scale.checkpoint.identity import model_digest
 from colm_scale.config import LoraConfig, ModelConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import add_adapters, load_model, weights_of
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import load_model, weights_of
 from colm_scale.modeling.weights import META, WHOLE
 
 CPU = torch.device("cpu")

@@ -17,26 +17,29 @@ SLOW = pytest.mark.slow
 
 
 def test_both_ends_and_one_more_stand_for_a_uniform_model():
-    depth = Depth.of(["a"] * 32)
+    depth = Depth.of([("", "a")] * 32)
     assert depth.numbers == (0, 1, 30, 31)
     assert depth.times == (29, 1, 1, 1)
     assert depth.further == ((2, 28),)
 
 
 def test_first_and_last_of_each_kind_are_traced():
-    kinds = ["slide", "slide", "slide", "full"] * 10
-    depth = Depth.of(kinds)
+    depth = Depth.of([("linear", "a"), ("linear", "a"), ("linear", "a"), ("full", "b")] * 10)
     assert depth.numbers == (0, 1, 3, 38, 39)
-    assert [kinds[number] for number, _ in depth.further] == ["slide", "full"]
-    assert sum(depth.times) == 40
-    left_out = {kinds[number]: times for number, times in depth.further}
-    assert left_out == {"slide": 27, "full": 8}
-    assert not {number for number, _ in depth.further} & {*depth.numbers}
+    assert depth.times == (28, 1, 9, 1, 1)
+    assert depth.further == ((2, 27), (7, 8))
+
+
+def test_blocks_that_differ_in_their_attention_need_the_same():
+    depth = Depth.of([("slide", "a"), ("slide", "a"), ("full", "a")] * 10)
+    assert depth.numbers == (0, 1, 2, 28, 29)
+    assert depth.times == (26, 1, 1, 1, 1)
+    assert depth.further == ((3, 25),)
 
 
 @pytest.mark.parametrize("kinds", ["a", "ab", "aaaaaaaaa", "abcdefghij", "aabbccddaabbccdd"])
 def test_a_shallow_or_motley_model_is_traced_whole(kinds):
-    assert Depth.of(kinds) == Depth(tuple(range(len(kinds))), (1,) * len(kinds))
+    assert Depth.of([("", kind) for kind in kinds]) == Depth.all(range(len(kinds)))
 
 
 def planned(config: RunConfig, of, ranks: int):
@@ -71,7 +74,7 @@ def test_peaks_are_those_of_all_blocks(monkeypatch):
 def test_the_plan_is_that_of_all_blocks(family, engine, options, estimator, monkeypatch):
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
     more = moe if family == "qwen3_moe" else {}
-    of = base_model(family, num_hidden_layers=30 if family == "gemma2" else 12, **more).config
+    of = base_model(family, num_hidden_layers=16 if family == "gemma2" else 12, **more).config
     config = RunConfig(
         engine=engine,
         lora=LoraConfig(rank=4),

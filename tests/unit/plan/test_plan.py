@@ -14,7 +14,8 @@ from colm_scale.config import FsdpConfig, LoraConfig, ModelConfig, RunConfig, Se
 from colm_scale.config.commands import PlanConfig
 from colm_scale.engines.base import trainable
 from colm_scale.errors import UserError
-from colm_scale.modeling.load import add_adapters, keep_block_inputs_only
+from colm_scale.modeling.adapters import add_adapters
+from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import find_probe
