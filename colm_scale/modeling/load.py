@@ -32,7 +32,7 @@ from colm_scale.config import ModelConfig, TrainConfig
 from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.multimodal import sees_or_hears, text_class, whole_class
-from colm_scale.modeling.probe import runs_on_text
+from colm_scale.modeling.probe import error_on_text, few_blocks
 from colm_scale.modeling.weights import META, WHOLE, FileWeights, Weights, weight_files
 from colm_scale.records import Json
 
@@ -194,7 +194,7 @@ def load_model(
     for layer in model.modules():
         if hasattr(layer, _REPACKS):
             setattr(layer, _REPACKS, False)
-    if sees_or_hears(of) and (why := runs_on_text(model)):
+    if sees_or_hears(of) and (why := error_on_text(few_blocks(model, [0]))):
         raise UserError(
             f"--{option} {_name(config)}: a {type(model).__name__} does not run on text alone ({why}): use a model of "
             "text, if there is one of its language part"

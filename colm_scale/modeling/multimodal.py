@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from colm_scale.errors import UserError
-from colm_scale.modeling.weights import META, draw
+from colm_scale.modeling.weights import META
 
 _EMBEDS_TEXT = ("Gemma3nMultimodalEmbedder",)
 """Classes of parts that embed tokens of text as well."""
@@ -63,17 +63,14 @@ def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | type[AutoMod
     return _leaving_out(_class(config)) if sees_or_hears(config) else AutoModelForCausalLM
 
 
-def untrained(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model with random weights, without what text never runs, on the default device."""
+def without_weights(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Make a model on the meta device, without what text never runs."""
     model: PreTrainedModel
-    if not sees_or_hears(config):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model
-    device = torch.get_default_device()
     with META:
-        model = _leaving_out(_class(config))._from_config(config, dtype=dtype)
-    if device != META:
-        draw(model, device)
+        if sees_or_hears(config):
+            model = _leaving_out(_class(config))._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 

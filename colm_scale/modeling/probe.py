@@ -1,6 +1,6 @@
 """The probe: the linear layer of the last decoder block whose gradients are sketched; and how to find it.
 
-Packing and probes are tried out on small models: the first blocks of a model, or a sample of one block with random
+Packing and probes are tried out on small models: the first blocks of a model, or a sample of its blocks with random
 weights, for a model that already has adapters, is sharded, or is not loaded.
 """
 
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
-from colm_scale.modeling.multimodal import untrained
+from colm_scale.modeling.multimodal import without_weights
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
 from colm_scale.modeling.weights import draw
 from colm_scale.randomness import global_draws
@@ -58,12 +58,8 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the largest ModuleList of modules of one type."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
-    ]
+    """Name and list of the decoder blocks: the largest ModuleList. Jamba's blocks are of two types."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of decoder blocks, so the last block cannot be found")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
@@ -99,33 +95,35 @@ def copy_of_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedM
     config = model.config.get_text_config()
     if types := getattr(config, "layer_types", None):  # the model looks them up by place
         others = [kind for number, kind in enumerate(types) if number not in numbers]
-        config.layer_types = [*(types[number] for number in numbers), *others]
+        _give_types(config, [*(types[number] for number in numbers), *others])
     return model
 
 
-def runs_on_text(model: PreTrainedModel) -> str:
-    """Run a model's first block on text; returns the error if that fails, else nothing."""
-    few = few_blocks(model, [0], model.device if model.device.type != "meta" else _CPU)
-    tokens = torch.ones(1, 2, dtype=torch.int64, device=few.device)
-    try:
-        with torch.no_grad(), without_dropout(few):
-            few(input_ids=tokens, attention_mask=tokens, use_cache=False)
-    except Exception as error:  # a missing argument, attribute or part, each model in its own way
-        return f"{type(error).__name__}: {error}"
-    return ""
+def _give_types(config: PretrainedConfig, types: list[str]) -> None:
+    """Give a configuration the types of its blocks. Some compute them from other options, and cannot be given any."""
+    name, kind = config.attribute_map.get("layer_types", "layer_types"), type(config)
+    if isinstance(getattr(kind, name, None), property):
+        config.__class__ = type(kind.__name__, (kind,), {name: types})
+    else:
+        config.layer_types = types
 
 
 def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
     """A model of another's last block, as in `few_blocks`; the model itself if that block needs what others compute
     (Gemma 3n's reads the keys and values of an earlier one)."""
     alone = few_blocks(model, [len(decoder_blocks(model)[1]) - 1])
-    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(alone.parameters()).device)
+    return model if error_on_text(alone) else alone
+
+
+def error_on_text(model: PreTrainedModel) -> str:
+    """Run a model on two tokens of text; returns its error, empty if there is none."""
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        with torch.no_grad(), without_dropout(alone):
-            alone(input_ids=tokens, attention_mask=tokens, use_cache=False)
-    except Exception:  # a missing key, attribute or argument, each model in its own way
-        return model
-    return alone
+        with torch.no_grad(), without_dropout(model):
+            model(input_ids=tokens, attention_mask=tokens, use_cache=False)
+    except Exception as error:  # a missing key, attribute or argument, each model in its own way
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def kinds_of_blocks(model: PreTrainedModel) -> list[int]:
@@ -191,30 +189,35 @@ def linear_layers(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
 
 def sample_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of one block of each kind of attention, the last one's last, with random weights: frozen, in float32 on
-    the CPU, reproducible.
+    """A model of one block of each kind, the last block at its end: frozen, in float32 on the CPU, reproducible.
 
-    Its vocabulary and its MLP are tiny; its attention has the full width.
+    Its weights are random, its vocabulary and its MLP tiny; its attention has the full width.
 
     Args:
         config: Configuration of the whole model.
     """
-    with global_draws(_CPU, 0, "sample"):
-        return untrained(_shortened(config), torch.float32).requires_grad_(False)
+    return _sampled(without_weights(_narrowed(config), torch.float32))
 
 
 def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """A sample (see `sample_of`) of a loaded model, with the named attention."""
-    config = _shortened(model.config)
+    config = _narrowed(model.config)
     config._attn_implementation = attention
-    with global_draws(_CPU, 0, "sample"):
-        sample = type(model)(config)  # ``from_config`` would shard the weights while a trainer runs ZeRO-3
-    in_float32: PreTrainedModel = sample.float()
-    return in_float32.requires_grad_(False)
+    with torch.device("meta"):
+        whole = type(model)(config)  # ``from_config`` would shard the weights while a trainer runs ZeRO-3
+    in_float32: PreTrainedModel = whole.float()
+    return _sampled(in_float32)
+
+
+def _sampled(model: PreTrainedModel) -> PreTrainedModel:
+    kinds = kind_of_each_block(model)
+    last = len(kinds) - 1
+    others = {kind: number for number, kind in reversed([*enumerate(kinds)]) if kind != kinds[last]}
+    return few_blocks(model, sorted((*others.values(), last))).requires_grad_(False)
 
 
 def in_last_block(model: nn.Module, found: Probe) -> Probe:
-    """The probe found in a model's only block, in the last block of the whole model, which is as wide."""
+    """The probe found in the last block of a smaller model, in that of the whole model, which is as wide."""
     prefix, blocks = decoder_blocks(model)
     name = f"{prefix}.{len(blocks) - 1}"
     return Probe(name, name + found.layer.removeprefix(found.block), found.rows)
@@ -228,17 +231,13 @@ def of_sample(sample: nn.Module, found: Probe, model: nn.Module) -> Probe:
     return replace(probe, rows=torch.arange(width(model.get_submodule(probe.layer))))
 
 
-def _shortened(of: PretrainedConfig) -> PretrainedConfig:
+def _narrowed(of: PretrainedConfig) -> PretrainedConfig:
     whole = copy.deepcopy(of)
     config = whole.get_text_config()
-    types = getattr(config, "layer_types", None) or [""]
-    kinds = [*(kind for kind in dict.fromkeys(types) if kind != types[-1]), types[-1]]
-    config.num_hidden_layers, config.vocab_size = len(kinds), _SAMPLE_VOCABULARY
+    config.vocab_size = _SAMPLE_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
     for name in _MLP_WIDTHS:
         if isinstance(found := getattr(config, name, None), int):
             setattr(config, name, min(found, _SAMPLE_MLP))
-    if any(kinds):
-        config.layer_types = kinds
     return whole

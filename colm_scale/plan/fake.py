@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from colm_scale.config import RunConfig
 from colm_scale.modeling.adapters import add_adapters
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
-from colm_scale.modeling.multimodal import untrained
+from colm_scale.modeling.multimodal import without_weights
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import (
     Probe,
@@ -133,8 +133,10 @@ class FakeModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """A context in which the model can run."""
-        # On fake tensors, torch's product of groups (of tokens by expert) takes bfloat16 alone.
-        with self.mode, mock.patch.object(torch.nn.functional, "grouped_mm", _of_one_group, create=True):
+        # On fake tensors, torch's product of groups (tokens by expert) takes bfloat16 alone, and a mask has no values.
+        grouped = mock.patch.object(torch.nn.functional, "grouped_mm", _of_one_group, create=True)
+        masks = mock.patch.object(masking_utils, "is_tracing", return_value=True, create=True)
+        with self.mode, grouped, masks:
             yield
 
     @property
@@ -151,7 +153,7 @@ class FakeModel:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """Results of trying a sample of the model, one block whose attention has the full width.
+    """Results of trying a sample of the model, a block of each kind whose attention has the full width.
 
     Attributes:
         attention: Name of its attention, after packing if requested and possible.
@@ -194,8 +196,7 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
     Raises:
         UserError: As a run would: its blocks cannot be checkpointed.
     """
-    with torch.device("meta"):
-        base = untrained(copy.deepcopy(of), getattr(torch, config.train.dtype))
+    base = without_weights(copy.deepcopy(of), getattr(torch, config.train.dtype))
     base.config._attn_implementation = known.attention
     if config.model.quantize == "nf4":
         from colm_scale.modeling.quantised import make_quantisable
