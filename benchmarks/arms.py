@@ -33,6 +33,10 @@ def _stratified(**selection: object) -> _Options:
     return _options(method="stratified", **selection)
 
 
+def _facility(**selection: object) -> _Options:
+    return _options(ranking="facility", **selection)
+
+
 def _by_loss(ranking: str) -> _Options:
     return _options(estimator=LOSS, ranking=ranking)
 
@@ -53,10 +57,10 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "full n": _full(64),
             "full 2n": _full(128),
             "paper": _options(preset="paper"),
-            "last_layer": _options(),
+            "last_layer": _facility(),
         },
         "probes": {
-            "zeroth_order 16": _options(estimator="zeroth_order", num_probes=16),
+            "zeroth_order 16": _facility(estimator="zeroth_order", num_probes=16),
         },
         "rankings": {
             "last_layer matching": _options(ranking="matching"),
@@ -68,13 +72,13 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "last_layer joint": REMOVED,
             "last_layer joint matching": REMOVED,
             "last_layer free matching, nothing kept": REMOVED,
-            "last_layer countsketch": _options(compression="countsketch", columns=256),
+            "last_layer countsketch": _facility(compression="countsketch", columns=256),
             "loss systematic": _by_loss("systematic"),
             "loss top": _by_loss(own("top")),
             "length systematic": _options(estimator="length", ranking="systematic"),
         },
         "amortised": {
-            "amortised 100": _options(compression="countsketch", columns=256, reuse=100),
+            "amortised 100": _facility(compression="countsketch", columns=256, reuse=100),
             "amortised loss systematic 100": REMOVED,
             "proxy 2 blocks": REMOVED,
         },
@@ -85,13 +89,13 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "temperature": _stratified(shares=0.5, **_NOTHING_KEPT),
             "excess_loss": REMOVED,
             "equal systematic by loss": (*_by_loss("systematic"), *_options(shares="equal", **_NOTHING_KEPT)),
-            "equal last_layer": _options(shares="equal", **_NOTHING_KEPT),
+            "equal last_layer": _facility(shares="equal", **_NOTHING_KEPT),
         },
-        "h": {f"h {h}": _options(columns=h) for h in (32, 128, 2048)},
+        "h": {f"h {h}": _facility(columns=h) for h in (32, 128, 2048)},
         "eps": {f"eps {eps:g}": REMOVED for eps in (1e-4, 1e-3, 1e-2, 1e-1)},
-        "K": {f"K {k}": _options(estimator="zeroth_order", num_probes=k) for k in (1, 4)},
+        "K": {f"K {k}": _facility(estimator="zeroth_order", num_probes=k) for k in (1, 4)},
         "ratio": {
-            f"b {b} of n {n}": _options(candidates=n, budget=b) for n, b in ((64, 16), (128, 32), (256, 32), (64, 48))
+            f"b {b} of n {n}": _facility(candidates=n, budget=b) for n, b in ((64, 16), (128, 32), (256, 32), (64, 48))
         },
         "boundary": {
             f"keep {share:.0%} of the sources": _stratified(kept_sources=share)
@@ -99,7 +103,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
         },
         "cap": {f"cap {cap:.0%}": REMOVED for cap in (0.1, 0.2)},
         "staleness": {
-            f"staleness {reuse}": _options(compression="countsketch", columns=256, reuse=reuse)
+            f"staleness {reuse}": _facility(compression="countsketch", columns=256, reuse=reuse)
             for reuse in (0, 20, 40, 400)
         },
     }
@@ -108,3 +112,9 @@ ARMS = MappingProxyType(
     {arm: options for group in GROUPS.values() for arm, options in group.items() if options is not REMOVED}
 )
 """Arms that can still be run."""
+
+
+def sized(arm: str, n: int, b: int) -> _Options:
+    """Options of an arm that trains on b of n candidates; an arm whose name says its sizes keeps them."""
+    whole = {"full b": b, "full n": n, "full 2n": 2 * n}
+    return _full(whole[arm]) if arm in whole else (*_options(candidates=n, budget=b), *ARMS[arm])

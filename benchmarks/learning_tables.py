@@ -76,10 +76,10 @@ def table(data: str, match: str, arms: Sequence[str], *, measured: bool = False)
             any_run = next(iter(runs.values()))
             cells = [f"`{arm}`", str(any_run["steps"]), str(len(runs)), f"{price[arm]:.2f}" if arm in price else "-"]
             cells.append(f"{max(run['peak_bytes'] for run in runs.values()) / 2**30:.2f} GiB")
-            cells += [_cell([run["after"][score] for run in runs.values()]) for score in SCORES]
+            cells += [cell([run["after"][score] for run in runs.values()]) for score in SCORES]
             accuracies = [run["after"]["accuracy"] for run in runs.values()]
             cells.append(
-                "-" if None in accuracies else _cell([100 * accuracy for accuracy in accuracies], ".1f") + " %"
+                "-" if None in accuracies else cell([100 * accuracy for accuracy in accuracies], ".1f") + " %"
             )
             cells += [_difference(runs, found[REFERENCE], score) for score in ("loss", "loss_by_source")]
             lines.append(f"| {' | '.join(cells)} |")
@@ -100,7 +100,7 @@ def summary() -> str:
     ]
     price, at_time, at_steps = costs("built-in"), of("built-in", "time"), of("built-in", "steps")
     for arm in SUMMARISED:
-        means = [_cell([run["after"]["loss_by_source"] for run in runs[arm].values()]) for runs in (at_time, at_steps)]
+        means = [cell([run["after"]["loss_by_source"] for run in runs[arm].values()]) for runs in (at_time, at_steps)]
         difference = _difference(at_time[arm], at_time[REFERENCE], "loss_by_source")
         lines.append(f"| `{arm}` | {price[arm]:.2f} | {means[0]} | {difference} | {means[1]} |")
     return "\n".join(lines)
@@ -121,13 +121,13 @@ def whole_summary() -> str:
             if match == "time":
                 cells.append(str(next(iter(runs.values()))["steps"]))
             cells.append(str(len(runs)))
-            cells += [_cell([run["after"][score] for run in runs.values()]) for score in ("loss", "loss_by_source")]
+            cells += [cell([run["after"][score] for run in runs.values()]) for score in ("loss", "loss_by_source")]
             cells.append(_difference(runs, of_match[REFERENCE], "loss_by_source"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(values: Sequence[float], form: str = ".3f") -> str:
+def cell(values: Sequence[float], form: str = ".3f") -> str:
     middle, half = interval(values)
     return f"{middle:{form}}" if half != half else f"{middle:{form}} ± {half:{form}}"
 
@@ -169,6 +169,13 @@ def draw(data: str, match: str, chosen: Sequence[str]) -> None:
     print(PLOTS.relative_to(rows.ROOT) / name)
 
 
+def pretrained() -> str:
+    """The tables of the real pretrained model, one below the other, as far as they are measured."""
+    measured = [data for data in PRETRAINED if REFERENCE in of(data, "steps")]
+    tables = [f"{data}:\n\n{table(data, 'steps', METHODS, measured=True)}" for data in measured]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
 METHODS = [
     arm for group in ("main", "probes", "rankings", "amortised", "allocations") for arm in GROUPS[group]
 ]
@@ -182,6 +189,8 @@ SENSITIVITIES = {
 }
 """Groups that vary one option, and the arms with its other values."""
 DATA = ("built-in", "maths 2.6M", "superglue 2.6M")
+PRETRAINED = tuple(f"maths SmolLM2-135M-Instruct, 8 of {n}" for n in (32, 16))
+"""Data with a real pretrained model (`gradient_bank.py fetch`)."""
 EPOCHS = "built-in-1000"
 """Data with few rows, so that sketches can be reused in several epochs."""
 TABLES = {
@@ -193,6 +202,7 @@ TABLES = {
         for match in ("time", "steps")
         if of(data, match)
     },
+    "learning pretrained": lambda: pretrained(),
     **{
         f"sensitivity {group}": lambda arms=(*others, *GROUPS[group]): table("built-in", "steps", arms)
         for group, others in SENSITIVITIES.items()

@@ -1,4 +1,4 @@
-"""Time of picking from given similarities: greedy facility location, and the exact solution on the line.
+"""Time of picking: greedy facility location, matching, and the exact solution on the line.
 
 python benchmarks/selection_speed.py                      on the CPU
 python benchmarks/selection_speed.py --device cuda        greedy on the GPU too
@@ -6,7 +6,8 @@ PYTHONPATH=... python benchmarks/selection_speed.py       with submodlib-py 0.0.
 
 Picks half of n candidates from L1 similarities in float64, which are computed in advance. `colm_scale` is compared with
 submodlib's lazy greedy in C++, if available, and a plain lazy greedy in numpy: in one process on one thread, in turn,
-round after round. Rows are appended to benchmarks/results/selection_speed.jsonl.
+round after round. Matching is compared with our facility location in the same way, from the pairs and from the rows.
+Rows are appended to benchmarks/results/selection_speed.jsonl.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from scale import draw_rows
 from torch import Tensor
 
 from colm_scale.randomness import generator
-from colm_scale.selection.ranking import facility
+from colm_scale.selection.ranking import facility, matching
 from colm_scale.selection.ranking.line import medoids_on_line
 from colm_scale.selection.ranking.similarity import similarities
 
@@ -134,6 +135,31 @@ def measure_greedy(data: str, n: int, device: str, rounds: int) -> dict:
     return row
 
 
+def measure_matching(data: str, n: int, rounds: int) -> dict:
+    """Compare matching with facility location, for half of ``n`` candidates; returns the row."""
+    rows_, k = DATA[data](n), n // 2
+    similarity, products = similarities(rows_.double(), "l1"), matching.products_of_deviations(rows_)
+    seconds, _ = timed(
+        {
+            "facility": lambda: facility.greedy(similarity, k),
+            "matching": lambda: matching.match_by_swaps(products, k),
+            "facility, from rows": lambda: facility.greedy(similarities(rows_.double(), "l1"), k),
+            "matching, from rows": lambda: matching.match_in_parts(rows_, k, matching.LARGEST_PART),
+        },
+        rounds,
+    )
+    ratios = {end: seconds[f"matching{end}"] / seconds[f"facility{end}"] for end in ("", ", from rows")}
+    return {
+        "benchmark": "matching",
+        "data": data,
+        "candidates": n,
+        "selected": k,
+        "rounds": rounds,
+        "cpu_seconds": {name: quantiles(of[:, 1]) for name, of in seconds.items()},
+        "over_facility": {f"pairs{end}": quantiles(of[:, 1]) for end, of in ratios.items()},
+    }
+
+
 def measure_line(share: int, rounds: int) -> dict:
     """Measure one in ``share`` of many numbers on the line; returns the row."""
     values = draw_rows(ON_LINE, 1).flatten()
@@ -178,6 +204,20 @@ def greedy_table() -> str:
     return "\n".join(lines)
 
 
+def matching_table() -> str:
+    """CPU seconds of facility location and matching, and their ratios."""
+    names = ("facility", "matching", "facility, from rows", "matching, from rows")
+    lines = [
+        f"| rows | candidates | {' | '.join(names)} | ratio | ratio, from rows |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in stored("matching", "data", "candidates"):
+        cells = [row["data"], f"{row['candidates']:,}", *(milliseconds(row["cpu_seconds"][name]) for name in names)]
+        cells += [f"{ratio['p50']:.2f} ({ranged(ratio, '.2f')})" for ratio in row["over_facility"].values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def line_table() -> str:
     """CPU seconds by the number selected."""
     lines = ["| candidates | selected | ms |", "|---:|---:|---:|"]
@@ -200,7 +240,7 @@ def ranged(of: dict[str, float], form: str) -> str:
     return f"{of['p20']:{form}} to {of['p80']:{form}}"
 
 
-TABLES = {"greedy speed": greedy_table, "line speed": line_table}
+TABLES = {"greedy speed": greedy_table, "matching speed": matching_table, "line speed": line_table}
 
 
 def save(row: dict) -> None:
@@ -213,6 +253,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", nargs="*", type=int, default=list(ROUNDS), help="empty: skip greedy")
+    parser.add_argument("--matching", nargs="*", type=int, default=[128, 1024, 4096], help="candidates; empty: skip")
     parser.add_argument("--data", nargs="*", choices=DATA, default=list(DATA))
     parser.add_argument(
         "--shares", nargs="*", type=int, default=list(SHARES), help="select one in SHARE on the line; empty: skip"
@@ -227,6 +268,9 @@ def main() -> None:
     for n in given.candidates:
         for data in given.data:
             save(measure_greedy(data, n, given.device, given.rounds or ROUNDS.get(n, 5)))
+    for n in given.matching:
+        for data in given.data:
+            save(measure_matching(data, n, given.rounds or ROUNDS.get(n, 5)))
     for share in given.shares:
         save(measure_line(share, given.rounds or 5))
 

@@ -13,12 +13,9 @@ from colm_scale.errors import UserError
 
 Method = Literal["colm", "stratified", "random", "full", "replay"]
 EstimatorName = Literal["last_layer", "zeroth_order", "length"]
-Ranking = Literal["facility", "matching", "systematic"]
+Ranking = Literal["matching", "facility", "systematic"]
 Metric = Literal["l1", "l2", "cosine"]
 Weights = Literal["uniform", "cluster", "unbiased"]
-
-MOST_COMPARED = 8192
-"""Most candidates that are compared in pairs; the two float64 matrices take 1 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +23,14 @@ class SelectionConfig:
     """Selection of the coreset."""
 
     method: Method = "colm"
-    """colm: kept sources, quotas, and facility location on gradient sketches. stratified: the same kept sources and
+    """colm: kept sources, quotas, and picks ranked by gradient sketches. stratified: the same kept sources and
     quotas, with random picks. random: a uniform draw. full: every candidate, in accumulated micro-batches. replay: the
     selections that another run has recorded."""
     replay: str | None = None
     """Folder of the run to replay, or its selection.jsonl."""
     preset: Literal["none", "paper"] = "none"
-    """paper: one zeroth-order probe, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580); overrides the options
-    below."""
+    """paper: one zeroth-order probe, facility location, L1, h=2560, uniform weights, eps 1e-3 (arXiv 2407.19580);
+    overrides the options below."""
     candidates: int = 64
     """Candidates per optimizer step, over all ranks (n)."""
     budget: int = 32
@@ -42,10 +39,10 @@ class SelectionConfig:
     """Sketch of a candidate. last_layer: exact gradient of the probe tensor. zeroth_order: its derivatives along
     `num_probes` random directions. length: the number of tokens, without a forward. Or your own function,
     FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
-    ranking: Ranking | str = "facility"
-    """Choice of the picks that fill a source's quota. facility: medoids that represent all candidates (the paper's).
-    matching: the subset whose mean gradient is nearest to the candidates', by swaps. systematic: sort by one score and
-    take every n-th. Or your own function, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
+    ranking: Ranking | str = "matching"
+    """Choice of the picks that fill a source's quota. matching: the subset whose mean gradient is nearest to the
+    candidates', by swaps. facility: medoids that represent all candidates (the paper's). systematic: sort by one score
+    and take every n-th. Or your own function, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     shares: Shares = "proportional"
     """Division of the budget among the sources that are not kept, for colm and stratified. proportional: to their
     candidates (the paper's). equal: the same for each. A number: to their training examples raised to that power (1:
@@ -62,7 +59,7 @@ class SelectionConfig:
     """last_layer: reduction of the gradient to `columns` numbers. columns: the entries with the largest mean update,
     per source (the paper's). countsketch: a random projection of the update, one sign and place per number."""
     metric: Metric = "l1"
-    """Distance between sketches."""
+    """Distance between sketches, for facility location; matching compares means by L2."""
     weights: Weights = "uniform"
     """Weight of a coreset example. uniform: 1 (the paper's). cluster (facility only): the number of candidates it
     represents. unbiased: a source's picks represent all its candidates, in equal parts. If the picks are drawn
@@ -131,11 +128,6 @@ class SelectionConfig:
             raise UserError(
                 f"--selection.weights cluster counts the candidates a medoid represents, and --selection.ranking "
                 f"{self.ranking} picks no medoids: use --selection.ranking facility, or --selection.weights unbiased"
-            )
-        if self.candidates > MOST_COMPARED and self.ranking == "matching":
-            raise UserError(
-                f"--selection.candidates {self.candidates} are too many to compare in pairs, as --selection.ranking "
-                f"matching does: use at most {MOST_COMPARED}, or --selection.ranking facility"
             )
 
     @property

@@ -116,11 +116,11 @@ def _without_retries() -> Iterator[None]:
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
-    config.HF_HUB_OFFLINE = before or not _hub_answers()
+    config.HF_HUB_OFFLINE = before or not hub_answers()
     try:
         yield
     except ConnectionError as error:
-        if before or _hub_answers():
+        if before or hub_answers():
             raise
         raise ConnectionError("the hub does not answer, and its cache on this machine has none of this name") from error
     finally:
@@ -128,7 +128,8 @@ def _without_retries() -> Iterator[None]:
 
 
 @lru_cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
+    """Tell whether the hub can be reached; asks it once."""
     from huggingface_hub import constants, get_session
 
     try:

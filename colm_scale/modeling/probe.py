@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
@@ -58,21 +57,15 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the largest ModuleList of modules of one type, or of transformers' blocks."""
+    """Name and list of the decoder blocks: the largest ModuleList of modules of one type."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _alike(module)
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
     ]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of decoder blocks, so the last block cannot be found")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def _alike(modules: nn.ModuleList) -> bool:
-    return len({type(module) for module in modules}) == 1 or all(
-        isinstance(module, GradientCheckpointingLayer) for module in modules
-    )
 
 
 def few_blocks(base: PreTrainedModel, numbers: Sequence[int], device: torch.device = _CPU) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from colm_scale.errors import UserError
 from colm_scale.modeling.probe import decoder_blocks, linear_layers
 
 _NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp")
 """Names of feed-forward layers in families that have mixtures of experts."""
 _READ_BY_MAMBA = ("dt_proj", "out_proj", "x_proj")
 """Layers of Mamba's mixers whose weights its kernels read without calling them: adapters have no effect there, or only

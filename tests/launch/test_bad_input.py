@@ -93,9 +93,6 @@ OPTIONS = {
         "--selection.shares {here}/s.json --selection.kept_sources []",
         ("--selection.shares names 'CoT/shpo'", "'CoT/shop'", "The sources are"), {"s.json": '{"CoT/shpo": 1}'},
     ),
-    "too many to compare": Case(
-        "--selection.candidates 8193 --selection.ranking matching", ("--selection.candidates 8193", "at most 8192")
-    ),
     "no steps": Case("--train.steps 0", ("--train.steps is 0", "at least 1")),
     "steps and epochs": Case("--train.epochs 1", ("--train.steps 2", "--train.epochs 1", "leave one out")),
     "deepspeed without a file": Case("--engine deepspeed", ("--engine deepspeed", "--ds_config zero2")),

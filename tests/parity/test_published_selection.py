@@ -136,7 +136,7 @@ def choose(case: Case, step: Step, rows: Tensor, weights: str = "uniform"):
     matrix = CandidateMatrix(
         positions, rows[positions], torch.ones(len(positions), dtype=torch.bool), torch.zeros(len(positions))
     )
-    config = SelectionConfig(metric=case.metric, weights=weights)
+    config = SelectionConfig(ranking="facility", metric=case.metric, weights=weights)
     return select_coreset(matrix, step.sources, quota, config, partial(generator, 0, "facility"))
 
 

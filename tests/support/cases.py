@@ -78,6 +78,7 @@ def _selection(**options) -> SelectionConfig:
     return SelectionConfig(**{"candidates": 24, "budget": 12, "columns": 64, **options})
 
 
+MEDOIDS = {"ranking": "facility", "weights": "cluster"}
 EXPERTS = {"num_experts_per_tok": 2}
 MIXTURES = {
     "mixtral": {"family": "mixtral", "num_local_experts": 8, **EXPERTS},
@@ -107,8 +108,8 @@ CASES = {
     "stratified": Case(_selection(method="stratified")),
     "random": Case(_selection(method="random")),
     "full": Case(_selection(method="full")),
-    "cluster": Case(_selection(weights="cluster"), steps=1),
-    "token": Case(_selection(weights="cluster"), steps=1, train={"loss": "token"}),
+    "cluster": Case(_selection(**MEDOIDS), steps=1),
+    "token": Case(_selection(**MEDOIDS), steps=1, train={"loss": "token"}),
     "clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.02}),
     "not_clipped": Case(_selection(), steps=3, train={"max_grad_norm": 0.0}),
     "checkpointed": Case(_selection(), steps=2, train={"activation_checkpointing": True}),
@@ -165,10 +166,10 @@ CASES = {
     "refreshed_broken": Case(_selection(kept_sources=0.4), refresh_kept=2, break_after=3),
     "covered": Case(_selection(coverage_floor=0.45, kept_sources=[])),
     "covered_broken": Case(_selection(coverage_floor=0.45, kept_sources=[]), break_after=3),
-    "loss": Case(_selection(estimator=LOSS), 3),
-    "loss_broken": Case(_selection(estimator=LOSS), 3, break_after=1),
-    "length": Case(_selection(estimator="length"), 3),
-    "length_broken": Case(_selection(estimator="length"), 3, break_after=1),
+    "loss": Case(_selection(estimator=LOSS, ranking="facility"), 3),
+    "loss_broken": Case(_selection(estimator=LOSS, ranking="facility"), 3, break_after=1),
+    "length": Case(_selection(estimator="length", ranking="facility"), 3),
+    "length_broken": Case(_selection(estimator="length", ranking="facility"), 3, break_after=1),
     "reused_1": Case(_selection(estimator="zeroth_order", reuse=3), REUSE_STEPS),
     **{
         f"reused_3{broken}": Case(
@@ -184,14 +185,14 @@ CASES = {
         )
         for broken in ("", "_broken")
     },
-    "countsketch": Case(_selection(compression="countsketch", weights="cluster"), 3),
-    "countsketch_broken": Case(_selection(compression="countsketch", weights="cluster"), 3, break_after=1),
-    "probe_k": Case(_selection(probe="k", weights="cluster"), 3),
+    "countsketch": Case(_selection(compression="countsketch", **MEDOIDS), 3),
+    "countsketch_broken": Case(_selection(compression="countsketch", **MEDOIDS), 3, break_after=1),
+    "probe_k": Case(_selection(probe="k", **MEDOIDS), 3),
     "probe_mlp": Case(_selection(estimator="zeroth_order", num_probes=2, probe="mlp"), 3),
     "generating": Case(_selection(), 2, generate_after=1),
     "tied": Case(_selection(), 1, model={"tie_word_embeddings": True}),
     "tied_files": Case(_selection(), 1, model={"tie_word_embeddings": True}, from_files=True),
-    "cluster_files": Case(_selection(weights="cluster"), 1, from_files=True),
+    "cluster_files": Case(_selection(**MEDOIDS), 1, from_files=True),
     "tail_files": Case(
         _selection(estimator="zeroth_order", num_probes=2),
         1,
@@ -215,7 +216,7 @@ CASES = {
         )
     },
     "tail": Case(_selection(estimator="zeroth_order", num_probes=2), 1, {"dtype": "bfloat16"}, perturbation=1e-3),
-    "ranked_facility": Case(_selection(weights="cluster"), 2),
+    "ranked_facility": Case(_selection(**MEDOIDS), 2),
     "ranked_matching": Case(_selection(ranking="matching"), 2),
     "ranked_systematic": Case(_selection(ranking="systematic", weights="unbiased"), 2),
     "ranked_pursuit": Case(_selection(ranking=f"{RANKINGS}:pursuit", weights="unbiased"), 2),
@@ -235,7 +236,5 @@ CASES = {
         refresh_sources=2,
     ),
     # Every example is a micro-batch, and three are too few for four ranks.
-    "starved": Case(
-        _selection(weights="cluster", candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}
-    ),
+    "starved": Case(_selection(**MEDOIDS, candidates=8, budget=3, kept_sources=[]), 1, {"micro_batch_tokens": 1}),
 }

@@ -45,7 +45,7 @@ from colm_scale.step.floor import bare_floor_seconds
 from colm_scale.step.measure import Measurement
 from colm_scale.step.step import CoresetStep
 from support import cases, worker
-from support.cases import _selection
+from support.cases import MEDOIDS, _selection
 from support.families import base_model, with_adapters
 from support.worker import Case
 
@@ -63,9 +63,9 @@ CASES: dict[str, Case] = {
     "own estimator": Case(_selection(estimator=cases.LOSS)),
     "own estimator 2": Case(_selection(estimator=f"{EXAMPLES}/own_estimator.py:mean_hidden_state", metric="cosine")),
     "own ranking": Case(_selection(ranking=f"{EXAMPLES}/own_ranking.py:farthest_first")),
-    "matching": Case(_selection(ranking="matching")),
+    "facility": Case(_selection(ranking="facility")),
     "systematic": Case(_selection(ranking="systematic", weights="unbiased")),
-    "cosine cluster": Case(_selection(metric="cosine", weights="cluster")),
+    "cosine cluster": Case(_selection(metric="cosine", **MEDOIDS)),
     "padded": Case(_selection(), train={"packing": "off"}),
     "probe k": Case(_selection(probe="k")),
     "bfloat16": Case(_selection(), train={"dtype": "bfloat16"}),
@@ -73,7 +73,7 @@ CASES: dict[str, Case] = {
     "checkpointed": Case(_selection(), train={"activation_checkpointing": True, "forward_reuse": "off"}),
     "reuse device": Case(_selection(), train={"activation_checkpointing": True, "forward_reuse": "device"}),
     "reuse cpu": Case(_selection(), train={"activation_checkpointing": True, "forward_reuse": "cpu"}),
-    "large source": Case(_selection(), train={"max_grad_norm": 2.0}),
+    "large source": Case(_selection(ranking="facility"), train={"max_grad_norm": 2.0}),
     "re-clustered": Case(_selection(), refresh_sources=2),
     **{name: Case(_selection(), train={"optimizer": name}) for name in ("sgd", "lion", "adafactor", "muon")},
 }

@@ -15,12 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colm_scale.config.selection import MOST_COMPARED, Metric
+from colm_scale.config.selection import Metric
 from colm_scale.selection.ranking.facility import greedy, greedy_with_gains
 from colm_scale.selection.ranking.similarity import similarities, similarities_to
 
-LARGEST_GROUP = MOST_COMPARED
-"""Most rows of a source that are compared in pairs (1 GiB of memory); a larger source is cut into regions."""
+LARGEST_GROUP = 8192
+"""Most rows of a source that are compared in pairs (the two float64 matrices take 1 GiB); a larger source is cut into
+regions."""
 _BLOCK_ROWS = 1024
 
 

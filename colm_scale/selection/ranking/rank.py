@@ -17,9 +17,8 @@ from colm_scale.config import SelectionConfig
 from colm_scale.config.user_functions import is_own, load_own
 from colm_scale.errors import TrainingError
 from colm_scale.records import CPU, on_device, on_host
-from colm_scale.selection.ranking import line, partition
+from colm_scale.selection.ranking import line, matching, partition
 from colm_scale.selection.ranking.facility import cluster_sizes, greedy
-from colm_scale.selection.ranking.matching import match_by_swaps, products_of_deviations
 from colm_scale.selection.ranking.similarity import similarities
 
 
@@ -125,8 +124,11 @@ def _similarities(ranked: Ranked) -> Tensor:
     return similarities(on_device(ranked.rows, ranked.device).double(), ranked.config.metric)
 
 
-def _gram(ranked: Ranked) -> Tensor:
-    return products_of_deviations(on_device(ranked.rows, ranked.device))
+def _products(ranked: Ranked) -> Tensor:
+    """``[m, m]`` products; nothing for a source that `_matching` compares itself."""
+    if len(ranked.rows) > matching.LARGEST_PART:
+        return _nothing(ranked)
+    return matching.products_of_deviations(on_device(ranked.rows, ranked.device))
 
 
 def _facility(ranked: Ranked, pairs: Tensor) -> Picks:
@@ -135,7 +137,10 @@ def _facility(ranked: Ranked, pairs: Tensor) -> Picks:
 
 
 def _matching(ranked: Ranked, pairs: Tensor) -> Picks:
-    return match_by_swaps(pairs, ranked.count), None
+    if len(pairs):
+        return matching.match_by_swaps(pairs, ranked.count), None
+    rows = on_device(ranked.rows, ranked.device)
+    return matching.match_in_parts(rows, ranked.count, matching.LARGEST_PART), None
 
 
 def _systematic(ranked: Ranked, pairs: Tensor) -> Picks:
@@ -144,7 +149,7 @@ def _systematic(ranked: Ranked, pairs: Tensor) -> Picks:
 
 RANKINGS: dict[str, tuple[Callable[[Ranked], Tensor], Callable[[Ranked, Tensor], Picks]]] = {
     "facility": (_similarities, _facility),
-    "matching": (_gram, _matching),
+    "matching": (_products, _matching),
     "systematic": (_nothing, _systematic),
 }
 """What each compares on the device, ``[m, m]`` float64, and how it picks."""

@@ -71,6 +71,15 @@ def test_every_arm_that_can_be_run_has_options_that_exist(modules):
     assert {"proxy 2 blocks", "eps 0.01"} <= shown - arms.ARMS.keys()
 
 
+def test_every_arm_has_the_sizes_that_are_asked_for(modules):
+    arms = modules["arms"]
+    found = {arm: parse(list(arms.sized(arm, 32, 8))).selection for arm in ("paper", "full b", "full n", "full 2n")}
+    assert [(own.candidates, own.budget) for own in found.values()] == [(32, 8), (8, 8), (32, 32), (64, 64)]
+    assert parse(list(arms.sized("b 16 of n 64", 32, 8))).selection.budget == 16
+    for arm, options in arms.ARMS.items():
+        assert parse(list(arms.sized(arm, 64, 32))) == parse(list(options)), "the default's sizes change nothing"
+
+
 # gradient_match.py
 
 
@@ -144,6 +153,25 @@ def test_greedy_is_timed_beside_one_that_picks_the_same(modules):
     assert row["objective_over_ours"]["numpy"] == 1
     assert row["selected"] == 30
     assert 0 < row["seconds"]["colm_scale"]["p20"] <= row["seconds"]["colm_scale"]["p80"]
+
+
+def test_matching_is_timed_beside_facility_location(modules):
+    row = modules["selection_speed"].measure_matching("normal", 60, rounds=3)
+    assert row["cpu_seconds"].keys() == {"facility", "matching", "facility, from rows", "matching, from rows"}
+    assert all(0 < ratio["p20"] <= ratio["p80"] for ratio in row["over_facility"].values())
+
+
+# default_ranking.py
+
+
+def test_an_arm_runs_at_the_rate_that_did_best_in_the_tuning_runs(modules, monkeypatch):
+    ranking = modules["default_ranking"]
+    losses = {"5e-3": (0.3, 0.2), "1e-2": (0.1, 0.3), "2e-2": (0.3, 0.3)}
+    found = {rate: {100: {"loss": one, "loss_by_source": other}} for rate, (one, other) in losses.items()}
+    monkeypatch.setattr(ranking, "scores", lambda data, rate, arm: found.get(rate, {}))
+    assert ranking.best_rate("built-in", "random") == "1e-2"
+    del found["2e-2"]
+    assert ranking.best_rate("built-in", "random") is None
 
 
 def test_the_distance_on_the_line_is_that_to_the_nearest_pick(modules, monkeypatch):

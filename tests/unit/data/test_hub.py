@@ -112,7 +112,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     for offline in (datasets.config, constants):
         monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
-    hub._hub_answers.cache_clear()
+    hub.hub_answers.cache_clear()
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits to try again"))
     message = error_of("org/none:main:test")
     assert message.startswith("org/none is not a file or folder here, and cannot be loaded from the hub")
@@ -124,6 +124,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     "spec", ["./data/set", "./set", "../set", "/data/set", "a/b/c", "data/set.ndjson", "org/set::"]
 )
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(spec, monkeypatch):
-    monkeypatch.setattr(hub, "_hub_answers", lambda: pytest.fail("it asks the hub"))
+    monkeypatch.setattr(hub, "hub_answers", lambda: pytest.fail("it asks the hub"))
     with pytest.raises(UserError, match="is neither a file"):
         files_of(spec)

@@ -200,7 +200,8 @@ def test_which_rank_sketches_what_changes_no_selection(plan, data):
 
     def selected(rows: Tensor) -> Selection:
         matrix = CandidateMatrix(plan.positions, rows * valid.unsqueeze(1), valid, rows[:, 0])
-        return select_coreset(matrix, sources, quota, SelectionConfig(weights="cluster"), partial(generator, 0, "none"))
+        config = SelectionConfig(ranking="facility", weights="cluster")
+        return select_coreset(matrix, sources, quota, config, partial(generator, 0, "none"))
 
     alone = selected(of_candidate[plan.positions])
     for rows in gathered(plan, of_candidate):

@@ -62,6 +62,14 @@ def test_a_sliding_window_is_kept(family, window):
         assert not torch.allclose(wide, expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("window", [3, 4096])
+def test_a_sliding_window_that_only_the_masks_know_is_found_out(window):
+    model = base_model("phimoe", num_local_experts=4, sliding_window=window)
+    assert use_packing(model, "auto", CPU) == Tried("PhimoeForCausalLM computes something else with packed rows")
+    assert model.config.sliding_window == window
+    assert use_packing(base_model("phimoe", num_local_experts=4, sliding_window=None), "auto", CPU) == Tried()
+
+
 def test_examples_of_one_length_are_not_laid_apart(monkeypatch):
     module, lengths = packing_model("llama"), [5, 5, 5]
     expected = ExampleLoss(adapted_model("llama"))(batch_of(lengths))

@@ -40,11 +40,6 @@ DEFAULTS: dict[str, tuple[dict[str, object], list[str]]] = {
         {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "attn_layer_indices": [1]},
         [*(f"feed_forward.{name}_proj" for name in ("down", "gate", "up")), "mamba.in_proj", *ATTENTION],
     ),
-    "jamba": (
-        {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
-        | {"mamba_d_state": 8, "mamba_dt_rank": 4},
-        ["mamba.in_proj", *ATTENTION],
-    ),
     "granitemoehybrid": (
         {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
         | {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -60,7 +60,8 @@ def test_the_paper_s_preset_wins_over_the_options_it_decides():
     selection = SelectionConfig(preset="paper", estimator="last_layer", num_probes=7, metric="l2", weights="cluster")
     resolved = resolve(RunConfig(selection=selection)).selection
     assert (resolved.estimator, resolved.num_probes, resolved.metric) == ("zeroth_order", 1, "l1")
-    assert (resolved.columns, resolved.weights, PERTURBATION) == (2560, "uniform", 1e-3)
+    assert (resolved.ranking, resolved.columns, resolved.weights) == ("facility", 2560, "uniform")
+    assert PERTURBATION == 1e-3
 
 
 def test_the_default_learning_rate_is_the_built_in_base_s_only_there():

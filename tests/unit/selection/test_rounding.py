@@ -70,5 +70,5 @@ def test_last_places_change_no_pick(optimizer):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
 def test_they_would_without_a_floor(optimizer):
-    """In nearly every first step."""
-    assert changed(optimizer, 20, floored=False) >= 8
+    """In most first steps."""
+    assert changed(optimizer, 40, floored=False) >= 12

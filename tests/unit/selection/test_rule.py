@@ -138,19 +138,32 @@ def test_systematic_draws_depend_on_seed_and_step_and_the_other_rankings_draw_no
         assert picks(5, ranking=other) == picks(6, seed=1, ranking=other)
 
 
-def test_colm_picks_the_medoids_of_each_source():
+def test_facility_picks_the_medoids_of_each_source():
     # Source 0 is 0 1 2 20 21 22 90: first its median, position 6, then what is worst covered, then the middle of 0 1 2.
     # Source 1 is 50 51 52 99: first 51 (position 5), the lower of two medians, then 99.
     values = [0.0, 50, 1, 0, 2, 51, 20, 21, 52, 22, 90, 99]
-    selection = rule().select(candidates(), rule().quota(candidates()), on_a_line(values))
+    of = rule(ranking="facility")
+    selection = of.select(candidates(), of.quota(candidates()), on_a_line(values))
     assert selection.positions.tolist() == [3, 6, 10, 2, 5, 11]
+    assert selection.kept == 1
+    assert selection.weights.tolist() == [1.0] * 6
+
+
+def test_colm_matches_the_mean_of_each_source_unless_told_otherwise():
+    # Source 0 is 0 1 2 20 21 22 90, of mean 22.3, and three picks should add up to 66.9: 22, 21 and 20 miss by 3.9, and
+    # no single exchange is nearer. Of 50 51 52 99, of mean 63, two should add up to 126: 52 and 51 miss by 23, and 50
+    # and 99 by as much; the first pick is the one nearest to the mean, 52, and its best exchange is none.
+    values = [0.0, 50, 1, 0, 2, 51, 20, 21, 52, 22, 90, 99]
+    selection = rule().select(candidates(), rule().quota(candidates()), on_a_line(values))
+    matched = rule(ranking="matching").select(candidates(), rule().quota(candidates()), on_a_line(values))
+    assert selection.positions.tolist() == matched.positions.tolist() == [3, 6, 7, 9, 5, 8]
     assert selection.kept == 1
     assert selection.weights.tolist() == [1.0] * 6
 
 
 def test_cluster_weights_count_the_candidates_a_medoid_stands_for():
     values = [0.0, 50, 1, 0, 2, 51, 20, 21, 52, 22, 90, 99]
-    of = rule(weights="cluster")
+    of = rule(ranking="facility", weights="cluster")
     selection = of.select(candidates(), of.quota(candidates()), on_a_line(values))
     weights = dict(zip(selection.positions.tolist(), selection.weights.tolist()))
     assert weights == {3: 1, 2: 3, 6: 3, 10: 1, 5: 3, 11: 1}
@@ -175,7 +188,7 @@ def test_a_draw_with_unbiased_weights_is_on_average_all_candidates(ranking):
 
 def test_the_metric_is_the_configured_one():
     # By cosine the sizes of numbers of one sign do not matter: all candidates of a source are alike, the first wins.
-    of = rule(metric="cosine")
+    of = rule(metric="cosine", ranking="facility")
     values = [1.0, 50, 2, 0, 3, 51, 20, 21, 52, 22, 90, 99]
     selection = of.select(candidates(), of.quota(candidates()), on_a_line(values))
     assert selection.positions.tolist() == [3, 0, 2, 4, 1, 5]
@@ -184,7 +197,7 @@ def test_the_metric_is_the_configured_one():
 def test_of_the_two_middles_of_an_even_number_the_lower_wins():
     """Rounding does not decide: a last bit that differs between world sizes would else select other examples."""
     sources, positions = torch.zeros(8, dtype=torch.int64), torch.arange(8)
-    one = SelectionRule(SelectionConfig(candidates=8, budget=1), torch.tensor([False]), seed=0)
+    one = SelectionRule(SelectionConfig(candidates=8, budget=1, ranking="facility"), torch.tensor([False]), seed=0)
     drawn = Candidates(1, positions, positions, sources, positions)
     for draw in range(50):
         values = torch.randn(8, 1, generator=generator(draw, "line"))

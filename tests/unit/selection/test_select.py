@@ -30,7 +30,7 @@ def select(quota: Quota, invalid: tuple[int, ...] = (), of: CandidateMatrix | No
 
 
 def test_kept_first_then_medoids_source_by_source_in_the_order_of_picking():
-    selection = select(Quota(KEPT, long_tensor([0, 2, 1]), overflow=4))
+    selection = select(Quota(KEPT, long_tensor([0, 2, 1]), overflow=4), ranking="facility")
     # Source 1: 2.0 is the median (7), then 9.0 (8) gains 5 + 2. Source 2: 5.0 (3).
     assert selection.positions.tolist() == [1, 5, 7, 8, 3]
     assert selection.weights.tolist() == [1, 1, 1, 1, 1]
@@ -44,30 +44,30 @@ def test_a_matrix_of_one_column_is_solved_exactly():
     quota = Quota(KEPT, long_tensor([0, 2, 2]))
     of = matrix(quota)
     line = CandidateMatrix(of.positions, of.rows[:, :1], of.valid, of.losses)
-    selection = select(quota, of=line, weights="cluster")
+    selection = select(quota, of=line, ranking="facility", weights="cluster")
     # Source 1 at 0, 1, 2 | 9, 11: the middles are 1 (4) and 9 (8); greedy would begin with 2 (7), the middle of all.
     assert selection.positions.tolist() == [1, 5, 4, 8, 0, 3]
     assert selection.weights.tolist() == [1, 1, 3, 2, 1, 2]
 
 
 def test_cluster_weights_count_the_candidates_a_medoid_stands_for():
-    selection = select(Quota(KEPT, long_tensor([0, 2, 1])), weights="cluster")
+    selection = select(Quota(KEPT, long_tensor([0, 2, 1])), ranking="facility", weights="cluster")
     assert selection.positions.tolist() == [1, 5, 7, 8, 3]
     assert selection.weights.tolist() == [1, 1, 3, 2, 3]
 
 
 def test_a_source_whose_quota_is_what_it_has_enters_whole():
-    selection = select(Quota(KEPT, long_tensor([0, 1, 3])), weights="cluster")
+    selection = select(Quota(KEPT, long_tensor([0, 1, 3])), ranking="facility", weights="cluster")
     assert selection.positions.tolist() == [1, 5, 7, 0, 3, 6]
     assert selection.weights.tolist() == [1, 1, 5, 1, 1, 1]
 
 
 def test_a_source_without_quota_is_left_out():
-    assert select(Quota(KEPT, long_tensor([0, 0, 2]))).positions.tolist() == [1, 5, 3, 0]
+    assert select(Quota(KEPT, long_tensor([0, 0, 2])), ranking="facility").positions.tolist() == [1, 5, 3, 0]
 
 
 def test_invalid_candidates_are_not_picked_and_counted():
-    selection = select(Quota(KEPT, long_tensor([0, 2, 1])), invalid=(7, 3), weights="cluster")
+    selection = select(Quota(KEPT, long_tensor([0, 2, 1])), invalid=(7, 3), ranking="facility", weights="cluster")
     # Source 1 now has 0, 1, 9, 11: 1 (4) is the first of the middle pair, then 9 (8). Source 2 has 0 and 5.5: a tie.
     assert selection.positions.tolist() == [1, 5, 4, 8, 0]
     assert selection.weights.tolist() == [1, 1, 2, 2, 2]
@@ -75,7 +75,7 @@ def test_invalid_candidates_are_not_picked_and_counted():
 
 
 def test_what_a_source_lacks_goes_to_another():
-    selection = select(Quota(KEPT, long_tensor([0, 2, 2])), invalid=(3, 6))
+    selection = select(Quota(KEPT, long_tensor([0, 2, 2])), invalid=(3, 6), ranking="facility")
     assert selection.positions.tolist() == [1, 5, 7, 8, 2, 0]
 
 
@@ -94,7 +94,7 @@ def test_nothing_but_kept_candidates():
 @pytest.mark.parametrize("metric", ["l1", "l2", "cosine"])
 def test_the_same_matrix_gives_the_same_bits(metric):
     quota = Quota(KEPT, long_tensor([0, 3, 2]))
-    first, second = (select(quota, weights="cluster", metric=metric) for _ in range(2))
+    first, second = (select(quota, ranking="facility", weights="cluster", metric=metric) for _ in range(2))
     assert torch.equal(first.positions, second.positions)
     assert torch.equal(first.weights, second.weights)
 

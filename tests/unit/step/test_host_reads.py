@@ -35,7 +35,7 @@ ALIKE = {
     "nothing compared": ["stratified", "random", "full", "length"],
     "one number compared": ["paper", "own estimator", "systematic"],
     "compared in pairs": [
-        *("zeroth_order 3", "countsketch", "own estimator 2", "matching", "cosine cluster", "probe k"),
+        *("zeroth_order 3", "countsketch", "own estimator 2", "facility", "cosine cluster", "probe k"),
         *("bfloat16", "float16", "checkpointed", "reuse device", "sgd", "lion", "muon"),
     ],
 }

@@ -13,7 +13,12 @@ from torch import Tensor
 from colm_scale.randomness import generator
 from colm_scale.records import long_tensor
 from colm_scale.selection.ranking import matching
-from colm_scale.selection.ranking.matching import match_by_swaps, products_of_deviations, whole_numbers
+from colm_scale.selection.ranking.matching import (
+    match_by_swaps,
+    match_in_parts,
+    products_of_deviations,
+    whole_numbers,
+)
 
 UNTIMED = settings(deadline=None)  # a busy machine makes no failure
 
@@ -62,6 +67,69 @@ def herded(rows: Tensor, k: int) -> list[int]:
         left = [i for i in range(len(rows)) if i not in picks]
         picks.append(min(left, key=lambda i: (away(rows, [*picks, i]), i)))
     return picks
+
+
+def swept(rows: Tensor, k: int) -> list[int]:
+    """The exchanges, literally: every pick in turn for the best other row, until a sweep changes nothing."""
+    picks, before = herded(rows, k), None
+    while picks != before:
+        before = list(picks)
+        for slot in range(k):
+            others = [i for i in range(len(rows)) if i not in picks]
+            exchanged = [[*picks[:slot], i, *picks[slot + 1 :]] for i in others]
+            best = min(exchanged, key=lambda subset: away(rows, subset))
+            picks = best if away(rows, best) < away(rows, picks) - 1e-9 else picks
+    return sorted(picks)
+
+
+def test_the_picks_are_those_of_literal_sweeps():
+    for trial in range(20):
+        rows = drawn(15, 3, trial)
+        assert picked(rows, 6) == swept(rows, 6)
+
+
+def test_a_source_of_one_part_is_matched_as_a_whole():
+    rows = drawn(30, 4)
+    assert match_in_parts(rows, 11, 30).tolist() == picked(rows, 11)
+
+
+@pytest.mark.parametrize(("n", "k", "largest"), [(40, 17, 10), (41, 40, 10), (8, 7, 3), (50, 2, 10), (50, 1, 10)])
+def test_parts_share_the_picks(n, k, largest):
+    picks = match_in_parts(drawn(n, 2), k, largest).tolist()
+    assert picks == sorted(set(picks))
+    assert len(picks) == k
+    parts = -(-n // largest)
+    counts = [sum(pick % parts == part for pick in picks) for part in range(parts)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_part_makes_up_for_the_error_of_those_before_it():
+    """Four parts that each match the whole mean alone err by twice as much as one of them; together by less."""
+    together = apart = whole = 0.0
+    for trial in range(20):
+        rows = drawn(200, 12, trial)
+        deviations = (rows - rows.mean(0)).double()
+        alone = [part + 4 * match_by_swaps(of @ of.T, 20) for part in range(4) for of in [deviations[part::4]]]
+        apart += away(rows, torch.cat(alone))
+        together += away(rows, match_in_parts(rows, 80, 50))
+        whole += away(rows, match_in_parts(rows, 80, 200))
+    assert whole < together < 0.6 * apart
+
+
+def test_the_error_left_is_made_up_for():
+    """A further column holds the products with a vector; then the picks add up to minus this vector."""
+    rows = drawn(12, 2)
+    deviations = (rows - rows.mean(0)).double()
+    left = 3 * deviations[4] + 0.1
+    products = whole_numbers(deviations @ torch.cat([deviations, left.unsqueeze(0)]).T)
+    picks = match_by_swaps(products, 4)
+
+    def length(subset) -> float:
+        return float((deviations[list(subset)].sum(0) + left).norm())
+
+    for pick in picks.tolist():
+        for other in set(range(12)) - set(picks.tolist()):
+            assert length({*picks.tolist(), other} - {pick}) >= length(picks.tolist()) - 1e-9
 
 
 def test_exchanges_only_ever_come_nearer_and_mostly_do(monkeypatch):

@@ -139,7 +139,7 @@ def test_a_source_that_does_not_fit_is_partitioned(monkeypatch):
     sources = (torch.arange(100) >= 41).long() + (torch.arange(100) >= 81).long()  # 41, 40 and 19 candidates
     matrix = CandidateMatrix(torch.arange(100), rows, torch.ones(100, dtype=torch.bool), torch.zeros(100))
     quota = Quota(long_tensor([]), long_tensor([20, 20, 9]))
-    config = SelectionConfig(weights="cluster")
+    config = SelectionConfig(ranking="facility", weights="cluster")
     selection = select_coreset(matrix, sources, quota, config, partial(generator, 0, "none"))
     assert selection.positions[:20].tolist() == partitioned_greedy(rows[:41], 20, "l1", largest=40).tolist()
     assert selection.positions[20:40].tolist() == [
