@@ -85,6 +85,9 @@ def route_coreset(
 class TrainingStage:
     """Trains on a coreset. All ranks call it together.
 
+    Attributes:
+        noise: Reads the examples' gradients.
+
     Args:
         inputs: Holds the block inputs for forward reuse.
         refresh: Records the hidden states for re-clustering.
@@ -102,7 +105,7 @@ class TrainingStage:
         self.engine = engine
         self._batching, self.inputs, self._refresh = batching, inputs, refresh
         self._check = ReuseCheck(engine, config.dtype, group)
-        self._noise = make_noise_meter(engine.module, config.seed, group.device)
+        self.noise = make_noise_meter(engine.module, config.seed, group.device)
         self._config, self._group = config, group
 
     def route(self, chosen: Chosen) -> Routed:
@@ -123,17 +126,17 @@ class TrainingStage:
         """
         group, last, step = self._group, len(routed.micro_batches), chosen.candidates.step
         losses = torch.zeros(len(chosen.candidates), device=group.device)
-        self._noise.begin(chosen.candidates)
+        self.noise.begin(chosen.candidates)
         with global_draws(group.device, self._config.seed, "dropout", step, group.rank):
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
                 reusing = self.inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
                 with self._check(micro_batch, step), self.engine.micro_batch(last=number == last):
                     with reusing, self._refresh.watching():
-                        own = self._noise.forward(self.engine.forward, batch)
+                        own = self.noise.forward(self.engine.forward, batch)
                     self.engine.backward((own * micro_batch.shares).sum())
                 losses[on_device(batch.positions, losses.device)] = own.detach()[: len(batch.positions)]
-        computed = self._noise.joined(losses, chosen.candidates, chosen.selection, routed.shares)
+        computed = self.noise.joined(losses, chosen.candidates, chosen.selection, routed.shares)
         return group.all_reduce(computed, "report")
 
     def finish(self, chosen: Chosen, computing: Tensor) -> tuple[Tensor, GradientSums]:
@@ -145,7 +148,7 @@ class TrainingStage:
         losses, sums = computing.cpu().tensor_split([len(chosen.candidates)])
         self._refresh.gather(chosen.candidates)
         check_losses(chosen.candidates, chosen.selection, losses)
-        return losses, self._noise.gathered(sums)
+        return losses, self.noise.gathered(sums)
 
 
 def check_losses(candidates: Candidates, selection: Selection, losses: Tensor, *, updated: bool = False) -> None:

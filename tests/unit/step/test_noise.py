@@ -101,7 +101,7 @@ def test_what_cannot_be_read_is_left_alone():
 
 
 def sums_of(rows: Tensor, selection: Selection = SELECTED, shares: Tensor = SHARES) -> GradientSums:
-    """The sums of a meter that has read ``rows`` ``[n, m]``, through the exchange of two ranks with half of them each."""
+    """The sums of meters of two ranks that have read half of the ``rows`` ``[n, m]`` each."""
     flat = []
     for rank in range(2):
         meter = GradientNoise(torch.nn.Linear(rows.shape[1], 1), 0, CPU)
