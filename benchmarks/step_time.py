@@ -11,7 +11,7 @@ The bare floor is a forward of the sketched examples, then forward, backward and
 own tokens; the estimator floor adds only the estimator's work to that forward. Published models have random weights and
 are reduced: widths and vocabulary divided by --cut, --blocks blocks. Options after -- go to the product. Rows are
 appended to benchmarks/results/step_time.jsonl; --label names a change. --compile compares steps with and without
---train.compile true, in turn; --noise measures the share of a step that reads the gradients for the noise scale, on a CPU.
+--train.compile true, in turn; --noise measures the share of a step that the noise scale costs, on a CPU.
 """
 
 from __future__ import annotations
