@@ -5,7 +5,7 @@ python -m torch.distributed.run --nproc_per_node 2 benchmarks/step_time.py --mod
 python benchmarks/step_time.py --models Phi-2 --cut 1 -- --train.dtype bfloat16         in full, on a GPU
 python benchmarks/step_time.py -- --data.train FILE --train.packing off
 python benchmarks/step_time.py --compile --models Phi-2 --arms last_layer stratified
-python benchmarks/step_time.py --noise --models built-in Phi-2 --arms last_layer stratified --rounds 20
+python benchmarks/step_time.py --noise --models built-in --arms last_layer stratified --rounds 20
 
 The bare floor is a forward of the sketched examples, then forward, backward and optimizer of the coreset, on the step's
 own tokens; the estimator floor adds only the estimator's work to that forward. Published models have random weights and

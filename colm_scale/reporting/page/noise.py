@@ -38,10 +38,12 @@ def noise(runs: Sequence[Run]) -> Section:
                 from_zero=True,
                 wide=True,
             )
-        ],
+        ]
+        if any(run.below("noise") for run in runs)
+        else [],
         tables=[
-            Table(caption="Verdicts", head=["run", "verdict"], rows=verdicts, words=True),
-            by_run("Means over the steps", "figure", runs, rows, words=True),
+            Table(caption="Verdicts on the size of a step", head=["run", "verdict"], rows=verdicts, words=True),
+            by_run("Noise scale of the run", "figure", runs, rows, words=True),
         ],
     )
 
