@@ -19,7 +19,7 @@ QUICK := tests/unit tests/parity tests/smoke
 TORCH_LOWEST ?= 2.11.0
 TORCH_HIGHEST ?= 2.15.0
 
-.PHONY: install train test quick test-all test-faults test-browser test-versions lint docs clean
+.PHONY: install train test quick test-all test-faults test-browser test-versions support lint docs clean
 
 install: .venv/installed
 
@@ -69,6 +69,11 @@ test-versions: .venv-lowest/installed .venv-highest/installed
 	.venv-highest/bin/pip install --quiet torch==$(TORCH_HIGHEST) setuptools wheel packaging
 	.venv-highest/bin/pip install --quiet --upgrade --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# The cells of docs/support.md that have no row, and the page; all of them, some 40 minutes, if versions have changed.
+# `make support ARGS='llama phi'` runs these families again.
+support: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=.:tests $(BIN)/python -m support.matrix $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -112,3 +112,9 @@ ARMS = MappingProxyType(
     {arm: options for group in GROUPS.values() for arm, options in group.items() if options is not REMOVED}
 )
 """Arms that can still be run."""
+
+
+def sized(arm: str, n: int, b: int) -> _Options:
+    """Options of an arm that trains on b of n candidates; an arm whose name says its sizes keeps them."""
+    whole = {"full b": b, "full n": n, "full 2n": 2 * n}
+    return _full(whole[arm]) if arm in whole else (*_options(candidates=n, budget=b), *ARMS[arm])

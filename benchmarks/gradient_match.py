@@ -133,12 +133,12 @@ class Bench:
 
     def __init__(self, options: list[str], pool: int):
         torch.set_num_threads(1)
-        self._config = config = resolve(arguments.parse(options))
-        self._group = group = connect()
-        self._inputs = inputs = read_inputs(config, group)
-        self._examples = inputs.sampler.examples
-        self._module, weights, self._tap = assembly.build_model(config, loading_device(config, {}, group), group)
-        engine = make_engine(config, {}, self._module, group, weights)
+        self.config = config = resolve(arguments.parse(options))
+        self.group = group = connect()
+        self.inputs = inputs = read_inputs(config, group)
+        self.examples = inputs.sampler.examples
+        self.module, weights, self.probe_tap = assembly.build_model(config, loading_device(config, {}, group), group)
+        self.engine = engine = make_engine(config, {}, self.module, group, weights)
         random = replace(config, selection=replace(config.selection, method="random"))
         spans = Spans(group.device, memory_meter(group))
         self._step = assembly.build_step(random, inputs, engine, None, spans, group)
@@ -149,35 +149,35 @@ class Bench:
     def train(self, numbers: Iterable[int], of: int) -> None:
         """Train these steps of a run of ``total`` steps on random candidates."""
         for number in numbers:
-            self._step(number, learning_rate(self._config.train, number, of))
+            self._step(number, learning_rate(self.config.train, number, of))
 
     def products(self) -> Tensor:
         """``[N, N]`` float64 inner products of the gradients of the pool's examples, over all adapters."""
-        tap, n = AdapterTap(self._module), len(self.pool)
+        tap, n = AdapterTap(self.module), len(self.pool)
         found = torch.zeros(n, n, dtype=torch.float64)
         for names in in_memory({name: matrix.weight.numel() for name, matrix in tap.matrices.items()}, n):
             gradients = torch.zeros(n, sum(tap.matrices[name].weight.numel() for name in names))
-            for batch in self._micro_batches():
-                own = tap.gradients(batch, torch.eye(len(batch.positions), device=self._group.device))
+            for batch in self.micro_batches():
+                own = tap.gradients(batch, torch.eye(len(batch.positions), device=self.group.device))
                 gradients[batch.positions] = torch.cat([own[name].flatten(1) for name in names], dim=1).cpu()
             found += (gradients @ gradients.T).double()
         return found
 
     def weights(self, options: Mapping[str, Any], tap: Remembered, draws: int) -> Tensor:
         """``[draws, N]`` weight of each example of the pool in the coreset of each draw."""
-        selection = replace(self._config.selection, candidates=CANDIDATES, budget=BUDGET, **options)
-        kept = kept_sources(self._inputs.sizes, self._inputs.source_names, selection.kept_sources)
-        shares = source_shares(selection.shares, self._inputs.source_names, self._inputs.sizes)
-        rule = SelectionRule(selection, kept, self._config.train.seed, shares)
+        selection = replace(self.config.selection, candidates=CANDIDATES, budget=BUDGET, **options)
+        kept = kept_sources(self.inputs.sizes, self.inputs.source_names, selection.kept_sources)
+        shares = source_shares(selection.shares, self.inputs.source_names, self.inputs.sizes)
+        rule = SelectionRule(selection, kept, self.config.train.seed, shares)
         estimator = None
         if selection.method == "colm":
-            estimator = make_estimator(tap, selection, self._config.train, self._group)
+            estimator = make_estimator(tap, selection, self.config.train, self.group)
         found = torch.zeros(WARM_UP + draws, len(self.pool), dtype=torch.float64)
         for number in range(WARM_UP + draws):
             places, candidates = self.candidates(number)
             chosen = self._select(rule, estimator, candidates)
-            labels = self._examples.label_counts(candidates.indices[chosen.positions])
-            found[number, places[chosen.positions]] = loss_shares(chosen, labels, self._config.train.loss).double()
+            labels = self.examples.label_counts(candidates.indices[chosen.positions])
+            found[number, places[chosen.positions]] = loss_shares(chosen, labels, self.config.train.loss).double()
         return found[WARM_UP:]
 
     def everything(self, draws: int) -> Tensor:
@@ -186,13 +186,13 @@ class Bench:
 
     def tap(self) -> Remembered:
         """A tap with an empty cache."""
-        return Remembered(self._tap)
+        return Remembered(self.probe_tap)
 
     def candidates(self, number: int) -> tuple[Tensor, Candidates]:
         """Positions in the pool, and the candidates, of a draw."""
-        draw = generator(self._config.train.seed, "draw", number)
+        draw = generator(self.config.train.seed, "draw", number)
         places = torch.randperm(len(self.pool), generator=draw)[:CANDIDATES]
-        index, data = self.pool[places], self._examples
+        index, data = self.pool[places], self.examples
         return places, Candidates(number, index, data.ids[index], data.sources[index], data.lengths[index])
 
     def _select(self, rule: SelectionRule, estimator, candidates: Candidates):
@@ -200,22 +200,22 @@ class Bench:
         quota = rule.quota(candidates)
         if estimator is None:
             return rule.select(candidates, quota, None)
-        budget = self._config.train.micro_batch_tokens
+        budget = self.config.train.micro_batch_tokens
         plan = plan_sketch(candidates, quota, 1, budget, estimator.known(candidates))
         share = [torch.tensor(positions) for positions in plan.shares[0]]
-        estimator.sketch(plan, [self._collate(candidates.indices[at], at) for at in share])
+        estimator.sketch(plan, [self.collate(candidates.indices[at], at) for at in share])
         selection = rule.select(candidates, quota, estimator.gather())
         estimator.learn(selection)
         return selection
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        lengths, budget = self._examples.lengths[self.pool], self._config.train.micro_batch_tokens
+    def micro_batches(self) -> Iterator[Batch]:
+        lengths, budget = self.examples.lengths[self.pool], self.config.train.micro_batch_tokens
         for members in form_micro_batches(lengths, torch.arange(len(lengths)), budget):
             positions = torch.tensor(members)
-            yield self._collate(self.pool[positions], positions)
+            yield self.collate(self.pool[positions], positions)
 
-    def _collate(self, indices: Tensor, positions: Tensor) -> Batch:
-        return collate(self._examples, indices, positions, self._inputs.tokenizer.pad_token_id, self._group.device)
+    def collate(self, indices: Tensor, positions: Tensor) -> Batch:
+        return collate(self.examples, indices, positions, self.inputs.tokenizer.pad_token_id, self.group.device)
 
 
 def in_memory(sizes: Mapping[str, int], examples: int) -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ python benchmarks/learning.py run --seeds 0 1 2 --minutes 60
 python benchmarks/learning.py run --arms stratified last_layer --match time --data maths=train.jsonl,held_out.jsonl
 python benchmarks/learning.py run --groups staleness --match steps --data built-in-1000      several epochs of few rows
 python benchmarks/learning.py run --model FOLDER --workers 1 -- --train.dtype bfloat16     a larger model, on a GPU
+python benchmarks/learning.py run --candidates 32 --budget 8      other sizes: `full n` trains on 32, `full 2n` on 64
 
 An arm is the product's own command with its options (`arms.py`). With --match steps, all arms make the same number of
 steps; with --match time, each makes the steps that fit into the time of the reference, by the costs measured before. An
@@ -30,7 +31,7 @@ from random import Random
 
 import rows
 import runs
-from arms import ARMS, GROUPS, REFERENCE
+from arms import ARMS, GROUPS, REFERENCE, sized
 from numpy import percentile
 
 from colm_scale.data.builtin import builtin_rows
@@ -43,10 +44,12 @@ QUIET = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Setting of all arms: name of the data, training and held-out file (empty for built-in), further options."""
+    """Setting of all arms: name of the data, further options, candidates and coreset of a step."""
 
     data: str
     options: tuple[str, ...]
+    candidates: int = 64
+    budget: int = 32
 
     @classmethod
     def of(cls, data: str, model: str | None, options: Sequence[str]) -> Setting:
@@ -61,6 +64,18 @@ class Setting:
             name += f" {Path(model).name}"
         return cls(name, (*given, *options))
 
+    def sized(self, candidates: int, budget: int) -> Setting:
+        """With other candidates and another coreset than the default, which are then part of the name."""
+        if (candidates, budget) == (self.candidates, self.budget):
+            return self
+        return dataclasses.replace(
+            self, data=f"{self.data}, {budget} of {candidates}", candidates=candidates, budget=budget
+        )
+
+    def command_line(self, arm: str) -> list[str]:
+        """Options of an arm."""
+        return [*QUIET, *self.options, *sized(arm, self.candidates, self.budget)]
+
 
 def _few(count: int) -> tuple[str, str]:
     """Write ``count`` of the built-in mixture's training rows, and its held-out rows."""
@@ -74,7 +89,7 @@ def _few(count: int) -> tuple[str, str]:
 
 def cost(setting: Setting, arms: Sequence[str], rounds: int) -> None:
     """Time a step of every arm in turn, round after round, in this process on one thread."""
-    steps = {arm: _prepared([*QUIET, *setting.options, *ARMS[arm]]) for arm in arms}
+    steps = {arm: _prepared(setting.command_line(arm)) for arm in arms}
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(1, rounds + 1):
         for arm, step in steps.items():
@@ -132,7 +147,7 @@ def run(setting: Setting, arm: str, match: str, seed: int, steps: int) -> None:
     """Run the product once; returns the row."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        options = [*QUIET, *setting.options, *ARMS[arm]]
+        options = setting.command_line(arm)
         options += ["--train.steps", str(steps), "--train.seed", str(seed), "--output_dir", str(out)]
         command = [sys.executable, str(rows.ROOT / "launchers" / "train.py"), *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -166,6 +181,8 @@ def main() -> None:
     parser.add_argument("what", choices=("cost", "run"))
     parser.add_argument("--data", default="built-in", help="built-in, built-in-ROWS, or NAME=TRAIN,HELD_OUT")
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
+    parser.add_argument("--candidates", type=int, default=64, help="n, of the arms whose name says no sizes")
+    parser.add_argument("--budget", type=int, default=32, help="b")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of groups")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -178,7 +195,7 @@ def main() -> None:
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     arms = given.arms or [arm for group in given.groups for arm in GROUPS[group] if arm in ARMS]
-    setting = Setting.of(given.data, given.model, options)
+    setting = Setting.of(given.data, given.model, options).sized(given.candidates, given.budget)
     if given.what == "cost":
         cost(setting, list(dict.fromkeys([REFERENCE, *arms])), given.rounds)
         return

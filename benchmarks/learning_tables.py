@@ -169,6 +169,13 @@ def draw(data: str, match: str, chosen: Sequence[str]) -> None:
     print(PLOTS.relative_to(rows.ROOT) / name)
 
 
+def pretrained() -> str:
+    """The tables of the real pretrained model, one below the other, as far as they are measured."""
+    measured = [data for data in PRETRAINED if REFERENCE in of(data, "steps")]
+    tables = [f"{data}:\n\n{table(data, 'steps', METHODS, measured=True)}" for data in measured]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
 METHODS = [
     arm for group in ("main", "probes", "rankings", "amortised", "allocations") for arm in GROUPS[group]
 ]
@@ -182,6 +189,8 @@ SENSITIVITIES = {
 }
 """Groups that vary one option, and the arms with its other values."""
 DATA = ("built-in", "maths 2.6M", "superglue 2.6M")
+PRETRAINED = tuple(f"maths SmolLM2-135M-Instruct, 8 of {n}" for n in (32, 16))
+"""Data with a real pretrained model (`gradient_bank.py fetch`)."""
 EPOCHS = "built-in-1000"
 """Data with few rows, so that sketches can be reused in several epochs."""
 TABLES = {
@@ -193,6 +202,7 @@ TABLES = {
         for match in ("time", "steps")
         if of(data, match)
     },
+    "learning pretrained": lambda: pretrained(),
     **{
         f"sensitivity {group}": lambda arms=(*others, *GROUPS[group]): table("built-in", "steps", arms)
         for group, others in SENSITIVITIES.items()

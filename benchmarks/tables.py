@@ -24,6 +24,7 @@ MAKERS = (
     *("scale", "host_time", "selection_speed", "estimator_cost", "gradient_match", "learning_tables", "drift"),
     "default_ranking",
     *("step_time", "against_trl", "memory", "plan_error", "scaling", "time_to_loss", "sources", "host_reads"),
+    "bank_tables",
 )
 """Benchmarks with their own tables."""
 

@@ -17,8 +17,8 @@ from colm_scale.config.checks import require, require_least, require_positive
 from colm_scale.config.data import COLUMN_ROLES as COLUMN_ROLES  # imported from here by the other rooms, as the next
 from colm_scale.config.data import DataConfig as DataConfig
 from colm_scale.config.data import RowConfig as RowConfig
+from colm_scale.config.rules import FORWARD_REUSE, RUN, TRAIN, check, refusal
 from colm_scale.config.selection import SelectionConfig as SelectionConfig  # imported from here by the other rooms
-from colm_scale.config.user_functions import is_own
 from colm_scale.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -122,10 +122,7 @@ class TrainConfig:
     """Seconds after which a rank that is stuck in one phase of a step ends the run. Raise it for slower steps."""
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.epochs is not None:
-            raise UserError(
-                f"--train.steps {self.steps} and --train.epochs {self.epochs} exclude each other: leave one out"
-            )
+        check(self, TRAIN)
         require_least(
             self, "train.", steps=1, weight_decay=0, max_grad_norm=0, micro_batch_tokens=1, threads=1
         )
@@ -264,23 +261,8 @@ class RunConfig:
     checkpoint, or from the newest one of that run. none: start from the beginning."""
 
     def __post_init__(self) -> None:
-        if self.train.packing == "on" and self.model.attention in ("eager", "flash_attention_2"):
-            raise UserError(
-                f"--train.packing on requires attention sdpa and contradicts --model.attention {self.model.attention}: "
-                f"leave one out"
-            )
+        check(self, RUN)
         self.require_forward_reuse(self.forward_reuse_excluded)
-        if self.sources.refresh_every and not self.reclusters and isinstance(self.selection.kept_sources, list):
-            raise UserError(
-                f"--sources.refresh_every {self.sources.refresh_every} without --data.sources chooses the kept sources "
-                f"again, but --selection.kept_sources names them: leave one out"
-            )
-        if self.engine == "deepspeed" and self.ds_config is None:
-            raise UserError("--engine deepspeed requires --ds_config: add it, for instance --ds_config zero2")
-        if self.ds_config is not None and self.engine in ("single", "ddp", "fsdp"):
-            raise UserError(f"--ds_config {self.ds_config} contradicts --engine {self.engine}: leave one out")
-        if self.resume == "auto" and self.output_dir is None:
-            raise UserError("--resume auto looks for checkpoints in the run's directory: name it with --output_dir")
 
     @property
     def reclusters(self) -> bool:
@@ -290,19 +272,7 @@ class RunConfig:
     @property
     def forward_reuse_excluded(self) -> str:
         """Why forward reuse is impossible with these options, whatever the model; empty if it is possible."""
-        selection = self.selection
-        if selection.method != "colm" or selection.estimator == "length":
-            what = "estimator length" if selection.method == "colm" else f"method {selection.method}"
-            return f"it reuses the candidates' forward, and {what} has none"
-        if is_own(selection.estimator):
-            return (
-                f"it reuses the candidates' forward, and --selection.estimator {selection.estimator} may not run one"
-            )
-        if not self.train.activation_checkpointing:
-            return "it requires activation checkpointing, --train.activation_checkpointing true"
-        if self.lora.dropout:
-            return f"it requires identical forwards each time, and --lora.dropout is {self.lora.dropout}"
-        return ""
+        return refusal(self, FORWARD_REUSE)
 
     def require_forward_reuse(self, excluded: str) -> None:
         """Refuse a request for forward reuse, if there is one, for the reason why it is ``excluded``.

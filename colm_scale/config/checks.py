@@ -24,16 +24,3 @@ def require_positive(options: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         require(value is None or value > 0, f"{section}{name}", value, "positive")
-
-
-def check_even_shares(candidates: int, ranks: int) -> None:
-    """Refuse candidates that ranks cannot share evenly.
-
-    Raises:
-        UserError: They cannot.
-    """
-    if candidates % ranks:
-        raise UserError(
-            f"--selection.candidates is {candidates}, which {ranks} ranks cannot share evenly: use a multiple "
-            f"of {ranks}"
-        )

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Literal
 
 from colm_scale.config.checks import require, require_least
+from colm_scale.config.rules import DATA, check
 from colm_scale.errors import UserError
 
 _TEXT_ROLES = ("instruction", "input", "output", "prompt", "completion", "text")
@@ -86,10 +87,4 @@ class DataConfig(RowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_least(self, "data.", shuffle_rows=1)
-        if self.streaming and not self.train:
-            raise UserError("--data.streaming true requires --data.train: add it, or leave --data.streaming out")
-        if self.sources and not self.train:
-            raise UserError(
-                f"--data.sources {self.sources} requires --data.train: add it, or leave --data.sources out (the "
-                "built-in data has sources)"
-            )
+        check(self, DATA)

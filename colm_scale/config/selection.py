@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from colm_scale.config import user_functions as own
 from colm_scale.config.checks import require, require_least
+from colm_scale.config.rules import SELECTION, check
 from colm_scale.config.shares import Shares, is_file, parse_shares, read_shares
-from colm_scale.errors import UserError
 
 Method = Literal["colm", "stratified", "random", "full", "replay"]
 EstimatorName = Literal["last_layer", "zeroth_order", "length"]
@@ -80,55 +80,19 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         _require_part("estimator", self.estimator, EstimatorName)
         _require_part("ranking", self.ranking, Ranking)
-        if (self.method == "replay") != (self.replay is not None):
-            raise UserError("--selection.method replay and --selection.replay FILE belong together: add the other")
         require_least(self, "selection.", candidates=1, budget=1, num_probes=1, columns=1, reuse=0)
         most = f"at most --selection.candidates ({self.candidates})"
         require(self.budget <= self.candidates, "selection.budget", self.budget, most)
         object.__setattr__(self, "shares", parse_shares(self.shares))
-        if self.coverage_floor:
-            self._check_coverage()
+        require(0 <= self.coverage_floor <= 1, "selection.coverage_floor", self.coverage_floor, "in [0, 1]")
         if isinstance(self.kept_sources, (int, float)):
             require(0 <= self.kept_sources <= 1, "selection.kept_sources", self.kept_sources, "in [0, 1], or names")
-        if self.preset == "none":
-            self._check_parts()
+        check(self, SELECTION)
 
-    def _check_coverage(self) -> None:
-        """Check that the floor can be met, and that the method has quotas."""
-        option = f"--selection.coverage_floor {self.coverage_floor}"
-        require(0 < self.coverage_floor <= 1, "selection.coverage_floor", self.coverage_floor, "in [0, 1]")
-        if self.method == "random":
-            raise UserError(f"{option} requires quotas, and --selection.method random has none; use stratified")
-        if isinstance(self.shares, dict) and not all(self.shares.values()):
-            without = ", ".join(name for name, ratio in self.shares.items() if not ratio)
-            raise UserError(
-                f"{option} trains on some of every source, but --selection.shares gives {without} no quota: leave one "
-                f"out"
-            )
-        if self.method in ("colm", "stratified") and self.coverage_floor * self.candidates > self.budget:
-            raise UserError(
-                f"{option} asks for more than --selection.budget {self.budget} of --selection.candidates "
-                f"{self.candidates} can give: use at most {self.budget / self.candidates:.6g}, or a larger budget"
-            )
-
-    def _check_parts(self) -> None:
-        """Check that estimator, ranking, weights and reuse go together."""
-        option = f"--selection.reuse {self.reuse}"
-        if self.reuse and (self.estimator, self.compression) == ("last_layer", "columns"):
-            raise UserError(
-                f"{option} compares sketches of several steps, and --selection.estimator last_layer compares other "
-                f"columns in each: add --selection.compression countsketch"
-            )
-        if self.reuse and own.is_own(self.estimator):
-            raise UserError(
-                f"{option} works only with the package's estimators, not with --selection.estimator {self.estimator}: "
-                f"leave it out"
-            )
-        if self.weights == "cluster" and self.ranking != "facility":
-            raise UserError(
-                f"--selection.weights cluster counts the candidates a medoid represents, and --selection.ranking "
-                f"{self.ranking} picks no medoids: use --selection.ranking facility, or --selection.weights unbiased"
-            )
+    @property
+    def own_parts(self) -> bool:
+        """True if no preset overrides the parts of the selection."""
+        return self.preset == "none"
 
     @property
     def sketches(self) -> bool:

@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from colm_scale.data.formats import said, shown
 from colm_scale.data.messages import Message
 from colm_scale.data.readers import Row
+from colm_scale.data.written import is_written_by_python, stands_in, texts_of
 from colm_scale.errors import UserError
 
 Span = tuple[int, int]
@@ -31,7 +32,9 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 """Around marks: code points that no text may hold."""
 _MARK = re.compile(f"{_OPEN}(/?)(\\d+|learned){_CLOSE}")
 _GENERATION = "learned"
-_WORD = re.compile(r"\w+|[^\w\s]")
+_FORMS = ((False, False), (False, True), (True, False), (True, True))
+"""Whether arguments of calls are given as JSON in a text (DeepSeek's templates read that, others write it twice), and a
+call without a text as one without a content (None): the first with which a template leaves nothing out is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,25 @@ class ChatTemplate:
         Raises:
             UserError: The template fails on this chat, or its turns cannot be told apart.
         """
+        calls = [call for message in row.messages for call in message.more.get("tool_calls", ())]
+        results: list[RenderedChat | UserError] = []
+        for as_json, as_none in _FORMS if calls else _FORMS[:1]:
+            try:
+                found = self._rendered(row, as_json, as_none)
+            except UserError as error:
+                results.append(error)
+                continue
+            if not found.left_out and not any(is_written_by_python(call, found.text) for call in calls):
+                return found
+            results.append(found)
+        first = results[0]
+        if isinstance(first, UserError):
+            raise first
+        return first
+
+    def _rendered(self, row: Row, as_json: bool, as_none: bool) -> RenderedChat:
         try:
-            chat = _Chat(row, [self._as_dict(message) for message in row.messages])
+            chat = _Chat(row, [self._as_dict(message, as_json, as_none) for message in row.messages])
         except TemplateError as error:
             raise _refused(row, error) from error
         text = self._write(_plain(self._source), chat)
@@ -136,20 +156,24 @@ class ChatTemplate:
             places = [text[begin:end], *([text] if message.role != "assistant" else [])]  # others may be written apart
             for key, value in {"content": message.content, **message.more}.items():
                 if key in ("content", "reasoning_content", "tool_calls"):
-                    stands = all(any(_stands_in(part, place) for place in places) for part in _texts(value))
+                    stands = all(any(stands_in(part, place) for place in places) for part in texts_of(value))
                 else:  # how the template uses it is unknown
                     stands = key in _UNSAID or re.search(rf"\b{re.escape(key)}\b", self._source) is not None
                 if not stands:
                     yield f"messages[{number}].{key}"
 
-    def _as_dict(self, message: Message) -> dict[str, Any]:
-        """Make what a template reads of a message."""
+    def _as_dict(self, message: Message, as_json: bool, as_none: bool) -> dict[str, Any]:
+        """Make what a template reads of a message, in one of `_FORMS`."""
         content: object = message.content
         if _only_takes_parts(self._source):
             content = [{"type": "text", "text": part} for part in message.parts or (message.content,)]
         more = dict(message.more)
         if "reasoning_content" in more:
             more = {"thinking": more["reasoning_content"], **more}  # gpt-oss reads that
+        if as_json and "tool_calls" in more:
+            more["tool_calls"] = [_with_arguments_as_json(call) for call in more["tool_calls"]]
+        if as_none and "tool_calls" in more and not message.content:
+            content = None
         return {"role": message.role, "content": content, **more}
 
     def _write(self, template: Template, chat: _Chat, *, prompts: bool = False) -> str:
@@ -277,34 +301,11 @@ def _other_prompt(row: Row, turn: int, prompt: str, written: str) -> UserError:
     )
 
 
-def _texts(value: object) -> Iterator[str]:
-    """List the texts that a value of a message says: its strings, and names and arguments of calls."""
-    match value:
-        case str():
-            yield value
-        case list():
-            for item in value:
-                yield from _texts(item)
-        case {"function": dict() as function}:
-            yield from _texts(function)
-        case dict():
-            for key, item in value.items():
-                if key not in ("id", "type", "index"):
-                    yield from _texts(item)
-
-
-def _stands_in(said: str, written: str) -> bool:
-    """Tell whether all words of a text stand in another, in their order. Escaped as in JSON they count too."""
-    if said.strip() in written:
-        return True
-    forms = (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1])
-    words = _WORD.findall(written)
-    return any(_in_order(_WORD.findall(form), words) for form in forms)
-
-
-def _in_order(few: Sequence[str], many: Sequence[str]) -> bool:
-    remaining = iter(many)
-    return all(word in remaining for word in few)
+def _with_arguments_as_json(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 @lru_cache

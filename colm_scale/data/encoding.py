@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from colm_scale.config import RowConfig
 from colm_scale.data.chats import ChatTemplate, RenderedChat, Span
+from colm_scale.data.hub import hub_answers
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
 
@@ -101,9 +103,8 @@ class _Chats:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, config: RowConfig):
         self._tokenizer = tokenizer
         self._template = ChatTemplate(template, tokenizer.special_tokens_map, _moment(config))
-        added = tokenizer.added_tokens_decoder.values()
-        self._ends = (str(tokenizer.eos_token), *(token.content for token in added if token.special))
-        self._stops = tuple(set(self._ends) - {str(tokenizer.bos_token)})
+        self._ends = end_tokens(tokenizer)
+        self._stops = tuple(end for end in self._ends if end != tokenizer.bos_token)
         self._refuses = config.left_out == "refuse"
         self._newline = plain_ids(tokenizer, ["\n"])[0]
 
@@ -137,7 +138,7 @@ class _Chats:
             yield Encoded(row, tokens, labelled, chat.text, chat.learned, chat.left_out, ends)
 
     def _with_stops(self, chat: RenderedChat) -> RenderedChat:
-        """Let a turn without an end token end in the special token that begins the next one: GLM's models stop there.
+        """Let a turn without an end token end in the one that begins the next turn: GLM's models stop there.
 
         Marks of the template's own stay as they are.
         """
@@ -196,6 +197,31 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 def _moment(config: RowConfig) -> datetime:
     return datetime.fromisoformat(config.now) if config.now else datetime.now()
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """List the tokens at which the model stops to generate.
+
+    They are the tokenizer's end token and those of the model's ``generation_config.json``. If the model has no such
+    file, each special token may be one.
+    """
+    stops = _generation_stops(tokenizer.name_or_path)
+    added = tokenizer.added_tokens_decoder
+    ends = (token.content for number, token in added.items() if (number in stops if stops else token.special))
+    return str(tokenizer.eos_token), *ends
+
+
+@lru_cache
+def _generation_stops(name: str) -> frozenset[int]:
+    """Read the ids at which a model stops to generate; none if it does not say."""
+    if not name:  # made in memory
+        return frozenset()
+    try:
+        local = not Path(name).is_dir() and not hub_answers()
+        found = GenerationConfig.from_pretrained(name, local_files_only=local).eos_token_id
+    except Exception:  # there is no such file, or the hub fails in one of its ways
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found or ())
 
 
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

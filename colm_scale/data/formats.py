@@ -29,6 +29,14 @@ _SHEET_ROWS = 1_048_576
 _UNPACKED_BYTES, _EXPANSION = 2**26, 100
 """Refuse an archive that unpacks to more than this many bytes and also more than this many times its own size: the XML
 of a real spreadsheet shrinks to a tenth or a twentieth, that of a zip bomb to a thousandth."""
+_NAN = ("nan", "NaN")
+"""What libraries write for a missing number into formats without types."""
+_AS_UTF8 = "save the file as UTF-8"
+_OTHER_CONTENT = {
+    b"\x1f\x8b": "it is compressed with gzip, so its name must end in .gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd, so its name must end in .zst",
+}
+"""What is said of files that are not UTF-8, by their first bytes."""
 _SHOWN_CHARACTERS = 300
 """Most characters that a message quotes from a file, or from a library's error."""
 
@@ -240,7 +248,7 @@ def _table(lines: Iterator[tuple[str, list[Any]]]) -> Iterator[Record]:
     for where, cells in lines:
         if len(cells) < len(header) or any(cell != "" for cell in cells[len(header) :]):
             raise UserError(f"{where} has {len(cells)} cells, but {len(header)} columns are named")
-        yield Record(where, dict(zip(header, cells)))
+        yield Record(where, {name: None if cell in _NAN else cell for name, cell in zip(header, cells)})
 
 
 def _check_names(names: Sequence[Any], where: str) -> None:
@@ -282,7 +290,8 @@ def _decoded(path: Path, content: bytes, first_line: int) -> str:
         return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = first_line + error.object.count(b"\n", 0, error.start)  # error.object lacks the mark
-        raise UserError(f"{path} line {line} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
+        way_out = next((hint for magic, hint in _OTHER_CONTENT.items() if content.startswith(magic)), _AS_UTF8)
+        raise UserError(f"{path} line {line} is not UTF-8 ({error.reason}): {way_out}") from error
 
 
 def _parsed(path: Path, text: str, first_line: int) -> Any:

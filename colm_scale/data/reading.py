@@ -17,7 +17,7 @@ from colm_scale.base import MIXTURE
 from colm_scale.config import DataConfig
 from colm_scale.config.cache import CACHE_VARIABLE, cache_folder
 from colm_scale.data.builtin import Split, builtin_as_rows
-from colm_scale.data.encoding import leading_special_tokens, read_chat_template
+from colm_scale.data.encoding import end_tokens, leading_special_tokens, read_chat_template
 from colm_scale.data.examples import tokenise
 from colm_scale.data.files import default_sources, files_of
 from colm_scale.data.formats import identity
@@ -113,7 +113,7 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> list[object] | None:
     leading = leading_special_tokens(tokenizer)  # using it resets what its file says of truncation and padding
     special = {**tokenizer.special_tokens_map, "extra": [str(token) for token in tokenizer.extra_special_tokens]}
     whole = tokenizer.split_special_tokens
-    return [kind.__qualname__, backend.to_str(), leading, tokenizer.eos_token_id, special, whole]
+    return [kind.__qualname__, backend.to_str(), leading, tokenizer.eos_token_id, special, whole, end_tokens(tokenizer)]
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> list[object]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from colm_scale.config import RunConfig
+from colm_scale.config.rules import Rule, check
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.engines.ds_config import zero_stage
+from colm_scale.engines.ds_config import read_ds_config, zero_stage
 from colm_scale.engines.single_and_ddp import TorchEngine
-from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import NEED_WHOLE_MATRICES
 from colm_scale.modeling.weights import META, WHOLE, Weights
@@ -35,20 +37,68 @@ def make_engine(
     return TorchEngine(module, config.train, group)
 
 
-def check_optimizer(config: RunConfig, ds_config: Json) -> None:
-    """Check that the engine leaves adapters whole for an optimizer that needs whole matrices.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A run's options, its ZeRO stage (0 without DeepSpeed) and its number of ranks."""
+
+    config: RunConfig
+    stage: int
+    ranks: int
+
+    @property
+    def cuts_adapters(self) -> str:
+        """What cuts adapters, so that a rank has only a part of each; empty if nothing does."""
+        if self.stage:
+            return f"ZeRO-{self.stage} (--ds_config {self.config.ds_config})"
+        return "--engine fsdp" if self.config.engine == "fsdp" else ""
+
+
+_PLANNED: tuple[Rule[Start], ...] = (
+    Rule(
+        "--selection.candidates 65",
+        lambda of: of.config.selection.method != "replay" and of.config.selection.candidates % of.ranks,
+        lambda of: f"--selection.candidates is {of.config.selection.candidates}, which {of.ranks} ranks cannot share "
+        f"evenly: use a multiple of {of.ranks}",
+        ranks=2,
+    ),
+    Rule(
+        "--train.optimizer muon --engine fsdp",
+        lambda of: of.config.train.optimizer in NEED_WHOLE_MATRICES and of.cuts_adapters,
+        lambda of: f"--train.optimizer {of.config.train.optimizer} needs each adapter's whole matrix, and under "
+        f"{of.cuts_adapters} a rank has only a part: use --train.optimizer adamw, sgd or lion, or the engine single "
+        "or ddp (leave --engine and --ds_config out)",
+        ranks=2,
+    ),
+)
+START: tuple[Rule[Start], ...] = (
+    Rule(
+        "--engine single",
+        lambda of: of.config.engine == "single" and of.ranks > 1,
+        lambda of: f"--engine single runs one process, but there are {of.ranks}: leave --engine out",
+        ranks=2,
+    ),
+    Rule(
+        "--engine ddp",
+        lambda of: of.config.engine == "ddp" and of.ranks == 1,
+        lambda of: "--engine ddp needs several processes: start it with torchrun, or leave --engine out",
+    ),
+    *_PLANNED,
+)
+"""What depends on the number of ranks and on DeepSpeed's configuration."""
+
+
+def checked_ds_config(config: RunConfig, ranks: int, *, planned: bool = False) -> Json:
+    """Read the configuration of DeepSpeed, and check that the run can start on this number of ranks.
+
+    Args:
+        planned: The ranks are not there yet.
 
     Raises:
-        UserError: The engine shards them, as FSDP2 and ZeRO do.
+        UserError: It cannot, or as `read_ds_config`.
     """
-    stage = zero_stage(ds_config)
-    sharded_by = f"ZeRO-{stage} (--ds_config {config.ds_config})" if stage else "--engine fsdp"
-    if config.train.optimizer in NEED_WHOLE_MATRICES and (stage or config.engine == "fsdp"):
-        raise UserError(
-            f"--train.optimizer {config.train.optimizer} needs each adapter's whole matrix, and under {sharded_by} a "
-            f"rank has only a part: use --train.optimizer adamw, sgd or lion, or the engine single or ddp (leave "
-            f"--engine and --ds_config out)"
-        )
+    ds_config = read_ds_config(config, ranks)
+    check(Start(config, zero_stage(ds_config), ranks), _PLANNED if planned else START)
+    return ds_config
 
 
 def sharding(config: RunConfig, ds_config: Json) -> str | None:

@@ -91,7 +91,7 @@ def read_ds_config(config: RunConfig, world_size: int) -> Json:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.max_grad_norm,
-        "zero_allow_untested_optimizer": True,  # `check_optimizer` refuses those that need whole matrices
+        "zero_allow_untested_optimizer": True,  # `checked_ds_config` refuses those that need whole matrices
     }
 
 

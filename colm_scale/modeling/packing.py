@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest relative difference of a loss between attention kernels."""
 _OF_SHAPE = 16
 """Rounding of a loss in float32 when shapes inside the blocks change, in units in the last place."""
+_WINDOW = 3
+"""Sliding window in a trial, in tokens: shorter than the longest row, for a model may give it to its masks alone."""
 _OF_GRADIENT = 3
 """Rounding of a gradient, as a multiple of that of the loss: it goes through the blocks twice."""
 
@@ -97,6 +99,7 @@ def _try_packing(model: PreTrainedModel, device: torch.device) -> Tried:
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
         return Tried(f"{name} attends within chunks, which packed rows do not keep apart")
     few = _few(model, device)
+    _shorten_windows(few)
     padded = _losses_and_gradient(few, trial_batch(_rows(), device))
     reasons = []
     for attention in (PACKED, PACKED_SDPA):
@@ -144,6 +147,14 @@ def _see_nothing_of_others(few: ExampleLoss, losses: Tensor, device: torch.devic
 
 def _few(model: PreTrainedModel, device: torch.device) -> ExampleLoss:
     return ExampleLoss(moved(few_blocks(model, kinds_of_blocks(model), device), device))
+
+
+def _shorten_windows(few: ExampleLoss) -> None:
+    """Let the sliding windows of a model for trials, if it has any, end within the trial's rows."""
+    owners: list[Any] = [few.causal_model.config.get_text_config(), *few.modules()]
+    for owner in owners:
+        if getattr(owner, "sliding_window", None):
+            owner.sliding_window = min(owner.sliding_window, _WINDOW)
 
 
 def _rows(first: int = 2) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The probe: the linear layer of the last decoder block whose gradients are sketched; and how to find it.
 
-Packing and probes are tried out on small models: the first blocks of a model, or a sample of one block with random
+Packing and probes are tried out on small models: the first blocks of a model, or a sample of its blocks with random
 weights, for a model that already has adapters, is sharded, or is not loaded.
 """
 
@@ -57,12 +57,8 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the largest ModuleList of modules of one type."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
-    ]
+    """Name and list of the decoder blocks: the largest ModuleList. Jamba's blocks are of two types."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of decoder blocks, so the last block cannot be found")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
@@ -98,8 +94,17 @@ def copy_of_blocks(base: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedM
     config = model.config.get_text_config()
     if types := getattr(config, "layer_types", None):  # the model looks them up by place
         others = [kind for number, kind in enumerate(types) if number not in numbers]
-        config.layer_types = [*(types[number] for number in numbers), *others]
+        _give_types(config, [*(types[number] for number in numbers), *others])
     return model
+
+
+def _give_types(config: PretrainedConfig, types: list[str]) -> None:
+    """Give a configuration the types of its blocks. Some compute them from other options, and cannot be given any."""
+    name, kind = config.attribute_map.get("layer_types", "layer_types"), type(config)
+    if isinstance(getattr(kind, name, None), property):
+        config.__class__ = type(kind.__name__, (kind,), {name: types})
+    else:
+        config.layer_types = types
 
 
 def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
@@ -178,30 +183,37 @@ def linear_layers(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
 
 
 def sample_of(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of one block with random weights: frozen, in float32 on the CPU, reproducible.
+    """A model of one block of each kind, the last block at its end: frozen, in float32 on the CPU, reproducible.
 
-    Its vocabulary and its MLP are tiny; its attention has the full width.
+    Its weights are random, its vocabulary and its MLP tiny; its attention has the full width.
 
     Args:
         config: Configuration of the whole model.
     """
-    with global_draws(_CPU, 0, "sample"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_shortened(config), dtype=torch.float32)
-    return model.requires_grad_(False)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_narrowed(config), dtype=torch.float32)
+    return _sampled(model)
 
 
 def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """A sample (see `sample_of`) of a loaded model, with the named attention."""
-    config = _shortened(model.config)
+    config = _narrowed(model.config)
     config._attn_implementation = attention
-    with global_draws(_CPU, 0, "sample"):
-        sample = type(model)(config)  # ``from_config`` would shard the weights while a trainer runs ZeRO-3
-    in_float32: PreTrainedModel = sample.float()
-    return in_float32.requires_grad_(False)
+    with torch.device("meta"):
+        whole = type(model)(config)  # ``from_config`` would shard the weights while a trainer runs ZeRO-3
+    in_float32: PreTrainedModel = whole.float()
+    return _sampled(in_float32)
+
+
+def _sampled(model: PreTrainedModel) -> PreTrainedModel:
+    kinds = kind_of_each_block(model)
+    last = len(kinds) - 1
+    others = {kind: number for number, kind in reversed([*enumerate(kinds)]) if kind != kinds[last]}
+    return few_blocks(model, sorted((*others.values(), last))).requires_grad_(False)
 
 
 def in_last_block(model: nn.Module, found: Probe) -> Probe:
-    """The probe found in a model's only block, in the last block of the whole model, which is as wide."""
+    """The probe found in the last block of a smaller model, in that of the whole model, which is as wide."""
     prefix, blocks = decoder_blocks(model)
     name = f"{prefix}.{len(blocks) - 1}"
     return Probe(name, name + found.layer.removeprefix(found.block), found.rows)
@@ -215,14 +227,12 @@ def of_sample(sample: nn.Module, found: Probe, model: nn.Module) -> Probe:
     return replace(probe, rows=torch.arange(width(model.get_submodule(probe.layer))))
 
 
-def _shortened(of: PretrainedConfig) -> PretrainedConfig:
+def _narrowed(of: PretrainedConfig) -> PretrainedConfig:
     config = copy.deepcopy(of)
-    config.num_hidden_layers, config.vocab_size = 1, _SAMPLE_VOCABULARY
+    config.vocab_size = _SAMPLE_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
     for name in _MLP_WIDTHS:
         if isinstance(found := getattr(config, name, None), int):
             setattr(config, name, min(found, _SAMPLE_MLP))
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1]
     return config

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
 
 from colm_scale.config import RunConfig
 from colm_scale.modeling.adapters import add_adapters
@@ -132,8 +132,10 @@ class FakeModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """A context in which the model can run."""
-        # On fake tensors, torch's product of groups (of tokens by expert) takes bfloat16 alone.
-        with self.mode, mock.patch.object(torch.nn.functional, "grouped_mm", _of_one_group, create=True):
+        # On fake tensors, torch's product of groups (tokens by expert) takes bfloat16 alone, and a mask has no values.
+        grouped = mock.patch.object(torch.nn.functional, "grouped_mm", _of_one_group, create=True)
+        masks = mock.patch.object(masking_utils, "is_tracing", return_value=True, create=True)
+        with self.mode, grouped, masks:
             yield
 
     @property
@@ -150,7 +152,7 @@ class FakeModel:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """Results of trying a sample of the model, one block whose attention has the full width.
+    """Results of trying a sample of the model, a block of each kind whose attention has the full width.
 
     Attributes:
         attention: Name of its attention, after packing if requested and possible.

@@ -11,11 +11,10 @@ import torch
 from transformers import PretrainedConfig
 
 from colm_scale.config import RunConfig, SelectionConfig
-from colm_scale.config.checks import check_even_shares
 from colm_scale.config.commands import PlanConfig
 from colm_scale.config.user_functions import is_own
-from colm_scale.engines.choose import check_optimizer, sharding
-from colm_scale.engines.ds_config import read_ds_config, zero_stage
+from colm_scale.engines.choose import checked_ds_config, sharding
+from colm_scale.engines.ds_config import zero_stage
 from colm_scale.errors import UserError
 from colm_scale.modeling.causal import input_weight
 from colm_scale.modeling.load import check_model
@@ -97,7 +96,6 @@ def make_plan(
     Raises:
         UserError: As a run with these options, before it reads weights and data.
     """
-    check_even_shares(config.selection.candidates, plan.world_size)
     selection = config.selection
     if selection.method == "colm" and is_own(selection.estimator):
         raise UserError(
@@ -155,8 +153,7 @@ class _Planner:
 
     def __init__(self, config: RunConfig, plan: PlanConfig, of: PretrainedConfig):
         self._config, self._plan, self._of = config, plan, of
-        self._ds_config = read_ds_config(config, plan.world_size)
-        check_optimizer(config, self._ds_config)
+        self._ds_config = checked_ds_config(config, plan.world_size, planned=True)
         self._known = tried(config, of)
 
     @property

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from peft import PeftConfig
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from colm_scale.checkpoint.files import NO_CHECKPOINT, Checkpoint
-from colm_scale.config import RunConfig, SelectionConfig
+from colm_scale.config import LoraConfig, RunConfig, SelectionConfig
 from colm_scale.data.examples import count_lines
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
@@ -32,6 +34,8 @@ def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Eval
         *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
         *([f"attention runs in sdpa: {why}"] if (why := engine.module.sdpa_because) else []),
         adapted_line(engine.module.causal_model),
+        *continued_lines(config.lora),
+        *router_lines(engine.module.causal_model.config),
         f"{int(inputs.sizes.sum()):,} examples of {len(inputs.source_names)} sources",
         _method_line(selection, inputs),
         *kept_lines(selection, inputs.source_names, inputs.sizes, inputs.kept, inputs.protected),
@@ -47,6 +51,28 @@ def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Eval
             by_source = ", ".join(f"{name} {count}" for name, count in counts.items())
             lines.append(f"{what}: {sum(counts.values())} ({by_source})")
     return lines
+
+
+def continued_lines(config: LoraConfig) -> list[str]:
+    """Name the options that have no effect, because an adapter to start from brings its own values."""
+    if config.adapter is None:
+        return []
+    own, default = PeftConfig.from_pretrained(config.adapter), LoraConfig()
+    its = {"rank": own.r, "alpha": own.lora_alpha, "use_rslora": own.use_rslora, "dropout": own.lora_dropout}
+    its["targets"] = sorted(own.target_modules) if isinstance(own.target_modules, set) else own.target_modules
+    given = {name: getattr(config, name) for name in its if getattr(config, name) != getattr(default, name)}
+    return [
+        f"warning: --lora.{name} {value} has no effect: {config.adapter} goes on with its own, {its[name]}"
+        for name, value in given.items()
+        if (sorted(value) if isinstance(value, list) else value) != its[name]
+    ]
+
+
+def router_lines(model: PretrainedConfig) -> list[str]:
+    """Say that the auxiliary loss of a mixture of experts, if its configuration asks for it, is left out."""
+    if not getattr(model.get_text_config(), "output_router_logits", False):
+        return []
+    return ["the model's auxiliary loss of its router (output_router_logits) is not part of the loss"]
 
 
 def start_line(seconds: Mapping[str, float]) -> str:

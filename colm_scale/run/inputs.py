@@ -9,15 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from colm_scale.clustering.cluster import check_installed
 from colm_scale.config import RunConfig
-from colm_scale.config.checks import check_even_shares
 from colm_scale.data.examples import Examples
 from colm_scale.data.reading import Reading
 from colm_scale.data.recorded_selection import SelectionRecord
 from colm_scale.data.sampler import CandidateSampler, RecordedSampler, Sampler
 from colm_scale.data.stream import survey
 from colm_scale.distributed.group import Group
-from colm_scale.engines.choose import check_optimizer
-from colm_scale.engines.ds_config import read_ds_config
+from colm_scale.engines.choose import checked_ds_config
 from colm_scale.errors import UserError
 from colm_scale.modeling.adapters import check_adapter, check_trained_further
 from colm_scale.modeling.load import check_kernels, check_model, check_vocabulary, context_length, load_tokenizer
@@ -76,7 +74,7 @@ def read_inputs(config: RunConfig, group: Group) -> Inputs:
     with group.together():
         if group.is_first:
             check_trackers(config.track)
-        ds_config = _check_ranks(config, group)
+        ds_config = checked_ds_config(config, group.world_size)
         config.selection.check_own()
         check_kernels(config.model, config.train)
         if config.reclusters:
@@ -135,19 +133,6 @@ def _streamed(
         sampler = StreamedSampler(config, surveyed, tokenizer, longest, group)
     digest = surveyed.digest
     return sampler, surveyed.source_names, surveyed.sizes, surveyed.protected_sizes, digest, digest, surveyed.notes
-
-
-def _check_ranks(config: RunConfig, group: Group) -> Json:
-    """Check what depends on the number of ranks, and read the configuration of DeepSpeed."""
-    if config.selection.method != "replay":
-        check_even_shares(config.selection.candidates, group.world_size)
-    if config.engine == "single" and group.world_size > 1:
-        raise UserError(f"--engine single runs one process, but there are {group.world_size}: leave --engine out")
-    if config.engine == "ddp" and group.world_size == 1:
-        raise UserError("--engine ddp needs several processes: start it with torchrun, or leave --engine out")
-    ds_config = read_ds_config(config, group.world_size)
-    check_optimizer(config, ds_config)
-    return ds_config
 
 
 def _check_record(record: SelectionRecord, rows_digest: str, steps: int) -> None:

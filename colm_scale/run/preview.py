@@ -12,9 +12,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from colm_scale.config import DataConfig
 from colm_scale.config.commands import PreviewConfig
 from colm_scale.data.encoding import Encoded, encode
-from colm_scale.data.examples import DROPPED, NO_END, REMARKS, count_lines, remarks_on
+from colm_scale.data.examples import DROPPED, REMARKS, count_lines, remarks_on
 from colm_scale.data.readers import Columns
 from colm_scale.data.reading import Reading
 from colm_scale.modeling.load import check_model, check_vocabulary, context_length, load_tokenizer
@@ -30,7 +31,8 @@ def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType 
     """Read, render and tokenise the training data as a run does, and show it.
 
     Yields:
-        With ``json``, a line for each row; else some rows of each source, and a table with the counts of all rows.
+        With ``json``, a line for each row, and what is said of all of them goes to standard error; else some rows of
+        each source, and a table with the counts of all rows.
 
     Raises:
         UserError: As a run with this data, before it loads the model.
@@ -41,12 +43,12 @@ def preview(config: PreviewConfig, *, colours: bool) -> Iterator[RenderableType 
     longest = data.max_length or context_length(model)
     encoded = encode(Reading("train", data, tokenizer, longest).rows(columns), tokenizer, data)
     if config.json:
-        return _objects(islice(encoded, config.rows))
+        return _objects(islice(encoded, config.rows), data, longest, columns)
     return _pages(encoded, config, longest, columns, colours=colours)
 
 
-def _objects(encoded: Iterator[Encoded]) -> Iterator[str]:
-    no_end: Counter[str] = Counter()
+def _objects(encoded: Iterator[Encoded], config: DataConfig, longest: int, columns: Columns) -> Iterator[str]:
+    counts: dict[str, Counter[str]] = {remark: Counter() for remark in REMARKS}
     for row in encoded:
         found = {
             "row": row.row.where,
@@ -56,9 +58,10 @@ def _objects(encoded: Iterator[Encoded]) -> Iterator[str]:
             "tokens": len(row.tokens),
             "label_tokens": int(row.labelled.sum()),
         }
-        no_end[row.row.source] += not row.ends
+        for remark in remarks_on(row, config, longest):
+            counts[remark][row.row.source] += 1
         yield json.dumps(found, ensure_ascii=False)
-    for line in count_lines({NO_END: no_end}):
+    for line in (*columns.lines(), *count_lines(counts)):
         print(line, file=sys.stderr)
 
 

@@ -8,23 +8,15 @@ compared. `launch` starts the ranks like a launcher; each writes ``rank<R>.pt``,
 
 from __future__ import annotations
 
-import functools
-import gc
 import json
-import os
-import socket
-import sys
 import tempfile
-import time
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -47,7 +39,6 @@ from colm_scale.config import (
 from colm_scale.data.batching import Batching, weighted
 from colm_scale.data.examples import Examples
 from colm_scale.data.sampler import CandidateSampler
-from colm_scale.distributed.connect import connect
 from colm_scale.distributed.exchange import share_selection
 from colm_scale.distributed.group import Group, PeerFailed
 from colm_scale.engines import tensors
@@ -80,6 +71,7 @@ from colm_scale.step.preview import preview
 from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.step import CoresetStep
 from support.families import base_model
+from support.ranks import join, launch_ranks
 from support.spies import EngineSpy, EstimatorSpy, FillSpy, WholeOnDevice, whole_weights
 from support.state import changed, leaves, random_states
 
@@ -738,17 +730,8 @@ def _caught(found: dict, what: str):
 
 
 def work(rank: int, world_size: int, port: int, jobs: dict[str, tuple[str, str]], folder: str) -> None:
-    """Main function of each process; a single rank runs without a launcher."""
-    torch.set_num_threads(1)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    if world_size > 1:
-        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
-        os.environ |= {name: str(value) for name, value in place.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        # Graphs are traced under every engine; that a compiler keeps what they compute is tested on one process.
-        torch.compile = functools.partial(torch.compile, backend="eager")
-    group = connect()
-    gc.freeze()
+    """Main function of each process."""
+    group = join(rank, world_size, port)
     results = {"cases": {name: run_case(CASES[case], engine, group) for name, (engine, case) in jobs.items()}}
     if world_size > 1:
         results["faults"] = run_faults(group)
@@ -757,27 +740,6 @@ def work(rank: int, world_size: int, port: int, jobs: dict[str, tuple[str, str]]
 
 
 def launch(world_size: int, jobs: dict[str, tuple[str, str]], folder: Path, timeout_seconds: float = 300) -> list[dict]:
-    """Run ``{name: (engine, case)}`` in turn on ``world_size`` new processes; returns the results of each rank.
-
-    The processes are forked from a server that has imported this module. A failure of one ends them all.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.get_context("forkserver").set_forkserver_preload([__name__])
-    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
-        forkserver.ensure_running()  # does nothing if it does
-    arguments = (world_size, port, jobs, str(folder))
-    context = mp.start_processes(work, arguments, nprocs=world_size, join=False, start_method="forkserver")
-    deadline = time.monotonic() + timeout_seconds
-    while not context.join(max(0, deadline - time.monotonic())):  # returns whenever a process has ended
-        if time.monotonic() > deadline:
-            _stop(context)
-            raise TimeoutError(f"{world_size} ranks did not end {[*jobs]} within {timeout_seconds} seconds")
+    """Run ``{name: (engine, case)}`` in turn on ``world_size`` new processes; returns the results of each rank."""
+    launch_ranks(work, world_size, jobs, folder, timeout_seconds)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
-
-
-def _stop(context) -> None:
-    for process in context.processes:
-        process.kill()
-        process.join()

@@ -144,6 +144,29 @@ def test_calls_that_a_template_does_not_write_are_left_out():
     assert rendered(plain, messages).left_out == ("messages[1].tool_calls",)
 
 
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "{{ m.content or '' }}{{ '[' + c.function.arguments + ']' }}",
+        "{{ m.content or '' }}[{{ c.function.arguments }}]",
+        "{{ m.content or '' }}[{{ c.function.arguments | tojson }}]",
+        "{% if m.content is none %}{{ '[' + c.function.arguments + ']' }}{% else %}{{ m.content }}"
+        "{% if m.content %}[{{ c.function.arguments }}]{% endif %}{% endif %}",
+    ],
+    ids=["joined", "written", "as JSON", "only without a content"],
+)
+def test_arguments_of_calls_are_json_however_a_template_reads_them(said, content):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}"
+        f"{said}{{% endfor %}}{{% else %}}{{{{ m.content }}}}{{% endif %}}<end>{{% endfor %}}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"function": {"name": "lookup", "arguments": {"city": "Tromsø", "near": None}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
+    assert learned(template, messages) == [f'lookup{content or ""}[{{"city": "Tromsø", "near": null}}]<end>']
+
+
 def test_an_answer_of_a_tool_inside_the_assistants_turn_is_refused():
     template = (
         "{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% if loop.nextitem is defined "

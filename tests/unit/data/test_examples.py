@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from colm_scale.config import DataConfig
 from colm_scale.data.builtin import builtin_as_rows
@@ -167,6 +168,25 @@ def test_a_turn_without_an_end_ends_in_the_special_token_that_begins_the_next():
     tokenizer.chat_template = marked.replace("<|{{ m.role }}|>", "<|user|>")
     marked_turns = tokenise([chat(("assistant", "b"), ("assistant", "c"))], tokenizer, CONFIG, 200)
     assert pieces(marked_turns, tokenizer)[1:3] == [("b", True), ("<|user|>", False)]
+
+
+def test_an_end_of_turn_at_which_the_model_does_not_stop_is_counted(tmp_path):
+    template = APPENDING.replace("<end>", "<|im_end|>")
+    tokenizer = character_tokenizer(chat_template=template)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    rows = [chat(("user", "a"), ("assistant", "b"))]
+    tokenizer.save_pretrained(tmp_path)
+
+    def no_end(*stops: int) -> dict[str, int]:
+        folder = tmp_path / str(len(stops))
+        shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("[0-9]"))
+        if stops:
+            GenerationConfig(eos_token_id=list(stops)).save_pretrained(folder)
+        return tokenise(rows, AutoTokenizer.from_pretrained(folder), CONFIG, 100).no_end
+
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert no_end() == no_end(tokenizer.eos_token_id, end) == {}
+    assert no_end(tokenizer.eos_token_id) == {"s": 1}
 
 
 def test_what_follows_the_last_answer_is_there_but_not_learned():

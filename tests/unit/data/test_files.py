@@ -70,6 +70,16 @@ def test_a_damaged_compressed_file_is_named():
         read_rows(["a.parquet.gz"], DataConfig())
 
 
+def test_a_compressed_file_whose_name_does_not_say_so():
+    for name, content, suffix in (
+        ("a.jsonl", gzip.compress(ROWS), ".gz"),
+        ("b.csv", pa.compress(ROWS, codec="zstd", asbytes=True), ".zst"),
+    ):
+        Path(name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{name} line 1 is not UTF-8 .* so its name must end in {suffix}$"):
+            read_rows([name], DataConfig())
+
+
 def test_a_long_cell_in_csv():
     Path("a.csv").write_text(f"text\n{'x' * 300_000}\n")
     assert len(read_rows(["a.csv"], DataConfig())[0].completion) == 300_000

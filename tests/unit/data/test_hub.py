@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -108,11 +109,23 @@ def test_an_unknown_split_is_named_with_those_there_are():
     assert "['train', 'test']" in message
 
 
+def test_configurations_in_the_cache_are_found_without_a_hub():
+    data_set("main", "extra")
+    for config in ("main", "extra"):
+        datasets.load_dataset("org/set", config)
+    shutil.rmtree("org")
+    Path("cache/set").rename("cache/org___set")
+    hub._configurations.cache_clear()
+    sources = [row.source for row in read_rows(["org/set:main:test", "org/set:extra"], DataConfig())]
+    assert sources == ["org/set:main", "org/set:extra"]
+    assert error_of("org/set:mian:test").endswith("did you mean org/set:main:test? It has extra, main")
+
+
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     for offline in (datasets.config, constants):
         monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
-    hub._hub_answers.cache_clear()
+    hub.hub_answers.cache_clear()
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits to try again"))
     message = error_of("org/none:main:test")
     assert message.startswith("org/none is not a file or folder here, and cannot be loaded from the hub")
@@ -124,6 +137,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     "spec", ["./data/set", "./set", "../set", "/data/set", "a/b/c", "data/set.ndjson", "org/set::"]
 )
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(spec, monkeypatch):
-    monkeypatch.setattr(hub, "_hub_answers", lambda: pytest.fail("it asks the hub"))
+    monkeypatch.setattr(hub, "hub_answers", lambda: pytest.fail("it asks the hub"))
     with pytest.raises(UserError, match="is neither a file"):
         files_of(spec)

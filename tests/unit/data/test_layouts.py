@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -167,8 +168,13 @@ def test_nan_is_missing_in_every_format():
     Path("a.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "b", "source": NaN}\n')
     table = pa.table({"instruction": ["a"], "input": [float("nan")], "output": ["b"], "source": [float("nan")]})
     pq.write_table(table, "b.parquet")
-    rows = read_rows(["a.jsonl", "b.parquet"], DataConfig())
-    assert [(row.prompt, row.completion, row.source) for row in rows] == [("a\n", "b", "a"), ("a\n", "b", "b")]
+    Path("c.csv").write_text("instruction,input,output,source\na,nan,b,NaN\n")
+    sheet = openpyxl.Workbook()
+    for cells in (["instruction", "input", "output"], ["a", "nan", "b"]):
+        sheet.active.append(cells)
+    sheet.save("d.xlsx")
+    rows = read_rows(["a.jsonl", "b.parquet", "c.csv", "d.xlsx"], DataConfig())
+    assert [(row.prompt, row.completion, row.source) for row in rows] == [("a\n", "b", source) for source in "abcd"]
     pq.write_table(pa.table({"instruction": ["a"], "output": [float("nan")]}), "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet row 1: 'output' is null"):
         read_rows(["b.parquet"], DataConfig())

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from support.families import FAMILIES, adapted_model, base_model, batch_of, with_adapters
+from support.zoo import ZOO
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -14,7 +15,7 @@ from colm_scale.modeling.attention import PACKED, PACKED_SDPA
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import Tried, check_flash, use_packing
-from colm_scale.modeling.probe import kinds_of_blocks
+from colm_scale.modeling.probe import copy_of_blocks, kinds_of_blocks
 from colm_scale.records import Batch
 from colm_scale.sketch.precision import without_flash_attention
 
@@ -60,6 +61,14 @@ def test_a_sliding_window_is_kept(family, window):
     if window == 3:
         wide = ExampleLoss(adapted_model(family, sliding_window=64))(batch_of(LENGTHS))
         assert not torch.allclose(wide, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("window", [3, 4096])
+def test_a_sliding_window_that_only_the_masks_know_is_found_out(window):
+    model = base_model("phimoe", num_local_experts=4, sliding_window=window)
+    assert use_packing(model, "auto", CPU) == Tried("PhimoeForCausalLM computes something else with packed rows")
+    assert model.config.sliding_window == window
+    assert use_packing(base_model("phimoe", num_local_experts=4, sliding_window=None), "auto", CPU) == Tried()
 
 
 def test_examples_of_one_length_are_not_laid_apart(monkeypatch):
@@ -323,3 +332,20 @@ def test_without_flash_attention_rows_stay_packed(monkeypatch):
     with without_flash_attention(module):
         assert torch.equal(module(batch), expected)
     assert module.causal_model.config._attn_implementation == PACKED
+
+
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1", "jamba"])
+def test_blocks_whose_types_the_configuration_computes_are_tried_out_too(family):
+    """Jamba's blocks are of two classes besides, so its list is one of several types."""
+    model = base_model(family, **ZOO[family].options)
+    reason = use_packing(model, "auto", CPU).padded_because
+    assert reason == f"in packed rows, the examples of {type(model).__name__} see each other"
+
+
+def test_a_copy_of_blocks_computes_with_their_own_types():
+    """Bamba's second block is one of attention, wherever it stands."""
+    model = base_model("bamba", **ZOO["bamba"].options)
+    alone = copy_of_blocks(model, [1])
+    assert alone.config.layer_types == ["full_attention", "linear_attention"]
+    assert model.config.layer_types == ["linear_attention", "full_attention"]
+    assert type(alone.model.layers[0]) is type(model.model.layers[1])

@@ -3,12 +3,21 @@ from __future__ import annotations
 import pytest
 import torch
 from support.families import BLOCKS, FAMILIES, HEAD_DIM, HIDDEN, PROBES, ROWS, base_model
+from support.zoo import ZOO
 from torch import nn
 
 from colm_scale.config import ModelConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.load import load_model
-from colm_scale.modeling.probe import decoder_blocks, find_probe, last_block_alone, linear_layers, without_dropout
+from colm_scale.modeling.probe import (
+    decoder_blocks,
+    find_probe,
+    last_block_alone,
+    linear_layers,
+    sample_of,
+    sample_of_model,
+    without_dropout,
+)
 from colm_scale.modeling.roles import find_role
 
 
@@ -146,7 +155,7 @@ def test_a_model_without_blocks_is_refused():
         decoder_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_the_blocks_are_the_largest_list_of_like_modules():
+def test_the_blocks_are_the_largest_list():
     model = base_model("llama")
     model.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     name, blocks = decoder_blocks(model)
@@ -193,3 +202,25 @@ def test_layers_that_reach_no_later_token_are_tried_once():
         find_role(model, linears, "v")
     # Once unchanged and once changed in all chunks of each of 7 layers; then K and V, two heads each, in two sizes.
     assert sorted(rows) == [1] * 8 + [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("llama", ["LlamaDecoderLayer"]),
+        ("qwen3_next", ["linear_attention", "full_attention"]),
+        ("lfm2", ["conv", "full_attention"]),
+        ("bamba", ["linear_attention", "full_attention"]),
+        ("jamba", ["JambaMambaDecoderLayer", "JambaAttentionDecoderLayer"]),
+    ],
+)
+def test_a_sample_has_a_block_of_each_kind_and_the_last_one_at_its_end(family, kinds):
+    """Plans and trainers look for the probe there; many hybrids begin with a block that has no attention."""
+    config = base_model(family, **ZOO[family].options).config
+    sample = sample_of(config)
+    blocks = decoder_blocks(sample)[1]
+    found = [type(block).__name__ for block in blocks]
+    assert kinds in (found, (getattr(sample.config, "layer_types", None) or [])[: len(blocks)])
+    assert find_probe(sample).layer.startswith(f"{decoder_blocks(sample)[0]}.{len(kinds) - 1}.")
+    of_model = sample_of_model(base_model(family, **ZOO[family].options), "sdpa")
+    assert find_probe(of_model).layer == find_probe(sample).layer

@@ -9,6 +9,7 @@ import gc
 import pytest
 import torch
 from support.families import base_model, batch_of
+from support.zoo import ZOO
 
 from colm_scale.config import FsdpConfig, LoraConfig, ModelConfig, RunConfig, SelectionConfig, TrainConfig
 from colm_scale.config.commands import PlanConfig
@@ -340,3 +341,11 @@ def test_weights_in_4_bits_are_planned_as_they_are_packed():
     two = peaks(config, {}, fake, 2, Batches([LENGTHS], [LENGTHS]))
     assert two.engine.weights == pytest.approx((packed + others) / 2, rel=0.02)
     assert two.phases["train"] > two.phases["optimizer"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", pytest.param("bamba", marks=SLOW), pytest.param("jamba", marks=SLOW)])
+def test_hybrids_that_begin_with_a_block_without_attention_are_planned(family):
+    of = base_model(family, **ZOO[family].options).config
+    found = make_plan(config_of(train={"packing": "off"}), PlanConfig(tokens=20), of)
+    assert found.peaks.phases["train"] > found.peaks.engine.weights
+    assert make_plan(config_of(), PlanConfig(tokens=20), of).peaks == found.peaks, "packing is tried on every kind"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
+from transformers import MixtralConfig
 
-from colm_scale.config import RunConfig, SelectionConfig, TrainConfig
-from colm_scale.run.banner import kept_lines, start_line, update_lines
+from colm_scale.config import LoraConfig, RunConfig, SelectionConfig, TrainConfig
+from colm_scale.run.banner import continued_lines, kept_lines, router_lines, start_line, update_lines
 
 NAMES = ("a", "b", "c")
 SIZES = torch.tensor([10, 60, 30])
@@ -59,3 +61,23 @@ def test_updates_that_are_nothing_but_a_sign_are_told(optimizer, method, estimat
 def test_the_start_is_told_by_part():
     line = start_line({"process": 3.04, "data": 0.5, "model": 2.0})
     assert line == "started in 5.5 s: process 3.0, data 0.5, model 2.0"
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_auxiliary_loss_that_is_left_out_is_named(asked):
+    lines = router_lines(MixtralConfig(output_router_logits=asked))
+    assert ["output_router_logits" in line for line in lines] == [True] * asked
+
+
+def test_options_that_an_adapter_decides_are_named_if_they_differ(tmp_path):
+    own = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["v_proj", "q_proj"])
+    own.save_pretrained(tmp_path)
+    assert continued_lines(LoraConfig(rank=4)) == continued_lines(LoraConfig(adapter=str(tmp_path))) == []
+    same = LoraConfig(adapter=str(tmp_path), rank=4, alpha=8, dropout=0.1, targets=["v_proj", "q_proj"])
+    assert continued_lines(same) == []
+    other = LoraConfig(adapter=str(tmp_path), rank=64, dropout=0.3, targets=["q_proj"])
+    assert [line.removeprefix("warning: --lora.").split(f": {tmp_path}") for line in continued_lines(other)] == [
+        ["rank 64 has no effect", " goes on with its own, 4"],
+        ["dropout 0.3 has no effect", " goes on with its own, 0.1"],
+        ["targets ['q_proj'] has no effect", " goes on with its own, ['q_proj', 'v_proj']"],
+    ]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from colm_scale.cli.main import main
+from colm_scale.config import DataConfig, ModelConfig
+from colm_scale.data.examples import tokenise
+from colm_scale.data.readers import read_rows
+from colm_scale.modeling.load import load_tokenizer
 
 CHAT = [
     {"role": "user", "content": "2+2?"},
@@ -58,6 +63,31 @@ def test_rows_of_each_source_and_the_counts_of_all(capsys):
     table = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
     assert table == [["s", "2", "8", "4", "0", "0", "0", "0"], ["t", "2", "4", "2", "1", "0", "0", "0"]]
     assert "a.jsonl: columns not read: 'note' (3 rows)" in out
+    _, error = shown(capsys, "--json", "--data.train", name, "--data.max_length", "20")
+    assert error.splitlines() == [
+        "a.jsonl: columns not read: 'note' (3 rows)",
+        "training examples too long or without anything to learn, dropped: 1 (t 1)",
+    ]
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_the_counts_are_those_of_a_run(capsys, overlong):
+    off = [{**turn, "weight": 0} for turn in CHAT]
+    chats = [{"messages": chat, "source": "s"} for chat in (CHAT, off, CHAT * 3)]
+    name = written(*chats, {"prompt": "<bos>a", "completion": "b<eos>", "source": "t"}, {"text": "c", "source": "t"})
+    longest = ["--data.max_length", "40", "--data.overlong", overlong]
+    out, _ = shown(capsys, "--data.train", name, *longest)
+    table = [line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")]
+    config = DataConfig(train=[name], overlong=overlong)
+    examples = tokenise(read_rows([name], config), load_tokenizer(ModelConfig()), config, 40)
+    learned = [int(examples.labelled[a:b].sum()) for a, b in pairwise(examples.offsets.tolist())]
+    for source, (word, rows, tokens, labels, *remarks) in enumerate(table):
+        assert word == examples.source_names[source]
+        mine = (examples.sources == source).nonzero().flatten().tolist()
+        assert int(rows) == len(mine) + examples.dropped.get(word, 0)
+        assert int(tokens) == int(examples.lengths[mine].sum())
+        assert int(labels) == sum(learned[at] for at in mine)
+        assert [int(count) for count in remarks] == [found.get(word, 0) for found in examples.counts.values()]
 
 
 def test_what_a_run_refuses_is_refused(capsys):
