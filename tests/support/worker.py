@@ -471,7 +471,7 @@ def _row(report) -> dict:
         "norm": report.gradient_norm,
         "applied": report.applied,
         "loss_scale": report.loss_scale,
-        "telemetry": report.telemetry,
+        "telemetry": report.telemetry | report.noise,
         "padding": report.padding_share,
     }
 
