@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from support import worker
+from support import cases as known
 
-CASES = tuple(f"{family}_files" for family in worker.SEEING)
+CASES = tuple(f"{family}_files" for family in known.SEEING)
 PAIRS = [(engine, case) for engine in ("auto", "zero2", "zero3", "fsdp") for case in CASES]
 
 
