@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from colm_scale.config import LoraConfig
+from colm_scale.config import EXPERTS, LoraConfig
 from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.adapter_linear import compute_in_input_type
 from colm_scale.modeling.targets import (
@@ -20,6 +20,8 @@ from colm_scale.modeling.targets import (
     block_layers,
     check_targets,
     default_targets,
+    is_of_experts,
+    parameters_of,
     wanted_layers,
 )
 from colm_scale.randomness import global_draws
@@ -68,6 +70,8 @@ def check_trained_further(config: LoraConfig) -> None:
     found = PeftConfig.from_pretrained(name)
     for key, what in _TRAINED_WHOLE.items():
         value = getattr(found, key, None)
+        if key == "target_parameters":
+            value = [parameter for parameter in value or () if not is_of_experts(parameter)]
         if value and value != "none":
             raise UserError(
                 f"--lora.adapter {name} also trains {what} ({key}: {value}), and only LoRA matrices of linear layers "
@@ -121,14 +125,15 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
-        target_modules=targets,
+        target_modules=[target for target in targets if target != EXPERTS],
+        target_parameters=parameters_of(model, targets) or None,
         task_type="CAUSAL_LM",
     )
     try:
         adapted = get_peft_model(model, peft_config)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"--lora.targets {targets}: peft refuses them: {one_line(error, lines=2)}") from None
-    found = adapted_layers(adapted)
+    found = adapted_layers(adapted).keys()
     if found != wanted:  # peft exchanges names of layers that experts have too
         raise UserError(
             f"--lora.targets {targets}: peft would adapt {', '.join(sorted(found - wanted)) or 'nothing'} instead of "

@@ -11,7 +11,8 @@ import re
 import pytest
 import torch
 from support import worker
-from support.worker import RATE, STEPS
+from support.cases import STEPS
+from support.worker import RATE
 
 BASIC = ("last_layer_with_floor", "broken")
 ALL = (*BASIC, "zeroth_order_1", "clipped", "checkpointed", "starved")

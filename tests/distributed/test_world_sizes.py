@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import worker
+from support.cases import STEPS, D
 from support.families import labels_of
-from support.worker import RATE, STEPS, D
+from support.worker import RATE
 
 from colm_scale.data.batching import collate
 from colm_scale.records import CandidateMatrix, Candidates

@@ -78,6 +78,29 @@ def test_several_calls_in_sharegpt_and_a_thought_before_a_call():
     )
 
 
+def test_calls_and_their_answers_in_other_words():
+    call = {"name": "lookup", "arguments": {"city": "Oslo"}}
+    chats = (
+        [
+            {"role": "tool_call", "content": json.dumps(call), "loss": False},
+            {"role": "tool_response", "content": "3 C"},
+        ],
+        [{"role": "assistant", "content": None, "function_call": call}, {"role": "function", "content": "3 C"}],
+    )
+    for number, chat in enumerate(chats):
+        calling, answer = row_of({"messages": [*chat, {"role": "assistant", "content": "a"}]}).messages[:2]
+        assert calling.more == {"tool_calls": [{"type": "function", "function": call}]}
+        assert (calling.learned, answer) == (number == 1, Message("tool", "3 C"))
+
+
+def test_a_thought_under_several_names():
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "", "thinking": "b"}
+    assert row_of({"messages": [turn]}).messages[0].more == {"reasoning_content": "b"}
+    assert row_of({"messages": [turn | {"reasoning": "b"}]}).messages[0].more == {"reasoning_content": "b"}
+    message = error_of({"messages": [turn | {"reasoning": "c"}]})
+    assert message == "a.jsonl line 1: messages[0] has different thinking and reasoning: leave one of them out"
+
+
 @pytest.mark.parametrize("key", ["train", "training", "loss", "weight"])
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", "false", "False"])
 def test_marks_of_turns_that_are_not_learned(key, value):
@@ -185,6 +208,7 @@ def test_nan_is_missing_in_every_format():
     [
         ({"weight": 0.5}, "'messages[0].weight' is 0.5, but must be 1"),
         ({"train": "no"}, "'messages[0].train' is \"no\", but must be 1"),
+        ({"role": ["assistant"]}, 'the role of messages[0] is ["assistant"], but must be one of'),
         ({"tool_calls": "lookup"}, "'messages[0].tool_calls' is \"lookup\", but must be a list of calls"),
         ({"tool_calls": [{"id": "c1"}]}, "'messages[0].tool_calls' has a call without the name of a function"),
         ({"content": [{"type": "image", "url": "u"}]}, "'messages[0].content' has a part of type \"image\""),
