@@ -5,12 +5,13 @@ python -m torch.distributed.run --nproc_per_node 2 benchmarks/step_time.py --mod
 python benchmarks/step_time.py --models Phi-2 --cut 1 -- --train.dtype bfloat16         in full, on a GPU
 python benchmarks/step_time.py -- --data.train FILE --train.packing off
 python benchmarks/step_time.py --compile --models Phi-2 --arms last_layer stratified
+python benchmarks/step_time.py --noise --models built-in --arms last_layer stratified --rounds 20
 
 The bare floor is a forward of the sketched examples, then forward, backward and optimizer of the coreset, on the step's
 own tokens; the estimator floor adds only the estimator's work to that forward. Published models have random weights and
 are reduced: widths and vocabulary divided by --cut, --blocks blocks. Options after -- go to the product. Rows are
 appended to benchmarks/results/step_time.jsonl; --label names a change. --compile compares steps with and without
---train.compile true, in turn.
+--train.compile true, in turn; --noise measures the share of a step that the noise scale costs, on a CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import models
 import rows
@@ -44,6 +46,7 @@ from colm_scale.run.inputs import read_inputs
 from colm_scale.run.prepare import resolve
 from colm_scale.sketch import zeroth_order
 from colm_scale.sketch.tap import Tap
+from colm_scale.step import measure as measurement
 
 BUILT_IN = "built-in"
 CHECKPOINTED = ("--train.activation_checkpointing", "true", "--train.forward_reuse", "off")
@@ -149,6 +152,52 @@ def measure_compiled(options: list[str], group: Group, rounds: int) -> dict[str,
     }
 
 
+def measure_noise(options: list[str], group: Group, rounds: int) -> dict[str, object]:
+    """CPU seconds of a step, and the share of them that reads the gradients' noise."""
+    step, _, module, digest = prepare(options, group)
+    meter, spent = step.train.noise, [0.0]
+
+    def timed(function: Callable) -> Callable:
+        def call(*args, **keywords):
+            started = time.process_time()
+            found = function(*args, **keywords)
+            spent[0] += time.process_time() - started
+            return found
+
+        return call
+
+    for name in ("begin", "_keep", "joined", "gathered"):
+        setattr(meter, name, timed(getattr(meter, name)))
+    seconds, shares = [], []
+    with mock.patch.object(measurement, "gradient_noise", timed(measurement.gradient_noise)):
+        for number in range(1, rounds + 2):
+            spent[0], started = 0.0, time.process_time()
+            step(number, RATE)
+            seconds.append(time.process_time() - started)
+            shares.append(spent[0] / seconds[-1])
+    return {
+        "blocks": module.causal_model.config.num_hidden_layers,
+        "parameters": module.causal_model.num_parameters(),
+        "data": digest,
+        "seconds": runs.quantiles(seconds[1:]),  # the first warms up
+        "noise_over_step": runs.quantiles(shares[1:]),
+    }
+
+
+def noise_table() -> str:
+    """Cost of measuring the noise of the gradient."""
+    lines = ["| model | arm | CPU s per step | of it for the noise (p20 to p80) |", "|---|---|---:|---:|"]
+    found = {(row["model"], row["arm"]): row for row in rows.read("step_time") if "noise_over_step" in row}
+    for row in found.values():
+        name = row["model"] if row["cut"] == 1 else f"{row['model']} / {row['cut']}"
+        share = row["noise_over_step"]
+        lines.append(
+            f"| {name}, {row['blocks']} blocks | {row['arm']} | {row['seconds']['p50']:.2f} | {share['p50']:.2%} "
+            f"({share['p20']:.2%} to {share['p80']:.2%}) |"
+        )
+    return "\n".join(lines)
+
+
 def compiled_table() -> str:
     """Effect of compiling the blocks."""
     lines = [
@@ -170,7 +219,7 @@ def last_rows() -> list[dict]:
     """The last measurement of each."""
     found = {}
     for row in rows.read("step_time"):
-        if "graphs" in row:
+        if "over_bare" not in row:
             continue
         found[row["model"], row["ranks"], row["label"], "--ds_config" in row["options"], row["arm"]] = row
     return list(found.values())
@@ -214,7 +263,7 @@ def _ratio(of: dict[str, float]) -> str:
     return f"{of['p50']:.2f} ({of['p20']:.2f} to {of['p80']:.2f})"
 
 
-TABLES = {"step time": table, "phases": changes, "compiled": compiled_table}
+TABLES = {"step time": table, "phases": changes, "compiled": compiled_table, "noise cost": noise_table}
 
 
 @contextmanager
@@ -238,6 +287,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="compare compiled and plain blocks")
+    parser.add_argument("--noise", action="store_true", help="measure the cost of the noise scale")
     parser.add_argument("--label", default="", help="name of a change, for comparisons between rows")
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
@@ -247,7 +297,7 @@ def main() -> None:
     for name in given.models:
         with named(name, given.cut, given.blocks) as model:
             for arm in given.arms:
-                measured = measure_compiled if given.compile else measure
+                measured = measure_compiled if given.compile else measure_noise if given.noise else measure
                 found = measured([*QUIET, *model, *ARMS[arm], *options], group, given.rounds)
                 if not group.is_first:
                     continue

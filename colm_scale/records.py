@@ -353,6 +353,10 @@ class StepReport:
     loss_scale: float = 1.0
     telemetry: dict[str, float] = field(default_factory=dict)
     """Figures of the selection, by name (`colm_scale.selection.telemetry`)."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """Noise and signal of the gradient, by name (`colm_scale.step.noise`)."""
+    source_noise: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    """``[Q', 2]`` variance and squared mean of the gradients of each source up to the last; nan where unknown."""
     gradient_bytes: int = 0
     """Bytes of gradients that each rank passed to the engine's reductions; 0 if another library trains."""
     floor: float | None = None

@@ -22,6 +22,8 @@ from colm_scale.config.selection import SelectionConfig as SelectionConfig  # im
 from colm_scale.errors import UserError
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+EXPERTS = "experts"
+"""The target of adapters that stands for the weights of routed experts."""
 OptimizerName = Literal["adamw", "sgd", "lion", "adafactor", "muon"]
 
 
@@ -57,7 +59,8 @@ class LoraConfig:
     """Dropout before every adapter in training; sketches use none."""
     targets: list[str] | None = None
     """Names of the linear layers that get adapters. Default: every linear layer of the blocks; in a mixture of experts
-    those outside the feed-forward layers, in Mamba layers not the output. The run prints which layers have adapters."""
+    those outside the feed-forward layers, in Mamba layers not the output. The name experts stands for the weights of
+    the routed experts: each expert gets an adapter of that rank. The run prints which layers have adapters."""
     adapter: str | None = None
     """Folder or hub id of an existing adapter to start from; its own rank, alpha and targets are used."""
 
@@ -65,6 +68,11 @@ class LoraConfig:
         require_least(self, "lora.", rank=1)
         require_positive(self, "lora.", "alpha")
         require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "in [0, 1)")
+        if self.dropout and EXPERTS in (self.targets or ()):
+            raise UserError(
+                f"--lora.dropout {self.dropout} has no place before adapters on {EXPERTS} (--lora.targets), which are "
+                "added to the weights: leave one out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,7 +175,7 @@ def tokenise(
 def none_left(rows: int, max_length: int) -> str:
     return (
         f"none of the {rows} examples can be used: the longest allowed length is {max_length} tokens "
-        "(--data.max_length, or the model's context)"
+        "(--data.max_length, or the model's context), and within it something must be marked to be learned"
     )
 
 

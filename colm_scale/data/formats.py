@@ -29,6 +29,8 @@ _SHEET_ROWS = 1_048_576
 _UNPACKED_BYTES, _EXPANSION = 2**26, 100
 """Refuse an archive that unpacks to more than this many bytes and also more than this many times its own size: the XML
 of a real spreadsheet shrinks to a tenth or a twentieth, that of a zip bomb to a thousandth."""
+_NAN = ("nan", "NaN")
+"""What libraries write for a missing number into formats without types."""
 _AS_UTF8 = "save the file as UTF-8"
 _OTHER_CONTENT = {
     b"\x1f\x8b": "it is compressed with gzip, so its name must end in .gz",
@@ -246,7 +248,7 @@ def _table(lines: Iterator[tuple[str, list[Any]]]) -> Iterator[Record]:
     for where, cells in lines:
         if len(cells) < len(header) or any(cell != "" for cell in cells[len(header) :]):
             raise UserError(f"{where} has {len(cells)} cells, but {len(header)} columns are named")
-        yield Record(where, dict(zip(header, cells)))
+        yield Record(where, {name: None if cell in _NAN else cell for name, cell in zip(header, cells)})
 
 
 def _check_names(names: Sequence[Any], where: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from colm_scale.errors import UserError
@@ -99,8 +100,23 @@ def _configurations(name: str) -> tuple[tuple[str, ...], str]:
     import datasets
 
     with _without_retries():
+        if datasets.config.HF_HUB_OFFLINE and not Path(name).is_dir():
+            configs = _cached_configurations(name)
+            return configs, configs[0] if len(configs) == 1 else ""
         configs = tuple(datasets.get_dataset_config_names(name))
         return configs, datasets.get_dataset_default_config_name(name) or ""
+
+
+def _cached_configurations(name: str) -> tuple[str, ...]:
+    """List the configurations in the library's cache. Raises FileNotFoundError if there are none."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    organisation, own = name.split("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{organisation}___{camelcase_to_snakecase(own)}"
+    if not (found := tuple(sorted(path.name for path in folder.glob("*") if path.is_dir()))):
+        raise FileNotFoundError(folder)
+    return found
 
 
 def _splits(name: str, config: str) -> list[str]:

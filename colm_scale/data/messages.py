@@ -16,19 +16,16 @@ from colm_scale.data.formats import as_flag, is_missing, shown
 from colm_scale.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "system": "system",
+_CALLS = ("function_call", "tool_call")
+"""Roles of a turn that consists of calls of tools."""
+_OTHER_ROLES = {
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
-    "assistant": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
+    **dict.fromkeys(_CALLS, "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of what an assistant thought before it spoke. Templates get the first one."""
+"""Names of what an assistant thought before it spoke. Templates get the first name."""
 _LEARNED = ("train", "training", "loss", "weight")
 """Names of marks that say whether a turn is learned."""
 _THOUGHT_AND_CALL = re.compile(r"(.*</think>)\s*([\[{].*)", re.DOTALL)
@@ -102,14 +99,11 @@ def _message(turn: Any, name: str, where: str, learned: bool) -> Message:
     if not isinstance(turn, dict):
         raise UserError(f"{where}: {name} is {shown(turn)}, but must be an object with role and content")
     keys = {key: value for key, value in turn.items() if not is_missing(value)}  # as if they were not there
-    if "role" in keys or "from" not in keys:
-        role, content = keys.pop("role", None), keys.pop("content", "")
-        calls = keys.pop("function_call", None)
-    else:
-        written = keys.pop("from")
-        role, content, calls = _SHAREGPT_ROLES.get(written, written), keys.pop("value", ""), None
-        if written == "function_call":
-            content, calls = _thought_and_calls(content)
+    speaker, said = ("role", "content") if "role" in keys or "from" not in keys else ("from", "value")
+    written, content, calls = keys.pop(speaker, None), keys.pop(said, ""), keys.pop("function_call", None)
+    role = _OTHER_ROLES.get(written, written) if isinstance(written, str) else written
+    if written in _CALLS:
+        content, calls = _thought_and_calls(content)
     if role not in ROLES:
         raise UserError(f"{where}: the role of {name} is {shown(role)}, but must be one of {', '.join(ROLES)}")
     learned = _learned(keys, name, where, learned)
@@ -152,9 +146,12 @@ def _thought_and_calls(value: Any) -> tuple[Any, Any]:
 
 def _more(keys: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     """Bring the other keys into the form that templates read."""
-    reasoning = [keys.pop(key) for key in _REASONING if key in keys]
-    if reasoning:
-        keys["reasoning_content"] = "\n".join(_parts(reasoning[0], f"{name}.{_REASONING[0]}", where))
+    found = {key: "\n".join(_parts(keys.pop(key), f"{name}.{key}", where)) for key in _REASONING if key in keys}
+    thoughts = {key: text for key, text in found.items() if text.strip()}
+    if len(set(thoughts.values())) > 1:
+        raise UserError(f"{where}: {name} has different {' and '.join(thoughts)}: leave one of them out")
+    if thoughts:
+        keys["reasoning_content"] = next(iter(thoughts.values()))
     if "tool_calls" in keys:
         keys["tool_calls"] = _calls(keys["tool_calls"], f"{name}.tool_calls", where)
     return {key: value for key, value in keys.items() if value not in ("", [], {})}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from colm_scale.config import TrainConfig
+from colm_scale.config import EXPERTS, TrainConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import (
     WEIGHT,
@@ -26,8 +26,10 @@ from colm_scale.engines.base import (
 from colm_scale.engines.ds_config import zero_stage
 from colm_scale.engines.fsdp import units
 from colm_scale.engines.tensors import all_have_room, local_tensors
+from colm_scale.errors import UserError
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.targets import adapted_layers
 from colm_scale.modeling.weights import WHOLE, Weights
 from colm_scale.records import Batch, Json
 
@@ -53,6 +55,7 @@ class ZeroEngine(Engine):
         self._stage = zero_stage(ds_config)
         self.is_sharded = self._stage > 0
         if self._stage == 3:
+            _check_adapters(module)
             _shard(module, ds_config, group, weights)
         super().__init__(module, config, group.world_size)
         self._engine, *_ = deepspeed.initialize(
@@ -202,6 +205,16 @@ class ZeroEngine(Engine):
         super()._begin_state()
         if self._stage in (1, 2):  # DeepSpeed finds the state of each adapter in that of the partition
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _check_adapters(module: ExampleLoss) -> None:
+    """Check that ZeRO-3 can gather the weights with adapters.
+
+    Raises:
+        UserError: Some are experts'. They are read outside the modules that hold them, where nothing gathers them.
+    """
+    if any(adapted_layers(module.model).values()):
+        raise UserError(f"ZeRO-3 (--ds_config) cannot train adapters on {EXPERTS}: use --engine fsdp, or zero2")
 
 
 def _shard(module: ExampleLoss, ds_config: Json, group: Group, weights: Weights) -> None:

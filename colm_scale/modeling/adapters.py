@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from colm_scale.config import LoraConfig
+from colm_scale.config import EXPERTS, LoraConfig
 from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.adapter_linear import compute_in_input_type
+from colm_scale.modeling.multimodal import not_loaded, within
 from colm_scale.modeling.targets import (
     adapted_layers,
     block_layers,
     check_targets,
     default_targets,
+    is_of_experts,
+    parameters_of,
     wanted_layers,
 )
 from colm_scale.randomness import global_draws
@@ -68,6 +72,8 @@ def check_trained_further(config: LoraConfig) -> None:
     found = PeftConfig.from_pretrained(name)
     for key, what in _TRAINED_WHOLE.items():
         value = getattr(found, key, None)
+        if key == "target_parameters":
+            value = [parameter for parameter in value or () if not is_of_experts(parameter)]
         if value and value != "none":
             raise UserError(
                 f"--lora.adapter {name} also trains {what} ({key}: {value}), and only LoRA matrices of linear layers "
@@ -107,6 +113,10 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
     check_adapter(config)
     with global_draws(model.device, seed, "adapters"):
         adapted = _new_adapters(model, config) if config.adapter is None else _load_adapter(model, config.adapter)
+        saved = adapted.peft_config[adapted.active_adapter]
+        assert isinstance(saved, PeftLoraConfig)
+        # The whole model may have layers of the same names in the parts that are not loaded here.
+        saved.exclude_modules = saved.exclude_modules or within(not_loaded(model)) or None
         compute_in_input_type(adapted)
         return adapted.train()
 
@@ -121,14 +131,15 @@ def _new_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_rslora=config.use_rslora,
-        target_modules=targets,
+        target_modules=[target for target in targets if target != EXPERTS],
+        target_parameters=parameters_of(model, targets) or None,
         task_type="CAUSAL_LM",
     )
     try:
         adapted = get_peft_model(model, peft_config)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"--lora.targets {targets}: peft refuses them: {one_line(error, lines=2)}") from None
-    found = adapted_layers(adapted)
+    found = adapted_layers(adapted).keys()
     if found != wanted:  # peft exchanges names of layers that experts have too
         raise UserError(
             f"--lora.targets {targets}: peft would adapt {', '.join(sorted(found - wanted)) or 'nothing'} instead of "
@@ -151,6 +162,12 @@ def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
     # peft loads the weights that match and leaves the others random.
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     odd = sorted({*wanted - read, *(key for key in read - wanted if "lora_" in key)})
+    parts = not_loaded(model)
+    if any(re.fullmatch(within(parts), key) for key in odd):
+        raise UserError(
+            f"--lora.adapter {name} also adapts {', '.join(parts)}, which text never runs and which is not loaded: "
+            "merge it into its base model with peft (PeftModel.merge_and_unload), and start from the result"
+        )
     if odd:
         lacks = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
         raise UserError(f"--lora.adapter {name} does not fit this model: {lacks} {odd[0]}, the first of {len(odd)}")

@@ -67,7 +67,7 @@ class Weights:
         """Sample each frozen weight of ``model``, by its name without adapters."""
         frozen = ((name, weight) for name, weight in model.named_parameters() if not weight.requires_grad)
         # peft moves an adapted layer one level down.
-        return {name.replace(".base_layer.", "."): sample(weight.data) for name, weight in frozen}
+        return {name.replace("base_layer.", ""): sample(weight.data) for name, weight in frozen}
 
 
 WHOLE = Weights()
@@ -128,7 +128,7 @@ class FileWeights(Weights):
 
         def drawn(layer: LoraLayer, name: str, init: object) -> None:
             first, second = layer.lora_A[name], layer.lora_B[name]
-            dtype = layer.get_base_layer().get_parameter("weight").dtype
+            dtype = layer.get_base_layer().get_parameter(getattr(layer, "parameter_name", "weight")).dtype
             self._drawn[first] = partial(_drawn, torch.get_rng_state(), first.get_parameter("weight").shape, dtype)
             self._drawn[second] = partial(torch.zeros, second.get_parameter("weight").shape)
             draw(layer, name, init)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from colm_scale.records import StepReport
 from colm_scale.reporting.nearness import nearness
+from colm_scale.reporting.noise import NoiseScale
 from colm_scale.reporting.summary import Evaluation, gib
 
 _MOST_LINES = 100
@@ -51,7 +52,7 @@ class Display:
         self._live: Live | None = None
         self._total, self._every = 0, 1
         self._seconds: list[float] = []
-        self._floor = "not measured yet"
+        self._floor, self._noise = "not measured yet", NoiseScale()
 
     def __enter__(self) -> Display:
         return self
@@ -71,6 +72,7 @@ class Display:
     def step(self, report: StepReport) -> None:
         """Show a step."""
         self._seconds.append(report.seconds["step"])
+        self._noise.add(report.noise)
         if report.floor is not None:
             self._floor = f"{report.floor:.3f}"
         if self._live:
@@ -111,6 +113,7 @@ class Display:
             f"{report.seconds['step']:.3f} s ({phase_shares(report.seconds)})",
             *([] if report.floor is None else [f"step/floor {report.floor:.3f}"]),
             *nearness(report.telemetry),
+            *self._noise.recent(),
             f"peak {rank_memory(report.peak_bytes)}",
             f"left {timedelta(seconds=round(left))}",
         ]
@@ -121,7 +124,7 @@ class Display:
         for name, value in (
             ("loss", f"{report.loss:.4f}"),
             ("learning rate", f"{report.learning_rate:.2e}"),
-            ("selection", "  ".join(nearness(report.telemetry)) or "-"),
+            ("selection", "  ".join([*nearness(report.telemetry), *self._noise.recent()]) or "-"),
             ("time per step", f"{report.seconds['step']:.3f} s: {phase_shares(report.seconds)}"),
             ("step / bare floor", self._floor),
             (self._memory_label, rank_memory(report.peak_bytes)),

@@ -183,6 +183,7 @@ def metrics_row(report: StepReport) -> dict[str, object]:
         "invalid": selection.invalid,
         "overflow": selection.overflow,
         "telemetry": report.telemetry,
+        "noise": report.noise,
     }
 
 

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from colm_scale.records import Json, StepReport, long_tensor
 from colm_scale.reporting.nearness import Nearness
+from colm_scale.reporting.noise import NoiseScale
 
 _FORWARD_BACKWARD = ("sketch", "train")
 """Phases with forward and backward passes; all others are overhead or the optimizer."""
@@ -113,7 +114,7 @@ class RunSummary:
         self._exchanged: Counter[str] = Counter()
         self._peaks: dict[str, dict[str, Tensor]] = {}
         self._gradient_bytes = 0
-        self._nearness = Nearness()
+        self._nearness, self._noise = Nearness(), NoiseScale()
 
     def report(self, report: StepReport) -> None:
         """Add one step."""
@@ -135,6 +136,7 @@ class RunSummary:
         self._exchanged.update(report.exchanged_bytes)
         self._gradient_bytes += report.gradient_bytes
         self._nearness.add(report.telemetry)
+        self._noise.add(report.noise, report.source_noise)
         for kind, by_phase in report.phase_peak_bytes.items():
             so_far = self._peaks.setdefault(kind, {})
             for phase, peaks in by_phase.items():
@@ -154,6 +156,7 @@ class RunSummary:
             "gradient_bytes": self._gradient_bytes,
             "peaks": {kind: {name: of.tolist() for name, of in peaks.items()} for kind, peaks in self._peaks.items()},
             "worth": self._nearness.state(),
+            "noise": self._noise.state(),
         }
 
     def load(self, state: Json) -> None:
@@ -167,6 +170,7 @@ class RunSummary:
         self._peaks = {kind: {name: long_tensor(of) for name, of in by_phase.items()} for kind, by_phase in peaks}
         self._gradient_bytes = state.get("gradient_bytes", 0)  # older checkpoints have none
         self._nearness.load(state["worth"])
+        self._noise.load(state.get("noise", {}))
 
     @property
     def evaluated(self) -> int:
@@ -193,24 +197,25 @@ class RunSummary:
         return {phase: count / len(self._seconds) for phase, count in self._exchanged.items()}
 
     def render(self, places: Mapping[str, Path]) -> Group:
-        """All tables and the verdict on the selection.
+        """All tables, and the verdicts on the selection and on the size of a step.
 
         Args:
             places: Paths of the run's files by title, e.g. ``{"adapter": ..., "metrics": ..., "log": ...}``.
         """
-        verdict = map(Text, self._nearness.sentences())
+        verdict = map(Text, [*self._nearness.sentences(), *self._noise.sentences()])
         return Group(self.source_table(), *map(self.rank_table, self._peaks), self.closing_table(places), *verdict)
 
     def source_table(self) -> Table:
         """One row per source, including sources without training examples, then totals."""
-        remarks = self._remarks
-        table = _table("source", *self._columns(), *remarks, "held-out loss", "accuracy")
+        remarks, noise = self._remarks, self._noise.of_sources(self._names)
+        table = _table("source", *self._columns(), *remarks, *noise, "held-out loss", "accuracy")
         held_out = [evaluation.losses for evaluation in self._evaluations[-1:]]
         names = dict.fromkeys(chain(self._names, *remarks.values(), *held_out))
         for source, name in enumerate(names):
             counts = self._counts(slice(source, source + 1))
-            lengths = [f"{counted.get(name, 0):,}" for counted in remarks.values()]
-            _add_row(table, name, *counts, *lengths, *self._held_out(name))
+            cells = [f"{counted.get(name, 0):,}" for counted in remarks.values()]
+            cells += [scales.get(name, _NONE) for scales in noise.values()]
+            _add_row(table, name, *counts, *cells, *self._held_out(name))
         table.add_section()
         self._add_totals(table)
         return table
@@ -244,20 +249,21 @@ class RunSummary:
         _add_row(table, "exchanged bytes per step", f"{sum(exchanged.values()):,.0f} ({by_phase or 'one rank'})")
         if self._gradient_bytes:
             _add_row(table, "reduced gradient bytes per step", f"{self._gradient_bytes / len(self._seconds):,.0f}")
-        for name, value in self._nearness.rows().items():
+        for name, value in {**self._nearness.rows(), **self._noise.rows()}.items():
             _add_row(table, name, value)
         return table
 
     def _add_totals(self, table: Table) -> None:
         remarks = [f"{sum(counted.values()):,}" for counted in self._remarks.values()]
+        unknown = [_NONE] * len(self._noise.of_sources(self._names))
         blank = [_NONE] * len(remarks)
         natural = self._change(lambda e: e.loss, ".3f")
         by_source = self._change(lambda e: e.loss_by_source, ".3f")
         accuracy = self._change(lambda e: e.accuracy, ".1%")
         small = self._change(lambda e: e.small_loss, ".3f")
-        _add_row(table, "mean over examples", *self._counts(slice(None)), *remarks, natural, _NONE)
-        _add_row(table, "mean over sources", *[_NONE] * len(self._columns()), *blank, by_source, accuracy)
-        _add_row(table, "small sources", *self._counts(self._small), *blank, small, _NONE)
+        _add_row(table, "mean over examples", *self._counts(slice(None)), *remarks, *unknown, natural, _NONE)
+        _add_row(table, "mean over sources", *[_NONE] * len(self._columns()), *blank, *unknown, by_source, accuracy)
+        _add_row(table, "small sources", *self._counts(self._small), *blank, *unknown, small, _NONE)
 
     def _counts(self, which: slice | Tensor) -> list[str]:
         return [f"{int(column[which].sum()):,}" for column in self._columns().values()]

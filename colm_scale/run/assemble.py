@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from colm_scale.config import RunConfig
+from colm_scale.config import EXPERTS, RunConfig
 from colm_scale.data.batching import Batching
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
+from colm_scale.errors import UserError
 from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.reuse import reusing
 from colm_scale.modeling.adapters import add_adapters
@@ -18,6 +19,7 @@ from colm_scale.modeling.load import keep_block_inputs_only, load_model, weights
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.packing import check_flash, use_packing
 from colm_scale.modeling.probe import Probe, decoder_blocks, find_probe, in_last_block, last_block_alone
+from colm_scale.modeling.targets import adapted_layers
 from colm_scale.modeling.weights import Weights
 from colm_scale.profiling.spans import Spans
 from colm_scale.run.inputs import Inputs
@@ -58,10 +60,28 @@ def build_model(
         probe = find_probe(base, config.selection.probe) if config.selection.sketches else None
         with weights.adding_adapters(new=config.lora.adapter is None):
             module = ExampleLoss(add_adapters(base, config.lora, config.train.seed))
+        _check_experts(config, module)
         module.padded_because, module.sdpa_because = tried.padded_because, flash_fails or tried.sdpa_because
         tap = _tap(module, probe) if probe else None
         ended("trials")
         return module, weights, tap
+
+
+def _check_experts(config: RunConfig, module: ExampleLoss) -> None:
+    """Check that the run can train adapters on experts, if there are some. Their weights are changed in each forward.
+
+    Raises:
+        UserError: It would compile them, or compare losses that they round.
+    """
+    if not any(adapted_layers(module.model).values()):
+        return
+    if config.train.compile:
+        raise UserError(f"--train.compile true cannot compile adapters on {EXPERTS}: leave it out")
+    if config.selection.sketches and config.selection.estimator == "zeroth_order" and config.train.dtype != "float32":
+        raise UserError(
+            f"--selection.estimator zeroth_order compares losses that adapters on {EXPERTS} round in "
+            f"{config.train.dtype}: use --selection.estimator last_layer, or --train.dtype float32"
+        )
 
 
 def _tap(module: ExampleLoss, probe: Probe) -> Tap:

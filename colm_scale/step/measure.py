@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from colm_scale.distributed.group import Group
 from colm_scale.profiling.spans import Spans, over_ranks
 from colm_scale.randomness import generator
@@ -12,6 +14,7 @@ from colm_scale.records import Audit, Route, StepReport
 from colm_scale.selection import telemetry
 from colm_scale.selection.audit import audit
 from colm_scale.selection.route import padding_share
+from colm_scale.step.noise import gradient_noise
 from colm_scale.step.select import Chosen
 from colm_scale.step.train import Trained
 
@@ -52,6 +55,7 @@ class Measurement:
         """Report a step; ``facts`` are further numbers about its selection, by name."""
         seconds, phase_peak_bytes = over_ranks(*self._spans.finish(), self._group)
         routed, update = trained.routed, trained.update
+        noise, source_noise = self._noise(chosen, trained, described.telemetry)
         return StepReport(
             step=chosen.candidates.step,
             loss=float((trained.losses * routed.shares).sum()),
@@ -69,6 +73,8 @@ class Measurement:
             imbalance=routed.route.imbalance,
             padding_share=self._padding(chosen, routed.route),
             telemetry={**described.telemetry, **facts},
+            noise=noise,
+            source_noise=source_noise,
             audit=described.audit,
         )
 
@@ -81,6 +87,18 @@ class Measurement:
         draws = generator(self._seed, "telemetry", candidates.step)
         draw = telemetry.stratified_like(selection, candidates.sources, eligible, draws)
         return telemetry.measure(candidates, selection, matrix, draw)
+
+    def _noise(
+        self, chosen: Chosen, trained: Trained, found: Mapping[str, float]
+    ) -> tuple[dict[str, float], Tensor]:
+        """Estimate the noise of the gradient, by the telemetry ``found`` of the selection."""
+        error = 1.0
+        if found.get("sketch_error_stratified"):
+            error = (found["sketch_error"] / found["sketch_error_stratified"]) ** 2
+        sources, method = chosen.candidates.sources, chosen.rule.config.method
+        return gradient_noise(
+            trained.gradients, sources, chosen.selection, trained.routed.shares, method=method, error=error
+        )
 
     def _audit(self, chosen: Chosen) -> Audit | None:
         if not self._audits:

@@ -52,12 +52,12 @@ class CoresetStep:
         with spans("report"):
             described = self.measure.describe(chosen)  # while the device trains
         with spans("optimizer"):
-            losses = self.train.finish(chosen, computing)
+            losses, gradients = self.train.finish(chosen, computing)
             update = self.train.engine.step(learning_rate)
             self.select.conclude(chosen, applied=update.applied)
         check_update(update, number)
         reduced_bytes = self.train.engine.reduced_bytes(len(routed.micro_batches))
-        trained = Trained(routed, losses, update, learning_rate, reduced_bytes)
+        trained = Trained(routed, losses, update, learning_rate, reduced_bytes, gradients)
         report = self.measure(chosen, trained, described, self.select.facts(chosen))
         return report, Work(chosen.sketched.batches, routed.micro_batches)
 

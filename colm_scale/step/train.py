@@ -18,6 +18,7 @@ from colm_scale.randomness import global_draws
 from colm_scale.records import Candidates, MicroBatch, Route, Selection, on_device
 from colm_scale.selection.route import route, route_evenly
 from colm_scale.selection.rule import loss_shares
+from colm_scale.step.noise import NO_SUMS, GradientSums, make_noise_meter
 from colm_scale.step.reuse_check import ReuseCheck
 from colm_scale.step.select import Chosen
 from colm_scale.step.source_refresh import SourceRefresh
@@ -45,6 +46,7 @@ class Trained:
     Attributes:
         losses: ``[n]`` losses from all ranks, zero for candidates that were not trained.
         gradient_bytes: See `Engine.reduced_bytes`; 0 if another library trains.
+        gradients: Sums of the examples' gradients; empty if they are not read.
     """
 
     routed: Routed
@@ -52,6 +54,7 @@ class Trained:
     update: Update
     learning_rate: float
     gradient_bytes: int = 0
+    gradients: GradientSums = NO_SUMS
 
 
 def route_coreset(
@@ -82,6 +85,9 @@ def route_coreset(
 class TrainingStage:
     """Trains on a coreset. All ranks call it together.
 
+    Attributes:
+        noise: Reads the examples' gradients.
+
     Args:
         inputs: Holds the block inputs for forward reuse.
         refresh: Records the hidden states for re-clustering.
@@ -99,6 +105,7 @@ class TrainingStage:
         self.engine = engine
         self._batching, self.inputs, self._refresh = batching, inputs, refresh
         self._check = ReuseCheck(engine, config.dtype, group)
+        self.noise = make_noise_meter(engine.module, config.seed, group.device)
         self._config, self._group = config, group
 
     def route(self, chosen: Chosen) -> Routed:
@@ -111,35 +118,37 @@ class TrainingStage:
         """Run forward and backward of the coreset.
 
         Returns:
-            ``[n]`` losses from all ranks, zero for candidates that were not trained, for `finish`: the device may still
-            be computing them.
+            From all ranks, for `finish`: ``[n]`` losses, zero for candidates that were not trained, and the sums of
+            gradients. The device may still be computing them.
 
         Raises:
             UserError: On every rank: forward reuse has changed the gradient, see `ReuseCheck`.
         """
         group, last, step = self._group, len(routed.micro_batches), chosen.candidates.step
         losses = torch.zeros(len(chosen.candidates), device=group.device)
+        self.noise.begin(chosen.candidates)
         with global_draws(group.device, self._config.seed, "dropout", step, group.rank):
             for number, micro_batch in enumerate(routed.micro_batches, 1):
                 batch = micro_batch.batch
                 reusing = self.inputs.reusing(batch) if micro_batch.reuses_forward else nullcontext()
                 with self._check(micro_batch, step), self.engine.micro_batch(last=number == last):
                     with reusing, self._refresh.watching():
-                        own = self.engine.forward(batch)
+                        own = self.noise.forward(self.engine.forward, batch)
                     self.engine.backward((own * micro_batch.shares).sum())
                 losses[on_device(batch.positions, losses.device)] = own.detach()[: len(batch.positions)]
-        return group.all_reduce(losses, "report")
+        computed = self.noise.joined(losses, chosen.candidates, chosen.selection, routed.shares)
+        return group.all_reduce(computed, "report")
 
-    def finish(self, chosen: Chosen, computing: Tensor) -> Tensor:
-        """Wait for the losses, and return them on the CPU.
+    def finish(self, chosen: Chosen, computing: Tensor) -> tuple[Tensor, GradientSums]:
+        """Wait for the losses and the sums of gradients, and return them on the CPU.
 
         Raises:
             TrainingError: On every rank: a loss is not finite.
         """
-        losses = computing.cpu()
+        losses, sums = computing.cpu().tensor_split([len(chosen.candidates)])
         self._refresh.gather(chosen.candidates)
         check_losses(chosen.candidates, chosen.selection, losses)
-        return losses
+        return losses, self.noise.gathered(sums)
 
 
 def check_losses(candidates: Candidates, selection: Selection, losses: Tensor, *, updated: bool = False) -> None:

@@ -11,7 +11,8 @@ import re
 import pytest
 import torch
 from support import worker
-from support.worker import RATE, STEPS
+from support.cases import STEPS
+from support.worker import RATE
 
 BASIC = ("last_layer_with_floor", "broken")
 ALL = (*BASIC, "zeroth_order_1", "clipped", "checkpointed", "starved")
@@ -115,6 +116,15 @@ def test_adapters_are_those_of_one_process(ranks, alone, start, engine, case):
     assert len(alone["last_layer_with_floor"]["steps"]) == STEPS > 5
     for cases in ranks:
         assert_same_adapters(cases[f"{engine}/{case}"], alone[case], start)
+
+
+@pytest.mark.parametrize(("engine", "case"), [(engine, case) for engine in MAIN for case in (*ALL, "float16")])
+def test_the_noise_of_the_gradient_is_that_of_one_process(ranks, alone, engine, case):
+    """Whatever an engine multiplies the loss by: the number of ranks, a scale of float16."""
+    found, expected = (of[0]["telemetry"] for of in (ranks[0][f"{engine}/{case}"]["steps"], alone[case]["steps"]))
+    for name in {"noise", "signal", "trained", "worth"} & (expected.keys() | found.keys()):
+        near = 1e-2 if case == "float16" else 1e-4
+        assert found[name] == pytest.approx(expected[name], rel=near, abs=near / 10 * expected["noise"])
 
 
 def test_replicas_have_the_same_adapters(ranks):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support import worker
-from support.worker import D_OUT, RANK, D
+from support.cases import D_OUT, D
+from support.worker import RANK
 
 from colm_scale.data.batching import collate
 from colm_scale.selection.moments import make_moments

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from support import worker
-from support.worker import REUSE_STEPS
+from support.cases import REUSE_STEPS
 
 JOBS = {
     "auto": ("reused_1", "reused_3", "reused_sketch_broken"),

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import worker
+from support.cases import STEPS, D
 from support.families import labels_of
-from support.worker import RATE, STEPS, D
+from support.worker import RATE
 
 from colm_scale.data.batching import collate
 from colm_scale.records import CandidateMatrix, Candidates
@@ -257,17 +258,19 @@ def expected_bytes(case: str, step: dict, world_size: int) -> dict[str, int]:
                        moments    16 d, if anything was picked
         all            broadcast  16 b + 40
                        control    4 W, whether each rank agrees
-                       report     4 n losses, and 8 bytes per rank for the seconds and memory peaks of each phase
+                       report     4 n losses, 4 (Q + 1) (64 + 1) sums of the gradients of the coreset's Q sources, and
+                                  8 bytes per rank for the seconds and memory peaks of each phase
     """
     if world_size == 1:
         return {}
     config = CASES[case].selection
     budget = config.candidates if config.method == "full" else config.budget
     spans = step["phases"] * (1 + step["kinds"])
+    trained = worker.examples().sources[step["indices"][step["positions"]]].unique()
     expected = {
         "broadcast": 16 * budget + 40,
         "control": 4 * world_size,
-        "report": 4 * config.candidates + 8 * world_size * spans,
+        "report": 4 * (config.candidates + (len(trained) + 1) * 65) + 8 * world_size * spans,
     }
     if config.method != "colm":
         return expected
@@ -286,6 +289,15 @@ def test_bytes_between_ranks(ranks, case):
     for steps in steps_of(ranks, case):
         for step in steps:
             assert step["bytes"] == expected_bytes(case, step, len(ranks))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_noise_of_the_gradient_is_that_of_one_rank(ranks, alone, case):
+    found, expected = (steps[0]["telemetry"] for steps in (steps_of(ranks, case)[0], alone[case]["steps"]))
+    assert ("noise" in expected) == (case != "starved"), "which trains on three examples of three sources"
+    for name in {"noise", "signal", "trained", "worth"} & expected.keys():
+        # float32 sums of up to 24 products; the signal is a difference, of about the size of the noise.
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5 * expected["noise"])
 
 
 @pytest.mark.parametrize("case", SKETCHED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import cuda_runs, strict_runs, worker
+from support import cases, cuda_runs, strict_runs, worker
 from unit.step.test_host_reads import ALLOWED, GENERATED, ROUNDED
 
 from colm_scale.data.batching import make_batch
@@ -47,7 +47,7 @@ def sketched(device: torch.device) -> tuple[list[torch.Tensor], tuple[torch.Tens
     batch = make_batch(rows, [torch.arange(len(row)) > 2 for row in rows], torch.arange(3), 0, device)
     module.knows_logits()
     losses, delta, a = tap.factors(batch)
-    z = torch.randn(4, worker.D, generator=generator(4, "z")).to(device)
+    z = torch.randn(4, cases.D, generator=generator(4, "z")).to(device)
     derived = directional_derivatives(tap, batch, z, PERTURBATION)
     return [losses.cpu(), (delta.mT @ a).cpu()], tuple(part.detach().cpu() for part in derived)
 

@@ -28,7 +28,8 @@ from colm_scale.plan.memory import Batches, Peaks, peaks
 from colm_scale.records import CPU
 from colm_scale.selection.ranking import rank
 from support import strict_device, strict_runs, worker
-from support.worker import Case, _selection
+from support.cases import _selection
+from support.worker import Case
 
 strict_device.NOT_THE_PRODUCT.add(__file__)
 WAITED = "called a synchronizing CUDA operation"

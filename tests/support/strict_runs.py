@@ -44,11 +44,12 @@ from colm_scale.sketch.tap import Tap
 from colm_scale.step.floor import bare_floor_seconds
 from colm_scale.step.measure import Measurement
 from colm_scale.step.step import CoresetStep
-from support import worker
+from support import cases, worker
+from support.cases import MEDOIDS, _selection
 from support.families import base_model, with_adapters
-from support.worker import MEDOIDS, Case, _selection
+from support.worker import Case
 
-EXAMPLES = worker.ROOT / "docs" / "examples"
+EXAMPLES = cases.ROOT / "docs" / "examples"
 CASES: dict[str, Case] = {
     "last_layer": Case(_selection()),
     "paper": Case(_selection(preset="paper")),
@@ -59,7 +60,7 @@ CASES: dict[str, Case] = {
     "countsketch": Case(_selection(compression="countsketch")),
     "countsketch reuse": Case(_selection(compression="countsketch", reuse=3)),
     "length": Case(_selection(estimator="length")),
-    "own estimator": Case(_selection(estimator=worker.LOSS)),
+    "own estimator": Case(_selection(estimator=cases.LOSS)),
     "own estimator 2": Case(_selection(estimator=f"{EXAMPLES}/own_estimator.py:mean_hidden_state", metric="cosine")),
     "own ranking": Case(_selection(ranking=f"{EXAMPLES}/own_ranking.py:farthest_first")),
     "facility": Case(_selection(ranking="facility")),

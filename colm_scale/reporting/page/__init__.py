@@ -40,12 +40,13 @@ def _html(runs: Sequence[Run]) -> str:
     from jinja2 import Environment
     from markupsafe import Markup
 
-    from colm_scale.reporting.page import choice, costs, learning, overview
+    from colm_scale.reporting.page import choice, costs, learning, noise, overview
     from colm_scale.reporting.page.parts import Cell
 
     sections = (
         *(overview.headlines, learning.held_out, learning.training, choice.coverage, choice.shares),
-        *(costs.times, costs.memory, choice.nearness, overview.configuration, overview.environments),
+        *(costs.times, costs.memory, choice.nearness, noise.noise),
+        *(overview.configuration, overview.environments),
     )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["cell"] = lambda cell: cell if isinstance(cell, Cell) else Cell(text=cell)

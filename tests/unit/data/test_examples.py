@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from colm_scale.config import DataConfig
 from colm_scale.data.builtin import builtin_as_rows
-from colm_scale.data.examples import Examples, joined, tokenise
+from colm_scale.data.examples import Examples, count_lines, joined, tokenise
 from colm_scale.data.messages import Message
 from colm_scale.data.readers import Row
 from colm_scale.errors import UserError
@@ -143,6 +143,15 @@ def test_only_the_assistants_turns_are_learned_each_with_its_end():
         ("<user>more<end>\n<assistant>", False),
         ("ha ha<end>\n", True),
     ]
+
+
+def test_rows_of_which_nothing_is_learned_are_dropped_with_that_reason():
+    off = Row(0, "s", (Message("user", "a"), Message("assistant", "b", learned=False)), "", "", "a.jsonl line 1")
+    examples = tokenise([off, chat(("user", "a"), ("assistant", "b"))], CHAT, CONFIG, 200)
+    assert (len(examples), examples.dropped) == (1, {"s": 1})
+    assert count_lines(examples.counts)[0].startswith("training examples too long or without anything to learn, ")
+    with pytest.raises(UserError, match=r"none of the 1 examples .* within it something must be marked to be learned"):
+        tokenise([off], CHAT, CONFIG, 200)
 
 
 def test_a_turn_without_an_end_ends_in_the_special_token_that_begins_the_next():

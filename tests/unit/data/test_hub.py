@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_an_unknown_split_is_named_with_those_there_are():
     message = error_of("org/set:main:dev")
     assert "a split 'dev' and a configuration 'main'" in message
     assert "['train', 'test']" in message
+
+
+def test_configurations_in_the_cache_are_found_without_a_hub():
+    data_set("main", "extra")
+    for config in ("main", "extra"):
+        datasets.load_dataset("org/set", config)
+    shutil.rmtree("org")
+    Path("cache/set").rename("cache/org___set")
+    hub._configurations.cache_clear()
+    sources = [row.source for row in read_rows(["org/set:main:test", "org/set:extra"], DataConfig())]
+    assert sources == ["org/set:main", "org/set:extra"]
+    assert error_of("org/set:mian:test").endswith("did you mean org/set:main:test? It has extra, main")
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):

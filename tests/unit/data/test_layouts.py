@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -75,6 +76,29 @@ def test_several_calls_in_sharegpt_and_a_thought_before_a_call():
         "<think>where?</think>",
         {"tool_calls": [{"type": "function", "function": call}]},
     )
+
+
+def test_calls_and_their_answers_in_other_words():
+    call = {"name": "lookup", "arguments": {"city": "Oslo"}}
+    chats = (
+        [
+            {"role": "tool_call", "content": json.dumps(call), "loss": False},
+            {"role": "tool_response", "content": "3 C"},
+        ],
+        [{"role": "assistant", "content": None, "function_call": call}, {"role": "function", "content": "3 C"}],
+    )
+    for number, chat in enumerate(chats):
+        calling, answer = row_of({"messages": [*chat, {"role": "assistant", "content": "a"}]}).messages[:2]
+        assert calling.more == {"tool_calls": [{"type": "function", "function": call}]}
+        assert (calling.learned, answer) == (number == 1, Message("tool", "3 C"))
+
+
+def test_a_thought_under_several_names():
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "", "thinking": "b"}
+    assert row_of({"messages": [turn]}).messages[0].more == {"reasoning_content": "b"}
+    assert row_of({"messages": [turn | {"reasoning": "b"}]}).messages[0].more == {"reasoning_content": "b"}
+    message = error_of({"messages": [turn | {"reasoning": "c"}]})
+    assert message == "a.jsonl line 1: messages[0] has different thinking and reasoning: leave one of them out"
 
 
 @pytest.mark.parametrize("key", ["train", "training", "loss", "weight"])
@@ -167,8 +191,13 @@ def test_nan_is_missing_in_every_format():
     Path("a.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "b", "source": NaN}\n')
     table = pa.table({"instruction": ["a"], "input": [float("nan")], "output": ["b"], "source": [float("nan")]})
     pq.write_table(table, "b.parquet")
-    rows = read_rows(["a.jsonl", "b.parquet"], DataConfig())
-    assert [(row.prompt, row.completion, row.source) for row in rows] == [("a\n", "b", "a"), ("a\n", "b", "b")]
+    Path("c.csv").write_text("instruction,input,output,source\na,nan,b,NaN\n")
+    sheet = openpyxl.Workbook()
+    for cells in (["instruction", "input", "output"], ["a", "nan", "b"]):
+        sheet.active.append(cells)
+    sheet.save("d.xlsx")
+    rows = read_rows(["a.jsonl", "b.parquet", "c.csv", "d.xlsx"], DataConfig())
+    assert [(row.prompt, row.completion, row.source) for row in rows] == [("a\n", "b", source) for source in "abcd"]
     pq.write_table(pa.table({"instruction": ["a"], "output": [float("nan")]}), "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet row 1: 'output' is null"):
         read_rows(["b.parquet"], DataConfig())
@@ -179,6 +208,7 @@ def test_nan_is_missing_in_every_format():
     [
         ({"weight": 0.5}, "'messages[0].weight' is 0.5, but must be 1"),
         ({"train": "no"}, "'messages[0].train' is \"no\", but must be 1"),
+        ({"role": ["assistant"]}, 'the role of messages[0] is ["assistant"], but must be one of'),
         ({"tool_calls": "lookup"}, "'messages[0].tool_calls' is \"lookup\", but must be a list of calls"),
         ({"tool_calls": [{"id": "c1"}]}, "'messages[0].tool_calls' has a call without the name of a function"),
         ({"content": [{"type": "image", "url": "u"}]}, "'messages[0].content' has a part of type \"image\""),

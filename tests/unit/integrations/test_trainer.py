@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from support import trainers, worker
+from support import cases, trainers, worker
 from support.commands import ROOT, rows, run, torchrun
 from support.trainers import HAS_TRL, WITHOUT_TRL
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_selection_is_refused(tmp_path):
 
 def test_the_end_of_an_epoch_has_a_smaller_coreset(tmp_path):
     """96 rows in steps of 40 candidates: 40, 40, and of what is left, one batch of the two, its share of the budget."""
-    case = worker.Case(worker._selection(candidates=40, budget=20))
+    case = worker.Case(cases._selection(candidates=40, budget=20))
     trainer = trainers.make("transformers", case, tmp_path, 3)
     trainer.train_dataset = trainer.train_dataset.select(range(96))
     trainer.train()

@@ -7,12 +7,12 @@ import torch
 import transformers
 from support.families import _COMMON, _GROUPED
 
-from colm_scale.config import LoraConfig
+from colm_scale.config import EXPERTS, LoraConfig
 from colm_scale.errors import UserError
 from colm_scale.modeling.adapters import add_adapters
-from colm_scale.modeling.targets import adapted_layers, adapted_line, default_targets
+from colm_scale.modeling.targets import adapted_layers, adapted_line, default_targets, expert_weights
 
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS_OPTIONS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR_ATTENTION = {
     f"linear_{name}": size
     for name, size in {"num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 8, "value_head_dim": 8}.items()
@@ -21,8 +21,8 @@ LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope
 ATTENTION = [f"self_attn.{name}_proj" for name in "koqv"]
 DEFAULTS: dict[str, tuple[dict[str, object], list[str]]] = {
     "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
-    "qwen2_moe": ({**EXPERTS, "shared_expert_intermediate_size": 16}, ATTENTION),
-    "qwen3_moe": ({**EXPERTS, "head_dim": 8}, ATTENTION),
+    "qwen2_moe": ({**EXPERTS_OPTIONS, "shared_expert_intermediate_size": 16}, ATTENTION),
+    "qwen3_moe": ({**EXPERTS_OPTIONS, "head_dim": 8}, ATTENTION),
     "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, ATTENTION),
     "deepseek_v3": (
         {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
@@ -30,11 +30,21 @@ DEFAULTS: dict[str, tuple[dict[str, object], list[str]]] = {
         [f"self_attn.{name}" for name in ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj")],
     ),
     "qwen3_next": (
-        {**EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 16, "head_dim": 8}
+        {**EXPERTS_OPTIONS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 16, "head_dim": 8}
         | {"layer_types": ["linear_attention", "full_attention"]},
         [*(f"linear_attn.{name}" for name in ("in_proj_ba", "in_proj_qkvz", "out_proj")), *ATTENTION],
     ),
-    "mamba": ({}, ["mixer.dt_proj", "mixer.in_proj", "mixer.x_proj"]),
+    "mamba": ({}, ["mixer.in_proj"]),
+    "mamba2": ({"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}, ["mixer.in_proj"]),
+    "bamba": (
+        {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+        [*(f"feed_forward.{name}_proj" for name in ("down", "gate", "up")), "mamba.in_proj", *ATTENTION],
+    ),
+    "granitemoehybrid": (
+        {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+        | {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2},
+        ["mamba.in_proj", *ATTENTION],
+    ),
     "falcon_h1": (
         {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
         [*(f"feed_forward.{name}_proj" for name in ("down", "gate", "up")), "mamba.in_proj", *ATTENTION],
@@ -74,7 +84,59 @@ def test_layers_that_peft_exchanges_are_refused():
         add_adapters(model_of("deepseek_v3"), LoraConfig(targets=["down_proj"]), 0)
 
 
-def test_layers_that_peft_refuses_are_one_line():
-    with pytest.raises(UserError, match=r"--lora\.targets \['out_proj'\]: peft refuses them: .*Mamba") as caught:
-        add_adapters(model_of("mamba"), LoraConfig(targets=["out_proj"]), 0)
+@pytest.mark.parametrize(
+    ("family", "layer"), [("mamba", "mixer.dt_proj"), ("mamba2", "mixer.out_proj"), ("bamba", "mamba.out_proj")]
+)
+def test_layers_that_kernels_read_without_calling_are_refused(family, layer):
+    words = rf"read the weights of {layer} without calling .* that work are: .*{layer.split('.')[0]}\.in_proj"
+    with pytest.raises(UserError, match=words) as caught:
+        add_adapters(model_of(family), LoraConfig(targets=[layer]), 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_every_default_adapter_has_a_gradient(family, mode):
+    adapted = getattr(add_adapters(model_of(family), LoraConfig(rank=2), 0), mode)()
+    adapted(input_ids=torch.arange(3, 12)[None], use_cache=False).logits.square().sum().backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if "lora_B" in name}
+    assert not [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+
+
+STACKED = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+MIXTURES: dict[str, tuple[dict[str, object], list[str]]] = {
+    **{family: (DEFAULTS[family][0], STACKED) for family in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")},
+    **{family: (DEFAULTS[family][0], STACKED) for family in ("deepseek_v3", "qwen3_next")},
+    "olmoe": (EXPERTS_OPTIONS, STACKED),
+    "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}, STACKED),
+    "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, STACKED),
+    "granitemoe": ({"num_local_experts": 4}, [f"block_sparse_moe.{name.removeprefix('mlp.')}" for name in STACKED]),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_the_same_weights_in_every_family(family):
+    options = {**_COMMON, **_GROUPED, **MIXTURES[family][0]}
+    with torch.random.fork_rng(devices=[]):
+        config = transformers.AutoConfig.for_model(family, **options)
+        model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    weights = expert_weights(model)
+    assert sorted({name.split(".", 3)[-1] for name in weights}) == MIXTURES[family][1]
+    layer = default_targets(model)[0]
+    adapted = add_adapters(model, LoraConfig(rank=2, targets=[layer, EXPERTS]), 0)
+    found = adapted_layers(adapted)
+    assert {name for name, experts in found.items() if experts} == set(weights)
+    assert set(found.values()) == {0, 4}
+    sizes = {p.numel() for name, p in adapted.named_parameters() if p.requires_grad and "experts" in name}
+    assert min(sizes) >= 2 * 4 * 16  # a rank of 2 for each of 4 experts
+    assert f"{MIXTURES[family][1][0]} {len(weights) // 2} x 4 experts" in adapted_line(adapted)
+
+
+def test_experts_of_a_model_without_any_are_refused_with_its_layers():
+    with pytest.raises(UserError, match=r"\['experts'\]: Lfm2ForCausalLM has no modules called experts"):
+        add_adapters(model_of("lfm2"), LoraConfig(targets=[EXPERTS]), 0)
+
+
+def test_dropout_before_experts_is_refused_at_once():
+    with pytest.raises(UserError, match=r"--lora\.dropout 0\.1 has no place before adapters on experts"):
+        LoraConfig(targets=["v_proj", EXPERTS], dropout=0.1)

@@ -35,6 +35,7 @@ REPORT = StepReport(
     imbalance=1.5,
     padding_share={"train": math.nan},
     telemetry={"rank": 2.5, "share": math.nan},
+    noise={"noise": 8.0, "signal": math.nan},
     floor=None,
 )
 EVALUATION = Evaluation(
@@ -89,6 +90,7 @@ def test_a_step_is_a_row_of_metrics_and_one_of_selection(directory):
             "invalid": 5,
             "overflow": 4,
             "telemetry": {"rank": 2.5, "share": None},
+            "noise": {"noise": 8.0, "signal": None},
         }
     ]
     assert rows(directory.path / "selection.jsonl") == [

@@ -19,6 +19,7 @@ from colm_scale.config import DataConfig, LoraConfig, ModelConfig, RunConfig, Se
 from colm_scale.distributed.group import Group
 from colm_scale.engines.single_and_ddp import TorchEngine
 from colm_scale.engines.tensors import collect, restore
+from colm_scale.modeling.adapters import check_trained_further
 from colm_scale.modeling.load import load_tokenizer
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import without_dropout
@@ -36,6 +37,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     **{family: {} for family in ("llama", "phi3", "gpt2", "bloom", "opt", "gemma2", "qwen2")},
     "mixtral": EXPERTS,
     "qwen3_moe": {**EXPERTS, "head_dim": 8},
+    "gpt_oss": {**EXPERTS, "head_dim": 8},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
     "mamba": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -113,6 +115,19 @@ def test_the_default_adapters_of_a_family(family, tmp_path):
     config = config_of(folder_of(family, tmp_path / "base"), LoraConfig(rank=4))
     engine = engine_of(config)
     check(engine, saved(engine, config, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts(family, tmp_path):
+    base = folder_of(family, tmp_path / "base")
+    config = config_of(base, LoraConfig(rank=4, targets=["v_proj", "experts"]))
+    engine = engine_of(config)
+    place = saved(engine, config, tmp_path / "run")
+    check(engine, place)
+    again = config_of(base, LoraConfig(adapter=str(place)))
+    check_trained_further(again.lora)
+    module, _, _ = build_model(again, CPU, ALONE)
+    assert torch.equal(trained_loss(TorchEngine(module, again.train, ALONE)), trained_loss(engine))
 
 
 @pytest.mark.parametrize("kind", KINDS)

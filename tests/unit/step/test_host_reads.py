@@ -33,9 +33,9 @@ LARGE = "selection/ranking/facility.py:greedy_on_device"
 
 ALIKE = {
     "nothing compared": ["stratified", "random", "full", "length"],
-    "one number compared": ["paper", "own estimator", "systematic"],
+    "one number compared": ["paper", "systematic"],
     "compared in pairs": [
-        *("zeroth_order 3", "countsketch", "own estimator 2", "facility", "cosine cluster", "probe k"),
+        *("zeroth_order 3", "countsketch", "own estimator", "own estimator 2", "facility", "cosine cluster", "probe k"),
         *("bfloat16", "float16", "checkpointed", "reuse device", "sgd", "lion", "muon"),
     ],
 }

@@ -164,6 +164,21 @@ def test_how_near_the_coreset_was(two):
     assert two[0].tables["Verdicts"][2][1] == "Too few steps were compared with a random draw."
 
 
+def test_how_large_the_steps_should_have_been(two):
+    page = two[0]
+    run, verdict = page.tables["Verdicts on the size of a step"][1]
+    assert run == "first"
+    assert "the gradient's noise equals its signal at a batch of 20 examples" in verdict
+    assert "by their sketches worth 5 random ones. That is less: a larger batch" in verdict
+    assert page.tables["Verdicts on the size of a step"][2][1].startswith("Too few steps")
+    (title, found), *_ = page.table("Noise scale of the run").items()
+    assert title == "gradient noise scale, second half of the run"
+    assert found["first"].startswith("20 examples")
+    (chart,) = (given["aria-label"] for tag, given in page.tags if given.get("aria-label", "").startswith("Gradient n"))
+    assert "first, noise scale: 19." in chart
+    assert "first, worth of a step: 5.000 at step" in chart
+
+
 def test_differences_of_the_configuration_come_first(two):
     table = two[0].table("Differences between the runs")
     assert table["world_size"] == {"first": "2", "second": "1"}  # of the environment, which comes last
