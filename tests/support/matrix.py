@@ -36,12 +36,14 @@ from colm_scale.run.assemble import build_model, build_step
 from colm_scale.run.inputs import Inputs
 from colm_scale.sketch import zeroth_order
 from support import worker
+from support.cases import EPSILON, PAD, RATE, VOCABULARY
+from support.commands import ROOT
 from support.families import base_model, batch_of
 from support.ranks import join, launch_ranks
 from support.support_page import ALONE, ENGINES, FEATURES, Cell, cells, page
 from support.zoo import ZOO
 
-ROWS = worker.ROOT / "docs" / "support.jsonl"
+ROWS = ROOT / "docs" / "support.jsonl"
 PAGE = ROWS.with_suffix(".md")
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 STEPS = 2
@@ -55,7 +57,7 @@ def run_cells(asked: list[Cell], folder: Path, timeout_seconds: float = 300) -> 
     torch.set_num_threads(1)
     for family in {cell.family for cell in asked}:
         if not (folder / family).exists():
-            base_model(family, vocab_size=worker.VOCABULARY, **ZOO[family].options).save_pretrained(folder / family)
+            base_model(family, vocab_size=VOCABULARY, **ZOO[family].options).save_pretrained(folder / family)
     references = list({(cell.family, ALONE, cell.feature): None for cell in asked})
     alone = _launched(1, references, folder, timeout_seconds)
     together = _launched(2, [cell.key for cell in asked if cell.engine != ALONE], folder, timeout_seconds)
@@ -133,7 +135,7 @@ def _tried(key: tuple, models: Path, group: Group) -> dict:
 
 def _config(model: Path, engine: str, options: dict[str, dict]) -> RunConfig:
     selection = {"candidates": 16, "budget": 8, "columns": 64, "probe": ZOO[model.name].probe}
-    train = {"micro_batch_tokens": 96, "learning_rate": worker.RATE, "seed": 5}
+    train = {"micro_batch_tokens": 96, "learning_rate": RATE, "seed": 5}
     return RunConfig(
         model=ModelConfig(name=str(model), **options.get("model", {})),
         selection=SelectionConfig(**selection | options.get("selection", {})),
@@ -148,7 +150,7 @@ def _trained(config: RunConfig, group: Group) -> dict:
     """Ids and losses of each step; losses of a batch after them, here and where plain peft has loaded the adapter."""
     data, ds_config = worker.examples(), read_ds_config(config, group.world_size)
     inputs = Inputs(
-        tokenizer=SimpleNamespace(pad_token_id=worker.PAD),
+        tokenizer=SimpleNamespace(pad_token_id=PAD),
         sampler=CandidateSampler(data, config.selection.candidates, config.train.seed),
         source_names=data.source_names,
         sizes=data.sizes,
@@ -160,9 +162,9 @@ def _trained(config: RunConfig, group: Group) -> dict:
     )
     module, weights, tap = build_model(config, loading_device(config, ds_config, group), group)
     engine = make_engine(config, ds_config, module, group, weights)
-    with mock.patch.object(zeroth_order, "PERTURBATION", worker.EPSILON):
+    with mock.patch.object(zeroth_order, "PERTURBATION", EPSILON):
         step = build_step(config, inputs, engine, tap, Spans(group.device, memory_meter(group)), group)
-        reports = [step(number, worker.RATE)[0] for number in range(1, STEPS + 1)]
+        reports = [step(number, RATE)[0] for number in range(1, STEPS + 1)]
     batch = batch_of([7, 5, 11])
     with torch.no_grad():
         trained = module.eval()(batch).tolist()
