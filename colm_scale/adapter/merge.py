@@ -12,14 +12,18 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
 
 from colm_scale.adapter.find import Trained, adapted, find
+from colm_scale.base import BASE_MODEL
 from colm_scale.config import ModelConfig
 from colm_scale.config.commands import MergeConfig
 from colm_scale.errors import UserError
-from colm_scale.modeling.causal import base_of, input_weight, moved
+from colm_scale.modeling.causal import base_of, input_weight
 from colm_scale.modeling.load import check_model, context_length, load_model, load_tokenizer
+from colm_scale.modeling.multimodal import leave_out, put_back, sees_or_hears
 from colm_scale.randomness import generator
 from colm_scale.run.saved_adapter import name_base, of_run
 
@@ -70,18 +74,20 @@ def export(options: MergeConfig) -> Merged:
 def _merge(trained: Trained, options: MergeConfig, device: torch.device, new: Path, place: Path) -> Merged:
     model, notes = _whole(trained.config.model)
     dtype = _dtype(options, trained)
-    adapter = adapted(load_model(model, dtype, device, "model"), trained)
+    base = load_model(model, dtype, device, "model", whole=True)
+    unadapted = leave_out(base) if sees_or_hears(base.config) else {}
+    adapter = adapted(base, trained)
     tokens = _probe_tokens(base_of(adapter), device)
     expected = _logits(adapter, tokens)
     notes += _untie(base_of(adapter))
     merged = adapter.merge_and_unload()
+    put_back(merged, unadapted)
     merged.save_pretrained(new, max_shard_size=options.shard_size)
-    del adapter, merged  # so that the device never holds two models
+    del adapter, merged, base, unadapted  # so that the device never holds two models
     notes += _write_tokenizer(trained, model, new)
-    again = AutoModelForCausalLM.from_pretrained(
-        new, dtype=dtype, use_safetensors=True, trust_remote_code=model.trust_remote_code
-    )
-    found = _logits(moved(again, device).eval(), tokens)
+    _copy_processor(model, new)
+    again = load_model(dataclasses.replace(model, name=str(new), revision=None), dtype, device, "output")
+    found = _logits(again.eval(), tokens)
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE[dtype] * largest:
         raise UserError(
@@ -149,6 +155,14 @@ def _write_tokenizer(trained: Trained, model: ModelConfig, new: Path) -> list[st
         notes.append(f"note: the tokenizer lacks the run's chat template: {error}")
     tokenizer.save_pretrained(new)
     return notes
+
+
+def _copy_processor(model: ModelConfig, new: Path) -> None:
+    """Copy what makes inputs of images and sound, if the base model has it; its chat template is the tokenizer's."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
+        if file := cached_file(model.name or BASE_MODEL, name, revision=model.revision, **missing):
+            shutil.copyfile(file, new / name)
 
 
 def _probe_tokens(model: PreTrainedModel, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers.utils.hub import cached_file
 from colm_scale.config import EXPERTS, LoraConfig
 from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.adapter_linear import compute_in_input_type
+from colm_scale.modeling.multimodal import not_loaded, within
 from colm_scale.modeling.targets import (
     adapted_layers,
     block_layers,
@@ -111,6 +113,10 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> PeftM
     check_adapter(config)
     with global_draws(model.device, seed, "adapters"):
         adapted = _new_adapters(model, config) if config.adapter is None else _load_adapter(model, config.adapter)
+        saved = adapted.peft_config[adapted.active_adapter]
+        assert isinstance(saved, PeftLoraConfig)
+        # The whole model may have layers of the same names in the parts that are not loaded here.
+        saved.exclude_modules = saved.exclude_modules or within(not_loaded(model)) or None
         compute_in_input_type(adapted)
         return adapted.train()
 
@@ -156,6 +162,12 @@ def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
     # peft loads the weights that match and leaves the others random.
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     odd = sorted({*wanted - read, *(key for key in read - wanted if "lora_" in key)})
+    parts = not_loaded(model)
+    if any(re.fullmatch(within(parts), key) for key in odd):
+        raise UserError(
+            f"--lora.adapter {name} also adapts {', '.join(parts)}, which text never runs and which is not loaded: "
+            "merge it into its base model with peft (PeftModel.merge_and_unload), and start from the result"
+        )
     if odd:
         lacks = "the adapter lacks" if odd[0] in wanted else "the model has no layer for"
         raise UserError(f"--lora.adapter {name} does not fit this model: {lacks} {odd[0]}, the first of {len(odd)}")

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import CONFIG_NAME as CONFIG
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 from transformers.utils.import_utils import (
     is_bitsandbytes_available,
     is_flash_attn_2_available,
@@ -31,6 +31,8 @@ from colm_scale.base import BASE_MODEL
 from colm_scale.config import ModelConfig, TrainConfig
 from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.causal import moved
+from colm_scale.modeling.multimodal import sees_or_hears, text_class, whole_class
+from colm_scale.modeling.probe import error_on_text, few_blocks
 from colm_scale.modeling.weights import META, WHOLE, FileWeights, Weights, weight_files
 from colm_scale.records import Json
 
@@ -56,7 +58,8 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
     causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(found, "auto_map", {})
     architectures = getattr(found, "architectures", None) or []
     # An encoder such as BERT can be loaded as a decoder, but was not trained as one: its own architecture decides.
-    if not causal or (architectures and not any(re.search(r"CausalLM|LMHead", name) for name in architectures)):
+    causal &= not architectures or any(re.search(r"CausalLM|LMHead", name) for name in architectures)
+    if not causal and not sees_or_hears(found):
         what = ", ".join(architectures) or type(found).__name__
         raise UserError(f"--{option} {_name(config)} is not a causal language model, it is a {what}")
     return found
@@ -113,9 +116,17 @@ def load_tokenizer(config: ModelConfig, option: str = _OPTION) -> PreTrainedToke
     """Load the model's tokenizer. If it has no padding token, it pads with its end token, which the mask hides."""
     with _one_line(config, option, what="a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(_name(config), **_hub_arguments(config))
+        tokenizer.chat_template = tokenizer.chat_template or _template_of_processor(config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _template_of_processor(config: ModelConfig) -> str | None:
+    """The chat template in an older file of a processor, which tokenizers do not read; None if there is none."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(_name(config), LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, revision=config.revision, **missing)
+    return json.loads(Path(file).read_text("utf-8")).get("chat_template") if file else None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, option: str = _OPTION) -> None:
@@ -143,8 +154,10 @@ def load_model(
     option: str = _OPTION,
     *,
     prefers_flash: bool = False,
+    whole: bool = False,
 ) -> PreTrainedModel:
-    """Load the base model, frozen, in ``dtype`` on ``device``.
+    """Load the base model, frozen, in ``dtype`` on ``device``: of one that sees or hears, what text runs, or the
+    ``whole``.
 
     On the meta device no weights are read, only the names and shapes in the files; `weights_of` reads the weights. A
     model whose files are quantised goes to the CPU instead, whole.
@@ -155,22 +168,24 @@ def load_model(
     Raises:
         UserError: The weights cannot be read, or do not match the model's configuration.
     """
-    if device == META and getattr(check_model(config, option), "quantization_config", None):
+    of = check_model(config, option)
+    if device == META and getattr(of, "quantization_config", None):
         device = torch.device("cpu")
+    read = (whole_class if whole else text_class)(of).from_pretrained
     named = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     flash = prefers_flash and not named and torch.cuda.is_available() and dtype != torch.float32
     if flash and _has_flash_attention():
         try:
-            model, read = _load(config, dtype, device, option, attn_implementation="flash_attention_2")
+            model, report = _load(read, config, dtype, device, option, attn_implementation="flash_attention_2")
         except UserError:  # the model does not support it, or its kernel is not available
-            model, read = _load(config, dtype, device, option)
+            model, report = _load(read, config, dtype, device, option)
     else:
-        model, read = _load(config, dtype, device, option, **named)
+        model, report = _load(read, config, dtype, device, option, **named)
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if capped and not named and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves the cap out, and transformers before 5.21 chooses it
     # Weights missing in the files were drawn at random, differently on every rank.
-    drawn = sorted({*read["missing_keys"], *(name for name, *_ in read["mismatched_keys"])})
+    drawn = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if drawn:
         raise UserError(
             f"--{option} {_name(config)}: {len(drawn)} weights that its config.json asks for are missing in its files "
@@ -179,14 +194,23 @@ def load_model(
     for layer in model.modules():
         if hasattr(layer, _REPACKS):
             setattr(layer, _REPACKS, False)
+    if sees_or_hears(of) and (why := error_on_text(few_blocks(model, [0]))):
+        raise UserError(
+            f"--{option} {_name(config)}: a {type(model).__name__} does not run on text alone ({why}): use a model of "
+            "text, if there is one of its language part"
+        )
     return moved(model.requires_grad_(False), device)
 
 
 def _load(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, option: str, **options: object
+    read: Callable[..., object],  # its annotations lack the pair
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    option: str,
+    **options: object,
 ) -> tuple[PreTrainedModel, Json]:
     """The model, and transformers' report on its weights."""
-    read: Callable[..., object] = AutoModelForCausalLM.from_pretrained  # its annotations lack the pair
     if config.quantize == "nf4" and device != META:
         from colm_scale.modeling.quantised import nf4
 

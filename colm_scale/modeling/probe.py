@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from colm_scale.data.batching import make_batch
 from colm_scale.errors import UserError
+from colm_scale.modeling.multimodal import without_weights
 from colm_scale.modeling.roles import ROLES, find_role, listing, width
 from colm_scale.modeling.weights import draw
 from colm_scale.randomness import global_draws
@@ -111,13 +112,18 @@ def last_block_alone(model: PreTrainedModel) -> PreTrainedModel:
     """A model of another's last block, as in `few_blocks`; the model itself if that block needs what others compute
     (Gemma 3n's reads the keys and values of an earlier one)."""
     alone = few_blocks(model, [len(decoder_blocks(model)[1]) - 1])
-    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(alone.parameters()).device)
+    return model if error_on_text(alone) else alone
+
+
+def error_on_text(model: PreTrainedModel) -> str:
+    """Run a model on two tokens of text; returns its error, empty if there is none."""
+    tokens = torch.ones(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     try:
-        with torch.no_grad(), without_dropout(alone):
-            alone(input_ids=tokens, attention_mask=tokens, use_cache=False)
-    except Exception:  # a missing key, attribute or argument, each model in its own way
-        return model
-    return alone
+        with torch.no_grad(), without_dropout(model):
+            model(input_ids=tokens, attention_mask=tokens, use_cache=False)
+    except Exception as error:  # a missing key, attribute or argument, each model in its own way
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def kinds_of_blocks(model: PreTrainedModel) -> list[int]:
@@ -190,9 +196,7 @@ def sample_of(config: PretrainedConfig) -> PreTrainedModel:
     Args:
         config: Configuration of the whole model.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_narrowed(config), dtype=torch.float32)
-    return _sampled(model)
+    return _sampled(without_weights(_narrowed(config), torch.float32))
 
 
 def sample_of_model(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -228,11 +232,12 @@ def of_sample(sample: nn.Module, found: Probe, model: nn.Module) -> Probe:
 
 
 def _narrowed(of: PretrainedConfig) -> PretrainedConfig:
-    config = copy.deepcopy(of)
+    whole = copy.deepcopy(of)
+    config = whole.get_text_config()
     config.vocab_size = _SAMPLE_VOCABULARY
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, None)
     for name in _MLP_WIDTHS:
         if isinstance(found := getattr(config, name, None), int):
             setattr(config, name, min(found, _SAMPLE_MLP))
-    return config
+    return whole

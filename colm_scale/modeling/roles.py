@@ -174,7 +174,9 @@ class _Trials:
         each = [torch.linspace(-1, 1, chunk)[order]] * chunks
         changes = torch.cat(each).unsqueeze(0) if copies == 1 else torch.block_diag(*each)
 
-        def shift(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        def shift(_module: nn.Module, _args: object, output: object) -> Tensor | None:
+            if not isinstance(output, Tensor):  # Llama 4's router is a linear layer that returns a pair
+                return None
             shifted = output.clone()  # OPT's MLP flattens tokens into rows: the view undoes that
             shifted.view(copies, -1, width(layer))[:, tokens] += (changes * size).unsqueeze(1).to(output)
             return shifted

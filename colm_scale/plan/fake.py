@@ -16,12 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from colm_scale.config import RunConfig
 from colm_scale.modeling.adapters import add_adapters
 from colm_scale.modeling.load import keep_block_inputs_only
 from colm_scale.modeling.losses import ExampleLoss
+from colm_scale.modeling.multimodal import without_weights
 from colm_scale.modeling.packing import use_packing
 from colm_scale.modeling.probe import (
     Probe,
@@ -195,8 +196,7 @@ def fake_model(config: RunConfig, of: PretrainedConfig, known: Tried) -> FakeMod
     Raises:
         UserError: As a run would: its blocks cannot be checkpointed.
     """
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(of), dtype=getattr(torch, config.train.dtype))
+    base = without_weights(copy.deepcopy(of), getattr(torch, config.train.dtype))
     base.config._attn_implementation = known.attention
     if config.model.quantize == "nf4":
         from colm_scale.modeling.quantised import make_quantisable

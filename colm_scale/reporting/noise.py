@@ -1,15 +1,18 @@
 """Gradient noise scale of a run, and what it says about the size of a step.
 
 The noise scale is the batch at which the variance of the step's gradient equals the squared length of the mean
-(McCandlish et al. 2018). Far below it, doubling the batch saves nearly half of the steps; far above it, none. Noise and
-signal are averaged over steps before they are divided, since the signal of a single step may be negative
-(`colm_scale.step.noise`).
+(McCandlish et al. 2018). Far below it, doubling the batch saves nearly half of the steps; far above it, none.
+
+Averaged over steps is its inverse, signal over noise. The signal of a single step is uncertain and may be negative,
+while its noise is known well; and gradients become smaller in training by orders of magnitude, so that sums of either
+would be those of the first steps. As the noise scale usually rises, the verdict is that of the second half of the run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -19,90 +22,85 @@ from colm_scale.records import Json
 _CONFIDENCE = 1.96
 """Standard deviations of the 95 % interval."""
 _FEWEST_STEPS = 6
-"""Steps below which no interval is given."""
+"""Steps below which there is no verdict."""
 _RECENT = 20
 """Steps over which the figure of the progress line is averaged."""
-_NOTHING = dict.fromkeys(("steps", "noise", "signal", "noise2", "signal2", "product", "trained", "worth"), 0.0)
+_CLEARLY = 2.0
+"""Factor between noise scale and batch from which one is worth changing: there a doubled batch saves a third of the
+steps, a halved one a third of the examples."""
 _NO_SOURCES = torch.zeros(0, 2)
-TITLE = "gradient noise scale"
+TITLE = "gradient noise scale, second half of the run"
 
 
 class NoiseScale:
     """Accumulates `StepReport.noise` and `StepReport.source_noise`."""
 
     def __init__(self) -> None:
-        self._sums, self._recent = dict(_NOTHING), [0.0, 0.0]
+        self._inverse: list[float] = []
+        self._trained, self._worth = 0.0, 0.0
         self._by_source: dict[str, list[float]] = {}
 
     def add(self, noise: Mapping[str, float], by_source: Tensor = _NO_SOURCES) -> None:
         """Add one step; ``by_source`` ``[Q', 2]`` is the variance and the squared mean of each source."""
+        variance, signal = (noise.get(name, math.nan) for name in ("noise", "signal"))
+        if not (math.isfinite(signal) and 0 < variance < math.inf):
+            return
+        self._inverse.append(signal / variance)
+        self._trained, self._worth = self._trained + noise["trained"], self._worth + noise["worth"]
         known = by_source.isfinite().all(1).nonzero().flatten().tolist()
-        for source, row in zip(known, by_source[known].tolist()):
+        for source, row in zip(known, (by_source[known] / variance).tolist()):
             total = self._by_source.setdefault(str(source), [0.0, 0.0])
             total[:] = [before + value for before, value in zip(total, row)]
-        if not all(map(math.isfinite, (noise.get(name, math.nan) for name in ("noise", "signal")))):
-            return
-        variance, signal = noise["noise"], noise["signal"]
-        of_step = {"noise2": variance**2, "signal2": signal**2, "product": variance * signal, "steps": 1.0, **noise}
-        self._sums = {name: total + of_step[name] for name, total in self._sums.items()}
-        self._recent = [(1 - 1 / _RECENT) * old + new for old, new in zip(self._recent, (variance, signal))]
 
     def state(self) -> Json:
-        """The accumulated sums, as plain JSON."""
-        return {"sums": self._sums, "recent": self._recent, "by_source": self._by_source}
+        """Everything accumulated, as plain JSON."""
+        sums = {"trained": self._trained, "worth": self._worth}
+        return {"inverse": self._inverse, "by_source": self._by_source, **sums}
 
     def load(self, state: Json) -> None:
         """Continue from `state`; an older checkpoint has none."""
-        self._sums = state.get("sums", dict(_NOTHING))
-        self._recent, self._by_source = state.get("recent", [0.0, 0.0]), state.get("by_source", {})
+        self._inverse, self._by_source = list(state.get("inverse", [])), state.get("by_source", {})
+        self._trained, self._worth = state.get("trained", 0.0), state.get("worth", 0.0)
 
     @property
     def scale(self) -> float:
-        """Noise over signal; infinite if no signal was found."""
-        return _ratio(self._sums["noise"], self._sums["signal"])
+        """Examples, in the second half of the run; infinite if no signal was found."""
+        return _inverse(fmean(self._later))
 
     @property
     def trained(self) -> float:
         """Mean number of equally weighted examples of a step."""
-        return self._sums["trained"] / max(1.0, self._sums["steps"])
+        return self._trained / len(self._inverse)
 
     @property
     def worth(self) -> float:
         """Random examples of the same sources that the coreset is worth, in the mean."""
-        return self._sums["worth"] / max(1.0, self._sums["steps"])
+        return self._worth / len(self._inverse)
 
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the noise scale (Fieller's, of a ratio of means over steps); open where the signal may be 0.
+        """95 % interval of `scale`, open if the signal cannot be told from 0. Steps count as independent."""
+        later = self._later
+        middle, half = fmean(later), _CONFIDENCE * stdev(later) / math.sqrt(len(later))
+        return _inverse(middle + half), _inverse(middle - half)
 
-        Neighbouring steps count as independent.
-        """
-        steps = self._sums["steps"]
-        noise, signal = self._sums["noise"] / steps, self._sums["signal"] / steps
-
-        def spread(name: str, product: float) -> float:
-            """Squared confidence in a product of two means."""
-            return _CONFIDENCE**2 * (self._sums[name] / steps - product) / (steps - 1)
-
-        a = signal**2 - spread("signal2", signal**2)
-        b = noise * signal - spread("product", noise * signal)
-        c = noise**2 - spread("noise2", noise**2)
-        root = math.sqrt(max(0.0, b * b - a * c))
-        if a > 0 and signal > 0:
-            return max(0.0, (b - root) / a), (b + root) / a
-        return max(0.0, (b - root) / a) if a else 0.0, math.inf
+    @property
+    def _later(self) -> list[float]:
+        return self._inverse[len(self._inverse) // 2 :]
 
     def of_sources(self, names: Sequence[str]) -> dict[str, dict[str, str]]:
         """Column of the table of sources: the noise scale of each whose gradients were read, by name."""
-        found = {names[int(source)]: _examples(_ratio(*total)) for source, total in self._by_source.items()}
+        totals = self._by_source.items()
+        found = {names[int(source)]: _examples(_inverse(signal / noise)) for source, (noise, signal) in totals if noise}
         return {"noise scale": found} if found else {}
 
     def recent(self) -> list[str]:
         """The noise scale of the last steps, in a few words; empty if it is unknown."""
-        return [f"noise scale {_examples(_ratio(*self._recent))}"] if self._sums["steps"] else []
+        last = self._inverse[-_RECENT:]
+        return [f"noise scale {_examples(_inverse(fmean(last)))}"] if last else []
 
     def rows(self) -> dict[str, str]:
         """Rows of the closing table, by title."""
-        if self._sums["steps"] < _FEWEST_STEPS:
+        if len(self._inverse) < _FEWEST_STEPS:
             return {}
         low, high = self.interval()
         found = {TITLE: f"{_examples(self.scale)} examples (95 %: {_examples(low)} to {_examples(high)})"}
@@ -112,26 +110,27 @@ class NoiseScale:
 
     def sentences(self) -> list[str]:
         """State whether a larger batch can still help; empty after too few steps."""
-        if self._sums["steps"] < _FEWEST_STEPS:
+        if len(self._inverse) < _FEWEST_STEPS:
             return []
         (low, high), size = self.interval(), self.worth
         worth = f"{self.trained:.0f} examples"
         if round(size) != round(self.trained):
             worth = f"{self.trained:.0f} chosen examples, by their sketches worth {size:.0f} random ones"
-        if low > size:
+        if low > size and self.scale > _CLEARLY * size:
             verdict = "less: a larger batch, or a coreset of one, can still help"
-        elif high < size:
+        elif high < size and self.scale < size / _CLEARLY:
             verdict = "more: a larger batch, or a coreset of one, can hardly help; more and smaller steps would"
         else:
             verdict = "about as many: neither a larger batch nor smaller steps would help much"
         return [
-            f"The gradient's noise equals its signal at a batch of {_examples(self.scale)} examples (95 %: "
-            f"{_examples(low)} to {_examples(high)}). A step trains on {worth}. That is {verdict}."
+            f"In the second half of the run, the gradient's noise equals its signal at a batch of "
+            f"{_examples(self.scale)} examples (95 %: {_examples(low)} to {_examples(high)}). A step trains on "
+            f"{worth}. That is {verdict}."
         ]
 
 
-def _ratio(noise: float, signal: float) -> float:
-    return noise / signal if signal > 0 else math.inf
+def _inverse(value: float) -> float:
+    return 1 / value if value > 0 else math.inf
 
 
 def _examples(count: float) -> str:

@@ -14,6 +14,7 @@ from colm_scale.data.examples import count_lines
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
 from colm_scale.engines.tensors import held_bytes
+from colm_scale.modeling.multimodal import not_loaded_line
 from colm_scale.modeling.targets import adapted_line
 from colm_scale.reporting.summary import gib
 from colm_scale.run.evaluate import Evaluator
@@ -33,6 +34,7 @@ def run_lines(config: RunConfig, inputs: Inputs, engine: Engine, evaluator: Eval
         f"weights on rank 0",
         *([f"micro-batches are padded: {why}"] if (why := engine.module.padded_because) else []),
         *([f"attention runs in sdpa: {why}"] if (why := engine.module.sdpa_because) else []),
+        *([line] if (line := not_loaded_line(engine.module.causal_model)) else []),
         adapted_line(engine.module.causal_model),
         *continued_lines(config.lora),
         *router_lines(engine.module.causal_model.config),

@@ -86,6 +86,8 @@ MIXTURES = {
 }
 """Mixtures with so many experts that few micro-batches send tokens to all of them."""
 ON_EXPERTS = ["o_proj", "v_proj", "experts"]
+SEEING = {family: {"family": family} for family in ("gemma3", "qwen2_5_vl")}
+"""Models that see."""
 REUSED = {"activation_checkpointing": True, "forward_reuse": "device"}
 CASES = {
     **{
@@ -96,6 +98,7 @@ CASES = {
         for files in ("", "_files")
         for trained, targets in (("", None), ("_trained", ON_EXPERTS))
     },
+    **{f"{name}_files": Case(_selection(), 2, model=options, from_files=True) for name, options in SEEING.items()},
     "experts_reused": Case(_selection(), 2, REUSED, model=MIXTURES["qwen3_moe"], targets=ON_EXPERTS),
     "experts_resumed": Case(_selection(), 3, model=MIXTURES["mixtral"], targets=ON_EXPERTS, break_after=1),
     "experts_unbroken": Case(_selection(), 3, model=MIXTURES["mixtral"], targets=ON_EXPERTS),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from colm_scale.data.batching import make_batch
 from colm_scale.randomness import generator
 from colm_scale.records import Batch
+from support import multimodal
 
 HIDDEN = 32
 HEAD_DIM = 8
@@ -73,9 +74,12 @@ ROWS: dict[str, Sequence[int]] = {
 
 def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     """A model without adapters, in training mode."""
-    config = transformers.AutoConfig.for_model(family, **{**_COMMON, **_OPTIONS.get(family, _GROUPED), **options})
+    options = {**_COMMON, **_OPTIONS.get(family, _GROUPED), **options}
+    sees = family in multimodal.EVERY
+    make = transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
+    config = multimodal.config_of(family, **options) if sees else transformers.AutoConfig.for_model(family, **options)
     with torch.random.fork_rng(devices=[]):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = make.from_config(config)
     fill(model.parameters(), family)
     return model.to(dtype).train()
 

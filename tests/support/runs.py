@@ -95,7 +95,7 @@ def report(
             "sketch_error": 0.4 + wobble,
             "sketch_error_stratified": 0.6 - wobble,
         },
-        noise={"noise": 40.0 + 4 * wobble, "signal": 5 + 10 * wobble, "trained": 4.0, "worth": 5.0},
+        noise={"noise": 120.0, "signal": 6 + wobble, "trained": 4.0, "worth": 5.0},
         floor=1.25 if step % 2 == 0 else None,
     )
 

@@ -49,9 +49,9 @@ def noise(runs: Sequence[Run]) -> Section:
 
 
 def _lines(run: Run, place: int) -> list[Line]:
-    x, variance = binned(run.steps, run.column("noise", "noise"), _POINTS)
-    signal, worth = (binned(run.steps, run.column("noise", name), _POINTS)[1] for name in ("signal", "worth"))
-    scale = np.divide(variance, signal, out=np.full_like(variance, np.nan), where=signal > 0)
+    x, inverse = binned(run.steps, run.column("noise", "signal") / run.column("noise", "noise"), _POINTS)
+    worth = binned(run.steps, run.column("noise", "worth"), _POINTS)[1]
+    scale = np.divide(1, inverse, out=np.full_like(inverse, np.nan), where=inverse > 0)
     colour = colour_of(place)
     return [
         Line(x=x, y=scale, colour=colour, label=f"{run.name}, noise scale", style="solid"),

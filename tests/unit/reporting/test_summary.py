@@ -222,7 +222,7 @@ def test_the_noise_of_the_gradient_is_shown_for_each_source_and_the_run_and_goes
     again = RunSummary(NAMES, long_tensor([1200, 30, 4]), torch.tensor([False, False, True]), "memory (test)", {})
     by_source = torch.tensor([[6.0, 2.0], [torch.nan, torch.nan]])
     for number in range(8):
-        noise = {"noise": 3.9 + 0.2 * (number % 2), "signal": 1.0, "trained": 32.0, "worth": 40.0}
+        noise = {"noise": 4.0, "signal": 0.98 + 0.04 * (number % 2), "trained": 32.0, "worth": 40.0}
         summary.report(dataclasses.replace(step, noise=noise, source_noise=by_source))
         if number == 3:
             again.load(json.loads(json.dumps(summary.state())))
@@ -232,7 +232,7 @@ def test_the_noise_of_the_gradient_is_shown_for_each_source_and_the_run_and_goes
     assert algebra[head.index("noise scale")] == "3"
     for one in (summary, again):
         table = lines(one.closing_table({}))
-        assert ["gradient noise scale", "4 examples (95 %: 3.9 to 4.1)"] in table
+        assert ["gradient noise scale, second half of the run", "4 examples (95 %: 3.9 to 4.1)"] in table
         assert ["a step's examples are worth", "40.0 random ones (32.0 were trained on)"] in table
         told = " ".join(word for line in lines(one.render({}))[-3:] for word in line)
         assert "That is more: a larger batch, or a coreset of one, can hardly help" in told

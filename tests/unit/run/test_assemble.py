@@ -8,6 +8,7 @@ from support.families import FAMILIES, adapted_model, base_model, with_adapters
 
 from colm_scale.config.command_line import parse
 from colm_scale.distributed.connect import connect
+from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import decoder_blocks, find_probe
 from colm_scale.run import assemble
@@ -54,3 +55,23 @@ def test_the_last_block_alone_takes_the_arguments_that_it_takes_in_the_model(fam
     expected = Tap(ExampleLoss(adapted_model(family)), probe)
     assert assemble._tap(module, probe)._batched == expected._batched
     assert (module._fused, module._post_checked) == (expected.model._fused, expected.model._post_checked)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--train.compile", "true"], r"^--train\.compile true cannot compile adapters on experts: leave it out$"),
+        (
+            ["--selection.estimator", "zeroth_order", "--train.dtype", "bfloat16"],
+            r"^--selection\.estimator zeroth_order compares .* in bfloat16: use --selection\.estimator last_layer",
+        ),
+    ],
+)
+def test_what_adapters_on_experts_exclude_is_refused(options, words):
+    experts = {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    module = ExampleLoss(with_adapters(base_model("mixtral", num_local_experts=4), **experts))
+    config = resolve(parse(options))
+    with pytest.raises(UserError, match=words):
+        assemble._check_experts(config, module)
+    assemble._check_experts(resolve(parse([])), module)
+    assemble._check_experts(config, ExampleLoss(with_adapters(base_model("mixtral"), target_modules=["v_proj"])))
