@@ -36,12 +36,13 @@ from colm_scale.run.assemble import build_model, build_step
 from colm_scale.run.inputs import Inputs
 from colm_scale.sketch import zeroth_order
 from support import worker
+from support.cases import ROOT
 from support.families import base_model, batch_of
 from support.ranks import join, launch_ranks
 from support.support_page import ALONE, ENGINES, FEATURES, Cell, cells, page
 from support.zoo import ZOO
 
-ROWS = worker.ROOT / "docs" / "support.jsonl"
+ROWS = ROOT / "docs" / "support.jsonl"
 PAGE = ROWS.with_suffix(".md")
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes")
 STEPS = 2
