@@ -322,14 +322,14 @@ def planned(
 ) -> Iterator[tuple[dict[str, object], Callable[[], dict]]]:
     """What rows of a state say first, and the measurement of the rest."""
     yield {"kind": "noise"}, partial(bank_ways.noise_scales, pool)
-    for setting, (n, b) in itertools.product(bank_ways.SETTINGS, SIZES):
-        row = {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws}
-        yield row, partial(bank_ways.errors, pool, setting, n, b, draws)
     if pool.step == steps[-1] > 0:
         for folder in sorted(bank.glob("step-*"), key=lambda path: -int(path.name[5:])):
             age = pool.step - int(folder.name[5:])
             row = {"kind": "age", "age": age, "draws": draws}
             yield row, partial(bank_ways.aged, pool, pool.tap_of(folder), AGED, draws)
+    for setting, (n, b) in itertools.product(bank_ways.SETTINGS, SIZES):
+        row = {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws}
+        yield row, partial(bank_ways.errors, pool, setting, n, b, draws)
 
 
 def main() -> None:

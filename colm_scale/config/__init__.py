@@ -59,7 +59,7 @@ class LoraConfig:
     """Dropout before every adapter in training; sketches use none."""
     targets: list[str] | None = None
     """Names of the linear layers that get adapters. Default: every linear layer of the blocks; in a mixture of experts
-    those outside the feed-forward layers, in Mamba layers not the output. The name experts stands for the weights of
+    those outside the feed-forward layers, in Mamba's mixers the first layer. The name experts stands for the weights of
     the routed experts: each expert gets an adapter of that rank. The run prints which layers have adapters."""
     adapter: str | None = None
     """Folder or hub id of an existing adapter to start from; its own rank, alpha and targets are used."""

@@ -36,8 +36,7 @@ from colm_scale.run.assemble import build_model, build_step
 from colm_scale.run.inputs import Inputs
 from colm_scale.sketch import zeroth_order
 from support import worker
-from support.cases import EPSILON, PAD, RATE, VOCABULARY
-from support.commands import ROOT
+from support.cases import EPSILON, PAD, RATE, ROOT, VOCABULARY
 from support.families import base_model, batch_of
 from support.ranks import join, launch_ranks
 from support.support_page import ALONE, ENGINES, FEATURES, Cell, cells, page

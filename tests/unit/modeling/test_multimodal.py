@@ -105,6 +105,20 @@ def test_the_probe_is_in_the_language_model_and_packed_rows_are_tried(folders, f
     assert not set(path.split(".")) & {*NOT_LOADED[family]}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_the_whole_model_and_leave_no_trace(folders, family):
+    model, _ = in_text(folders[family])
+    prompts, batch = batch_of([6, 6]), batch_of([9, 5, 7])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    before = logits(model, batch)
+    answers = [
+        m.eval().generate(input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, **options)
+        for m in (model, of_whole(folders[family]))
+    ]
+    assert torch.equal(*answers)
+    assert torch.equal(logits(model, batch), before)  # Qwen's keep offsets of positions
+
+
 def test_an_adapter_of_the_whole_model_is_trained_further(folders, tmp_path):
     model, _ = in_text(folders["gemma3"])
     first = add_adapters(model, LoraConfig(rank=2), seed=0)
