@@ -36,7 +36,7 @@ from colm_scale.run.assemble import build_model, build_step
 from colm_scale.run.inputs import Inputs
 from colm_scale.sketch import zeroth_order
 from support import worker
-from support.cases import ROOT
+from support.cases import EPSILON, ROOT
 from support.families import base_model, batch_of
 from support.ranks import join, launch_ranks
 from support.support_page import ALONE, ENGINES, FEATURES, Cell, cells, page
@@ -161,7 +161,7 @@ def _trained(config: RunConfig, group: Group) -> dict:
     )
     module, weights, tap = build_model(config, loading_device(config, ds_config, group), group)
     engine = make_engine(config, ds_config, module, group, weights)
-    with mock.patch.object(zeroth_order, "PERTURBATION", worker.EPSILON):
+    with mock.patch.object(zeroth_order, "PERTURBATION", EPSILON):
         step = build_step(config, inputs, engine, tap, Spans(group.device, memory_meter(group)), group)
         reports = [step(number, worker.RATE)[0] for number in range(1, STEPS + 1)]
     batch = batch_of([7, 5, 11])
