@@ -165,7 +165,7 @@ class HeldBlockInputs(BlockInputs):
                 hidden_states, onward, anchor, inputs, lambda known: again(known, *args, **kwargs)
             )
             # Beside its hidden states a block may return the weights of its attention, which nobody reads.
-            return (passed, *(None,) * (self._outputs - 1)) if self._outputs else passed
+            return (passed, *(torch.empty(0),) * (self._outputs - 1)) if self._outputs else passed
 
         return wrapped
 
