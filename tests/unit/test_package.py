@@ -26,7 +26,7 @@ HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "matplotlib",
 # Where a distribution and its module have different names; and what comes with transformers, jsonargparse, datasets and
 # DeepSpeed, which cannot do without it.
 DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "sklearn": "scikit-learn"}
-COMES_ALONG = {"markupsafe", "numpy", "pyarrow", "pydantic", "threadpoolctl", "tokenizers", "yaml"}
+COMES_ALONG = {"huggingface_hub", "markupsafe", "numpy", "pyarrow", "pydantic", "threadpoolctl", "tokenizers", "yaml"}
 
 
 @pytest.fixture(scope="module")
