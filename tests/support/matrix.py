@@ -35,7 +35,7 @@ from colm_scale.profiling.spans import Spans
 from colm_scale.run.assemble import build_model, build_step
 from colm_scale.run.inputs import Inputs
 from colm_scale.sketch import zeroth_order
-from support import worker
+from support import multimodal, worker
 from support.cases import EPSILON, PAD, RATE, ROOT, VOCABULARY
 from support.families import base_model, batch_of
 from support.ranks import join, launch_ranks
@@ -186,7 +186,9 @@ def _trained(config: RunConfig, group: Group) -> dict:
 def _loaded(config: RunConfig, adapter: str) -> ExampleLoss:
     """The adapter on its base, as plain peft loads it."""
     if config.model.quantize == "none":
-        base = transformers.AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+        sees = Path(config.model.name).name in multimodal.EVERY
+        whole = transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
+        base = whole.from_pretrained(config.model.name, dtype=torch.float32)
     else:  # bitsandbytes' layers would compute in bfloat16 on some CPUs
         base = load_model(config.model, torch.float32, torch.device("cpu"))
     return ExampleLoss(PeftModel.from_pretrained(base, adapter)).eval()

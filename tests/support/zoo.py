@@ -153,5 +153,12 @@ ZOO: dict[str, Family] = {
         {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
         "in_proj",
     ),
+    "gemma3": Family("Gemma 3 (4B and larger)", "sees; trained without tower and projector", {}),
+    "mistral3": Family("Mistral Small 3", "sees; trained without tower and projector", {}),
+    "llama4": Family("Llama 4", "sees; experts in some blocks, whose router returns a pair; chunked attention", {}),
+    "qwen2_5_vl": Family("Qwen2.5-VL", "sees; positions in three parts", {}),
+    "qwen3_vl": Family("Qwen3-VL", "sees; positions in three parts, interleaved", {}),
+    "qwen3_5": Family("Qwen3.5", "sees; gated delta net and attention", {}),
+    "idefics3": Family("Idefics 3", "sees; Llama's text part", {}),
 }
 """By ``model_type``, in the order of the page."""
