@@ -36,8 +36,9 @@ Rows: {versions}; float32 on a CPU.
 **✓ works**: a tiny model of the family (two blocks, random weights, no dropout, read from files) makes two real steps
 with selection on two ranks (one in the first column); the selected ids are those of one process, the losses too (to
 1e-5), and the saved adapter, loaded by plain peft (into the whole model, if it sees), computes the losses of the
-trained model. **–** is refused, **✗** fails, with the line that says why; **·** was not tried. Large models, GPUs and half precision are not covered by this
-table. Dropout is drawn apart on each rank, so with it losses depend on the number of ranks.
+trained model. **–** is refused, **✗** fails, with the line that says why; **·** was not tried. Large models, GPUs and
+half precision are not covered by this table. Dropout is drawn apart on each rank, so with it losses depend on the
+number of ranks.
 
 ## Families
 
