@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from colm_scale.config import RunConfig
+from colm_scale.config import EXPERTS, RunConfig
 from colm_scale.config.rules import Rule, check
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import Engine
-from colm_scale.engines.ds_config import read_ds_config, zero_stage
+from colm_scale.engines.ds_config import NO_EXPERTS, read_ds_config, zero_stage
 from colm_scale.engines.single_and_ddp import TorchEngine
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.optimizers import NEED_WHOLE_MATRICES
@@ -68,6 +68,11 @@ _PLANNED: tuple[Rule[Start], ...] = (
         f"{of.cuts_adapters} a rank has only a part: use --train.optimizer adamw, sgd or lion, or the engine single "
         "or ddp (leave --engine and --ds_config out)",
         ranks=2,
+    ),
+    Rule(
+        f"--lora.targets '[v_proj, {EXPERTS}]' --ds_config zero3",
+        lambda of: of.stage == 3 and EXPERTS in (of.config.lora.targets or ()),
+        lambda of: NO_EXPERTS,
     ),
 )
 START: tuple[Rule[Start], ...] = (

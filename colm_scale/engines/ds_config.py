@@ -12,10 +12,11 @@ import importlib.util
 import json
 from pathlib import Path
 
-from colm_scale.config import RunConfig
+from colm_scale.config import EXPERTS, RunConfig
 from colm_scale.errors import UserError
 from colm_scale.records import Json
 
+NO_EXPERTS = f"ZeRO-3 (--ds_config) cannot train adapters on {EXPERTS}: use --engine fsdp, or zero2"
 _SHIPPED = Path(__file__).parents[1] / "ds_configs"
 _STAGES = (0, 1, 2, 3)
 _DECIDED_HERE = {

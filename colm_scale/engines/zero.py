@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from colm_scale.config import EXPERTS, TrainConfig
+from colm_scale.config import TrainConfig
 from colm_scale.distributed.group import Group
 from colm_scale.engines.base import (
     WEIGHT,
@@ -23,7 +23,7 @@ from colm_scale.engines.base import (
     remember,
     unscale,
 )
-from colm_scale.engines.ds_config import zero_stage
+from colm_scale.engines.ds_config import NO_EXPERTS, zero_stage
 from colm_scale.engines.fsdp import units
 from colm_scale.engines.tensors import all_have_room, local_tensors
 from colm_scale.errors import UserError
@@ -214,7 +214,7 @@ def _check_adapters(module: ExampleLoss) -> None:
         UserError: Some are experts'. They are read outside the modules that hold them, where nothing gathers them.
     """
     if any(adapted_layers(module.model).values()):
-        raise UserError(f"ZeRO-3 (--ds_config) cannot train adapters on {EXPERTS}: use --engine fsdp, or zero2")
+        raise UserError(NO_EXPERTS)
 
 
 def _shard(module: ExampleLoss, ds_config: Json, group: Group, weights: Weights) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from colm_scale.config.command_line import parse
 from colm_scale.config.rules import DATA, FORWARD_REUSE, RUN, SELECTION, TRAIN, Rule, refusal
 from colm_scale.engines.choose import START, Start
+from colm_scale.engines.ds_config import read_ds_config, zero_stage
 from colm_scale.errors import UserError
 from support.zoo import ZOO
 
@@ -109,8 +110,11 @@ def lines_of_rules() -> list[tuple[Rule, str]]:
             found.append((rule, ""))
         except UserError as error:
             found.append((rule, str(error)))
-    starts = ((rule, Start(parse(shlex.split(rule.example)), 0, rule.ranks)) for rule in START)
-    return [*found, *((rule, refusal(start, START)) for rule, start in starts)]
+    for rule in START:
+        config = parse(shlex.split(rule.example))
+        stage = zero_stage(read_ds_config(config, rule.ranks))
+        found.append((rule, refusal(Start(config, stage, rule.ranks), START)))
+    return found
 
 
 def _of_engines(of_feature: dict[str, Cell], notes: dict[str, int]) -> str:
