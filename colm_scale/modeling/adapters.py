@@ -37,6 +37,7 @@ _TRAINED_WHOLE = {
 """What else a LoRA adapter may hold, by the key of its configuration."""
 _OF_EMBEDDING = "lora_embedding_"
 """What peft calls the LoRA matrices of an embedding."""
+_UNREADABLE = (OSError, ValueError, SafetensorError)
 _MERGE_FIRST = "merge it into its base model with colm-scale merge, and start from the result with --model.name"
 
 
@@ -79,13 +80,20 @@ def check_trained_further(config: LoraConfig) -> None:
                 f"--lora.adapter {name} also trains {what} ({key}: {value}), and only LoRA matrices of linear layers "
                 f"can be trained further here: {_MERGE_FIRST}"
             )
-    with safe_open(Path(_weights_folder(name)) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        embedding = next((key for key in file.keys() if _OF_EMBEDDING in key), "")  # noqa: SIM118
+    try:
+        with safe_open(Path(_weights_folder(name)) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+            embedding = next((key for key in file.keys() if _OF_EMBEDDING in key), "")  # noqa: SIM118
+    except _UNREADABLE as error:
+        raise _cannot_be_read(name, error) from None
     if embedding:
         raise UserError(
             f"--lora.adapter {name} also adapts an embedding ({embedding}), and only LoRA matrices of linear layers "
             f"can be trained further here: {_MERGE_FIRST}"
         )
+
+
+def _cannot_be_read(name: str, error: Exception) -> UserError:
+    return UserError(f"--lora.adapter {name}: its weights cannot be read ({one_line(error)})")
 
 
 def _weights_folder(name: str) -> str:
@@ -153,8 +161,8 @@ def _load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
     folder = _weights_folder(name)
     try:
         read = load_peft_weights(folder, device="cpu").keys()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--lora.adapter {name}: its weights cannot be read ({one_line(error)})") from None
+    except _UNREADABLE as error:
+        raise _cannot_be_read(name, error) from None
     try:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
     except (ValueError, RuntimeError) as error:

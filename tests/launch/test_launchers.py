@@ -35,7 +35,7 @@ LAUNCHERS = sorted((ROOT / "launchers").glob("*.py"))
 METRICS = {
     *("step", "loss", "learning_rate", "gradient_norm", "seconds", "measured_over_floor", "peak_bytes"),
     *("phase_peak_bytes", "exchanged_bytes", "gradient_bytes", "padding_share", "imbalance", "candidates"),
-    *("selected", "kept", "invalid", "overflow", "applied", "loss_scale", "telemetry"),
+    *("selected", "kept", "invalid", "overflow", "applied", "loss_scale", "telemetry", "noise"),
 }
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

@@ -79,6 +79,7 @@ def base_model(family: str, dtype: torch.dtype = torch.float32, **options) -> nn
     make = transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
     config = multimodal.config_of(family, **options) if sees else transformers.AutoConfig.for_model(family, **options)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for the vectors that some draw, such as the decays of recurrent layers
         model = make.from_config(config)
     fill(model.parameters(), family)
     return model.to(dtype).train()

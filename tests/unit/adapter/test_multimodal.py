@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.families import base_model, fill
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from colm_scale.adapter.merge import export
 from colm_scale.base import BASE_MODEL
@@ -66,10 +66,14 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("what", ["adapter", "checkpoints/step-00000007"])
 def test_the_merged_model_is_whole(base, run, tmp_path, what):
     merged = export(MergeConfig(run=str(run / what), output=str(tmp_path / "merged")))
-    assert merged.difference <= 1e-4 * merged.largest
+    # Changed by a unit in the last place each, the weights of the recurrent Qwen3.5 move its logits by up to 6e-4 of
+    # the largest, those of the others by 4e-6.
+    recurrent = "linear_attention" in (AutoConfig.from_pretrained(base).get_text_config().layer_types or [])
+    rounding = (1e-3 if recurrent else 1e-5) * merged.largest
+    assert merged.difference <= rounding
     before, after = whole(base), whole(merged.place)
     expected = logits(PeftModel.from_pretrained(whole(base), str(run / "adapter")))
-    assert torch.allclose(logits(after), expected, atol=1e-4 * float(expected.abs().max()))
+    assert torch.allclose(logits(after), expected, atol=rounding)
     same = {name for name, weight in after.named_parameters() if torch.equal(weight, before.get_parameter(name))}
     changed = {name for name, _ in after.named_parameters()} - same
     assert all(set(name.split(".")) & {"self_attn", "mlp", "linear_attn", "feed_forward"} for name in changed)

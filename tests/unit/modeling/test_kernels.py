@@ -65,7 +65,7 @@ def test_auto_takes_flash_attention_where_it_runs_and_the_model_has_it(monkeypat
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(load, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(load.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     load_model(model, dtype, CPU, prefers_flash=True)
     assert asked == tried
 
