@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from colm_scale.config import EXPERTS, LoraConfig
+from colm_scale.data.hub import use_cache_without_hub
 from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.adapter_linear import compute_in_input_type
 from colm_scale.modeling.multimodal import not_loaded, within
@@ -50,6 +51,7 @@ def check_adapter(config: LoraConfig) -> None:
     name = config.adapter
     if name is None:
         return
+    use_cache_without_hub(name)
     try:
         found = PeftConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -29,6 +29,7 @@ from transformers.utils.import_utils import (
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import ModelConfig, TrainConfig
+from colm_scale.data.hub import use_cache_without_hub
 from colm_scale.errors import UserError, one_line
 from colm_scale.modeling.causal import moved
 from colm_scale.modeling.multimodal import sees_or_hears, text_class, whole_class
@@ -53,6 +54,7 @@ def check_model(config: ModelConfig, option: str = _OPTION) -> PretrainedConfig:
         UserError: There is no such model, it brings its own code, or it is not a causal language model.
     """
     _check_no_adapter(_name(config), option)
+    use_cache_without_hub(_name(config))
     with _one_line(config, option):
         found: PretrainedConfig = AutoConfig.from_pretrained(_name(config), **_hub_arguments(config))
     causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(found, "auto_map", {})

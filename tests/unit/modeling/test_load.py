@@ -3,17 +3,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 
 import peft
 import pytest
 import tokenizers
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from support.families import base_model, batch_of, fill
 
 from colm_scale.base import BASE_MODEL
 from colm_scale.config import LoraConfig, ModelConfig
+from colm_scale.data.hub import hub_answers
 from colm_scale.errors import UserError
 from colm_scale.modeling.adapters import add_adapters, check_adapter, check_trained_further
 from colm_scale.modeling.load import check_model, check_vocabulary, context_length, load_model, load_tokenizer
@@ -123,6 +126,19 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
         check_model(ModelConfig(name="some-org/no-such-model"))
     with refused(rf"^--model\.name {re.escape(str(tmp_path / 'a' / 'b'))}: {tried}"):
         check_model(named(tmp_path / "a" / "b"))
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits to try again"))
+    hub_answers.cache_clear()
+    with pytest.raises(UserError, match=r"^--model.name org/none: cannot load a model \(there is no such folder"):
+        check_model(ModelConfig(name="org/none"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"^--lora.adapter org/none: no adapter can be read there"):
+        check_adapter(LoraConfig(adapter="org/none"))
+    hub_answers.cache_clear()
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no such type"}'])
