@@ -1,11 +1,13 @@
 """Evidence for the default ranking: arms at equal steps, each at its own learning rate.
 
 python benchmarks/default_ranking.py                    the built-in mixture; repeat to continue where it stopped
-python benchmarks/default_ranking.py --data maths=TRAIN,HELD_OUT --model FOLDER --seeds 5 -- --data.max_length 256
+python benchmarks/default_ranking.py --data maths=TRAIN,HELD_OUT --model FOLDER --seeds 5 --untuned --steps 40 \\
+    -- --data.max_length 256
 
-Each arm is first run at three learning rates with seeds that are used for nothing else, and then with the best of them
-(the least sum of the losses over examples and over sources) with every seed, all arms of a seed before the next. Rows
-are those of `learning.py`, under the name of the data and the rate.
+Each arm is first run at three learning rates with a seed that is used for nothing else, and then with the best of them
+(the least sum of the losses over examples and over sources) with every seed, all arms of a seed before the next. With
+--untuned, arms take the rate of the most similar one that was tuned. Rows are those of `learning.py`, under the name of
+the data and the rate; at the default rate, its own rows count as well.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
 from statistics import mean
 
 import learning
@@ -32,9 +33,18 @@ ARMS = {
     "full 2n": "`full`, 2n",
 }
 """Titles, the most informative first."""
+LIKE = {
+    "last_layer": "last_layer matching",
+    "last_layer matching unbiased": "last_layer matching",
+    "paper": "last_layer matching",
+    "random": "stratified",
+    "full b": "stratified",
+    "full 2n": "full n",
+}
+"""The arm whose rate an arm takes if it was not tuned itself."""
 RATES = ("5e-3", "1e-2", "2e-2")
-TUNING_SEEDS = (100,)
-STEPS = {"steps": 80}
+DEFAULT_RATE = {"built-in": "1e-2"}
+TUNING_SEED = 100
 SCORES = ("loss", "loss_by_source", "small_loss")
 
 
@@ -44,50 +54,51 @@ def at_rate(setting: learning.Setting, rate: str) -> learning.Setting:
     return dataclasses.replace(setting, data=f"{setting.data}, rate {rate}", options=options)
 
 
-def scores(data: str, rate: str, arm: str) -> dict[int, dict]:
-    """Held-out losses by seed."""
-    of_arm = learning_tables.of(f"{data}, rate {rate}", "steps").get(arm, {})
-    return {seed: row["after"] for seed, row in of_arm.items()}
+def found(data: str, rate: str | None, arm: str) -> learning_tables.Runs:
+    """Runs of an arm at a rate, by seed."""
+    if rate is None:
+        return {}
+    plain = learning_tables.of(data, "steps").get(arm, {}) if rate == DEFAULT_RATE.get(data) else {}
+    return plain | learning_tables.of(f"{data}, rate {rate}", "steps").get(arm, {})
 
 
 def best_rate(data: str, arm: str) -> str | None:
     """The rate with the least loss in the tuning runs; None until all are made."""
-    tuned = {rate: [scores(data, rate, arm).get(seed) for seed in TUNING_SEEDS] for rate in RATES}
-    if any(None in found for found in tuned.values()):
-        return None
-    return min(RATES, key=lambda rate: mean(after["loss"] + after["loss_by_source"] for after in tuned[rate]))
+    tuned = {rate: found(data, rate, arm).get(TUNING_SEED) for rate in RATES}
+    if None in tuned.values():
+        return best_rate(data, LIKE[arm]) if arm in LIKE else None
+    return min(RATES, key=lambda rate: tuned[rate]["after"]["loss"] + tuned[rate]["after"]["loss_by_source"])
 
 
-def run_missing(setting: learning.Setting, rate: str, arm: str, seeds: Sequence[int]) -> None:
-    """Run an arm at a rate with every seed that has no row."""
-    for job in learning.missing(at_rate(setting, rate), [arm], ["steps"], seeds, STEPS):
-        learning.run(*job)
+def run_missing(setting: learning.Setting, rate: str, arm: str, seed: int, steps: int) -> None:
+    """Run an arm at a rate with a seed, unless there is a row."""
+    if seed not in found(setting.data, rate, arm):
+        learning.run(at_rate(setting, rate), arm, "steps", seed, steps)
 
 
 def table(data: str) -> str:
     """Losses of every arm at its best rate, and their differences to facility location with the same seed."""
     lines = [
-        "| arm | rate | seeds | natural mixture | mean over sources | small sources | natural, minus `facility` | over "
-        "sources, minus `facility` | small, minus `facility` |",
-        f"|---|{'---:|' * 8}",
+        "| arm | rate | seeds | steps nearer than a draw | natural mixture | mean over sources | small sources | natural, "
+        "minus `facility` | over sources, minus `facility` | small, minus `facility` |",
+        f"|---|{'---:|' * 9}",
     ]
-    reference = scores(data, best_rate(data, "last_layer") or RATES[1], "last_layer")
-    for arm, title in ARMS.items():
-        rate = best_rate(data, arm)
-        found = {seed: after for seed, after in scores(data, rate or "", arm).items() if seed not in TUNING_SEEDS}
-        if not found:
+    runs = {}
+    for arm in ARMS:
+        at_best = found(data, best_rate(data, arm), arm)
+        runs[arm] = {seed: run for seed, run in at_best.items() if seed != TUNING_SEED}
+    for arm, of_arm in runs.items():
+        if not of_arm:
             continue
-        cells = [title, str(rate), str(len(found))]
-        cells += [learning_tables.cell([after[score] for after in found.values()]) for score in SCORES]
-        common = sorted(found.keys() & reference.keys())
-        for score in SCORES:
-            apart = [found[seed][score] - reference[seed][score] for seed in common]
-            cells.append(learning_tables.cell(apart, "+.3f") if arm != "last_layer" and apart else "-")
+        nearer = [run["telemetry"]["nearer"] for run in of_arm.values() if "nearer" in run["telemetry"]]
+        cells = [ARMS[arm], str(best_rate(data, arm)), str(len(of_arm)), f"{mean(nearer):.1%}" if nearer else "-"]
+        cells += [learning_tables.cell([run["after"][score] for run in of_arm.values()]) for score in SCORES]
+        cells += [learning_tables.difference(of_arm, runs["last_layer"], score) for score in SCORES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-TABLES = {"default ranking": lambda: table("built-in")}
+TABLES = {f"default ranking {data}": lambda data=data: table(data) for data in learning_tables.DATA}
 
 
 def main() -> None:
@@ -95,17 +106,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="built-in", help="as for learning.py")
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--untuned", action="store_true", help="tune `matching`, `stratified` and `full n` alone")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--steps", type=int, default=80)
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     setting = learning.Setting.of(given.data, given.model, options)
-    for arm in ARMS:
-        for rate in RATES:
-            run_missing(setting, rate, arm, TUNING_SEEDS)
+    for arm in given.arms:
+        for rate in () if given.untuned and arm in LIKE else RATES:
+            run_missing(setting, rate, arm, TUNING_SEED, given.steps)
         print(f"{arm}: learning rate {best_rate(setting.data, arm)}", flush=True)
     for seed in range(given.seeds):
-        for arm in ARMS:
-            run_missing(setting, best_rate(setting.data, arm) or RATES[1], arm, [seed])
+        for arm in given.arms:
+            run_missing(setting, best_rate(setting.data, arm), arm, seed, given.steps)
     print(table(setting.data))
 
 

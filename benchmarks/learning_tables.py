@@ -81,7 +81,7 @@ def table(data: str, match: str, arms: Sequence[str], *, measured: bool = False)
             cells.append(
                 "-" if None in accuracies else cell([100 * accuracy for accuracy in accuracies], ".1f") + " %"
             )
-            cells += [_difference(runs, found[REFERENCE], score) for score in ("loss", "loss_by_source")]
+            cells += [difference(runs, found[REFERENCE], score) for score in ("loss", "loss_by_source")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -101,8 +101,8 @@ def summary() -> str:
     price, at_time, at_steps = costs("built-in"), of("built-in", "time"), of("built-in", "steps")
     for arm in SUMMARISED:
         means = [cell([run["after"]["loss_by_source"] for run in runs[arm].values()]) for runs in (at_time, at_steps)]
-        difference = _difference(at_time[arm], at_time[REFERENCE], "loss_by_source")
-        lines.append(f"| `{arm}` | {price[arm]:.2f} | {means[0]} | {difference} | {means[1]} |")
+        apart = difference(at_time[arm], at_time[REFERENCE], "loss_by_source")
+        lines.append(f"| `{arm}` | {price[arm]:.2f} | {means[0]} | {apart} | {means[1]} |")
     return "\n".join(lines)
 
 
@@ -122,7 +122,7 @@ def whole_summary() -> str:
                 cells.append(str(next(iter(runs.values()))["steps"]))
             cells.append(str(len(runs)))
             cells += [cell([run["after"][score] for run in runs.values()]) for score in ("loss", "loss_by_source")]
-            cells.append(_difference(runs, of_match[REFERENCE], "loss_by_source"))
+            cells.append(difference(runs, of_match[REFERENCE], "loss_by_source"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -132,7 +132,8 @@ def cell(values: Sequence[float], form: str = ".3f") -> str:
     return f"{middle:{form}}" if half != half else f"{middle:{form}} ± {half:{form}}"
 
 
-def _difference(runs: Runs, reference: Runs, score: str) -> str:
+def difference(runs: Runs, reference: Runs, score: str) -> str:
+    """Mean difference of a score with the same seeds, and its interval; bold if that excludes zero."""
     both = sorted(runs.keys() & reference.keys())
     if runs is reference or not both:
         return "-"
