@@ -79,7 +79,7 @@ def run_missing(setting: learning.Setting, rate: str, arm: str, seed: int, steps
 def table(data: str) -> str:
     """Losses of every arm at its best rate, and their differences to facility location with the same seed."""
     lines = [
-        "| arm | rate | seeds | steps nearer than a draw | natural mixture | mean over sources | small sources | natural, "
+        "| arm | rate | seeds | nearer than a draw | natural mixture | mean over sources | small sources | natural, "
         "minus `facility` | over sources, minus `facility` | small, minus `facility` |",
         f"|---|{'---:|' * 9}",
     ]
