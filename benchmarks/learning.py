@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -72,6 +72,10 @@ class Setting:
             name += f" {Path(model).name}"
         return cls(name, (*given, *options))
 
+    def labelled(self, label: str | None) -> Setting:
+        """With a label, which becomes part of the name."""
+        return dataclasses.replace(self, data=f"{self.data}, {label}") if label else self
+
     def sized(self, candidates: int, budget: int) -> Setting:
         """With other candidates and another coreset than the default, which are then part of the name."""
         if (candidates, budget) == (self.candidates, self.budget):
@@ -97,22 +101,27 @@ def _few(count: int) -> tuple[str, str]:
 
 def cost(setting: Setting, arms: Sequence[str], rounds: int) -> None:
     """Time a step of every arm in turn, round after round, in this process on one thread."""
-    steps = {arm: _prepared(setting.command_line(arm)) for arm in arms}
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for number in range(1, rounds + 1):
-        for arm, step in steps.items():
-            started = time.perf_counter()
-            step(number, 1e-3)
-            seconds[arm].append(time.perf_counter() - started)
+    seconds = interleaved({arm: prepared(setting.command_line(arm)) for arm in arms}, rounds)
     for arm, taken in seconds.items():
-        ratios = [own / reference for own, reference in zip(taken[1:], seconds[REFERENCE][1:])]  # the first warms up
-        row = {"benchmark": "learning", "kind": "cost", "data": setting.data, "arm": arm, "rounds": rounds - 1}
-        row |= {"step_seconds": runs.quantiles(taken[1:]), "over_reference": runs.quantiles(ratios)}
+        ratios = [own / reference for own, reference in zip(taken, seconds[REFERENCE])]
+        row = {"benchmark": "learning", "kind": "cost", "data": setting.data, "arm": arm, "rounds": rounds}
+        row |= {"step_seconds": runs.quantiles(taken), "over_reference": runs.quantiles(ratios)}
         rows.append("learning", row | {"environment": rows.here()})
         print(f"{arm:28} {percentile(ratios, 50):.2f} of {REFERENCE}", flush=True)
 
 
-def _prepared(options: list[str]):
+def interleaved(steps: dict[Hashable, Callable[[int, float], object]], rounds: int) -> dict[Hashable, list[float]]:
+    """Seconds of every step, made in turn, round after round; a first round is not counted."""
+    seconds: dict[Hashable, list[float]] = {name: [] for name in steps}
+    for number in range(1, rounds + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(number, 1e-3)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: taken[1:] for name, taken in seconds.items()}
+
+
+def prepared(options: list[str]):
     """The product's step for one arm, as a function of step number and learning rate."""
     import torch
     import transformers
@@ -220,6 +229,7 @@ def main() -> None:
     parser.add_argument("what", choices=("cost", "run"))
     parser.add_argument("--data", default="built-in", help="built-in, built-in-ROWS, or NAME=TRAIN,HELD_OUT")
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
+    parser.add_argument("--label", help="name of a variant, such as of costs with further options")
     parser.add_argument("--candidates", type=int, default=64, help="n, of the arms whose name says no sizes")
     parser.add_argument("--budget", type=int, default=32, help="b")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
@@ -234,7 +244,8 @@ def main() -> None:
     own, options = rows.split(sys.argv[1:])
     given = parser.parse_args(own)
     arms = given.arms or [arm for group in given.groups for arm in GROUPS[group] if arm in ARMS]
-    setting = Setting.of(given.data, given.model, options).sized(given.candidates, given.budget)
+    setting = Setting.of(given.data, given.model, options).labelled(given.label)
+    setting = setting.sized(given.candidates, given.budget)
     if given.what == "cost":
         cost(setting, list(dict.fromkeys([REFERENCE, *arms])), given.rounds)
         return

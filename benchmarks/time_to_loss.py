@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ from statistics import mean
 import rows
 import runs
 from arms import ARMS
-from learning import QUIET, _prepared
+from learning import QUIET, interleaved, prepared
 
 STEPS = {"stratified": 120, "last_layer": 80, "paper": 80, "full n": 90, "full 2n": 50}
 TARGETS = (0.8, 0.5, 0.3)
@@ -35,15 +34,9 @@ _ALL = 10_000
 
 def cost(rounds: int) -> None:
     """Time a step of every arm in turn, round after round."""
-    steps = {arm: _prepared([*QUIET, *ARMS[arm]]) for arm in STEPS}
-    seconds: dict[str, list[float]] = {arm: [] for arm in STEPS}
-    for number in range(1, rounds + 2):
-        for arm, step in steps.items():
-            started = time.perf_counter()
-            step(number, 1e-3)
-            seconds[arm].append(time.perf_counter() - started)
+    seconds = interleaved({arm: prepared([*QUIET, *ARMS[arm]]) for arm in STEPS}, rounds)
     for arm, taken in seconds.items():
-        row = {"benchmark": "time_to_loss", "kind": "cost", "arm": arm, "step_seconds": runs.quantiles(taken[1:])}
+        row = {"benchmark": "time_to_loss", "kind": "cost", "arm": arm, "step_seconds": runs.quantiles(taken)}
         rows.append("time_to_loss", row | {"rounds": rounds, "environment": rows.here()})
         print(arm, row["step_seconds"], flush=True)
 
