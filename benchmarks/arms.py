@@ -41,12 +41,13 @@ def _by_loss(ranking: str) -> _Options:
     return _options(estimator=LOSS, ranking=ranking)
 
 
-def own(ranking: str) -> str:
-    """A ranking of `rankings.py`, as a ranking defined by the user."""
-    return f"{Path(__file__).resolve().with_name('rankings.py')}:{ranking}"
+def own(function: str, file: str = "rankings.py") -> str:
+    """A function of a file beside this one, as a part defined by the user."""
+    return f"{Path(__file__).resolve().with_name(file)}:{function}"
 
 
 _NOTHING_KEPT = {"kept_sources": "[]"}
+_REUSED = {"compression": "countsketch", "columns": 256, "reuse": 1000}
 
 GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
     {
@@ -90,6 +91,11 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "excess_loss": REMOVED,
             "equal systematic by loss": (*_by_loss("systematic"), *_options(shares="equal", **_NOTHING_KEPT)),
             "equal last_layer": _facility(shares="equal", **_NOTHING_KEPT),
+        },
+        "free": {
+            "words matching of 8b": _options(estimator=own("words", "free.py"), candidates=256, **_NOTHING_KEPT),
+            "reused losses": _options(ranking=own("infobatch", "free.py"), **_REUSED),
+            "reused matching": _options(ranking="matching", **_REUSED),
         },
         "h": {f"h {h}": _facility(columns=h) for h in (32, 128, 2048)},
         "eps": {f"eps {eps:g}": REMOVED for eps in (1e-4, 1e-3, 1e-2, 1e-1)},

@@ -92,13 +92,12 @@ class Measurement:
         self, chosen: Chosen, trained: Trained, found: Mapping[str, float]
     ) -> tuple[dict[str, float], Tensor]:
         """Estimate the noise of the gradient, by the telemetry ``found`` of the selection."""
-        error = 1.0
-        if found.get("sketch_error_stratified"):
+        error, config = 1.0, chosen.rule.config
+        # Few derivatives, lengths or words can be matched far better than the gradients, and say little about them.
+        if config.estimator == "last_layer" and found.get("sketch_error_stratified"):
             error = (found["sketch_error"] / found["sketch_error_stratified"]) ** 2
-        sources, method = chosen.candidates.sources, chosen.rule.config.method
-        return gradient_noise(
-            trained.gradients, sources, chosen.selection, trained.routed.shares, method=method, error=error
-        )
+        sources, shares = chosen.candidates.sources, trained.routed.shares
+        return gradient_noise(trained.gradients, sources, chosen.selection, shares, method=config.method, error=error)
 
     def _audit(self, chosen: Chosen) -> Audit | None:
         if not self._audits:

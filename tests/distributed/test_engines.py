@@ -127,6 +127,13 @@ def test_the_noise_of_the_gradient_is_that_of_one_process(ranks, alone, engine, 
         assert found[name] == pytest.approx(expected[name], rel=near, abs=near / 10 * expected["noise"])
 
 
+def test_matching_one_derivative_is_not_worth_more_examples(alone):
+    """Whatever the selection has matched of one number says little about the whole gradient."""
+    for case, is_worth_more in (("last_layer", True), ("zeroth_order_1", False)):
+        steps = [step["telemetry"] for step in alone[case]["steps"]]
+        assert any(step["worth"] > 1.01 * step["trained"] for step in steps) == is_worth_more
+
+
 def test_replicas_have_the_same_adapters(ranks):
     """Only where each rank has them whole: of shards the first rank has made one set."""
     one, other = (cases["auto/last_layer_with_floor"]["adapters"] for cases in ranks)
