@@ -93,8 +93,8 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "equal last_layer": _facility(shares="equal", **_NOTHING_KEPT),
         },
         "free": {
-            "words matching of 8b": _options(estimator=own("words", "free.py"), candidates=256, **_NOTHING_KEPT),
-            "reused losses": _options(ranking=own("infobatch", "free.py"), **_REUSED),
+            "words matching of 8b": _options(estimator=own("words", "words.py"), candidates=256, **_NOTHING_KEPT),
+            "reused losses": _options(ranking=own("infobatch"), **_REUSED),
             "reused matching": _options(ranking="matching", **_REUSED),
         },
         "h": {f"h {h}": _facility(columns=h) for h in (32, 128, 2048)},

@@ -86,47 +86,6 @@ def table(data: str, match: str, arms: Sequence[str], *, measured: bool = False)
     return "\n".join(lines)
 
 
-SUMMARISED = (
-    *("stratified", "equal", "length systematic", "random"),
-    *("full b", "full n", "full 2n", "paper", "last_layer"),
-)
-
-
-def summary() -> str:
-    """The main arms in five columns: means over sources at matched time and at matched steps."""
-    lines = [
-        "| arm | time of a step | same time: mean over sources | minus `stratified` | same steps: mean over sources |",
-        f"|---|{'---:|' * 4}",
-    ]
-    price, at_time, at_steps = costs("built-in"), of("built-in", "time"), of("built-in", "steps")
-    for arm in SUMMARISED:
-        means = [cell([run["after"]["loss_by_source"] for run in runs[arm].values()]) for runs in (at_time, at_steps)]
-        apart = difference(at_time[arm], at_time[REFERENCE], "loss_by_source")
-        lines.append(f"| `{arm}` | {price[arm]:.2f} | {means[0]} | {apart} | {means[1]} |")
-    return "\n".join(lines)
-
-
-def whole_summary() -> str:
-    """The same arms with their steps, seeds, both means, and the differences at matched time and at matched steps."""
-    lines = [
-        "| arm | time of a step | same time: steps | seeds | natural mixture | mean over sources | minus `stratified` "
-        "| same steps: seeds | natural mixture | mean over sources | minus `stratified` |",
-        f"|---|{'---:|' * 10}",
-    ]
-    found, price = {match: of("built-in", match) for match in ("time", "steps")}, costs("built-in")
-    for arm in SUMMARISED:
-        cells = [f"`{arm}`", f"{price[arm]:.2f}"]
-        for match, of_match in found.items():
-            runs = of_match[arm]
-            if match == "time":
-                cells.append(str(next(iter(runs.values()))["steps"]))
-            cells.append(str(len(runs)))
-            cells += [cell([run["after"][score] for run in runs.values()]) for score in ("loss", "loss_by_source")]
-            cells.append(difference(runs, of_match[REFERENCE], "loss_by_source"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def cell(values: Sequence[float], form: str = ".3f") -> str:
     middle, half = interval(values)
     return f"{middle:{form}}" if half != half else f"{middle:{form}} ± {half:{form}}"
@@ -195,8 +154,6 @@ PRETRAINED = tuple(f"maths SmolLM2-135M-Instruct, 8 of {n}" for n in (32, 16))
 EPOCHS = "built-in-1000"
 """Data with few rows, so that sketches can be reused in several epochs."""
 TABLES = {
-    "worth": summary,
-    "worth whole": whole_summary,
     **{
         f"learning {data} {match}": lambda data=data, match=match: table(data, match, METHODS)
         for data in DATA

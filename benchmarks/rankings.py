@@ -1,4 +1,4 @@
-"""Rankings that did not earn a place in the package, as user-defined functions: pursuit, importance and top.
+"""Rankings that did not earn a place in the package, as user-defined functions: pursuit, importance, infobatch, top.
 
 colm-scale train --selection.ranking benchmarks/rankings.py:pursuit
 
@@ -34,6 +34,17 @@ def importance(ranked: Ranked) -> tuple[Tensor, Tensor | None]:
     """Draw with probabilities in proportion to the row norms; unbiased weights are 1 over the probability."""
     picks, probabilities = drawn_by_size(ranked.rows.double().norm(dim=1).cpu(), ranked.count, ranked.draw)
     return picks, 1 / probabilities if ranked.config.weights == "unbiased" else None
+
+
+def infobatch(ranked: Ranked) -> tuple[Tensor, Tensor]:
+    """Draw losses below the source's mean half as often, and weight them twice (InfoBatch, Qin et al. 2024).
+
+    The weights of a source's picks are 1 on average, as in every other ranking, so that only the draw differs.
+    """
+    losses = ranked.losses.cpu()
+    sizes = torch.where(losses < losses.mean(), 0.5, 1.0)
+    picks, probabilities = drawn_by_size(sizes, ranked.count, ranked.draw)
+    return picks, ranked.count / len(losses) / probabilities
 
 
 def top(ranked: Ranked) -> tuple[Tensor, Tensor | None]:

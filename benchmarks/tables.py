@@ -22,7 +22,7 @@ BENCHMARKS_README = rows.ROOT / "benchmarks" / "README.md"
 MAKERS = (
     *("engines", "checkpoints", "data_loading", "loading", "faults", "fuzz_readers"),
     *("scale", "host_time", "selection_speed", "estimator_cost", "gradient_match", "learning_tables", "drift"),
-    "default_ranking",
+    *("default_ranking", "batch_size", "worth_tables"),
     *("step_time", "against_trl", "memory", "plan_error", "scaling", "time_to_loss", "sources", "host_reads"),
     "bank_tables",
 )

@@ -19,6 +19,7 @@ from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.modeling.probe import find_probe
 from colm_scale.randomness import generator
 from colm_scale.selection.ranking.line import medoids_on_line
+from colm_scale.selection.ranking.rank import Ranked
 from colm_scale.sketch.tap import Tap
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -167,11 +168,64 @@ def test_matching_is_timed_beside_facility_location(modules):
 def test_an_arm_runs_at_the_rate_that_did_best_in_the_tuning_runs(modules, monkeypatch):
     ranking = modules["default_ranking"]
     losses = {"5e-3": (0.3, 0.2), "1e-2": (0.1, 0.3), "2e-2": (0.3, 0.3)}
-    found = {rate: {100: {"loss": one, "loss_by_source": other}} for rate, (one, other) in losses.items()}
-    monkeypatch.setattr(ranking, "scores", lambda data, rate, arm: found.get(rate, {}))
-    assert ranking.best_rate("built-in", "random") == "1e-2"
-    del found["2e-2"]
+    runs = {rate: {100: {"after": {"loss": one, "loss_by_source": other}}} for rate, (one, other) in losses.items()}
+    monkeypatch.setattr(ranking, "found", lambda data, rate, arm: runs.get(rate, {}) if arm == "stratified" else {})
+    assert ranking.best_rate("built-in", "stratified") == "1e-2"
+    assert ranking.best_rate("built-in", "random") == "1e-2", "not tuned itself, it takes the rate of stratified"
+    assert ranking.best_rate("built-in", "full n") is None
+    del runs["2e-2"]
     assert ranking.best_rate("built-in", "random") is None
+
+
+# batch_size.py
+
+
+def test_a_step_of_another_size_has_its_own_rate_and_the_same_half_life_in_examples(modules):
+    sizes, learning = modules["batch_size"], modules["learning"]
+    assert sizes.rates(1e-2, 32) == [5e-3, 1e-2, 2e-2]
+    assert sizes.rates(1e-2, 8) == [2.5e-3, 5e-3, 1e-2]
+    setting = sizes.sized(learning.Setting.of("built-in", None, []), 8, 5e-3)
+    config = parse(setting.command_line("stratified"))
+    assert (config.selection.candidates, config.selection.budget, config.train.learning_rate) == (16, 8, 5e-3)
+    assert config.train.betas[1] ** 4 == pytest.approx(0.999, abs=1e-6), "four such steps are one of 32 examples"
+
+
+# worth_tables.py
+
+
+def test_a_run_without_checkpointing_counts_if_it_made_as_many_steps(modules, monkeypatch):
+    worth, tables = modules["worth_tables"], modules["learning_tables"]
+    steps = {"stratified": 140, "random": 133, "full n": 60}
+    runs = {arm: {0: {"steps": made}} for arm, made in steps.items()}
+    monkeypatch.setattr(tables, "costs", lambda data: {"random": 1.03, "full n": 2.0})
+    monkeypatch.setattr(tables, "of", lambda data, match: runs if data == "built-in" else {})
+    assert worth.checkpointed("random") == runs["random"], "136 fit"
+    assert worth.checkpointed("full n") == {}, "70 would fit"
+
+
+# words.py
+
+
+def test_words_are_of_length_one_and_forget_padding(modules):
+    batch = batch_of([9, 5, 7])
+    rows = modules["words"].words(None, batch)
+    assert rows.shape == (3, 1 + modules["words"].PLACES)
+    assert rows[:, 0].eq(0).all()
+    torch.testing.assert_close(rows[:, 1:].norm(dim=1), torch.ones(3))
+    own = batch.input_ids[1, :5].unique()
+    assert (rows[1, 1:] > 0).sum() == len((own * 7919 % 512).unique())
+
+
+def test_low_losses_are_drawn_half_as_often_and_count_twice(modules):
+    losses = torch.tensor([0.1, 0.1, 0.1, 0.1, 3.0, 3.0])
+    drawn, weighted, draws = torch.zeros(6), torch.zeros(6), 2000
+    for trial in range(draws):
+        ranked = Ranked(losses[:, None], losses, 2, 1.0, SelectionConfig(), generator(trial, "draw"))
+        picks, weights = modules["rankings"].infobatch(ranked)
+        drawn[picks] += 1 / draws
+        weighted[picks] += weights.float() / draws
+    torch.testing.assert_close(drawn, torch.tensor([0.25] * 4 + [0.5] * 2), atol=0.04, rtol=0)
+    torch.testing.assert_close(weighted, torch.full((6,), 1 / 3), atol=0.05, rtol=0)
 
 
 def test_the_distance_on_the_line_is_that_to_the_nearest_pick(modules, monkeypatch):
