@@ -82,8 +82,9 @@ def _check(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"{path} does not exist, nor does its folder {path.parent}")
     if not path.exists():
-        close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-        raise UserError(f"{path} does not exist" + (f"; did you mean {path.parent / close[0]}?" if close else ""))
+        names = {entry.stem: entry for entry in sorted(path.parent.iterdir())}  # a common ending is no likeness
+        close = difflib.get_close_matches(path.stem, names, n=1)
+        raise UserError(f"{path} does not exist" + (f"; did you mean {names[close[0]]}?" if close else ""))
     if not format_of(path):
         raise UserError(f"{path} has no suffix of a known format: use one of {_KNOWN}")
 

@@ -303,7 +303,7 @@ def test_a_missing_file_suggests_the_closest_name_there(in_tmp):
     write_jsonl(Path("data/train.jsonl"), RECORDS)
     write_jsonl(Path("data/other.jsonl"), RECORDS)
     assert error_of(["data/trian.jsonl"]) == "data/trian.jsonl does not exist; did you mean data/train.jsonl?"
-    assert error_of(["data/zzzzzzzz.csv"]) == "data/zzzzzzzz.csv does not exist"
+    assert error_of(["data/zz.jsonl"]) == "data/zz.jsonl does not exist", "its suffix is no likeness"
     assert error_of(["nowhere/a.csv"]) == "nowhere/a.csv does not exist, nor does its folder nowhere"
 
 
