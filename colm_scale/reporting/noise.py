@@ -105,7 +105,8 @@ class NoiseScale:
         low, high = self.interval()
         found = {TITLE: f"{_examples(self.scale)} examples (95 %: {_examples(low)} to {_examples(high)})"}
         if round(self.worth) != round(self.trained):
-            found["a step's examples are worth"] = f"{self.worth:.1f} random ones ({self.trained:.1f} were trained on)"
+            trained = f"({self.trained:.1f} were trained on)"
+            found["a step's examples are worth"] = f"at most {self.worth:.1f} random ones {trained}"
         return found
 
     def sentences(self) -> list[str]:
@@ -115,7 +116,7 @@ class NoiseScale:
         (low, high), size = self.interval(), self.worth
         worth = f"{self.trained:.0f} examples"
         if round(size) != round(self.trained):
-            worth = f"{self.trained:.0f} chosen examples, by their sketches worth {size:.0f} random ones"
+            worth = f"{self.trained:.0f} chosen examples, by their sketches worth at most {size:.0f} random ones"
         if low > size and self.scale > _CLEARLY * size:
             verdict = "less: a larger batch, or a coreset of one, can still help"
         elif high < size and self.scale < size / _CLEARLY:

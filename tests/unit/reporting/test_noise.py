@@ -46,8 +46,8 @@ def test_a_larger_batch_still_helps_far_below_the_noise_scale():
 def test_more_and_smaller_steps_help_far_above_it():
     (sentence,) = after(4, worth=37.2).sentences()
     assert sentence.endswith(
-        "A step trains on 32 chosen examples, by their sketches worth 37 random ones. That is more: a larger batch, or "
-        "a coreset of one, can hardly help; more and smaller steps would."
+        "A step trains on 32 chosen examples, by their sketches worth at most 37 random ones. That is more: a larger "
+        "batch, or a coreset of one, can hardly help; more and smaller steps would."
     )
 
 
