@@ -61,7 +61,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Division of the budget before anything is ranked (DESIGN: kept sources, then quotas).
+    """Division of the budget before anything is ranked (docs/method.md, Select).
 
     Attributes:
         kept: ``[k]`` positions that enter the coreset whatever their sketch, ascending.

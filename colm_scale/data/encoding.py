@@ -1,4 +1,4 @@
-"""Tokens of rows, with a mark on every token that carries loss (DESIGN 2.4)."""
+"""Tokens of rows, with a mark on every token that carries loss."""
 
 from __future__ import annotations
 

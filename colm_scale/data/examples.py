@@ -1,4 +1,4 @@
-"""Tokenisation: rows to token ids, with a mark on every token that carries loss (DESIGN 2.4).
+"""Tokenisation: rows to token ids, with a mark on every token that carries loss.
 
 Examples that are too long are dropped or cut, and counted.
 

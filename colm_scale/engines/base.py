@@ -1,7 +1,7 @@
 """The interface of all engines, and what they share.
 
 An engine sums: the step's loss is the sum of the losses given to `backward`, over all micro-batches and ranks. Engines
-undo the averaging over ranks of DDP, DeepSpeed and FSDP (DESIGN 2.4).
+undo the averaging over ranks of DDP, DeepSpeed and FSDP (docs/method.md, Engines).
 
 Adapters and their optimizer are float32 whatever the base's type. Float16 gradients would underflow on their way
 through the base, so every engine scales the loss in the same way.

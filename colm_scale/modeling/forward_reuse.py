@@ -2,7 +2,7 @@
 
 With activation checkpointing a training step runs each block forward, holds its input, and runs it again in the
 backward pass. The sketch has already run the same blocks with the same weights, so their inputs are known: a
-micro-batch that *reuses* its forward skips the first of the two runs (DESIGN 3).
+micro-batch that *reuses* its forward skips the first of the two runs (docs/method.md, Route and train).
 
 Only the blocks below the first *live* one are reused. From the live block on, the sketch branches or computes in
 another precision, so the live blocks and the head run as usual.

@@ -1,4 +1,4 @@
-"""The loss of an example: the mean over its label tokens, computed only at these tokens (DESIGN 2.1, hook 3).
+"""The loss of an example: the mean over its label tokens, computed only at these tokens (docs/method.md, Sketch).
 
 The output embedding is the widest layer of the model, so it never sees tokens that carry no loss, nor all of a
 micro-batch at once. A forward-pre-hook on it takes the final hidden states of the tokens whose shifted label counts,

@@ -1,4 +1,4 @@
-"""The compared columns: for each source, the h with the largest mean update (DESIGN 2.3, step 4).
+"""The compared columns: for each source, the h with the largest mean update (docs/method.md, Gather).
 
 Sums are in fixed point. Integer addition does not depend on order, so the columns depend neither on the distribution
 of rows over ranks nor on the device.

@@ -1,4 +1,4 @@
-"""The optimizer's update for each example's gradient alone: the rows that are compared (DESIGN 2.3).
+"""The optimizer's update for each example's gradient alone: the rows that are compared (docs/method.md, Gather).
 
 One class per optimizer (``--train.optimizer``) holds its averages of the probe tensors' gradients. After a step, each
 average becomes the mean, over the picked (not kept) rows, of its value after each row alone.

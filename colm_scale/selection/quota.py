@@ -1,4 +1,4 @@
-"""Kept sources and quotas: the budget of a step, divided before anything is ranked (DESIGN 2.3, steps 1 and 2)."""
+"""Kept sources and quotas: the budget of a step, divided before anything is ranked (docs/method.md, Select)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches under a token budget, and their assignment to ranks (DESIGN 2.1 and 2.4).
+"""Micro-batches under a token budget, and their assignment to ranks (docs/method.md, Route and train).
 
 The *cost* of a micro-batch is its number of computed tokens: count times longest length if padded, the sum of lengths
 if packed. Padded micro-batches are runs of the examples in descending order of length, which keeps padding low; packed

@@ -59,7 +59,7 @@ class SelectionRule:
         return self.config.candidates if self.config.method == "full" else self.config.budget
 
     def quota(self, candidates: Candidates, coverage: Coverage | None = None) -> Quota:
-        """Find the kept candidates and the quotas of the other sources (DESIGN 2.3).
+        """Find the kept candidates and the quotas of the other sources (docs/method.md, Select).
 
         Args:
             coverage: Coverage after the previous step; used only with a coverage floor.
@@ -121,7 +121,7 @@ class SelectionRule:
 
 
 def loss_shares(selection: Selection, label_tokens: Tensor, per: str) -> Tensor:
-    """Compute the weight of each coreset example's mean token loss in the loss of the step (DESIGN 2.4).
+    """Compute the weight of each coreset example's mean token loss in the loss of the step.
 
     Args:
         label_tokens: ``[b]`` label tokens of each selected example.

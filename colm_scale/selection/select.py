@@ -1,4 +1,4 @@
-"""The coreset of CoLM and of its baselines: pure functions, equal on every rank (DESIGN 2.3)."""
+"""The coreset of CoLM and of its baselines: pure functions, equal on every rank (docs/method.md, Select)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exact per-example gradient of the probe tensor, of which only a few columns leave the rank (DESIGN 2.2).
+"""The exact per-example gradient of the probe tensor, a few columns of which leave the rank (docs/method.md, Gather).
 
 The gradient of example i is ``G_i = delta_i.T @ a_i``. A rank holds its examples' gradients as these factors, or
 multiplied out if that is smaller, and computes three things: the sum of the normalised rows per source, the rows at

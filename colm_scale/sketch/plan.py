@@ -1,4 +1,4 @@
-"""The plan of a sketch: candidates, micro-batches and ranks, a pure function of the candidates (DESIGN 2.1).
+"""The plan of a sketch: candidates, micro-batches and ranks, purely by the candidates (docs/method.md, Sketch).
 
 Micro-batches are formed before they are distributed, so the shape of every forward, and with it the last bit of every
 sketch, does not depend on the number of ranks.

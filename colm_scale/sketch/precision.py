@@ -1,4 +1,4 @@
-"""float32 for the last blocks of a zeroth-order sketch (DESIGN 2.1).
+"""float32 for the last blocks of a zeroth-order sketch (docs/method.md, Sketch).
 
 Two losses whose probe tensors differ by eps are closer to each other than the rounding of half precision. So everything
 after the change is computed in float32, whatever rounds elsewhere: half-precision weights, autocast, or the mixed

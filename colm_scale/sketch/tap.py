@@ -1,4 +1,4 @@
-"""Hooks on the last block that branch and read it, and never write a weight (DESIGN 2.1).
+"""Hooks on the last block that branch and read it, and never write a weight (docs/method.md, Sketch).
 
 Everything below the last block runs once per candidate. From that block on, the tap either repeats the micro-batch once
 per branch and adds a different change to the probe's output in each (`zeroth_order`), or enables autograd so that

@@ -1,4 +1,4 @@
-"""The paper's sketch: changes of the loss along random directions of the probe tensor (DESIGN 2.1, 2.2).
+"""The paper's sketch: changes of the loss along random directions of the probe tensor (docs/method.md).
 
 They are finite differences, as in the paper. All examples share the K directions, so ranks exchange only K numbers per
 example. The directions follow from the seed, so everything with d columns is rebuilt from the K numbers, block by
@@ -54,7 +54,7 @@ def rows_from_coefficients(
     """The candidate matrix of the zeroth-order sketch, a pure function of the gathered coefficients.
 
     With one probe all rows are multiples of one direction, and the moments are two scalars: the row is the single
-    number f(c_i) of DESIGN 2.2 and ``moments`` has length 1. With more, row i holds its source's ``columns`` columns of
+    number f(c_i), and ``moments`` has length 1. With more, row i holds its source's ``columns`` columns of
     the normalised ``g_i = mean_k c_ik z_k``.
 
     Args:

@@ -1,4 +1,4 @@
-"""The bare floor of a step: the time any implementation needs for its tokens (DESIGN section 3)."""
+"""The bare floor of a step: the time any implementation needs for its tokens (docs/method.md, Report)."""
 
 from __future__ import annotations
 

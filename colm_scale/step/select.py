@@ -1,4 +1,4 @@
-"""The first half of a step, from sample to learn: choose the coreset (DESIGN 2.1 to 2.3).
+"""The first half of a step, from sample to learn: choose the coreset (docs/method.md).
 
 Runs and the trainers of other libraries share this code, so they select the same examples.
 """

@@ -1,4 +1,4 @@
-"""One optimizer step: sample, sketch, gather, select, broadcast, learn, route, train, report, optimizer (DESIGN 2).
+"""One optimizer step: sample, sketch, gather, select, broadcast, learn, route, train, report, optimizer.
 
 Data flows one way, in frozen records: `SelectionStage` chooses the coreset, `TrainingStage` trains on it, and
 `Measurement` reports. Nothing here depends on the number of ranks or on how the model is sharded.

@@ -1,4 +1,4 @@
-"""The second half of a step: route the coreset, and run its forward and backward through the engine (DESIGN 2.4)."""
+"""The second half of a step: route the coreset, and run its forward and backward through the engine."""
 
 from __future__ import annotations
 

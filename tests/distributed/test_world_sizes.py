@@ -169,7 +169,7 @@ def test_every_rank_has_the_same_matrix_and_would_select_the_same(ranks, data, c
 
 
 def reference_gradient(case: str, step: dict, data) -> tuple[dict[str, torch.Tensor], float]:
-    """One process, one padded batch of the whole coreset, the model's own logits and plain autograd (DESIGN 2.4)."""
+    """One process, one padded batch of the whole coreset, the model's own logits and plain autograd."""
     module, _ = worker.model()
     batch = collate(data, step["indices"][step["positions"]], step["positions"], worker.PAD, torch.device("cpu"))
     logits = module.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -248,7 +248,7 @@ def test_adapters_after_the_steps(ranks, alone, start, case):
 
 
 def expected_bytes(case: str, step: dict, world_size: int) -> dict[str, int]:
-    """What a step moves (DESIGN 3), with every share padded to the largest. Nothing at all with one rank.
+    """What a step moves, with every share padded to the largest. Nothing at all with one rank.
 
     With S = W * (largest share) rows, G ranked sources, e = ceil(d / W) columns for each rank to own:
 
@@ -353,7 +353,7 @@ def test_moments_of_all_ranks_stay_equal_and_close_to_those_of_one(ranks, alone,
 
 
 def test_one_probe_needs_two_scalars(ranks):
-    """DESIGN 2.2: A and B are running means of the picked candidates' coefficients and of their squares."""
+    """A and B are running means of the picked candidates' coefficients and of their squares."""
     beta1, beta2 = worker.run_config(CASES["zeroth_order_1"]).train.betas
     for steps in steps_of(ranks, "zeroth_order_1"):
         first = second = 0.0

@@ -235,7 +235,7 @@ def test_weights_are_the_reference_s(case):
 
 
 def test_one_number_per_candidate_stands_for_a_rank_one_row():
-    """DESIGN 2.2: two scalar moments, and facility location on the line, in place of d columns and a mask."""
+    """Two scalar moments, and facility location on the line, in place of d columns and a mask."""
     found = [loaded for loaded in map(load, CASES) if loaded.meta["rank1"]]
     assert len(found) == 7
     for case in found:

@@ -1,4 +1,4 @@
-"""Greedy facility location: medoids that represent all candidates of a source (DESIGN 2.3, step 5).
+"""Greedy facility location: medoids that represent all candidates of a source (docs/method.md, Select).
 
 The value of a set of picks is the sum over candidates of the similarity to the most similar pick. Similarities are
 first rounded to multiples of one tiny unit, in float64. Every sum is then exact, gains can be updated instead of

@@ -1,4 +1,4 @@
-"""Exact facility location on the line, the case of one number per candidate (DESIGN 2.2).
+"""Exact facility location on the line, the case of one number per candidate (docs/method.md, Select).
 
 On the line, the candidates that a medoid represents are adjacent, so the best ``k`` medoids are the middles of the best
 cut of the sorted candidates into ``k`` segments. That cut is a shortest path of ``k`` steps over nodes 0..m, the places

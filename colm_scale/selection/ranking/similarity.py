@@ -1,4 +1,4 @@
-"""Similarities between the candidates of one source (DESIGN 2.3, step 5).
+"""Similarities between the candidates of one source (docs/method.md, Select).
 
 Everything is built from `torch.cdist` without its matrix product: each pair is computed separately, so a matrix is
 symmetric to the last bit, permuting the rows permutes it, and nothing of size ``n x n x h`` is formed. The matrix of a

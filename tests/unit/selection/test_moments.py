@@ -191,7 +191,7 @@ def test_the_averages_are_all_there_is_to_save(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_number_stands_for_a_row_along_one_direction(optimizer):
-    """DESIGN 2.2: with gradients ``c z`` every update is ``f(c)`` times one pattern, that of z."""
+    """With gradients ``c z`` every update is ``f(c)`` times one pattern, that of z."""
     shapes, c = ((200, 30),), normal(5, 6, trial=3).float()
     z = normal(6000, trial=1).float()
     scalar, full = fresh(optimizer, ((1, 1),)), fresh(optimizer, shapes)

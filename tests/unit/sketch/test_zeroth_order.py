@@ -139,7 +139,7 @@ def test_without_ranked_sources(num_probes):
 
 
 def test_one_probe_is_the_sign_of_the_direction_times_one_number():
-    """DESIGN 2.2: with moments that are multiples of z and z^2, every column says the same."""
+    """With moments that are multiples of z and z^2, every column says the same."""
     z, c = probes(0, 1, D, CPU), coefficients(1)
     scalar = moments(1)
     flat = z
