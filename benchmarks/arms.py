@@ -59,6 +59,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "full 2n": _full(128),
             "paper": _options(preset="paper"),
             "last_layer": _facility(),
+            "stratified 2b": _stratified(candidates=128, budget=64),
         },
         "probes": {
             "zeroth_order 16": _facility(estimator="zeroth_order", num_probes=16),

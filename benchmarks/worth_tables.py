@@ -19,6 +19,7 @@ TITLES = {
     "full n": "`full`: all 64, accumulated",
     "full 2n": "`full`: 128, accumulated",
     "stratified": "`stratified`: 32 of 64",
+    "stratified 2b": "`stratified`: 64 of 128, accumulated",
     "equal": "`stratified`, equal shares, nothing kept",
     "last_layer matching": "`colm`: 32 of 64, matching (default)",
     "last_layer": "`colm`, facility location",
