@@ -3,9 +3,10 @@
 The noise scale is the batch at which the variance of the step's gradient equals the squared length of the mean
 (McCandlish et al. 2018). Far below it, doubling the batch saves nearly half of the steps; far above it, none.
 
-Averaged over steps is its inverse, signal over noise. The signal of a single step is uncertain and may be negative,
-while its noise is known well; and gradients become smaller in training by orders of magnitude, so that sums of either
-would be those of the first steps. As the noise scale usually rises, the verdict is that of the second half of the run.
+Averaged over steps is its inverse, signal over noise. The signal of a single step is uncertain and may be negative. Its
+noise is known better, and averaged over the last few steps where a step has too few examples of one source. Gradients
+become smaller in training by orders of magnitude, so that sums of either over a run would be those of its first steps.
+As the noise scale usually rises, the verdict is that of the second half of the run.
 """
 
 from __future__ import annotations
@@ -28,14 +29,37 @@ _RECENT = 20
 _CLEARLY = 2.0
 """Factor between noise scale and batch from which one is worth changing: there a doubled batch saves a third of the
 steps, a halved one a third of the examples."""
+ENOUGH = 32.0
+"""Degrees of freedom with which a variance counts as known. A quotient by one of f degrees is too large by f / (f - 2),
+and with one or two it has no mean at all."""
 _NO_SOURCES = torch.zeros(0, 2)
 TITLE = "gradient noise scale, second half of the run"
+
+
+class RecentVariance:
+    """Averages the variance over the last steps, no more of them than its degrees of freedom require.
+
+    Attributes:
+        steps: Variance and degrees of freedom of each of these steps.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[list[float]] = []
+
+    def add(self, variance: float, freedom: float) -> float:
+        """Add a step and return the mean; nan as long as there are too few degrees of freedom."""
+        self.steps.append([variance, freedom])
+        while sum(freedom for _, freedom in self.steps[1:]) >= ENOUGH:
+            del self.steps[0]
+        total = sum(freedom for _, freedom in self.steps)
+        return sum(value * freedom for value, freedom in self.steps) / total if total >= ENOUGH else math.nan
 
 
 class NoiseScale:
     """Accumulates `StepReport.noise` and `StepReport.source_noise`."""
 
     def __init__(self) -> None:
+        self._variance = RecentVariance()
         self._inverse: list[float] = []
         self._trained, self._worth = 0.0, 0.0
         self._by_source: dict[str, list[float]] = {}
@@ -44,6 +68,9 @@ class NoiseScale:
         """Add one step; ``by_source`` ``[Q', 2]`` is the variance and the squared mean of each source."""
         variance, signal = (noise.get(name, math.nan) for name in ("noise", "signal"))
         if not (math.isfinite(signal) and 0 < variance < math.inf):
+            return
+        variance = self._variance.add(variance, noise.get("freedom", ENOUGH))
+        if math.isnan(variance):
             return
         self._inverse.append(signal / variance)
         self._trained, self._worth = self._trained + noise["trained"], self._worth + noise["worth"]
@@ -55,11 +82,12 @@ class NoiseScale:
     def state(self) -> Json:
         """Everything accumulated, as plain JSON."""
         sums = {"trained": self._trained, "worth": self._worth}
-        return {"inverse": self._inverse, "by_source": self._by_source, **sums}
+        return {"inverse": self._inverse, "variance": self._variance.steps, "by_source": self._by_source, **sums}
 
     def load(self, state: Json) -> None:
         """Continue from `state`; an older checkpoint has none."""
         self._inverse, self._by_source = list(state.get("inverse", [])), state.get("by_source", {})
+        self._variance.steps = list(state.get("variance", []))
         self._trained, self._worth = state.get("trained", 0.0), state.get("worth", 0.0)
 
     @property

@@ -167,8 +167,8 @@ def gradient_noise(
     Returns:
         ``noise``, the variance of one example's gradient, and ``signal``, the squared length of their mean, both of
         unbiased estimates and so of either sign in one step; ``trained``, the number of equally weighted examples that
-        the step's weights amount to, and ``worth``, the number of random ones that they are worth. Empty without two
-        examples of a source, or if a gradient is not finite.
+        the step's weights amount to; ``worth``, the number of random ones that they are worth; and ``freedom``, the
+        degrees of freedom of ``noise``. Empty without two examples of a source, or if a gradient is not finite.
         ``[Q', 2]`` variance and squared mean of each source, Q' above the largest source; nan where unknown.
     """
     trained = selection.positions
@@ -184,6 +184,7 @@ def gradient_noise(
     by_source[present, 0] = torch.where(freedom > 0, variance, torch.nan)
     by_source[present, 1] = lengths / counts.square() - by_source[present, 0] / counts
     if method in UNSTRATIFIED:
+        freedom = torch.tensor([len(trained) - 1.0])
         variance = ((squares.sum() - sums.sum(0).square().sum() / len(trained)) / (len(trained) - 1)).expand(len(sums))
     of_step = variance * torch.bincount(member, weights.square())
     drawn = (counts / torch.bincount(sources).double()[present] * of_step).sum()  # left if every mean is matched
@@ -194,5 +195,6 @@ def gradient_noise(
         "signal": float(mean.square().sum() - left * of_step.sum()),
         "trained": float(size),
         "worth": float(size / left),
+        "freedom": float(freedom.sum()),
     }
     return (found if torch.tensor([*found.values()]).isfinite().all() else {}), by_source

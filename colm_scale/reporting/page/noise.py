@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from colm_scale.reporting.noise import NoiseScale
+from colm_scale.reporting.noise import ENOUGH, NoiseScale, RecentVariance
 from colm_scale.reporting.page.charts import Chart, Line, binned
 from colm_scale.reporting.page.parts import Cell, Section, Table, by_run, colour_of
 from colm_scale.reporting.page.read import Run
@@ -49,7 +49,7 @@ def noise(runs: Sequence[Run]) -> Section:
 
 
 def _lines(run: Run, place: int) -> list[Line]:
-    x, inverse = binned(run.steps, run.column("noise", "signal") / run.column("noise", "noise"), _POINTS)
+    x, inverse = binned(run.steps, run.column("noise", "signal") / _variances(run), _POINTS)
     worth = binned(run.steps, run.column("noise", "worth"), _POINTS)[1]
     scale = np.divide(1, inverse, out=np.full_like(inverse, np.nan), where=inverse > 0)
     colour = colour_of(place)
@@ -57,6 +57,15 @@ def _lines(run: Run, place: int) -> list[Line]:
         Line(x=x, y=scale, colour=colour, label=f"{run.name}, noise scale", style="solid"),
         Line(x=x, y=worth, colour=colour, label=f"{run.name}, worth of a step", style="dashed"),
     ]
+
+
+def _variances(run: Run) -> np.ndarray:
+    """``[S]`` variance of an example's gradient; NaN where it is unknown."""
+    recent, variances = RecentVariance(), run.column("noise", "noise").copy()
+    freedom = np.nan_to_num(run.column("noise", "freedom"), nan=ENOUGH)  # earlier versions did not record it
+    known = np.isfinite(variances)
+    variances[known] = [recent.add(*step) for step in zip(variances[known].tolist(), freedom[known].tolist())]
+    return variances
 
 
 def _titles(totals: Sequence[NoiseScale]) -> list[str]:
@@ -67,5 +76,5 @@ def _total(run: Run) -> NoiseScale:
     total = NoiseScale()
     columns = {name: run.column("noise", name) for name in run.below("noise")}
     for row in range(len(run.steps)):
-        total.add({name: float(column[row]) for name, column in columns.items()})
+        total.add({name: float(column[row]) for name, column in columns.items() if not np.isnan(column[row])})
     return total

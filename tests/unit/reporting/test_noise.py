@@ -84,6 +84,28 @@ def test_the_interval_holds_the_true_scale_in_95_of_100_runs():
     assert 0.91 < inside / 400 < 0.98
 
 
+@pytest.mark.parametrize("freedom", [1, 3, 20])
+def test_steps_of_few_examples_share_their_variance(freedom):
+    """A quotient by a variance of one degree of freedom has no mean: single steps would make of 20 anything near 0."""
+    draw, total = generator(0, "few"), NoiseScale()
+    for signal, around in torch.randn(2000, 2, freedom, generator=draw):
+        size = 2.0 ** -(len(total.state()["inverse"]) / 200)  # gradients shrink
+        found = {"noise": size * float(around.square().mean()), "signal": size * (0.05 + 0.1 * float(signal[0]))}
+        total.add(found | {"trained": 4.0, "worth": 4.0, "freedom": freedom})
+    low, high = total.interval()
+    assert low < 20 < high
+    assert total.scale == pytest.approx(20, rel=0.2)
+
+
+def test_too_few_degrees_of_freedom_say_nothing():
+    total = NoiseScale()
+    for _ in range(31):
+        total.add({"noise": 1.0, "signal": 0.1, "trained": 4.0, "worth": 4.0, "freedom": 1.0})
+    assert total.sentences() == total.recent() == []
+    total.add({"noise": 1.0, "signal": 0.1, "trained": 4.0, "worth": 4.0, "freedom": 1.0})
+    assert total.recent() == ["noise scale 10"]
+
+
 def test_the_recent_figure_forgets():
     total = after(400, spread=0)
     for _ in range(20):

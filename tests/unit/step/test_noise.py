@@ -136,6 +136,7 @@ def test_the_estimate_literally():
             "signal": float(mean.square().sum()) - left * sum(of_step),
             "trained": size,
             "worth": size / left,
+            "freedom": 2,
         },
         rel=1e-5,
     )
@@ -151,6 +152,7 @@ def test_without_quotas_the_sources_differences_are_noise_too():
     found, _ = gradient_noise(sums_of(rows, shares=even), SOURCES, SELECTED, even, "random", 1.0)
     assert found["noise"] == pytest.approx(float(rows[:4].double().var(0).sum()), rel=1e-5)
     within, _ = gradient_noise(sums_of(rows, shares=even), SOURCES, SELECTED, even, "stratified", 1.0)
+    assert (found["freedom"], within["freedom"]) == (3, 2)
     assert within["noise"] < found["noise"] / 4
 
 
