@@ -1,7 +1,9 @@
 """Gradient noise scale of a run, and what it says about the size of a step.
 
-The noise scale is the batch at which the variance of the step's gradient equals the squared length of the mean
-(McCandlish et al. 2018). Far below it, doubling the batch saves nearly half of the steps; far above it, none.
+The noise scale B is the batch at which the variance of the step's gradient equals the squared length of the mean. To
+reach a loss with batches of b takes 1 + B / b times the fewest steps (of any larger batch) and 1 + b / B times the
+fewest examples (of any smaller one; McCandlish et al. 2018, arXiv 1812.06162). Where a step takes time in
+proportion to its examples, small steps are therefore fast, and a quarter of B is small enough.
 
 Averaged over steps is its inverse, signal over noise. The signal of a single step is uncertain and may be negative. Its
 noise is known better, and averaged over the last few steps where a step has too few examples of one source. Gradients
@@ -26,9 +28,11 @@ _FEWEST_STEPS = 6
 """Steps below which there is no verdict."""
 _RECENT = 20
 """Steps over which the figure of the progress line is averaged."""
-_CLEARLY = 2.0
-"""Factor between noise scale and batch from which one is worth changing: there a doubled batch saves a third of the
-steps, a halved one a third of the examples."""
+_SMALL = 0.25
+"""Batch, of the noise scale, that is advised where time is short: with 1.25 times the fewest examples, a smaller one
+could save a fifth of them at most."""
+_FEW_STEPS, _FEW_EXAMPLES = 1 / 3, 0.1
+"""Savings below which none are promised."""
 ENOUGH = 32.0
 """Degrees of freedom with which a variance counts as known. A quotient by one of f degrees is too large by f / (f - 2),
 and with one or two it has no mean at all."""
@@ -145,17 +149,23 @@ class NoiseScale:
         worth = f"{self.trained:.0f} examples"
         if round(size) != round(self.trained):
             worth = f"{self.trained:.0f} chosen examples, by their sketches worth at most {size:.0f} random ones"
-        if low > size and self.scale > _CLEARLY * size:
-            verdict = "less: a larger batch, or a coreset of one, can still help"
-        elif high < size and self.scale < size / _CLEARLY:
-            verdict = "more: a larger batch, or a coreset of one, can hardly help; more and smaller steps would"
-        else:
-            verdict = "about as many: neither a larger batch nor smaller steps would help much"
         return [
             f"In the second half of the run, the gradient's noise equals its signal at a batch of "
             f"{_examples(self.scale)} examples (95 %: {_examples(low)} to {_examples(high)}). A step trains on "
-            f"{worth}. That is {verdict}."
+            f"{worth}. {_advice(size, self.scale)}"
         ]
+
+
+def _advice(size: float, scale: float) -> str:
+    """What larger steps than of ``size`` random examples would save, and what smaller ones."""
+    examples_over_fewest = 1 + size / scale
+    steps, examples = 1 / examples_over_fewest, 1 - (1 + _SMALL) / examples_over_fewest
+    larger = f"can save up to {steps:.0%} of the steps" if steps >= _FEW_STEPS else "can hardly save steps"
+    smaller = "smaller steps can hardly save examples"
+    if examples >= _FEW_EXAMPLES:
+        count = _examples(max(1, round(_SMALL * scale)))
+        smaller = f"steps of {count} can save about {examples:.0%} of the examples, and so of the time"
+    return f"A larger batch, or a coreset of one, {larger}; {smaller}."
 
 
 def _inverse(value: float) -> float:

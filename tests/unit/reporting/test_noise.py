@@ -33,27 +33,39 @@ def test_signal_over_noise_is_averaged_and_then_inverted():
     assert (total.trained, total.worth) == (8, 9)
 
 
-def test_a_larger_batch_still_helps_far_below_the_noise_scale():
-    (sentence,) = after(400).sentences()
-    assert sentence.startswith(
-        "In the second half of the run, the gradient's noise equals its signal at a batch of 4"
+def test_far_below_the_noise_scale_a_larger_batch_saves_steps():
+    """In all, 1 + 400 / 32 = 13.5 times the fewest steps; and 1.08 times the fewest examples."""
+    (sentence,) = after(400, spread=0).sentences()
+    assert sentence == (
+        "In the second half of the run, the gradient's noise equals its signal at a batch of 400 examples (95 %: 400 "
+        "to 400). A step trains on 32 examples. A larger batch, or a coreset of one, can save up to 93% of the steps; "
+        "smaller steps can hardly save examples."
     )
+
+
+def test_far_above_it_smaller_steps_save_examples():
+    """1 + 37.2 / 8 = 5.65 times the fewest examples; steps of a quarter of the scale take 1.25 times as many."""
+    (sentence,) = after(8, spread=0, worth=37.2).sentences()
     assert sentence.endswith(
-        "A step trains on 32 examples. That is less: a larger batch, or a coreset of one, can still help."
+        "A step trains on 32 chosen examples, by their sketches worth at most 37 random ones. A larger batch, or a "
+        "coreset of one, can hardly save steps; steps of 2 can save about 78% of the examples, and so of the time."
     )
 
 
-def test_more_and_smaller_steps_help_far_above_it():
-    (sentence,) = after(4, worth=37.2).sentences()
+def test_near_it_either_can_be_saved():
+    (sentence,) = after(32, spread=0).sentences()
     assert sentence.endswith(
-        "A step trains on 32 chosen examples, by their sketches worth at most 37 random ones. That is more: a larger "
-        "batch, or a coreset of one, can hardly help; more and smaller steps would."
+        "can save up to 50% of the steps; steps of 8 can save about 38% of the examples, and so of the time."
     )
 
 
-def test_near_the_noise_scale_neither_does():
-    (sentence,) = after(33, spread=0.5).sentences()
-    assert sentence.endswith("That is about as many: neither a larger batch nor smaller steps would help much.")
+def test_without_a_signal_a_larger_batch_saves_any_number_of_steps():
+    total = NoiseScale()
+    for _ in range(10):
+        total.add({"noise": 8.0, "signal": -0.1, "trained": 32.0, "worth": 32.0})
+    (sentence,) = total.sentences()
+    assert "at a batch of ∞ examples" in sentence
+    assert sentence.endswith("can save up to 100% of the steps; smaller steps can hardly save examples.")
 
 
 def test_a_signal_that_cannot_be_told_from_0_leaves_the_interval_open():
