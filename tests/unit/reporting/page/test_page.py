@@ -169,7 +169,7 @@ def test_how_large_the_steps_should_have_been(two):
     run, verdict = page.tables["Verdicts on the size of a step"][1]
     assert run == "first"
     assert "the gradient's noise equals its signal at a batch of 20 examples" in verdict
-    assert "by their sketches worth at most 5 random ones. A larger batch, or a coreset of one, can save up to" in verdict
+    assert "worth at most 5 random ones. A larger batch, or a coreset of one, can save up to 80% of the" in verdict
     assert page.tables["Verdicts on the size of a step"][2][1].startswith("Too few steps")
     (title, found), *_ = page.table("Noise scale of the run").items()
     assert title == "gradient noise scale, second half of the run"
