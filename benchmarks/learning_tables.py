@@ -132,7 +132,7 @@ def draw(data: str, match: str, chosen: Sequence[str]) -> None:
 def pretrained() -> str:
     """The tables of the real pretrained model, one below the other, as far as they are measured."""
     measured = [data for data in PRETRAINED if REFERENCE in of(data, "steps")]
-    tables = [f"{data}:\n\n{table(data, 'steps', METHODS, measured=True)}" for data in measured]
+    tables = [f"{data}:\n\n{table(data, 'steps', METHODS)}" for data in measured]
     return "\n\n".join(tables) or "Not measured yet."
 
 
