@@ -7,9 +7,10 @@ gradient and, what is left of its square, that of the mean: the numerator and de
 (McCandlish et al. 2018, appendix A.1), the batch at which noise and signal are equal.
 
 Kept sources and quotas make a coreset more even than a random draw, and then the variance within each source counts
-(the estimator of stratified sampling). A source with one example has the average variance of the others. `random` and
-`full` have no quotas; all their examples are one sample. Picks that a ranking has chosen are nearer to their source's
-mean than random ones: by the ratio that the candidates' sketches show, as far as choosing can matter at all.
+(the estimator of stratified sampling). Of a source with one example, noise has the same share in the squared gradient
+as in those of the others: small sources often have one, and longer gradients. `random` and `full` have no quotas; all
+their examples are one sample. Picks that a ranking has chosen are nearer to their source's mean than random ones: by
+the ratio that the candidates' sketches show, as far as choosing can matter at all.
 """
 
 from __future__ import annotations
@@ -180,8 +181,11 @@ def gradient_noise(
     counts, weights = torch.bincount(member).double(), shares[trained].double()
     lengths = sums.square().sum(1)
     within, freedom = squares - lengths / counts, counts - 1
-    variance = torch.where(freedom > 0, within / freedom, within.sum() / freedom.sum())
-    by_source[present, 0] = torch.where(freedom > 0, variance, torch.nan)
+    several = freedom > 0
+    variance = torch.where(several, within / freedom, torch.nan)
+    by_source[present, 0] = variance
+    noisy = (counts * variance)[several].sum() / squares[several].sum()  # share of a squared length that is noise
+    variance = torch.where(several, variance, noisy * squares)
     by_source[present, 1] = lengths / counts.square() - by_source[present, 0] / counts
     if method in UNSTRATIFIED:
         freedom = torch.tensor([len(trained) - 1.0])

@@ -124,8 +124,9 @@ def test_the_estimate_literally():
     rows = torch.randn(6, 3, generator=generator(0, "rows"))
     found, by_source = gradient_noise(sums_of(rows), SOURCES, SELECTED, SHARES, "colm", 0.25)
     own = rows[[0, 2, 3]].double()
-    variance = float(own.var(0).sum())  # that of source 1, and for want of another example that of source 0
-    of_step = [0.5**2 * variance, (0.125**2 * 2 + 0.25**2) * variance]
+    variance = float(own.var(0).sum())  # of source 1
+    noisy = variance / float(own.square().sum(1).mean())  # its share of a squared length, in source 0 as well
+    of_step = [0.5**2 * noisy * float(rows[1].square().sum()), (0.125**2 * 2 + 0.25**2) * variance]
     size = 1 / (0.5**2 + 2 * 0.125**2 + 0.25**2)
     # Of source 0, one of two was taken: half of its variance is that of the candidates. Of source 1, all were.
     left = (of_step[0] * (0.5 + 0.25 * 0.5) + of_step[1]) / sum(of_step)
@@ -165,6 +166,23 @@ def test_a_single_example_gives_nothing():
     one, shares = Selection(long_tensor([1]), torch.ones(1)), torch.tensor([0.0, 1, 0, 0, 0, 0])
     for method in ("colm", "random"):
         assert gradient_noise(sums_of(torch.ones(6, 3), one, shares), SOURCES, one, shares, method, 1.0)[0] == {}
+
+
+@pytest.mark.parametrize("longer", [0.1, 1, 10])
+def test_a_source_s_only_example_is_noise_in_proportion_to_its_own_length(longer):
+    """All is noise here. With the variance of the other source, a long gradient on its own would count as signal."""
+    rows = torch.randn(2000, 4, 50, generator=generator(0, "alone"))
+    rows[:, 0] *= longer
+    sources, trained = long_tensor([0, 1, 1, 1]), Selection(torch.arange(4), torch.ones(4))
+    shares = torch.full((4,), 0.25)
+    totals = [0.0, 0.0]
+    for own in rows:
+        squares = torch.stack([own[0].square().sum(), own[1:].square().sum()])
+        sums = GradientSums(torch.stack([own[0], own[1:].sum(0)]), squares, own.mean(0))
+        found, _ = gradient_noise(sums, sources, trained, shares, "stratified", 1.0)
+        totals = [before + found[name] / len(rows) for before, name in zip(totals, ("noise", "signal"))]
+    assert totals[0] == pytest.approx(50 * (3 + longer**2) / 4, rel=0.03)
+    assert abs(totals[1]) < 0.02 * totals[0]
 
 
 def test_noise_and_signal_are_unbiased_whatever_the_signs():
