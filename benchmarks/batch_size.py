@@ -112,8 +112,8 @@ def table(data: str) -> str:
             cells = [str(b), f"{price[b]:.2f}", f"{best_rate(data, b, base):.3g}", str(steps), str(len(of_b))]
             cells += [learning_tables.cell([run["after"][score] for run in of_b.values()]) for score in SCORES]
             cells += [learning_tables.difference(of_b, runs[REFERENCE], score) for score in SCORES[:2]]
-            inverse = mean(1 / run["noise"]["scale"] for run in of_b.values())
-            cells.append(f"{1 / inverse:.0f}" if inverse > 0 else "∞")
+            inverse = [1 / run["noise"]["scale"] for run in of_b.values() if "noise" in run]
+            cells.append(f"{1 / mean(inverse):.0f}" if any(inverse) else "-")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

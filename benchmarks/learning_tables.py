@@ -161,6 +161,8 @@ TABLES = {
         if of(data, match)
     },
     "learning pretrained": lambda: pretrained(),
+    "free": lambda: table("built-in", "time", ("length systematic", "words matching of 8b")),
+    "free in later epochs": lambda: table(EPOCHS, "steps", ("reused matching", "reused losses")),
     **{
         f"sensitivity {group}": lambda arms=(*others, *GROUPS[group]): table("built-in", "steps", arms)
         for group, others in SENSITIVITIES.items()
