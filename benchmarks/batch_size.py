@@ -95,7 +95,7 @@ BASES = {"built-in": 1e-2, "maths 2.6M": 5e-3, "superglue 2.6M": 5e-3}
 
 
 def table(data: str) -> str:
-    """Losses at equal time by b, and the noise scale that each run has measured in its second half."""
+    """Losses at equal time by b, and the noise scale that each run has measured."""
     lines = [
         "| b | time of a step | rate | steps | seeds | natural mixture | mean over sources | small sources | natural, "
         f"minus b = {REFERENCE} | over sources, minus b = {REFERENCE} | noise scale |",

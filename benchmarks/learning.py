@@ -201,7 +201,7 @@ def _telemetry(steps: list[dict]) -> dict[str, float]:
 
 
 def _noise(steps: list[dict]) -> dict[str, float]:
-    """Gradient noise scale of the second half of the run, its 95 % interval, and what a step's examples are worth."""
+    """Gradient noise scale of the run, its 95 % interval, and what a step's examples are worth."""
     total = NoiseScale()
     for step in steps:
         total.add(step.get("noise", {}))

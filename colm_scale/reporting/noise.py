@@ -8,7 +8,8 @@ proportion to its examples, small steps are therefore fast, and a quarter of B i
 Averaged over steps is its inverse, signal over noise. The signal of a single step is uncertain and may be negative. Its
 noise is known better, and averaged over the last few steps where a step has too few examples of one source. Gradients
 become smaller in training by orders of magnitude, so that sums of either over a run would be those of its first steps.
-As the noise scale usually rises, the verdict is that of the second half of the run.
+The noise scale usually rises. What a run took beyond the fewest examples depends on the mean of 1 / B over all steps,
+so early steps, in which small batches do, count as they should.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ENOUGH = 32.0
 """Degrees of freedom with which a variance counts as known. A quotient by one of f degrees is too large by f / (f - 2),
 and with one or two it has no mean at all."""
 _NO_SOURCES = torch.zeros(0, 2)
-TITLE = "gradient noise scale, second half of the run"
+TITLE = "gradient noise scale of the run"
 
 
 class RecentVariance:
@@ -96,8 +97,8 @@ class NoiseScale:
 
     @property
     def scale(self) -> float:
-        """Examples, in the second half of the run; infinite if no signal was found."""
-        return _inverse(fmean(self._later))
+        """Examples; infinite if no signal was found."""
+        return _inverse(fmean(self._inverse))
 
     @property
     def trained(self) -> float:
@@ -111,13 +112,8 @@ class NoiseScale:
 
     def interval(self) -> tuple[float, float]:
         """95 % interval of `scale`, open if the signal cannot be told from 0. Steps count as independent."""
-        later = self._later
-        middle, half = fmean(later), _CONFIDENCE * stdev(later) / math.sqrt(len(later))
+        middle, half = fmean(self._inverse), _CONFIDENCE * stdev(self._inverse) / math.sqrt(len(self._inverse))
         return _inverse(middle + half), _inverse(middle - half)
-
-    @property
-    def _later(self) -> list[float]:
-        return self._inverse[len(self._inverse) // 2 :]
 
     def of_sources(self, names: Sequence[str]) -> dict[str, dict[str, str]]:
         """Column of the table of sources: the noise scale of each whose gradients were read, by name."""
@@ -150,7 +146,7 @@ class NoiseScale:
         if round(size) != round(self.trained):
             worth = f"{self.trained:.0f} chosen examples, by their sketches worth at most {size:.0f} random ones"
         return [
-            f"In the second half of the run, the gradient's noise equals its signal at a batch of "
+            "Over the run, the gradient's noise equals its signal at a batch of "
             f"{_examples(self.scale)} examples (95 %: {_examples(low)} to {_examples(high)}). A step trains on "
             f"{worth}. {_advice(size, self.scale)}"
         ]

@@ -172,7 +172,7 @@ def test_how_large_the_steps_should_have_been(two):
     assert "worth at most 5 random ones. A larger batch, or a coreset of one, can save up to 80% of the" in verdict
     assert page.tables["Verdicts on the size of a step"][2][1].startswith("Too few steps")
     (title, found), *_ = page.table("Noise scale of the run").items()
-    assert title == "gradient noise scale, second half of the run"
+    assert title == "gradient noise scale of the run"
     assert found["first"].startswith("20 examples")
     (chart,) = (given["aria-label"] for tag, given in page.tags if given.get("aria-label", "").startswith("Gradient n"))
     assert "first, noise scale: 19." in chart
