@@ -37,6 +37,7 @@ LIKE = {
     "last_layer": "last_layer matching",
     "last_layer matching unbiased": "last_layer matching",
     "paper": "last_layer matching",
+    "stratified": "last_layer matching",
     "random": "stratified",
     "full b": "stratified",
     "full 2n": "full n",
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--data", default="built-in", help="as for learning.py")
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--untuned", action="store_true", help="tune `matching`, `stratified` and `full n` alone")
+    parser.add_argument("--untuned", action="store_true", help="tune `matching` and `full n` alone")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--steps", type=int, default=80)
     own, options = rows.split(sys.argv[1:])
