@@ -24,10 +24,9 @@ import rows
 
 SIZES = (4, 8, 16, 32, 64)
 REFERENCE = 32
-TUNING_SEED = 100
 FACTORS = (0.5, 1, 2)
 ARM = "stratified"
-SCORES = ("loss", "loss_by_source", "small_loss")
+SCORES = tuple(learning_tables.SCORES)
 
 
 def sized(setting: learning.Setting, b: int, rate: float) -> learning.Setting:
@@ -67,10 +66,8 @@ def found(data: str, b: int, rate: float) -> learning_tables.Runs:
 
 def best_rate(data: str, b: int, base: float) -> float | None:
     """The rate with the least loss in the tuning runs; None until all are made."""
-    tuned = {rate: found(data, b, rate).get(TUNING_SEED) for rate in rates(base, b)}
-    if None in tuned.values():
-        return None
-    return min(tuned, key=lambda rate: tuned[rate]["after"]["loss"] + tuned[rate]["after"]["loss_by_source"])
+    tuned = {rate: found(data, b, rate).get(learning_tables.TUNING_SEED) for rate in rates(base, b)}
+    return learning_tables.best(tuned)
 
 
 def run(setting: learning.Setting, base: float, seeds: int, reference_steps: int) -> None:
@@ -84,7 +81,7 @@ def run(setting: learning.Setting, base: float, seeds: int, reference_steps: int
 
     for b in SIZES:
         for rate in rates(base, b):
-            run_missing(b, rate, TUNING_SEED)
+            run_missing(b, rate, learning_tables.TUNING_SEED)
     for seed in range(seeds):
         for b in SIZES:
             run_missing(b, best_rate(setting.data, b, base), seed)
@@ -105,7 +102,7 @@ def table(data: str) -> str:
     runs = {}
     for b in SIZES:
         rate = best_rate(data, b, base)
-        runs[b] = {seed: run for seed, run in found(data, b, rate or 0).items() if seed != TUNING_SEED}
+        runs[b] = {seed: run for seed, run in found(data, b, rate or 0).items() if seed != learning_tables.TUNING_SEED}
     for b, of_b in runs.items():
         if of_b:
             steps = next(iter(of_b.values()))["steps"]

@@ -44,8 +44,7 @@ LIKE = {
 }
 """The arm whose rate an arm takes if it was not tuned itself."""
 DEFAULT_RATE = {"built-in": "1e-2"}
-TUNING_SEED = 100
-SCORES = ("loss", "loss_by_source", "small_loss")
+SCORES = tuple(learning_tables.SCORES)
 
 
 def rates(data: str) -> tuple[str, ...]:
@@ -69,10 +68,8 @@ def found(data: str, rate: str | None, arm: str) -> learning_tables.Runs:
 
 def best_rate(data: str, arm: str) -> str | None:
     """The rate with the least loss in the tuning runs; None until all are made."""
-    tuned = {rate: found(data, rate, arm).get(TUNING_SEED) for rate in rates(data)}
-    if None in tuned.values():
-        return best_rate(data, LIKE[arm]) if arm in LIKE else None
-    return min(tuned, key=lambda rate: tuned[rate]["after"]["loss"] + tuned[rate]["after"]["loss_by_source"])
+    tuned = {rate: found(data, rate, arm).get(learning_tables.TUNING_SEED) for rate in rates(data)}
+    return best_rate(data, LIKE[arm]) if None in tuned.values() and arm in LIKE else learning_tables.best(tuned)
 
 
 def run_missing(setting: learning.Setting, rate: str, arm: str, seed: int, steps: int) -> None:
@@ -91,7 +88,7 @@ def table(data: str) -> str:
     runs = {}
     for arm in ARMS:
         at_best = found(data, best_rate(data, arm), arm)
-        runs[arm] = {seed: run for seed, run in at_best.items() if seed != TUNING_SEED}
+        runs[arm] = {seed: run for seed, run in at_best.items() if seed != learning_tables.TUNING_SEED}
     for arm, of_arm in runs.items():
         if not of_arm:
             continue
@@ -120,7 +117,7 @@ def main() -> None:
     setting = learning.Setting.of(given.data, given.model, options)
     for arm in given.arms:
         for rate in () if given.untuned and arm in LIKE else rates(setting.data):
-            run_missing(setting, rate, arm, TUNING_SEED, given.steps)
+            run_missing(setting, rate, arm, learning_tables.TUNING_SEED, given.steps)
         print(f"{arm}: learning rate {best_rate(setting.data, arm)}", flush=True)
     for seed in range(given.seeds):
         for arm in given.arms:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from math import sqrt
 from statistics import mean, stdev
+from typing import TypeVar
 
 import rows
 from arms import GROUPS, REFERENCE
@@ -24,6 +25,9 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 Runs = dict[int, dict]
 """The runs of an arm by seed."""
+Rate = TypeVar("Rate", str, float)
+TUNING_SEED = 100
+"""Seed of the runs that choose a learning rate, and of no others."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -84,6 +88,13 @@ def table(data: str, match: str, arms: Sequence[str], *, measured: bool = False)
             cells += [difference(runs, found[REFERENCE], score) for score in ("loss", "loss_by_source")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def best(tuned: dict[Rate, dict | None]) -> Rate | None:
+    """The rate whose run has the least sum of the losses over examples and over sources; None if a run is missing."""
+    if None in tuned.values():
+        return None
+    return min(tuned, key=lambda rate: tuned[rate]["after"]["loss"] + tuned[rate]["after"]["loss_by_source"])
 
 
 def cell(values: Sequence[float], form: str = ".3f") -> str:

@@ -35,7 +35,7 @@ def at_steps(arm: str) -> Runs:
     """Runs of 80 steps, by seed."""
     rate = default_ranking.best_rate("built-in", arm) or default_ranking.DEFAULT_RATE["built-in"]
     found = default_ranking.found("built-in", rate, arm)
-    return {seed: run for seed, run in found.items() if seed != default_ranking.TUNING_SEED}
+    return {seed: run for seed, run in found.items() if seed != learning_tables.TUNING_SEED}
 
 
 def at_time(arm: str) -> Runs:

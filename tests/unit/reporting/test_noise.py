@@ -134,7 +134,7 @@ def test_sources_have_their_own_whatever_the_size_of_a_step_s_gradient():
 
 def test_it_goes_on_from_its_state_and_from_a_checkpoint_without_it():
     total, again = after(400), NoiseScale()
-    step = {"noise": 10.0, "signal": 1.0, "trained": 32.0, "worth": 32.0}
+    step = {"noise": 10.0, "signal": 1.0, "trained": 32.0, "worth": 32.0, "freedom": 8.0}  # counts with earlier steps
     total.add(step, torch.tensor([[4.0, 1.0]]))
     again.load({})
     assert again.state() == NoiseScale().state()
