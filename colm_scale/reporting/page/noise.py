@@ -49,13 +49,13 @@ def noise(runs: Sequence[Run]) -> Section:
 
 
 def _lines(run: Run, place: int) -> list[Line]:
-    x, inverse = binned(run.steps, run.column("noise", "signal") / _variances(run), _POINTS)
-    worth = binned(run.steps, run.column("noise", "worth"), _POINTS)[1]
+    steps, inverse = binned(run.steps, run.column("noise", "signal") / _variances(run), _POINTS)
     scale = np.divide(1, inverse, out=np.full_like(inverse, np.nan), where=inverse > 0)
     colour = colour_of(place)
+    compared, worth = binned(run.steps, run.column("noise", "worth"), _POINTS)  # known before the scale is
     return [
-        Line(x=x, y=scale, colour=colour, label=f"{run.name}, noise scale", style="solid"),
-        Line(x=x, y=worth, colour=colour, label=f"{run.name}, worth of a step", style="dashed"),
+        Line(x=steps, y=scale, colour=colour, label=f"{run.name}, noise scale", style="solid"),
+        Line(x=compared, y=worth, colour=colour, label=f"{run.name}, worth of a step", style="dashed"),
     ]
 
 

@@ -179,6 +179,20 @@ def test_how_large_the_steps_should_have_been(two):
     assert "first, worth of a step: 5.000 at step" in chart
 
 
+@pytest.mark.parametrize(("freedom", "first"), [(12, 3), (4, None)])
+def test_a_step_is_worth_something_before_the_scale_is_known(tmp_path, freedom, first):
+    """Steps of few examples have little to say about the variance: it takes 32 degrees of freedom together."""
+    run = write_run(tmp_path / "run", steps=4)
+    steps = read_rows(run / "metrics.jsonl")
+    for step in steps:
+        step["noise"]["freedom"] = freedom
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    page, _ = written(tmp_path, run)
+    (chart,) = (given["aria-label"] for tag, given in page.tags if given.get("aria-label", "").startswith("Gradient n"))
+    assert "worth of a step: 5.000 at step 1, 5.000 at step 4" in chart
+    assert re.findall(r"noise scale: [\d.]+ at step (\d)", chart) == ([str(first)] if first else [])
+
+
 def test_differences_of_the_configuration_come_first(two):
     table = two[0].table("Differences between the runs")
     assert table["world_size"] == {"first": "2", "second": "1"}  # of the environment, which comes last
