@@ -36,6 +36,10 @@ T = TypeVar("T", bound=Options)
 
 _HINT = "see --help for all options"
 _DRY_RUN = "Prepare the run up to its first step, print what it would do and what a rank needs, and write nothing."
+_PLAN = (
+    "Estimate memory, bytes, time and the largest batches of a run, without a GPU and without weights. The options are "
+    "those of colm-scale train, and at the end those of the plan itself."
+)
 _NUMBER = re.compile(r"[-+]?[.\d]+([eE][-+]?\d+)?")
 _SELECTING = ("selection.", "sources.", "profile.")
 
@@ -61,6 +65,7 @@ def parse_train(arguments: Sequence[str]) -> tuple[RunConfig, bool]:
 def parse_plan(arguments: Sequence[str]) -> tuple[RunConfig, PlanConfig]:
     """Parse ``colm-scale plan``: as `parse`, and the options of the plan."""
     parser = _run_parser("plan")
+    parser.description = _PLAN
     parser.add_class_arguments(PlanConfig, "plan")
     parser.types |= option_types(PlanConfig, "plan.")
     config, made = _run(parser, arguments)

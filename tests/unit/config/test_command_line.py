@@ -136,6 +136,14 @@ def test_the_help_fits_80_columns(monkeypatch, capsys):
     assert "default: (0.0, 1.0)" in " ".join(shown.split())
 
 
+def test_the_help_of_a_plan_says_what_a_plan_is(capsys):
+    with pytest.raises(SystemExit):
+        parse_plan(["--help"])
+    usage, description, *_ = capsys.readouterr().out.split("\n\n")
+    assert usage == "usage: colm-scale plan [OPTIONS]"
+    assert description.startswith("Estimate memory")
+
+
 @pytest.mark.parametrize("name", ["config", "print_config", "dry-run", "local_rank"])
 def test_a_file_holds_options_of_a_run_only(tmp_path, name):
     (tmp_path / "a").write_text(f"{name}: 1\n", "utf-8")
