@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors import SafetensorError
 from transformers import (
@@ -198,8 +199,8 @@ def load_model(
             setattr(layer, _REPACKS, False)
     if sees_or_hears(of) and (why := error_on_text(few_blocks(model, [0]))):
         raise UserError(
-            f"--{option} {_name(config)}: a {type(model).__name__} does not run on text alone ({why}): use a model of "
-            "text, if there is one of its language part"
+            f"--{option} {_name(config)}: a {type(model).__name__} does not run on text alone with transformers "
+            f"{transformers.__version__} ({why}): use a model of text, if there is one of its language part"
         )
     return moved(model.requires_grad_(False), device)
 

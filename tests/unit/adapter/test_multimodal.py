@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from support import multimodal
 from support.families import base_model, fill
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
@@ -22,7 +23,7 @@ from colm_scale.modeling.load import load_model, load_tokenizer
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 43).view(2, 20)
 TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-FAMILIES = ("gemma3", "llama4", "qwen3_5")
+FAMILIES = [family for family in ("gemma3", "llama4", "qwen3_5") if family in multimodal.FAMILIES]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
