@@ -101,7 +101,7 @@ def _method_line(selection: SelectionConfig, inputs: Inputs) -> str:
 def kept_lines(
     selection: SelectionConfig, names: Sequence[str], sizes: Tensor, kept: Tensor, protected: Tensor
 ) -> list[str]:
-    """Name kept sources and protected examples, and warn if they exceed the budget.
+    """Name kept sources and protected examples, say what they take of a coreset, and warn if that is more than all.
 
     Args:
         names: ``[Q]`` sources.
@@ -119,13 +119,18 @@ def kept_lines(
         marked.append(f"coverage floor: {selection.coverage_floor:.0%} of each source's candidates, in every pass")
     names_kept = [name for name, is_kept in zip(names, kept.tolist()) if is_kept]
     lines = [f"kept sources ({len(names_kept)}): {', '.join(names_kept) or 'none'}", *marked]
+    of_examples = int(sizes[kept].sum()) / int(sizes.sum())
     limits = selection.candidates, selection.budget, selection.coverage_floor
     share = expected_share(sizes, kept, protected, *limits)
+    if names_kept:
+        of_coreset = min(1.0, share * of_examples * selection.candidates / selection.budget)
+        lines[0] += f"; {of_examples:.0%} of the examples, and about {of_coreset:.0%} of a coreset"
     if share < 1:
         what = "kept and protected candidates" if by_source else "candidates of kept sources"
+        rest = "" if selection.coverage_floor else ", and next to none of the others"
         lines.append(
-            f"warning: only about {share:.0%} of the {what} fit into the budget of an average step: increase "
-            f"--selection.budget, or keep less"
+            f"warning: only about {share:.0%} of the {what} fit into the budget of an average step{rest}: increase "
+            f"--selection.budget, draw fewer --selection.candidates, or keep less (--selection.kept_sources)"
         )
     return lines
 

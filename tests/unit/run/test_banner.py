@@ -21,8 +21,9 @@ def facts(protected: torch.Tensor = NONE, **options) -> list[str]:
 
 @pytest.mark.parametrize("method", ["colm", "stratified"])
 def test_kept_sources_and_protected_examples_are_named(method):
-    assert facts(method=method, budget=52) == ["kept sources (2): a, c"]
-    assert facts(SOME, method=method, budget=52) == ["kept sources (2): a, c", "protected examples: 15 (b 12, c 3)"]
+    named = "kept sources (2): a, c; 40% of the examples, and about 77% of a coreset"
+    assert facts(method=method, budget=52) == [named]
+    assert facts(SOME, method=method, budget=52) == [named, "protected examples: 15 (b 12, c 3)"]
 
 
 def test_methods_that_keep_nothing():
@@ -34,8 +35,11 @@ def test_methods_that_keep_nothing():
 def test_too_little_room_is_told_with_the_share_that_enters():
     # On average 40 of 100 candidates are of a kept source, and 12 more are protected.
     assert len(facts(budget=40)) == 1
-    *_, warning = facts(budget=30)
+    kept, warning = facts(budget=30)
+    assert kept.endswith("40% of the examples, and about 100% of a coreset")
     assert "about 75% of the candidates of kept sources fit" in warning
+    assert "and next to none of the others:" in warning
+    assert "of the others" not in facts(budget=30, coverage_floor=0.1)[-1]
     *_, warning = facts(SOME, budget=39)
     assert "about 75% of the kept and protected candidates fit" in warning
 
