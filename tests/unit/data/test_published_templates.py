@@ -66,6 +66,9 @@ def whole(source: str, name: str, turns: int | None = None, *, prompt: bool = Fa
         for call in message.get("tool_calls", ()):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
             message["content"] = None
+    for message in messages:
+        if "reasoning_content" in message:
+            message["thinking"] = message["reasoning_content"]  # as transformers does itself, but not in all versions
     in_parts = "selectattr('type', 'equalto', 'text')" in source or "line in message[" in source
     for message in messages if in_parts else ():
         message["content"] = [{"type": "text", "text": message["content"]}]

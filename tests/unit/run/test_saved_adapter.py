@@ -86,6 +86,8 @@ def trained_loss(engine: TorchEngine) -> Tensor:
 def plain_loss(folder: Path) -> Tensor:
     """The loss that transformers itself computes, with peft's model made of the folder alone."""
     model = peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # which transformers chooses itself, but not in all versions
     parts = [part_of(BATCH, row) for row in range(3)]
     with torch.no_grad():
         return torch.stack([model(input_ids=part.input_ids, labels=labels_of(part)).loss for part in parts])
