@@ -67,6 +67,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
         "rankings": {
             "last_layer matching": _options(ranking="matching"),
             "last_layer matching unbiased": _options(ranking="matching", weights="unbiased"),
+            "last_layer balanced": _options(ranking=own("balanced")),
             "last_layer pursuit": _options(ranking=own("pursuit")),
             "last_layer systematic": _options(ranking="systematic"),
             "last_layer importance": _options(ranking=own("importance"), weights="unbiased"),

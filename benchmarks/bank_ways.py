@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import arms
 import torch
-from arms import LOSS
 from gradient_match import interval
 from torch import Tensor
 
@@ -72,6 +72,7 @@ WAYS: Mapping[str, Way] = {
     "last_layer columns; facility, cluster weights": ranked("facility", "cluster"),
     "last_layer columns; matching": ranked("matching"),
     "last_layer columns; matching, unbiased": ranked("matching", "unbiased"),
+    "last_layer columns; balanced": ranked(arms.own("balanced")),
     "last_layer columns; systematic": ranked("systematic"),
     "last_layer countsketch; facility": ranked("facility", **_SKETCH),
     "last_layer countsketch; matching": ranked("matching", **_SKETCH),
@@ -79,7 +80,7 @@ WAYS: Mapping[str, Way] = {
     "zeroth_order, K=1; facility": ranked("facility", estimator="zeroth_order", columns=2560),
     "zeroth_order, K=16; facility": ranked("facility", estimator="zeroth_order", columns=2560, num_probes=16),
     "zeroth_order, K=16; matching": ranked("matching", estimator="zeroth_order", columns=2560, num_probes=16),
-    "loss; systematic": ranked("systematic", estimator=LOSS),
+    "loss; systematic": ranked("systematic", estimator=arms.LOSS),
     "length; systematic": ranked("systematic", estimator="length"),
     "probe; facility": Way({"ranking": "facility"}, "probe"),
     "probe; matching": matched("probe"),
@@ -97,6 +98,9 @@ WAYS: Mapping[str, Way] = {
     "words; facility": Way(_FACILITY, "words"),
     **{f"hidden states {depth}; matching": matched(f"hidden states {depth}") for depth in range(1, 7)},
 }
+REPEATED = ("random", "stratified", *(way for way in WAYS if way.startswith("last_layer columns") or way in (
+    "zeroth_order, K=1; facility", "all adapters; matching", "probe and source, together; matching")))
+"""Ways whose errors are compared over several steps."""
 ALL = "all candidates"
 """Trains on all candidates; the bound of every way."""
 DEPTHS = 6
@@ -354,6 +358,35 @@ def noise(products: Tensor, sources: Tensor) -> dict[str, Any]:
     found = {name: {"mean": float(m), "interval": float(h)} for name, m, h in zip(("total", "within"), whole, half)}
     found |= {"cosine": float(cosines[others].mean()), "cosine_within": float(cosines[same & others].mean())}
     return found
+
+
+def biases(pool: Pool, n: int, b: int, draws: int) -> dict[str, dict]:
+    """What of the error is the same in every draw, and does not average out over steps; nothing kept.
+
+    Returns:
+        ``{"ways": {way: ...}}`` with ``error``, of one draw, and ``bias``, of the mean of infinitely many: squared,
+        relative to the expected error of b random examples; ``length``: mean squared length of the chosen examples'
+        gradients, by weight, relative to the pool's.
+    """
+    plain, found = pool.products["plain"]["all"], {}
+    of_pool, lengths = of_random(plain, b, len(pool)), plain.diagonal()
+    for name in REPEATED:
+        own = pool.weights(WAYS[name], "none kept", n, b, draws)
+        products = (own - 1 / len(pool)) @ plain @ (own - 1 / len(pool)).T / of_pool
+        found[name] = {
+            "error": interval(products.diagonal()),
+            "bias": bias(products),
+            "length": float((own @ lengths).mean() / lengths.mean()),
+        }
+        print(f"{b} of {n}: {name}: {found[name]}", flush=True)
+    return {"ways": found}
+
+
+def bias(products: Tensor) -> dict[str, float]:
+    """Squared length of the mean of vectors, without bias, by their products ``[draws, draws]``; 95 % interval."""
+    draws = len(products)
+    others = (products.sum(1) - products.diagonal()) / (draws - 1)
+    return {"mean": float(others.mean()), "interval": float(1.96 * 2 * others.std() / draws**0.5)}
 
 
 def aged(pool: Pool, tap: StoredTap, sizes: Sequence[tuple[int, int]], draws: int) -> dict[str, Any]:

@@ -160,8 +160,10 @@ SENSITIVITIES = {
 }
 """Groups that vary one option, and the arms with its other values."""
 DATA = ("built-in", "maths 2.6M", "superglue 2.6M")
-PRETRAINED = tuple(f"maths SmolLM2-135M-Instruct, 8 of {n}" for n in (32, 16))
+PRETRAINED = ("maths SmolLM2-135M-Instruct, 8 of 16", "superglue SmolLM2-135M-Instruct, 8 of 32")
 """Data with a real pretrained model (`gradient_bank.py fetch`)."""
+NOTHING_KEPT = "superglue 2.6M, nothing kept, 32 of 128"
+"""Data where every source has its quota, and a ranking much to choose from."""
 EPOCHS = "built-in-1000"
 """Data with few rows, so that sketches can be reused in several epochs."""
 TABLES = {
@@ -172,6 +174,7 @@ TABLES = {
         if of(data, match)
     },
     "learning pretrained": lambda: pretrained(),
+    "learning nothing kept": lambda: table(NOTHING_KEPT, "steps", METHODS),
     "free": lambda: table("built-in", "time", ("length systematic", "words matching of 8b")),
     "free in later epochs": lambda: table(EPOCHS, "steps", ("reused matching", "reused losses")),
     **{

@@ -1,4 +1,4 @@
-"""Rankings that did not earn a place in the package, as user-defined functions: pursuit, importance, infobatch, top.
+"""Rankings that have no place in the package, as user-defined functions: balanced, pursuit, importance, infobatch, top.
 
 colm-scale train --selection.ranking benchmarks/rankings.py:pursuit
 
@@ -17,10 +17,21 @@ from torch import Tensor
 from colm_scale.selection.ranking.matching import whole_numbers
 from colm_scale.selection.ranking.rank import Ranked
 
+_ROBUST = 0.1
+"""Ridge of `balanced`, relative to the mean square of a row: more of it is more like a plain draw."""
+_DONE = 1e-7
 _RIDGE = 0.5
 _ENTRY = 10.0
 _LEAST_SHARE = 0.1
 _LEAST_SIZE = 0.01
+
+
+def balanced(ranked: Ranked) -> tuple[Tensor, None]:
+    """Draw with equal chances, so without bias, but with a mean row near the source's, by `walked`."""
+    rows = ranked.rows.double().cpu()
+    gram = rows @ rows.T
+    gram.diagonal().add_(_ROBUST * float(gram.diagonal().mean()))
+    return walked(gram, ranked.count, ranked.draw), None
 
 
 def pursuit(ranked: Ranked) -> tuple[Tensor, Tensor | None]:
@@ -50,6 +61,42 @@ def infobatch(ranked: Ranked) -> tuple[Tensor, Tensor]:
 def top(ranked: Ranked) -> tuple[Tensor, Tensor | None]:
     """Select the highest losses."""
     return ranked.losses.cpu().argsort(descending=True, stable=True)[: ranked.count], None
+
+
+def walked(gram: Tensor, k: int, draw: torch.Generator) -> Tensor:
+    """Draw k of n rows, each with chance k/n, by the Gram-Schmidt walk (Harshaw et al. 2024, arXiv 1911.03071).
+
+    Every row starts at k/n. Again and again all rows that are not yet at 0 or 1 move along the direction that changes
+    the sum of rows least, with no change to k, forwards or backwards by chances that leave the mean where it is, until
+    one of them is at 0 or 1. It takes n directions of n equations each, so a source should have a few hundred rows.
+
+    Args:
+        gram: ``[n, n]`` float64 products of the rows, with a ridge.
+
+    Returns:
+        int64 ``[k]``, ascending.
+    """
+    place, pivot = gram.new_full((len(gram),), k / len(gram)), -1
+    while len(moving := ((place > _DONE) & (place < 1 - _DONE)).nonzero().flatten()) > 1:
+        if pivot not in moving:
+            pivot = int(moving[torch.randint(len(moving), (), generator=draw)])
+        others = moving[moving != pivot]
+        equations = F.pad(gram[others][:, others], (0, 1, 0, 1), value=1.0)
+        equations[-1, -1] = 0.0
+        direction = torch.zeros_like(place)
+        direction[pivot] = 1.0
+        wanted = F.pad(-gram[others, pivot], (0, 1), value=-1.0)
+        direction[others] = torch.linalg.solve(equations, wanted)[:-1]
+        forwards, backwards = _room(place, direction), _room(place, -direction)
+        chance = backwards / (forwards + backwards)
+        ahead = float(torch.rand((), generator=draw, dtype=torch.float64)) < chance
+        place = place + direction * (forwards if ahead else -backwards)
+    return place.topk(k).indices.sort().values
+
+
+def _room(place: Tensor, direction: Tensor) -> float:
+    """How far all can move until the first is at 0 or 1."""
+    return float((torch.where(direction > 0, 1 - place, place) / direction.abs()).nan_to_num(nan=math.inf).min())
 
 
 def match_by_pursuit(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

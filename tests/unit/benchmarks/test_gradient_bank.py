@@ -268,6 +268,24 @@ def test_the_error_of_a_random_choice_is_the_mean_over_all_choices(modules):
     assert ways.of_random(rows @ rows.T, 2, 6) == pytest.approx(sum(errors) / len(errors))
 
 
+def test_the_bias_is_that_of_the_mean_draw(modules):
+    """Nothing for deviations that cancel, in the mean over many draws, and the length of what they share."""
+    draw, shared = generator(0, "bias"), torch.tensor([3.0, 4.0, 0.0]).double()
+    deviations = torch.randn(4000, 3, generator=draw).double() * 10
+    for vectors, expected in ((deviations, 0.0), (deviations + shared, 25.0)):
+        found = modules["bank_ways"].bias(vectors @ vectors.T)
+        assert abs(found["mean"] - expected) < found["interval"] < 8
+    two = torch.tensor([[1.0, 0], [3, 4]])
+    assert modules["bank_ways"].bias(two @ two.T)["mean"] == 3  # the product of the only pair
+
+
+def test_a_bank_says_what_of_an_error_stays(bank, modules):
+    ways = modules["bank_ways"]
+    found = ways.biases(ways.Pool(bank, 2), 6, 3, 4)["ways"]
+    assert tuple(found) == ways.REPEATED
+    assert all(of["error"]["mean"] > 0 and of["length"] > 0 for of in found.values())
+
+
 def test_the_noise_scale_is_that_of_the_gradients(modules):
     """In units of examples: spread over squared mean; the interval covers the truth of what they were drawn from."""
     noise, covered = modules["bank_ways"].noise, 0

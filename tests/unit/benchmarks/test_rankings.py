@@ -35,12 +35,32 @@ def function(name: str, parameters: int):
     return load_own("selection.ranking", named(name), parameters)
 
 
+walked = function("walked", 3)
 match_by_pursuit, drawn_by_size = function("match_by_pursuit", 2), function("drawn_by_size", 3)
 inclusion, NonNegativeFit = function("inclusion", 2), function("NonNegativeFit", 3)
 
 
 def drawn(n: int, h: int, trial: int = 0) -> Tensor:
     return torch.randn(n, h, generator=generator(trial, "rows"))
+
+
+# Balanced draws
+
+
+def test_a_balanced_draw_has_equal_chances_and_a_near_mean():
+    rows = drawn(9, 3).double()
+    gram = rows @ rows.T + 0.1 * torch.eye(9)
+    found = torch.zeros(DRAWS, 9, dtype=torch.float64)
+    for number in range(DRAWS):
+        picks = walked(gram, 3, generator(number, "walk"))
+        assert len(picks) == len(set(picks.tolist())) == 3
+        found[number, picks] = 1 / 3
+    chances = 3 * found.mean(0)
+    assert (chances - 1 / 3).abs().max() < 5 * (2 / 9 / DRAWS) ** 0.5  # no row is passed over, however far out
+    own = ((found - 1 / 9) @ rows).square().sum(1).mean()
+    plain = (rows - rows.mean(0)).square().sum() / 8 * (1 / 3 - 1 / 9)
+    assert own < 0.5 * plain
+    assert torch.equal(walked(gram, 9, generator(0, "walk")), torch.arange(9))
 
 
 # Pursuit
