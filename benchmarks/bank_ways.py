@@ -1,4 +1,4 @@
-"""Ways to select from the examples of a gradient bank, and the exact error of each.
+"""Ways to select from the examples of a gradient bank.
 
 The package's own rules, estimators and rankings run on what the bank holds: the probe's gradients, losses and lengths.
 Other rows to compare by (hidden states, words, gradients of all adapters) go to its rankings as they are. A derivative
@@ -7,16 +7,14 @@ along a random direction is the exact one, without a finite difference's roundin
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import arms
 import torch
-from gradient_match import interval
 from torch import Tensor
 
 from colm_scale.config import SelectionConfig, TrainConfig
@@ -98,9 +96,6 @@ WAYS: Mapping[str, Way] = {
     "words; facility": Way(_FACILITY, "words"),
     **{f"hidden states {depth}; matching": matched(f"hidden states {depth}") for depth in range(1, 7)},
 }
-REPEATED = ("random", "stratified", *(way for way in WAYS if way.startswith("last_layer columns") or way in (
-    "zeroth_order, K=1; facility", "all adapters; matching", "probe and source, together; matching")))
-"""Ways whose errors are compared over several steps."""
 ALL = "all candidates"
 """Trains on all candidates; the bound of every way."""
 DEPTHS = 6
@@ -273,157 +268,3 @@ def rows_of(products: Tensor) -> Tensor:
 def of_length_one(rows: Tensor) -> Tensor:
     """Rows with a mean square length of 1."""
     return rows / rows.square().sum(1).mean().sqrt()
-
-
-def squared(products: Tensor, own: Tensor, target: Tensor) -> Tensor:
-    """``[draws]`` squared distances between the mean gradients of weightings ``[draws, N]``."""
-    apart = own - target
-    return (apart @ products * apart).sum(1)
-
-
-def of_random(products: Tensor, b: int, n: int) -> float:
-    """Expected squared distance of the mean of b random examples of n, to that of the n."""
-    size = len(products)
-    variance = (products.diagonal().sum() - products.sum() / size) / (size - 1)
-    return float(variance) * (1 / b - 1 / n)
-
-
-def errors(pool: Pool, setting: str, n: int, b: int, draws: int) -> dict[str, dict]:
-    """Squared errors of each way, relative to the expected one of b random examples.
-
-    Returns:
-        ``{"ways": {way: ...}}`` with ``pool``, ``candidates``: against the gradient of the pool, and of the candidates;
-        ``scaled``: against the pool's with Adam's scale; ``beyond``: against the pool's, minus that of a draw with the
-        same quotas (`stratified`) among the same candidates; ``nearer``: share of the draws in which it is nearer to
-        the gradient of the candidates than that one.
-    """
-    plain, scaled = (pool.products[kind]["all"] for kind in ("plain", "scaled"))
-    everything = torch.zeros(draws, len(pool), dtype=torch.float64)
-    for number, row in enumerate(everything):
-        row[pool.draw(number, n)[0]] = 1 / n
-    mean = torch.full_like(everything, 1 / len(pool))
-    of_pool = of_random(plain, b, len(pool))
-    drawn = pool.weights(WAYS["stratified"], setting, n, b, draws)
-    found = {}
-    for name, way in {ALL: None, **WAYS}.items():
-        own = everything if way is None else pool.weights(way, setting, n, b, draws)
-        against, to_draw = (squared(plain, w, everything) for w in (own, drawn))
-        beyond = squared(plain, own, mean) - squared(plain, drawn, mean)
-        found[name] = {
-            "pool": interval(squared(plain, own, mean) / of_pool),
-            "candidates": interval(against / of_random(plain, b, n)),
-            "scaled": interval(squared(scaled, own, mean) / of_random(scaled, b, len(pool))),
-            "beyond": interval(beyond / of_pool),
-            "nearer": float((against < to_draw).double().mean()),
-        }
-        print(f"{b} of {n}, {setting}: {name}: {found[name]['pool']['mean']:.3f}", flush=True)
-    return {"ways": found}
-
-
-def noise_scales(pool: Pool) -> dict[str, dict[str, Any]]:
-    """``{"scales": ...}``, the `noise` of all adapters, plain and scaled, and of the probe."""
-    plain, scaled = (pool.products[kind] for kind in ("plain", "scaled"))
-    chosen = {"all adapters": plain["all"], "all adapters, scaled": scaled["all"], "probe": plain["probe"]}
-    return {"scales": {name: noise(products, pool.sources) for name, products in chosen.items()}}
-
-
-def noise(products: Tensor, sources: Tensor) -> dict[str, Any]:
-    """Simple gradient noise scale in examples, tr(S) / |G|^2, with 95 % intervals by the jackknife.
-
-    ``total`` counts all spread, ``within`` only that within sources: the noise of a draw with proportional quotas.
-    ``cosine`` and ``cosine_within`` are mean pairwise cosines, of all pairs and of those of the same source.
-    """
-    n = len(products)
-    same = sources.unsqueeze(1) == sources
-    lengths = products.diagonal().sqrt()
-    cosines, others = products / lengths.outer(lengths), ~torch.eye(n, dtype=torch.bool)
-
-    def scales(left: Tensor) -> Tensor:
-        """``[2]`` of the examples in the mask."""
-        p, of = products[left][:, left], sources[left]
-        size = len(p)
-        between = (p.sum() - p.diagonal().sum()) / (size * (size - 1))  # unbiased |G|^2
-        counts = torch.bincount(of).double()
-        sums = torch.zeros(len(counts), size, dtype=p.dtype).index_add_(0, of, p)
-        of_source = torch.zeros(len(counts), dtype=p.dtype).index_add_(0, of, sums[of, torch.arange(size)])
-        diagonal = torch.zeros(len(counts), dtype=p.dtype).index_add_(0, of, p.diagonal())
-        several = counts > 1
-        within = ((diagonal - of_source / counts.clamp(min=1)) / (counts - 1).clamp(min=1))[several]
-        within = (within * counts[several]).sum() / counts[several].sum()
-        return torch.stack([p.diagonal().mean() - between, within]) / between
-
-    whole = scales(torch.ones(n, dtype=torch.bool))
-    without = torch.stack([scales(torch.arange(n) != i) for i in range(n)])
-    half = 1.96 * ((n - 1) / n * (without - without.mean(0)).square().sum(0)).sqrt()
-    found = {name: {"mean": float(m), "interval": float(h)} for name, m, h in zip(("total", "within"), whole, half)}
-    found |= {"cosine": float(cosines[others].mean()), "cosine_within": float(cosines[same & others].mean())}
-    return found
-
-
-def biases(pool: Pool, n: int, b: int, draws: int) -> dict[str, dict]:
-    """What of the error is the same in every draw, and does not average out over steps; nothing kept.
-
-    Returns:
-        ``{"ways": {way: ...}}`` with ``error``, of one draw, and ``bias``, of the mean of infinitely many: squared,
-        relative to the expected error of b random examples; ``length``: mean squared length of the chosen examples'
-        gradients, by weight, relative to the pool's.
-    """
-    plain, found = pool.products["plain"]["all"], {}
-    of_pool, lengths = of_random(plain, b, len(pool)), plain.diagonal()
-    for name in REPEATED:
-        own = pool.weights(WAYS[name], "none kept", n, b, draws)
-        products = (own - 1 / len(pool)) @ plain @ (own - 1 / len(pool)).T / of_pool
-        found[name] = {
-            "error": interval(products.diagonal()),
-            "bias": bias(products),
-            "length": float((own @ lengths).mean() / lengths.mean()),
-        }
-        print(f"{b} of {n}: {name}: {found[name]}", flush=True)
-    return {"ways": found}
-
-
-def bias(products: Tensor) -> dict[str, float]:
-    """Squared length of the mean of vectors, without bias, by their products ``[draws, draws]``; 95 % interval."""
-    draws = len(products)
-    others = (products.sum(1) - products.diagonal()) / (draws - 1)
-    return {"mean": float(others.mean()), "interval": float(1.96 * 2 * others.std() / draws**0.5)}
-
-
-def aged(pool: Pool, tap: StoredTap, sizes: Sequence[tuple[int, int]], draws: int) -> dict[str, Any]:
-    """How sketches age: those of an earlier state's ``tap``, compared with gradients and used in the pool's.
-
-    Returns:
-        ``probe``, ``all``: correlation of the distances between the sketches with those between today's gradients of
-        the probe, and of all adapters; ``within``: the latter between examples of the same source; ``losses``:
-        correlation of the losses; ``error``: of matching and of facility location with these sketches, as in `errors`.
-    """
-    plain = pool.products["plain"]
-    pairs = torch.triu_indices(len(pool), len(pool), 1)
-    same = pool.sources[pairs[0]] == pool.sources[pairs[1]]
-    now, whole = distances(plain["probe"], pairs), distances(plain["all"], pairs)
-    then = distances((tap.probe @ tap.probe.T).double(), pairs)
-    mean = torch.full((draws, len(pool)), 1 / len(pool), dtype=torch.float64)
-    found: dict[str, Any] = {
-        "probe": correlation(then, now),
-        "all": correlation(then, whole),
-        "within": correlation(then[same], whole[same]),
-        "losses": correlation(tap.losses.double(), pool.tap.losses.double()),
-        "error": {},
-    }
-    for ranking, (n, b) in itertools.product(("matching", "facility"), sizes):
-        own = pool.weights(WAYS[f"last_layer countsketch; {ranking}"], "none kept", n, b, draws, tap)
-        error = squared(plain["all"], own, mean) / of_random(plain["all"], b, len(pool))
-        found["error"][f"{ranking}, {b} of {n}"] = interval(error)
-    return found
-
-
-def distances(products: Tensor, pairs: Tensor) -> Tensor:
-    """Distances of pairs ``[2, p]``."""
-    own, (i, j) = products.diagonal(), pairs
-    return (own[i] + own[j] - 2 * products[i, j]).clamp(min=0).sqrt()
-
-
-def correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's: of the ranks."""
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import bank_errors
 import bank_ways
 import numpy as np
 import rows
@@ -321,18 +322,18 @@ def planned(
     pool: Pool, bank: Path, steps: Sequence[int], draws: int
 ) -> Iterator[tuple[dict[str, object], Callable[[], dict]]]:
     """What rows of a state say first, and the measurement of the rest."""
-    yield {"kind": "noise"}, partial(bank_ways.noise_scales, pool)
+    yield {"kind": "noise"}, partial(bank_errors.noise_scales, pool)
     if pool.step == steps[-1] > 0:
         for folder in sorted(bank.glob("step-*"), key=lambda path: -int(path.name[5:])):
             age = pool.step - int(folder.name[5:])
             row = {"kind": "age", "age": age, "draws": draws}
-            yield row, partial(bank_ways.aged, pool, pool.tap_of(folder), AGED, draws)
+            yield row, partial(bank_errors.aged, pool, pool.tap_of(folder), AGED, draws)
         for n, b in AGED:
             row = {"kind": "bias", "n": n, "b": b, "draws": 4 * draws}
-            yield row, partial(bank_ways.biases, pool, n, b, 4 * draws)
+            yield row, partial(bank_errors.biases, pool, n, b, 4 * draws)
     for setting, (n, b) in itertools.product(bank_ways.SETTINGS, SIZES):
         row = {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws}
-        yield row, partial(bank_ways.errors, pool, setting, n, b, draws)
+        yield row, partial(bank_errors.errors, pool, setting, n, b, draws)
 
 
 def main() -> None:

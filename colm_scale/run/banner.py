@@ -123,7 +123,7 @@ def kept_lines(
     limits = selection.candidates, selection.budget, selection.coverage_floor
     share = expected_share(sizes, kept, protected, *limits)
     if names_kept:
-        of_coreset = min(1.0, share * of_examples * selection.candidates / selection.budget)
+        of_coreset = share * of_examples * selection.candidates / selection.budget
         lines[0] += f"; {of_examples:.0%} of the examples, and about {of_coreset:.0%} of a coreset"
     if share < 1:
         what = "kept and protected candidates" if by_source else "candidates of kept sources"

@@ -33,7 +33,8 @@ SLOW = pytest.mark.slow  # loads the model once more
 def modules():
     before = list(sys.path)
     sys.path.insert(0, str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in ("gradient_bank", "bank_ways", "gradient_match")}
+    names = ("gradient_bank", "bank_ways", "bank_errors", "gradient_match")
+    yield {name: importlib.import_module(name) for name in names}
     sys.path[:] = before
 
 
@@ -232,7 +233,7 @@ def test_every_way_selects_as_many_as_the_budget_of_the_candidates(bank, modules
 
 def test_own_rows_are_ranked_by_the_package(bank, modules):
     """Matching is the nearest of all choices, or next to it: no swap improves it."""
-    ways = modules["bank_ways"]
+    ways, squared = modules["bank_ways"], modules["bank_errors"].squared
     pool = ways.Pool(bank, 2)
     own = pool.weights(ways.WAYS["probe and source, together; matching"], "none kept", 6, 3, 3)
     products = pool.rows["probe and source"].double() @ pool.rows["probe and source"].double().T
@@ -244,8 +245,8 @@ def test_own_rows_are_ranked_by_the_package(bank, modules):
         for some in itertools.combinations(places.tolist(), 3):
             picked = torch.zeros(POOL, dtype=torch.float64)
             picked[list(some)] = 1 / 3
-            errors.append(float(ways.squared(products, picked.unsqueeze(0), everything)))
-        mine = float(ways.squared(products, row.unsqueeze(0), everything))
+            errors.append(float(squared(products, picked.unsqueeze(0), everything)))
+        mine = float(squared(products, row.unsqueeze(0), everything))
         assert mine <= sorted(errors)[1] * (1 + 1e-6)
 
 
@@ -256,16 +257,16 @@ def test_rows_have_the_products_they_are_made_of(modules):
 
 
 def test_the_error_of_a_random_choice_is_the_mean_over_all_choices(modules):
-    ways, rows = modules["bank_ways"], torch.randn(6, 4, generator=generator(0, "rows")).double()
+    found_by, rows = modules["bank_errors"], torch.randn(6, 4, generator=generator(0, "rows")).double()
     whole = torch.full((6,), 1 / 6, dtype=torch.float64)
     errors = []
     for some in itertools.combinations(range(6), 2):
         own = torch.zeros(6, dtype=torch.float64)
         own[list(some)] = 1 / 2
         errors.append(float((own @ rows - whole @ rows).square().sum()))
-        found = ways.squared(rows @ rows.T, own.unsqueeze(0), whole)
+        found = found_by.squared(rows @ rows.T, own.unsqueeze(0), whole)
         assert float(found) == pytest.approx(errors[-1])
-    assert ways.of_random(rows @ rows.T, 2, 6) == pytest.approx(sum(errors) / len(errors))
+    assert found_by.of_random(rows @ rows.T, 2, 6) == pytest.approx(sum(errors) / len(errors))
 
 
 def test_the_bias_is_that_of_the_mean_draw(modules):
@@ -273,22 +274,35 @@ def test_the_bias_is_that_of_the_mean_draw(modules):
     draw, shared = generator(0, "bias"), torch.tensor([3.0, 4.0, 0.0]).double()
     deviations = torch.randn(4000, 3, generator=draw).double() * 10
     for vectors, expected in ((deviations, 0.0), (deviations + shared, 25.0)):
-        found = modules["bank_ways"].bias(vectors @ vectors.T)
+        found = modules["bank_errors"].bias(vectors @ vectors.T)
         assert abs(found["mean"] - expected) < found["interval"] < 8
     two = torch.tensor([[1.0, 0], [3, 4]])
-    assert modules["bank_ways"].bias(two @ two.T)["mean"] == 3  # the product of the only pair
+    assert modules["bank_errors"].bias(two @ two.T)["mean"] == 3  # the product of the only pair
 
 
 def test_a_bank_says_what_of_an_error_stays(bank, modules):
-    ways = modules["bank_ways"]
-    found = ways.biases(ways.Pool(bank, 2), 6, 3, 4)["ways"]
-    assert tuple(found) == ways.REPEATED
-    assert all(of["error"]["mean"] > 0 and of["length"] > 0 for of in found.values())
+    """Compared with the gradients themselves: a square root of their products."""
+    ways, measures = modules["bank_ways"], modules["bank_errors"]
+    pool, draws = ways.Pool(bank, 2), 5
+    found = measures.biases(pool, 6, 3, draws)["ways"]
+    assert tuple(found) == measures.REPEATED
+    plain = pool.products["plain"]["all"]
+    values, vectors = torch.linalg.eigh(plain)
+    gradients = vectors * values.clamp(min=0).sqrt()
+    for way in ("stratified", "last_layer columns; matching"):
+        own = pool.weights(ways.WAYS[way], "none kept", 6, 3, draws)
+        apart = own @ gradients - gradients.mean(0)
+        pairs = [apart[i] @ apart[j] for i, j in itertools.permutations(range(draws), 2)]
+        unit = measures.of_random(plain, 3, POOL)
+        assert found[way]["error"]["mean"] == pytest.approx(float(apart.square().sum(1).mean()) / unit, rel=1e-6)
+        assert found[way]["bias"]["mean"] == pytest.approx(float(sum(pairs)) / len(pairs) / unit, rel=1e-6, abs=1e-9)
+        lengths = gradients.square().sum(1)
+        assert found[way]["length"] == pytest.approx(float((own @ lengths).mean() / lengths.mean()), rel=1e-6)
 
 
 def test_the_noise_scale_is_that_of_the_gradients(modules):
     """In units of examples: spread over squared mean; the interval covers the truth of what they were drawn from."""
-    noise, covered = modules["bank_ways"].noise, 0
+    noise, covered = modules["bank_errors"].noise, 0
     for trial in range(20):
         draw = generator(trial, "noise")
         sources = torch.arange(80) % 4
@@ -303,9 +317,8 @@ def test_the_noise_scale_is_that_of_the_gradients(modules):
 
 
 def test_sketches_of_the_same_state_have_not_aged(bank, modules):
-    ways = modules["bank_ways"]
-    pool = ways.Pool(bank, 2)
-    found = {age: ways.aged(pool, pool.tap_of(bank / f"step-{2 - age}"), ((6, 3),), 4) for age in (0, 1, 2)}
+    aged, pool = modules["bank_errors"].aged, modules["bank_ways"].Pool(bank, 2)
+    found = {age: aged(pool, pool.tap_of(bank / f"step-{2 - age}"), ((6, 3),), 4) for age in (0, 1, 2)}
     assert found[0]["probe"] == found[0]["losses"] == 1
     assert found[2]["probe"] < 1
     assert set(found[0]["error"]) == {"matching, 3 of 6", "facility, 3 of 6"}
@@ -314,10 +327,10 @@ def test_sketches_of_the_same_state_have_not_aged(bank, modules):
 def test_distances_and_ranks(modules):
     rows = torch.tensor([[0.0, 0], [3, 4], [0, 1]])
     pairs = torch.triu_indices(3, 3, 1)
-    assert modules["bank_ways"].distances(rows @ rows.T, pairs).tolist() == pytest.approx([5, 1, 18**0.5])
+    assert modules["bank_errors"].distances(rows @ rows.T, pairs).tolist() == pytest.approx([5, 1, 18**0.5])
     one = torch.tensor([1.0, 2, 3, 4])
-    assert modules["bank_ways"].correlation(one, one.exp()) == pytest.approx(1)
-    assert modules["bank_ways"].correlation(one, -one) == pytest.approx(-1)
+    assert modules["bank_errors"].correlation(one, one.exp()) == pytest.approx(1)
+    assert modules["bank_errors"].correlation(one, -one) == pytest.approx(-1)
 
 
 def test_a_missing_reader_is_named(modules, monkeypatch, tmp_path):

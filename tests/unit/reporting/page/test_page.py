@@ -75,7 +75,7 @@ def test_a_run_whose_last_evaluation_is_of_a_sample(tmp_path):
 
 def test_evaluations_of_other_examples_are_not_joined(tmp_path):
     run = write_run(tmp_path / "run", steps=4)
-    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "evaluations.jsonl")
     more = [row | {"step": row["step"] + 5} for row in rows]
     for row in more:
         row["sample"] = row["sample"] | {"counts": dict.fromkeys(SOURCES, 5)}
@@ -183,9 +183,7 @@ def test_how_large_the_steps_should_have_been(two):
 def test_a_step_is_worth_something_before_the_scale_is_known(tmp_path, freedom, first):
     """Steps of few examples have little to say about the variance: it takes 32 degrees of freedom together."""
     run = write_run(tmp_path / "run", steps=4)
-    steps = read_rows(run / "metrics.jsonl")
-    for step in steps:
-        step["noise"]["freedom"] = freedom
+    steps = [step | {"noise": step["noise"] | {"freedom": freedom}} for step in read_rows(run / "metrics.jsonl")]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     page, _ = written(tmp_path, run)
     (chart,) = (given["aria-label"] for tag, given in page.tags if given.get("aria-label", "").startswith("Gradient n"))
@@ -370,7 +368,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 def test_numbers_that_are_not_there(tmp_path):
     """A loss that was not finite is null."""
     run = write_run(tmp_path / "run", evaluated=False)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run / "metrics.jsonl")
     rows[1]["loss"] = rows[2]["gradient_norm"] = rows[0]["telemetry"]["sketch_error"] = None
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     bad = evaluation(0, SOURCES)
