@@ -34,7 +34,12 @@ def _stratified(**selection: object) -> _Options:
 
 
 def _facility(**selection: object) -> _Options:
-    return _options(ranking="facility", **selection)
+    return _options(**{"ranking": "facility", "compression": "columns"} | selection)
+
+
+def _columns(ranking: str, **selection: object) -> _Options:
+    """Rank each step on its own."""
+    return _options(ranking=ranking, compression="columns", **selection)
 
 
 def _by_loss(ranking: str) -> _Options:
@@ -58,6 +63,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "full n": _full(64),
             "full 2n": _full(128),
             "paper": _options(preset="paper"),
+            "colm": (),
             "last_layer": _facility(),
             "stratified 2b": _stratified(candidates=128, budget=64),
         },
@@ -65,13 +71,13 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
             "zeroth_order 16": _facility(estimator="zeroth_order", num_probes=16),
         },
         "rankings": {
-            "last_layer matching": _options(ranking="matching"),
-            "last_layer matching unbiased": _options(ranking="matching", weights="unbiased"),
-            "last_layer balanced": _options(ranking=own("balanced")),
-            "last_layer pursuit": _options(ranking=own("pursuit")),
-            "last_layer systematic": _options(ranking="systematic"),
-            "last_layer importance": _options(ranking=own("importance"), weights="unbiased"),
-            "last_layer top": _options(ranking=own("top")),
+            "last_layer matching": _columns("matching"),
+            "last_layer matching unbiased": _columns("matching", weights="unbiased"),
+            "last_layer balanced": _columns(own("balanced")),
+            "last_layer pursuit": _columns(own("pursuit")),
+            "last_layer systematic": _columns("systematic"),
+            "last_layer importance": _columns(own("importance"), weights="unbiased"),
+            "last_layer top": _columns(own("top")),
             "last_layer joint": REMOVED,
             "last_layer joint matching": REMOVED,
             "last_layer free matching, nothing kept": REMOVED,
@@ -97,7 +103,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
         "free": {
             "words matching of 8b": _options(estimator=own("words", "words.py"), candidates=256, **_NOTHING_KEPT),
             "reused losses": _options(ranking=own("infobatch"), **_REUSED),
-            "reused matching": _options(ranking="matching", **_REUSED),
+            "reused matching": _options(**_REUSED),
         },
         "h": {f"h {h}": _facility(columns=h) for h in (32, 128, 2048)},
         "eps": {f"eps {eps:g}": REMOVED for eps in (1e-4, 1e-3, 1e-2, 1e-1)},

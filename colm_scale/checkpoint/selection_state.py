@@ -1,4 +1,4 @@
-"""The state of the selection as tensors: moments, sketches for reuse, kept sources and coverage."""
+"""The state of the selection as tensors: moments, sketches for reuse, kept sources, coverage and error feedback."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from colm_scale.distributed.group import Group
 from colm_scale.estimators.base import Estimator
 from colm_scale.selection.coverage import Coverage
+from colm_scale.selection.feedback import ErrorFeedback
 from colm_scale.selection.quota import RecentSources
 from colm_scale.step.source_state import SourceState
 
@@ -54,9 +55,10 @@ class SelectionState:
         of_sources = {name: value.cpu() for name, value in of_sources.items()}
         self._known.recent = RecentSources(kept=of_sources["kept"], seen=of_sources["seen"])
         self._known.coverage = Coverage(of_sources["owed"])
+        self._known.feedback = ErrorFeedback(of_sources["deviations"])
 
     def _sources(self) -> dict[str, Tensor]:
-        parts = [dataclasses.asdict(part) for part in (self._known.recent, self._known.coverage)]
+        parts = [dataclasses.asdict(part) for part in (self._known.recent, self._known.coverage, self._known.feedback)]
         return {name: value for part in parts for name, value in part.items()}
 
     def _shared(self, file: str, shapes: Mapping[str, Tensor], saved: Files) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class SelectionConfig:
     """Random directions of the zeroth-order estimator (K)."""
     columns: int = 512
     """Numbers compared per candidate (h)."""
-    compression: Literal["columns", "countsketch"] = "columns"
+    compression: Literal["columns", "countsketch"] = "countsketch"
     """last_layer: reduction of the gradient to `columns` numbers. columns: the entries with the largest mean update,
     per source (the paper's). countsketch: a random projection of the update, one sign and place per number."""
     metric: Metric = "l1"
@@ -93,6 +93,12 @@ class SelectionConfig:
     def own_parts(self) -> bool:
         """True if no preset overrides the parts of the selection."""
         return self.preset == "none"
+
+    @property
+    def feedback_columns(self) -> int:
+        """Columns in which matching makes up for earlier errors; 0 where a column is another one in each step."""
+        steady = self.estimator == "last_layer" and self.compression == "countsketch"
+        return self.columns if self.sketches and self.ranking == "matching" and steady else 0
 
     @property
     def sketches(self) -> bool:

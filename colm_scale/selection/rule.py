@@ -15,6 +15,7 @@ from colm_scale.errors import TrainingError
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Quota, Selection
 from colm_scale.selection.coverage import Coverage
+from colm_scale.selection.feedback import NO_FEEDBACK, ErrorFeedback
 from colm_scale.selection.quota import Share, allocate, proportional
 from colm_scale.selection.select import full, random, select_coreset, stratified
 from colm_scale.selection.shares import quotas
@@ -81,12 +82,18 @@ class SelectionRule:
             self._check(quota, candidates.step)
         return quota
 
-    def select(self, candidates: Candidates, quota: Quota, matrix: CandidateMatrix) -> Selection:
-        """Select the coreset; only a method that `sketches` uses the ``matrix``."""
+    def select(
+        self,
+        candidates: Candidates,
+        quota: Quota,
+        matrix: CandidateMatrix,
+        feedback: ErrorFeedback = NO_FEEDBACK,
+    ) -> Selection:
+        """Select the coreset; only a method that `sketches` uses the ``matrix`` and the errors of earlier steps."""
         match self.config.method:
             case "colm":
                 draws = partial(generator, self.seed, self.config.ranking.rpartition(":")[2], candidates.step)
-                return select_coreset(matrix, candidates.sources, quota, self.config, draws)
+                return select_coreset(matrix, candidates.sources, quota, self.config, draws, feedback)
             case "stratified":
                 unbiased = self.config.weights == "unbiased"
                 return stratified(candidates.sources, quota, self._draw(candidates), unbiased)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colm_scale.config import SelectionConfig
 from colm_scale.records import CandidateMatrix, Quota, Selection
+from colm_scale.selection.feedback import NO_FEEDBACK, ErrorFeedback
 from colm_scale.selection.quota import reallocate
 from colm_scale.selection.ranking.rank import Ranked, rank
 
@@ -17,7 +18,12 @@ Draws = Callable[[int], torch.Generator]
 
 
 def select_coreset(
-    matrix: CandidateMatrix, sources: Tensor, quota: Quota, config: SelectionConfig, draws: Draws
+    matrix: CandidateMatrix,
+    sources: Tensor,
+    quota: Quota,
+    config: SelectionConfig,
+    draws: Draws,
+    feedback: ErrorFeedback = NO_FEEDBACK,
 ) -> Selection:
     """Return kept candidates, then the picks of each source in ascending order of source, in the order of picking.
 
@@ -32,6 +38,7 @@ def select_coreset(
         quota: On the CPU.
         config: The ranking, and its metric and weights.
         draws: For a ranking that draws.
+        feedback: Errors of earlier steps, for matching to make up for.
 
     Returns:
         The selection, on the CPU.
@@ -45,8 +52,9 @@ def select_coreset(
         rows, count = (valid & (of_row == source)).nonzero().flatten(), int(quotas[source])
         represents = len(rows) / count if config.weights == "unbiased" else 1.0
         members.append(rows)
+        left = feedback.of(source, matrix.rows.shape[1]) / represents
         contests.append(
-            Ranked(matrix.rows[rows], matrix.losses[rows], count, represents, config, draws(source), matrix.device)
+            Ranked(matrix.rows[rows], matrix.losses[rows], count, represents, config, draws(source), left, matrix.device)
         )
     picked, weights = [whole], [torch.ones(len(whole))]
     for rows, (picks, counts) in zip(members, rank(contests)):

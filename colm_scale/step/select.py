@@ -46,7 +46,7 @@ class SelectionStage:
 
     Attributes:
         sketch: Computes the candidate matrix; does nothing for a method that does not compare candidates.
-        sources: Kept sources, shares and coverage for the next step.
+        sources: Kept sources, shares, coverage and error feedback for the next step.
     """
 
     def __init__(self, rule: SelectionRule, sketch: SketchStage, sources: SourceState, group: Group, spans: Spans):
@@ -67,7 +67,8 @@ class SelectionStage:
             quota = rule.quota(candidates, self.sources.coverage)
         sketched = self.sketch(candidates, examples, quota)
         with spans("select"):
-            selection = rule.select(candidates, quota, sketched.matrix) if self._group.is_first else None
+            feedback = self.sources.feedback
+            selection = rule.select(candidates, quota, sketched.matrix, feedback) if self._group.is_first else None
         with spans("broadcast"):
             selection = share_selection(selection, rule.most_selected, candidates, self._group)
         moments = self.sketch.estimator.moments
@@ -85,7 +86,7 @@ class SelectionStage:
         """
         if not applied:
             self.sketch.estimator.moments = chosen.moments
-        if self.sources.after(chosen.candidates, chosen.selection, applied):
+        if self.sources.after(chosen.candidates, chosen.selection, chosen.sketched.matrix, applied=applied):
             self.sketch.estimator.restart_moments()
 
     def facts(self, chosen: Chosen) -> dict[str, float]:

@@ -17,11 +17,18 @@ LARGEST_PART = 1024
 _MOST_SWEEPS = 20
 
 
-def products_of_deviations(rows: Tensor) -> Tensor:
-    """``[n, n]`` products of the deviations of ``rows`` ``[n, h]`` from their mean, float64, as `whole_numbers`."""
+def products_of_deviations(rows: Tensor, left: Tensor) -> Tensor:
+    """Products of the deviations of ``rows`` ``[n, h]`` from their mean, as `whole_numbers`.
+
+    Args:
+        left: ``[h]``.
+
+    Returns:
+        float64 ``[n, n + 1]``, with each other and with ``left``.
+    """
     rows = rows.double()
     deviations = rows - rows.mean(0)
-    return whole_numbers(deviations @ deviations.T)
+    return whole_numbers(deviations @ torch.cat([deviations, left.unsqueeze(0)]).T)
 
 
 def match_by_swaps(gram: Tensor, k: int) -> Tensor:
@@ -31,15 +38,15 @@ def match_by_swaps(gram: Tensor, k: int) -> Tensor:
     turn is swapped for the best other row, until none is (at most 20 times each).
 
     Args:
-        gram: ``[n, n]``, of `products_of_deviations`, on the CPU. The target: picked deviations that add up to 0. With
-            a further column, the products with a vector: picked deviations that add up to minus this vector.
+        gram: ``[n, n + 1]``, of `products_of_deviations`, on the CPU. The target: picked deviations that add up to
+            minus the vector of the last column.
 
     Returns:
         int64 ``[k]`` ascending; the lowest index wins ties.
     """
     products = gram.numpy()  # whose small operations take a third of torch's time
     n = len(products)
-    halves, sums = products.diagonal() / 2, products[:, n:].sum(1)
+    halves, sums = products.diagonal() / 2, products[:, n].copy()
     added, picks = halves + sums, np.empty(k, np.int64)
     # For the sum s of the picks and a row x: sums has s x, and added (|s + x|^2 - |s|^2) / 2, infinite for picks.
     products = products[:, :n]
@@ -65,7 +72,7 @@ def match_by_swaps(gram: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.sort(picks))
 
 
-def match_in_parts(rows: Tensor, k: int, largest: int) -> Tensor:
+def match_in_parts(rows: Tensor, k: int, largest: int, left: Tensor) -> Tensor:
     """Match ``rows`` ``[n, h]`` part by part, each making up for the error of those before it.
 
     A part takes every so many rows, and as many picks. With one part, these are the picks of `match_by_swaps`.
@@ -73,13 +80,14 @@ def match_in_parts(rows: Tensor, k: int, largest: int) -> Tensor:
     Args:
         rows: On the device that compares them.
         largest: Most rows of a part.
+        left: ``[h]`` the error that the first part makes up for, on the same device.
 
     Returns:
         int64 ``[k]`` ascending, on the CPU.
     """
     deviations = rows.double()
     deviations = deviations - deviations.mean(0)
-    parts, left, picks = -(-len(rows) // largest), torch.zeros_like(deviations[0]), []
+    parts, left, picks = -(-len(rows) // largest), left.clone(), []
     for part in range(min(parts, k)):
         own = deviations[part::parts]
         products = whole_numbers(own @ torch.cat([own, left.unsqueeze(0)]).T).cpu()

@@ -33,6 +33,8 @@ class Ranked:
         stands_for: Weight of a pick unless the ranking returns weights.
         config: The metric and the kind of weights.
         draw: For a ranking that draws; rank-equal.
+        left: ``[h]`` float64, what earlier picks have deviated from their candidates (`ErrorFeedback`), for picks of
+            this weight; zeros without feedback. On the device of ``rows``.
         device: The device that compares the candidates.
     """
 
@@ -42,6 +44,7 @@ class Ranked:
     stands_for: float
     config: SelectionConfig
     draw: torch.Generator
+    left: Tensor
     device: torch.device = CPU
 
 
@@ -82,8 +85,8 @@ def _picks(contests: Sequence[Ranked]) -> list[Picks]:
 
 
 def _moved(ranked: Ranked) -> Ranked:
-    rows, losses = (on_device(tensor, ranked.device) for tensor in (ranked.rows, ranked.losses))
-    return replace(ranked, rows=rows, losses=losses)
+    rows, losses, left = (on_device(tensor, ranked.device) for tensor in (ranked.rows, ranked.losses, ranked.left))
+    return replace(ranked, rows=rows, losses=losses, left=left)
 
 
 def _checked(picks: Tensor, weights: Tensor | None, ranked: Ranked) -> tuple[Tensor, Tensor]:
@@ -125,10 +128,11 @@ def _similarities(ranked: Ranked) -> Tensor:
 
 
 def _products(ranked: Ranked) -> Tensor:
-    """``[m, m]`` products; nothing for a source that `_matching` compares itself."""
+    """``[m, m + 1]`` products; nothing for a source that `_matching` compares itself."""
     if len(ranked.rows) > matching.LARGEST_PART:
         return _nothing(ranked)
-    return matching.products_of_deviations(on_device(ranked.rows, ranked.device))
+    rows, left = (on_device(tensor, ranked.device) for tensor in (ranked.rows, ranked.left))
+    return matching.products_of_deviations(rows, left)
 
 
 def _facility(ranked: Ranked, pairs: Tensor) -> Picks:
@@ -139,8 +143,8 @@ def _facility(ranked: Ranked, pairs: Tensor) -> Picks:
 def _matching(ranked: Ranked, pairs: Tensor) -> Picks:
     if len(pairs):
         return matching.match_by_swaps(pairs, ranked.count), None
-    rows = on_device(ranked.rows, ranked.device)
-    return matching.match_in_parts(rows, ranked.count, matching.LARGEST_PART), None
+    rows, left = (on_device(tensor, ranked.device) for tensor in (ranked.rows, ranked.left))
+    return matching.match_in_parts(rows, ranked.count, matching.LARGEST_PART, left), None
 
 
 def _systematic(ranked: Ranked, pairs: Tensor) -> Picks:
@@ -152,7 +156,7 @@ RANKINGS: dict[str, tuple[Callable[[Ranked], Tensor], Callable[[Ranked, Tensor],
     "matching": (_products, _matching),
     "systematic": (_nothing, _systematic),
 }
-"""What each compares on the device, ``[m, m]`` float64, and how it picks."""
+"""What each compares on the device, float64, and how it picks."""
 
 
 def systematic(values: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,15 @@ def drawn(n: int, h: int, trial: int = 0) -> Tensor:
 
 
 def picked(rows: Tensor, k: int) -> list[int]:
-    return match_by_swaps(products_of_deviations(rows), k).tolist()
+    return match_by_swaps(products_of_deviations(rows, nothing(rows)), k).tolist()
+
+
+def in_parts(rows: Tensor, k: int, largest: int) -> list[int]:
+    return match_in_parts(rows, k, largest, nothing(rows)).tolist()
+
+
+def nothing(rows: Tensor) -> Tensor:
+    return torch.zeros(rows.shape[1], dtype=torch.float64)
 
 
 def away(rows: Tensor, picks) -> float:
@@ -50,7 +58,7 @@ def pools(draw):
 @given(pools())
 def test_no_exchange_comes_nearer(pool):
     rows, k = pool
-    picks = match_by_swaps(products_of_deviations(rows), k).tolist()
+    picks = picked(rows, k)
     assert picks == sorted(set(picks))
     assert len(picks) == k
     reached = away(rows, picks)
@@ -90,17 +98,23 @@ def test_the_picks_are_those_of_literal_sweeps():
 
 def test_a_source_of_one_part_is_matched_as_a_whole():
     rows = drawn(30, 4)
-    assert match_in_parts(rows, 11, 30).tolist() == picked(rows, 11)
+    assert in_parts(rows, 11, 30) == picked(rows, 11)
 
 
 @pytest.mark.parametrize(("n", "k", "largest"), [(40, 17, 10), (41, 40, 10), (8, 7, 3), (50, 2, 10), (50, 1, 10)])
 def test_parts_share_the_picks(n, k, largest):
-    picks = match_in_parts(drawn(n, 2), k, largest).tolist()
+    picks = in_parts(drawn(n, 2), k, largest)
     assert picks == sorted(set(picks))
     assert len(picks) == k
     parts = -(-n // largest)
     counts = [sum(pick % parts == part for pick in picks) for part in range(parts)]
     assert max(counts) - min(counts) <= 1
+
+
+def shortest(deviations: Tensor, left: Tensor, k: int) -> Tensor:
+    """Sum of ``k`` deviations that brings ``left`` back to zero."""
+    products = whole_numbers(deviations @ torch.cat([deviations, left.unsqueeze(0)]).T)
+    return deviations[match_by_swaps(products, k)].sum(0)
 
 
 def test_a_part_makes_up_for_the_error_of_those_before_it():
@@ -109,20 +123,18 @@ def test_a_part_makes_up_for_the_error_of_those_before_it():
     for trial in range(20):
         rows = drawn(200, 12, trial)
         deviations = (rows - rows.mean(0)).double()
-        alone = [part + 4 * match_by_swaps(of @ of.T, 20) for part in range(4) for of in [deviations[part::4]]]
-        apart += away(rows, torch.cat(alone))
-        together += away(rows, match_in_parts(rows, 80, 50))
-        whole += away(rows, match_in_parts(rows, 80, 200))
+        apart += float(sum(shortest(deviations[part::4], nothing(rows), 20) for part in range(4)).norm())
+        together += away(rows, in_parts(rows, 80, 50))
+        whole += away(rows, in_parts(rows, 80, 200))
     assert whole < together < 0.6 * apart
 
 
 def test_the_error_left_is_made_up_for():
-    """A further column holds the products with a vector; then the picks add up to minus this vector."""
+    """The last column holds the products with a vector, and the picks add up to minus this vector."""
     rows = drawn(12, 2)
     deviations = (rows - rows.mean(0)).double()
     left = 3 * deviations[4] + 0.1
-    products = whole_numbers(deviations @ torch.cat([deviations, left.unsqueeze(0)]).T)
-    picks = match_by_swaps(products, 4)
+    picks = match_by_swaps(products_of_deviations(rows, left), 4)
 
     def length(subset) -> float:
         return float((deviations[list(subset)].sum(0) + left).norm())
