@@ -1,4 +1,4 @@
-"""What a gradient bank says of ways to select: exact errors, their bias, the noise scale, and how sketches age."""
+"""What a gradient bank says of ways to select: errors, alone and over steps, the noise scale, and the age of sketches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from bank_ways import ALL, WAYS, Pool, StoredTap
 from gradient_match import interval
 from torch import Tensor
 
-_REPEATED = ("zeroth_order, K=1; facility", "all adapters; matching", "probe and source, together; matching")
+_REPEATED = (
+    *("last_layer countsketch; matching, with feedback", "zeroth_order, K=1; facility", "all adapters; matching"),
+    "probe and source, together; matching",
+)
 REPEATED = tuple(
     way for way in WAYS if way in ("random", "stratified", *_REPEATED) or way.startswith("last_layer columns")
 )
 """Ways whose errors are compared over several steps."""
+TEN = 10
+"""Steps that are averaged; Adam's momentum averages about as many."""
 
 
 def squared(products: Tensor, own: Tensor, target: Tensor) -> Tensor:
@@ -103,33 +108,23 @@ def noise(products: Tensor, sources: Tensor) -> dict[str, Any]:
     return found
 
 
-def biases(pool: Pool, n: int, b: int, draws: int) -> dict[str, dict]:
-    """What of the error is the same in every draw, and does not average out over steps; nothing kept.
+def over_steps(pool: Pool, n: int, b: int, draws: int) -> dict[str, dict]:
+    """Errors of steps that follow each other, alone and averaged as momentum does it; nothing kept.
 
     Returns:
-        ``{"ways": {way: ...}}`` with ``error``, of one draw, and ``bias``, of the mean of infinitely many: squared,
-        relative to the expected error of b random examples; ``length``: mean squared length of the chosen examples'
+        ``{"ways": {way: ...}}`` with ``one`` and ``ten``, of a step and of the mean of ten: squared, relative to the
+        expected error of b random examples in a step; ``length``: mean squared length of the chosen examples'
         gradients, by weight, relative to the pool's.
     """
     plain, found = pool.products["plain"]["all"], {}
     of_pool, lengths = of_random(plain, b, len(pool)), plain.diagonal()
     for name in REPEATED:
         own = pool.weights(WAYS[name], "none kept", n, b, draws)
-        products = (own - 1 / len(pool)) @ plain @ (own - 1 / len(pool)).T / of_pool
-        found[name] = {
-            "error": interval(products.diagonal()),
-            "bias": bias(products),
-            "length": float((own @ lengths).mean() / lengths.mean()),
-        }
+        tens = own.view(-1, TEN, len(pool)).mean(1)
+        one, ten = (interval(squared(plain, of, torch.full_like(of, 1 / len(pool))) / of_pool) for of in (own, tens))
+        found[name] = {"one": one, "ten": ten, "length": float((own @ lengths).mean() / lengths.mean())}
         print(f"{b} of {n}: {name}: {found[name]}", flush=True)
     return {"ways": found}
-
-
-def bias(products: Tensor) -> dict[str, float]:
-    """Squared length of the mean of vectors, without bias, by their products ``[draws, draws]``; 95 % interval."""
-    draws = len(products)
-    others = (products.sum(1) - products.diagonal()) / (draws - 1)
-    return {"mean": float(others.mean()), "interval": float(1.96 * 2 * others.std() / draws**0.5)}
 
 
 def aged(pool: Pool, tap: StoredTap, sizes: Sequence[tuple[int, int]], draws: int) -> dict[str, Any]:

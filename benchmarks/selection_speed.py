@@ -138,13 +138,14 @@ def measure_greedy(data: str, n: int, device: str, rounds: int) -> dict:
 def measure_matching(data: str, n: int, rounds: int) -> dict:
     """Compare matching with facility location, for half of ``n`` candidates; returns the row."""
     rows_, k = DATA[data](n), n // 2
-    similarity, products = similarities(rows_.double(), "l1"), matching.products_of_deviations(rows_)
+    left = torch.zeros(rows_.shape[1], dtype=torch.float64)
+    similarity, products = similarities(rows_.double(), "l1"), matching.products_of_deviations(rows_, left)
     seconds, _ = timed(
         {
             "facility": lambda: facility.greedy(similarity, k),
             "matching": lambda: matching.match_by_swaps(products, k),
             "facility, from rows": lambda: facility.greedy(similarities(rows_.double(), "l1"), k),
-            "matching, from rows": lambda: matching.match_in_parts(rows_, k, matching.LARGEST_PART),
+            "matching, from rows": lambda: matching.match_in_parts(rows_, k, matching.LARGEST_PART, left),
         },
         rounds,
     )

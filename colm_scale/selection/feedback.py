@@ -16,7 +16,6 @@ from torch import Tensor
 
 from colm_scale.records import CandidateMatrix, Selection
 
-
 _MOMENTUM = 0.9
 """Share of the deviations that remains after a step, as in the usual momentum of optimizers."""
 
@@ -46,6 +45,8 @@ class ErrorFeedback:
         """Account for a step with candidates of these ``sources`` ``[n]``."""
         if not self.deviations.numel():
             return self
+        if not len(matrix.positions):
+            return ErrorFeedback(_MOMENTUM * self.deviations)
         weights = torch.zeros(len(sources), dtype=torch.float64)
         weights[selection.picked] = selection.weights[selection.kept :].double()
         of_row = sources[matrix.positions[matrix.valid]]

@@ -52,9 +52,9 @@ def select_coreset(
         rows, count = (valid & (of_row == source)).nonzero().flatten(), int(quotas[source])
         represents = len(rows) / count if config.weights == "unbiased" else 1.0
         members.append(rows)
-        left = feedback.of(source, matrix.rows.shape[1]) / represents
+        own, left = matrix.rows[rows], feedback.of(source, matrix.rows.shape[1]) / represents
         contests.append(
-            Ranked(matrix.rows[rows], matrix.losses[rows], count, represents, config, draws(source), left, matrix.device)
+            Ranked(own, matrix.losses[rows], count, represents, config, draws(source), left, matrix.device)
         )
     picked, weights = [whole], [torch.ones(len(whole))]
     for rows, (picks, counts) in zip(members, rank(contests)):

@@ -103,6 +103,7 @@ CASES = {
     "experts_resumed": Case(_selection(), 3, model=MIXTURES["mixtral"], targets=ON_EXPERTS, break_after=1),
     "experts_unbroken": Case(_selection(), 3, model=MIXTURES["mixtral"], targets=ON_EXPERTS),
     "last_layer": Case(_selection()),
+    "columns": Case(_selection(compression="columns")),
     "last_layer_with_floor": Case(_selection(), floor=True),
     # As in a run. Before the first step, DDP would order its buckets in the floor, and four ranks add differently.
     "last_layer_with_floor_later": Case(_selection(), floor=True, floor_at_first=False),

@@ -220,7 +220,7 @@ def test_low_losses_are_drawn_half_as_often_and_count_twice(modules):
     losses = torch.tensor([0.1, 0.1, 0.1, 0.1, 3.0, 3.0])
     drawn, weighted, draws = torch.zeros(6), torch.zeros(6), 2000
     for trial in range(draws):
-        ranked = Ranked(losses[:, None], losses, 2, 1.0, SelectionConfig(), generator(trial, "draw"))
+        ranked = Ranked(losses[:, None], losses, 2, 1.0, SelectionConfig(), generator(trial, "draw"), torch.zeros(1))
         picks, weights = modules["rankings"].infobatch(ranked)
         drawn[picks] += 1 / draws
         weighted[picks] += weights.float() / draws

@@ -28,6 +28,9 @@ OPTIONS = ["--lora.rank", "4", "--train.threads", "1", "--train.micro_batch_toke
 
 SLOW = pytest.mark.slow  # loads the model once more
 
+ALONE = "last_layer countsketch; matching"
+FED_BACK = f"{ALONE}, with feedback"
+
 
 @pytest.fixture(scope="module")
 def modules():
@@ -269,35 +272,31 @@ def test_the_error_of_a_random_choice_is_the_mean_over_all_choices(modules):
     assert found_by.of_random(rows @ rows.T, 2, 6) == pytest.approx(sum(errors) / len(errors))
 
 
-def test_the_bias_is_that_of_the_mean_draw(modules):
-    """Nothing for deviations that cancel, in the mean over many draws, and the length of what they share."""
-    draw, shared = generator(0, "bias"), torch.tensor([3.0, 4.0, 0.0]).double()
-    deviations = torch.randn(4000, 3, generator=draw).double() * 10
-    for vectors, expected in ((deviations, 0.0), (deviations + shared, 25.0)):
-        found = modules["bank_errors"].bias(vectors @ vectors.T)
-        assert abs(found["mean"] - expected) < found["interval"] < 8
-    two = torch.tensor([[1.0, 0], [3, 4]])
-    assert modules["bank_errors"].bias(two @ two.T)["mean"] == 3  # the product of the only pair
-
-
-def test_a_bank_says_what_of_an_error_stays(bank, modules):
+def test_a_bank_says_what_of_an_error_cancels_over_steps(bank, modules):
     """Compared with the gradients themselves: a square root of their products."""
     ways, measures = modules["bank_ways"], modules["bank_errors"]
-    pool, draws = ways.Pool(bank, 2), 5
-    found = measures.biases(pool, 6, 3, draws)["ways"]
+    pool, draws = ways.Pool(bank, 2), 20
+    found = measures.over_steps(pool, 6, 3, draws)["ways"]
     assert tuple(found) == measures.REPEATED
     plain = pool.products["plain"]["all"]
     values, vectors = torch.linalg.eigh(plain)
     gradients = vectors * values.clamp(min=0).sqrt()
-    for way in ("stratified", "last_layer columns; matching"):
+    lengths, unit = gradients.square().sum(1), measures.of_random(plain, 3, POOL)
+    for way in ("stratified", "last_layer columns; matching", FED_BACK):
         own = pool.weights(ways.WAYS[way], "none kept", 6, 3, draws)
         apart = own @ gradients - gradients.mean(0)
-        pairs = [apart[i] @ apart[j] for i, j in itertools.permutations(range(draws), 2)]
-        unit = measures.of_random(plain, 3, POOL)
-        assert found[way]["error"]["mean"] == pytest.approx(float(apart.square().sum(1).mean()) / unit, rel=1e-6)
-        assert found[way]["bias"]["mean"] == pytest.approx(float(sum(pairs)) / len(pairs) / unit, rel=1e-6, abs=1e-9)
-        lengths = gradients.square().sum(1)
+        tens = torch.stack([apart[:10].mean(0), apart[10:].mean(0)])
+        assert found[way]["one"]["mean"] == pytest.approx(float(apart.square().sum(1).mean()) / unit, rel=1e-6)
+        assert found[way]["ten"]["mean"] == pytest.approx(float(tens.square().sum(1).mean()) / unit, rel=1e-6)
         assert found[way]["length"] == pytest.approx(float((own @ lengths).mean() / lengths.mean()), rel=1e-6)
+
+
+def test_only_feedback_depends_on_the_draws_before(bank, modules):
+    ways = modules["bank_ways"]
+    pool = ways.Pool(bank, 2)
+    alone, fed_back = (pool.weights(ways.WAYS[of], "none kept", 8, 3, 12) for of in (ALONE, FED_BACK))
+    assert not torch.equal(alone, fed_back)
+    assert torch.equal(alone.sum(1), fed_back.sum(1))
 
 
 def test_the_noise_scale_is_that_of_the_gradients(modules):

@@ -23,6 +23,7 @@ from colm_scale.engines.tensors import collect
 from colm_scale.errors import UserError
 from colm_scale.modeling.losses import ExampleLoss
 from colm_scale.selection.coverage import Coverage
+from colm_scale.selection.feedback import ErrorFeedback
 from colm_scale.selection.moments import AdamMoments
 from colm_scale.selection.quota import RecentSources
 from colm_scale.sketch.store import NoSketchStore, SketchStore
@@ -52,7 +53,8 @@ def parts(folder: Path, number: int, identity: dict = IDENTITY) -> SimpleNamespa
     estimator = SimpleNamespace(moments=moments, store=NoSketchStore())
     sampler, session = Part(number), Part(number)
     recent = RecentSources(torch.tensor([number > 3, False]), torch.tensor([number, 2]))
-    sources = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])))
+    feedback = ErrorFeedback(torch.full((2, 3), number / 4, dtype=torch.float64))
+    sources = SimpleNamespace(recent=recent, coverage=Coverage(torch.tensor([250_000, number])), feedback=feedback)
     select = SimpleNamespace(sketch=SimpleNamespace(estimator=estimator), sources=sources)
     train = SimpleNamespace(engine=engine)
     step = SimpleNamespace(sampler=sampler, refresh=SourceRefresh(), select=select, train=train)
@@ -97,6 +99,7 @@ def test_every_part_comes_back(saved, tmp_path):
     assert run.sources.recent.kept.tolist() == [True, False]
     assert run.sources.recent.seen.tolist() == [7, 2]
     assert run.sources.coverage.owed.tolist() == [250_000, 7]
+    assert run.sources.feedback.deviations.tolist() == [[1.75] * 3] * 2
     run.engine.scale = saved.engine.scale = LossScale(1.0)
     for one in (saved, run):
         trained(one)
@@ -128,7 +131,8 @@ def test_what_the_steps_change_while_it_is_written_is_not_in_it(tmp_path, monkey
     run.engine.scale = LossScale(2.0, 1)
     for changed in (moved["ids"], *run.estimator.moments.tensors().values(), run.estimator.store._rows):
         changed.add_(1)
-    for tensor in (run.sources.recent.seen, run.sources.coverage.owed, run.sources.recent.kept):
+    known = run.sources
+    for tensor in (known.recent.seen, known.coverage.owed, known.recent.kept, known.feedback.deviations):
         tensor.zero_()
     may_write.set()
     run.state.wait()

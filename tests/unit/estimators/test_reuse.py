@@ -140,8 +140,8 @@ def test_lengths_need_no_store():
 
 def test_columns_that_differ_from_step_to_step_are_refused_with_the_way_out():
     with pytest.raises(UserError, match=r"--selection\.reuse 3 .*: add --selection\.compression countsketch"):
-        SelectionConfig(reuse=3)
-    SelectionConfig(reuse=3, compression="countsketch")
+        SelectionConfig(reuse=3, compression="columns")
+    SelectionConfig(reuse=3)
     SelectionConfig(reuse=3, estimator="zeroth_order")
     SelectionConfig(reuse=3, preset="paper")  # whose estimator is another, and which does not reuse
     assert SelectionConfig(reuse=3, preset="paper").resolved().reuse == 0

@@ -35,7 +35,7 @@ ALIKE = {
     "nothing compared": ["stratified", "random", "full", "length"],
     "one number compared": ["paper", "systematic"],
     "compared in pairs": [
-        *("zeroth_order 3", "countsketch", "own estimator", "own estimator 2", "facility", "cosine cluster", "probe k"),
+        *("zeroth_order 3", "columns", "own estimator", "own estimator 2", "facility", "cosine cluster", "probe k"),
         *("bfloat16", "float16", "checkpointed", "reuse device", "sgd", "lion", "muon"),
     ],
 }
@@ -46,7 +46,7 @@ ALLOWED = {
     for name in names
 } | {
     "last_layer": {**STEP, **AFTER},
-    "countsketch reuse": {**STEP, "gather": [*FETCHED, "copy to host estimators/reuse.py:exchange"]},
+    "reused sketches": {**STEP, "gather": [*FETCHED, "copy to host estimators/reuse.py:exchange"]},
     "padded": {
         **{**STEP, **AFTER, "sketch": [MASK] * 8, "train": [MASK] * 6},
         **{"floor": [*FLOOR, *[MASK] * 14], "evaluate": [*EVALUATED, *[MASK] * 4]},

@@ -3,11 +3,12 @@ from __future__ import annotations
 import torch
 
 from colm_scale.config import RunConfig, SelectionConfig, SourcesConfig
-from colm_scale.records import Candidates, Selection, long_tensor
+from colm_scale.records import CandidateMatrix, Candidates, Selection, long_tensor
 from colm_scale.step.source_state import SourceState
 
 NONE = torch.zeros(3, dtype=torch.bool)
 SOURCES = long_tensor([0] * 6 + [1] * 3 + [2])
+NO_ROWS = CandidateMatrix.without_rows()
 
 
 def kept_after(steps: int, config: RunConfig) -> list[tuple[bool, list[bool]]]:
@@ -16,7 +17,7 @@ def kept_after(steps: int, config: RunConfig) -> list[tuple[bool, list[bool]]]:
     n, found = torch.arange(len(SOURCES)), []
     for step in range(1, steps + 1):
         candidates = Candidates(step, n, n, SOURCES, n)
-        again = state.after(candidates, Selection(n[:4], torch.ones(4)), applied=True)
+        again = state.after(candidates, Selection(n[:4], torch.ones(4)), NO_ROWS, applied=True)
         found.append((again, state.kept.tolist()))
     return found
 
@@ -36,5 +37,10 @@ def test_kept_sources_are_chosen_again_when_due():
 def test_what_was_no_update_has_trained_on_nothing():
     config, n = RunConfig(selection=SelectionConfig(coverage_floor=0.5)), torch.arange(len(SOURCES))
     state = SourceState(NONE, None, config.selection)
-    state.after(Candidates(1, n, n, SOURCES, n), Selection(n[:4], torch.ones(4)), applied=False)
-    assert state.coverage.owed.tolist() == [3_000_000, 1_500_000, 500_000]
+    rows = CandidateMatrix(n, torch.eye(len(n), 512), torch.ones(len(n), dtype=torch.bool), torch.zeros(len(n)))
+    for applied in (False, True):
+        state.after(Candidates(1, n, n, SOURCES, n), Selection(n[:4], torch.ones(4)), rows, applied=applied)
+        assert bool(state.feedback.deviations.any()) == applied
+        assert applied or state.coverage.owed.tolist() == [3_000_000, 1_500_000, 500_000]
+    state.renew(torch.zeros(2, dtype=torch.bool), None)
+    assert state.feedback.deviations.tolist() == [[0.0] * 512] * 2, "of the new sources"
