@@ -1,4 +1,4 @@
-"""What a gradient bank says of ways to select: errors, alone and over steps, the noise scale, and the age of sketches."""
+"""What a gradient bank says of ways to select: errors, alone and over steps, noise scale, and the age of sketches."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ ARMS: dict[str, dict | None] = {
     "`zeroth_order`, K = 1": {"estimator": "zeroth_order"},
     "`zeroth_order`, K = 16": {"estimator": "zeroth_order", "num_probes": 16},
     "`zeroth_order`, K = 1, exact": REMOVED,
-    "`last_layer`, columns": {},
+    "`last_layer`, columns": {"compression": "columns"},
     "`last_layer`, countsketch": {"compression": "countsketch"},
     "`last_layer`, kronecker": REMOVED,
     "`last_layer`, 2 blocks": REMOVED,

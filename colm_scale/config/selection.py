@@ -41,7 +41,7 @@ class SelectionConfig:
     FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     ranking: Ranking | str = "matching"
     """Choice of the picks that fill a source's quota. matching: the subset whose mean gradient is nearest to the
-    candidates', by swaps. facility: medoids that represent all candidates (the paper's). systematic: sort by one score
+    candidates', by swaps, making up for the errors of earlier steps. facility: medoids that represent all candidates (the paper's). systematic: sort by one score
     and take every n-th. Or your own function, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     shares: Shares = "proportional"
     """Division of the budget among the sources that are not kept, for colm and stratified. proportional: to their
@@ -56,8 +56,9 @@ class SelectionConfig:
     columns: int = 512
     """Numbers compared per candidate (h)."""
     compression: Literal["columns", "countsketch"] = "countsketch"
-    """last_layer: reduction of the gradient to `columns` numbers. columns: the entries with the largest mean update,
-    per source (the paper's). countsketch: a random projection of the update, one sign and place per number."""
+    """last_layer: reduction of the gradient to `columns` numbers. countsketch: a random projection of the update, one
+    sign and place per number. columns: the entries with the largest mean update, per source (the paper's); since these
+    change from step to step, matching then looks at each step alone."""
     metric: Metric = "l1"
     """Distance between sketches, for facility location; matching compares means by L2."""
     weights: Weights = "uniform"
