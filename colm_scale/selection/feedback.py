@@ -1,10 +1,10 @@
 """Error feedback: the picks of a step make up for the errors of the picks before it.
 
 The subset with the nearest mean is of the same kind in every step: it passes over long gradients, for instance. What
-its mean lacks in every step, training lacks altogether, while the errors of a random draw cancel. An optimizer with
-momentum moves by an average over steps, so that is whose error should be small: the next picks are to bring what
-earlier ones have deviated back to zero. This is herding (Welling 2009) over steps instead of within one, and the error
-feedback of compressed gradients (Seide et al. 2014; Karimireddy et al. 2019).
+its mean lacks in every step, training lacks altogether, while the errors of a random draw cancel. Training moves by
+the sum of the steps, so that is whose error should be small: the next picks are to bring what earlier ones have
+deviated back to zero. This is herding (Welling 2009) over steps instead of within one, and the error feedback of
+compressed gradients (Seide et al. 2014; Karimireddy et al. 2019).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from colm_scale.records import CandidateMatrix, Selection
 
-_MOMENTUM = 0.9
-"""Share of the deviations that remains after a step, as in the usual momentum of optimizers."""
+_MEMORY = 0.98
+"""Share of the deviations that remains after a step: gradients change, and those of 50 steps ago say little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ErrorFeedback:
 
     Attributes:
         deviations: ``[Q, h]`` float64, of each source the sum over the steps of ``w_i (x_i - mean)``, with the row and
-            the weight of a pick and the mean row of the candidates; 0.9 times as much with every step. Without columns:
+            the weight of a pick and the mean row of the candidates; 0.98 times as much with every step. Without columns:
             nothing is fed back.
     """
 
@@ -46,7 +46,7 @@ class ErrorFeedback:
         if not self.deviations.numel():
             return self
         if not len(matrix.positions):
-            return ErrorFeedback(_MOMENTUM * self.deviations)
+            return ErrorFeedback(_MEMORY * self.deviations)
         weights = torch.zeros(len(sources), dtype=torch.float64)
         weights[selection.picked] = selection.weights[selection.kept :].double()
         of_row = sources[matrix.positions[matrix.valid]]
@@ -54,7 +54,7 @@ class ErrorFeedback:
         counts = torch.bincount(of_row, minlength=len(self.deviations)).clamp(min=1)
         per_row = torch.bincount(of_row, weights, minlength=len(counts)) / counts
         surplus = weights - per_row[of_row]  # of each row, over the weight that it has in the mean
-        return ErrorFeedback(_MOMENTUM * self.deviations.index_add(0, of_row, surplus.unsqueeze(1) * rows))
+        return ErrorFeedback(_MEMORY * self.deviations.index_add(0, of_row, surplus.unsqueeze(1) * rows))
 
 
 NO_FEEDBACK = ErrorFeedback.beginning(0, 0)
