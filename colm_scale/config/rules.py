@@ -105,10 +105,10 @@ SELECTION: tuple[Rule[SelectionConfig], ...] = (
         f"{of.candidates} can give: use at most {of.budget / of.candidates:.6g}, or a larger budget",
     ),
     Rule(
-        "--selection.reuse 3",
+        "--selection.reuse 3 --selection.compression columns",
         lambda of: of.own_parts and of.reuse and (of.estimator, of.compression) == ("last_layer", "columns"),
-        lambda of: f"{_reuse(of)} compares sketches of several steps, and --selection.estimator last_layer compares "
-        "other columns in each: add --selection.compression countsketch",
+        lambda of: f"{_reuse(of)} compares sketches of several steps, and --selection.compression columns compares "
+        "others in each: leave one out",
     ),
     Rule(
         "--selection.reuse 3 --selection.estimator mine.py:sketch",

@@ -41,8 +41,9 @@ class SelectionConfig:
     FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     ranking: Ranking | str = "matching"
     """Choice of the picks that fill a source's quota. matching: the subset whose mean gradient is nearest to the
-    candidates', by swaps, making up for the errors of earlier steps. facility: medoids that represent all candidates (the paper's). systematic: sort by one score
-    and take every n-th. Or your own function, FILE.py:FUNCTION or MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
+    candidates', by swaps, making up for the errors of earlier steps. facility: medoids that represent all candidates
+    (the paper's). systematic: sort by one score and take every n-th. Or your own function, FILE.py:FUNCTION or
+    MODULE:FUNCTION (docs/CONTRIBUTING.md)."""
     shares: Shares = "proportional"
     """Division of the budget among the sources that are not kept, for colm and stratified. proportional: to their
     candidates (the paper's). equal: the same for each. A number: to their training examples raised to that power (1:
@@ -76,7 +77,7 @@ class SelectionConfig:
     by their function, or a layer's name."""
     reuse: int = 0
     """Reuse an example's sketch for up to this many steps; with as many as the run has, later epochs sketch nothing. 0:
-    every sketch is new. last_layer requires --selection.compression countsketch."""
+    every sketch is new. Not with --selection.compression columns."""
 
     def __post_init__(self) -> None:
         _require_part("estimator", self.estimator, EstimatorName)

@@ -26,7 +26,7 @@ class ErrorFeedback:
 
     Attributes:
         deviations: ``[Q, h]`` float64, of each source the sum over the steps of ``w_i (x_i - mean)``, with the row and
-            the weight of a pick and the mean row of the candidates; 0.98 times as much with every step. Without columns:
+            the weight of a pick and the mean row of the candidates; each step leaves 0.98 of it. Without columns:
             nothing is fed back.
     """
 

@@ -183,7 +183,9 @@ FILES = {
         options="--train.optimizer adafactor",
     ),
     "tiny epsilon": good("--train.optimizer adafactor --train.adam_epsilon 1e-30", "--train.adam_epsilon", "1e-15"),
-    "reused columns": good("--selection.reuse 3", "--selection.reuse 3", "--selection.compression countsketch"),
+    "reused columns": good(
+        "--selection.reuse 3 --selection.compression columns", "--selection.reuse 3", "--selection.compression columns"
+    ),
     "no such model": good("", "no_model", "cannot load a model", model="no_model"),
     "not causal": good("", "not a causal language model", "BertForMaskedLM", model="encoder"),
     "its own code": good("", "own code", "--model.trust_remote_code true", model="own_code"),

@@ -139,7 +139,7 @@ def test_lengths_need_no_store():
 
 
 def test_columns_that_differ_from_step_to_step_are_refused_with_the_way_out():
-    with pytest.raises(UserError, match=r"--selection\.reuse 3 .*: add --selection\.compression countsketch"):
+    with pytest.raises(UserError, match=r"--selection\.reuse 3 .*--selection\.compression columns .*: leave one out"):
         SelectionConfig(reuse=3, compression="columns")
     SelectionConfig(reuse=3)
     SelectionConfig(reuse=3, estimator="zeroth_order")
