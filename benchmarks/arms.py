@@ -111,6 +111,7 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
         "ratio": {
             f"b {b} of n {n}": _facility(candidates=n, budget=b) for n, b in ((64, 16), (128, 32), (256, 32), (64, 48))
         },
+        "memory": {"colm, memory 0.9": REMOVED, "colm, memory 1": REMOVED},
         "boundary": {
             f"keep {share:.0%} of the sources": _stratified(kept_sources=share)
             for share in (0.25, 0.5, 0.75)

@@ -17,12 +17,16 @@ import dataclasses
 import sys
 from statistics import mean
 
+import arms
 import learning
 import learning_tables
 import rows
 
 ARMS = {
-    "last_layer matching": "`matching`, weights 1",
+    "colm": "`matching` with feedback, weights 1",
+    "last_layer matching": "`matching`, each step alone",
+    "colm, memory 0.9": "`matching`, memory 0.9",
+    "colm, memory 1": "`matching`, memory 1",
     "last_layer": "`facility`",
     "stratified": "`stratified`",
     "last_layer matching unbiased": "`matching`, unbiased weights",
@@ -34,6 +38,9 @@ ARMS = {
 }
 """Titles, the most informative first."""
 LIKE = {
+    "colm": "last_layer matching",
+    "colm, memory 0.9": "last_layer matching",
+    "colm, memory 1": "last_layer matching",
     "last_layer": "last_layer matching",
     "last_layer matching unbiased": "last_layer matching",
     "paper": "last_layer matching",
@@ -108,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="built-in", help="as for learning.py")
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm in arms.ARMS])
     parser.add_argument("--untuned", action="store_true", help="tune `matching` and `full n` alone")
     parser.add_argument("--seeds", type=int, default=10, help="how many")
     parser.add_argument("--steps", type=int, default=80)

@@ -329,8 +329,8 @@ def planned(
             row = {"kind": "age", "age": age, "draws": draws}
             yield row, partial(bank_errors.aged, pool, pool.tap_of(folder), AGED, draws)
         for n, b in AGED:
-            row = {"kind": "over steps", "n": n, "b": b, "draws": 10 * draws}
-            yield row, partial(bank_errors.over_steps, pool, n, b, 10 * draws)
+            row = {"kind": "over steps", "n": n, "b": b, "draws": 4 * draws}
+            yield row, partial(bank_errors.over_steps, pool, n, b, 4 * draws)
     for setting, (n, b) in itertools.product(bank_ways.SETTINGS, SIZES):
         row = {"kind": "errors", "setting": setting, "n": n, "b": b, "draws": draws}
         yield row, partial(bank_errors.errors, pool, setting, n, b, draws)

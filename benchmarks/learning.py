@@ -25,7 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -61,11 +61,12 @@ class Setting:
 
     @classmethod
     def of(cls, data: str, model: str | None, options: Sequence[str]) -> Setting:
-        """Parse ``built-in``, ``built-in-ROWS`` or ``NAME=TRAIN,EVAL``."""
+        """Parse ``built-in``, ``NAME=TRAIN,EVAL``, or either with a ``-ROWS`` after the name to train on so many."""
         name, _, files = data.partition("=")
         train, _, held_out = files.partition(",")
-        if name.startswith("built-in-"):
-            train, held_out = _few(int(name.removeprefix("built-in-")))
+        few = name.rpartition("-")[2]
+        if few.isdigit():
+            train, held_out = _few(int(few), train, held_out)
         given = [*(("--data.train", train) if train else ()), *(("--data.eval", held_out) if held_out else ())]
         if model:
             given += ["--model.name", model]
@@ -89,14 +90,20 @@ class Setting:
         return [*QUIET, *self.options, *sized(arm, self.candidates, self.budget)]
 
 
-def _few(count: int) -> tuple[str, str]:
-    """Write ``count`` of the built-in mixture's training rows, and its held-out rows."""
+def _few(count: int, train: str, held_out: str) -> tuple[str, str]:
+    """Files with ``count`` of the training rows, and with the held-out rows; no name stands for the built-in rows."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    train = Random("few rows").sample(builtin_rows("train"), count)
-    for name, taken in (("train", train), ("held_out", builtin_rows("eval"))):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taken), encoding="utf-8")
-    return str(folder / "train.jsonl"), str(folder / "held_out.jsonl")
+    if not train:
+        train = _write(folder / "all.jsonl", map(json.dumps, builtin_rows("train")))
+        held_out = _write(folder / "held_out.jsonl", map(json.dumps, builtin_rows("eval")))
+    taken = Random("few rows").sample(Path(train).read_text(encoding="utf-8").splitlines(), count)
+    return _write(folder / "train.jsonl", taken), held_out
+
+
+def _write(path: Path, lines: Iterable[str]) -> str:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
 
 
 def cost(setting: Setting, arms: Sequence[str], rounds: int) -> None:
@@ -227,7 +234,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "run"))
-    parser.add_argument("--data", default="built-in", help="built-in, built-in-ROWS, or NAME=TRAIN,HELD_OUT")
+    parser.add_argument("--data", default="built-in", help="built-in or NAME=TRAIN,HELD_OUT; NAME-ROWS for a part")
     parser.add_argument("--model", help="hub id or folder; default: the built-in base")
     parser.add_argument("--label", help="name of a variant, such as of costs with further options")
     parser.add_argument("--candidates", type=int, default=64, help="n, of the arms whose name says no sizes")

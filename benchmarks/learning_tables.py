@@ -140,11 +140,10 @@ def draw(data: str, match: str, chosen: Sequence[str]) -> None:
     print(PLOTS.relative_to(rows.ROOT) / name)
 
 
-def pretrained() -> str:
-    """The tables of the real pretrained model, one below the other, as far as they are measured."""
-    measured = [data for data in PRETRAINED if REFERENCE in of(data, "steps")]
-    tables = [f"{data}:\n\n{table(data, 'steps', METHODS)}" for data in measured]
-    return "\n\n".join(tables) or "Not measured yet."
+def several(names: Sequence[str], match: str, arms: Sequence[str]) -> str:
+    """Tables of several data, one below the other, as far as they are measured."""
+    measured = [data for data in names if REFERENCE in of(data, match)]
+    return "\n\n".join(f"{data}:\n\n{table(data, match, arms)}" for data in measured) or "Not measured yet."
 
 
 METHODS = [
@@ -164,8 +163,13 @@ PRETRAINED = ("maths SmolLM2-135M-Instruct, 8 of 16", "superglue SmolLM2-135M-In
 """Data with a real pretrained model (`gradient_bank.py fetch`)."""
 NOTHING_KEPT = "superglue 2.6M, nothing kept, 32 of 128"
 """Data where every source has its quota, and a ranking much to choose from."""
-EPOCHS = "built-in-1000"
+FEW = "built-in-1000"
+EPOCHS = (FEW, "maths-1000 2.6M")
 """Data with few rows, so that sketches can be reused in several epochs."""
+MEMORY = (NOTHING_KEPT, PRETRAINED[1])
+"""Data where matching was tried with other memories of its errors."""
+FREE = ("length systematic", "words matching of 8b")
+"""Arms that choose without a forward."""
 TABLES = {
     **{
         f"learning {data} {match}": lambda data=data, match=match: table(data, match, METHODS)
@@ -173,18 +177,19 @@ TABLES = {
         for match in ("time", "steps")
         if of(data, match)
     },
-    "learning pretrained": lambda: pretrained(),
+    "learning pretrained": lambda: several(PRETRAINED, "steps", METHODS),
     "learning nothing kept": lambda: table(NOTHING_KEPT, "steps", METHODS),
-    "free": lambda: table("built-in", "time", ("length systematic", "words matching of 8b")),
-    "free in later epochs": lambda: table(EPOCHS, "steps", ("reused matching", "reused losses")),
+    "memory": lambda: several(MEMORY, "steps", ("colm", *GROUPS["memory"])),
+    "free": lambda: several(DATA[:2], "time", FREE),
+    "free in later epochs": lambda: several(EPOCHS, "steps", ("reused matching", "reused losses")),
     **{
         f"sensitivity {group}": lambda arms=(*others, *GROUPS[group]): table("built-in", "steps", arms)
         for group, others in SENSITIVITIES.items()
         if GROUPS[group].keys() & of("built-in", "steps").keys()
     },
     **(
-        {"sensitivity staleness": lambda: table(EPOCHS, "steps", ("last_layer", *GROUPS["staleness"]), measured=True)}
-        if of(EPOCHS, "steps")
+        {"sensitivity staleness": lambda: table(FEW, "steps", ("last_layer", *GROUPS["staleness"]), measured=True)}
+        if of(FEW, "steps")
         else {}
     ),
 }

@@ -21,7 +21,8 @@ TITLES = {
     "stratified": "`stratified`: 32 of 64",
     "stratified 2b": "`stratified`: 64 of 128, accumulated",
     "equal": "`stratified`, equal shares, nothing kept",
-    "last_layer matching": "`colm`: 32 of 64, matching (default)",
+    "colm": "`colm`: 32 of 64 (default)",
+    "last_layer matching": "`colm`, each step alone",
     "last_layer": "`colm`, facility location",
     "paper": "`colm --selection.preset paper`",
 }
