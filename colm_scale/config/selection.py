@@ -99,8 +99,9 @@ class SelectionConfig:
     @property
     def feedback_columns(self) -> int:
         """Columns in which matching makes up for earlier errors; 0 where a column is another one in each step."""
+        matches = self.sketches and self.own_parts and self.ranking == "matching"
         steady = self.estimator == "last_layer" and self.compression == "countsketch"
-        return self.columns if self.sketches and self.ranking == "matching" and steady else 0
+        return self.columns if matches and steady else 0
 
     @property
     def sketches(self) -> bool:

@@ -73,6 +73,7 @@ def test_without_columns_nothing_is_fed_back():
         ({"ranking": "facility"}, 0),
         ({"estimator": "zeroth_order", "num_probes": 2}, 0),
         ({"method": "stratified"}, 0),
+        ({"preset": "paper"}, 0),
     ],
 )
 def test_errors_are_fed_back_where_a_column_stays_the_same(options, columns):
