@@ -221,7 +221,8 @@ class Pool:
         estimator = self.estimator(config, tap or self.tap) if ranks and not way.rows else None
         warm_up = WARM_UP if estimator else 0
         found = torch.zeros(warm_up + draws, len(self), dtype=torch.float64)
-        feedback = ErrorFeedback.beginning(len(self.names), config.feedback_columns if way.feedback else 0)
+        columns = config.feedback_columns(self.tap.size) if way.feedback else 0
+        feedback = ErrorFeedback.beginning(len(self.names), columns)
         for number in range(-warm_up, draws):
             places, candidates = self.draw(number % 2**20, n)
             if way.together:

@@ -97,16 +97,19 @@ class SelectionConfig:
         return self.preset == "none"
 
     @property
-    def feedback_columns(self) -> int:
-        """Columns in which matching makes up for earlier errors; 0 where a column is another one in each step."""
-        matches = self.sketches and self.own_parts and self.ranking == "matching"
-        steady = self.estimator == "last_layer" and self.compression == "countsketch"
-        return self.columns if matches and steady else 0
-
-    @property
     def sketches(self) -> bool:
         """True if the method compares candidates by sketches."""
         return self.method == "colm"
+
+    def feedback_columns(self, size: int) -> int:
+        """Columns in which matching makes up for earlier errors; 0 where a column is another one in each step.
+
+        Args:
+            size: Numbers in the gradient of the probe tensor.
+        """
+        matches = self.sketches and self.own_parts and self.ranking == "matching"
+        steady = self.estimator == "last_layer" and self.compression == "countsketch"
+        return min(self.columns, size) if matches and steady else 0
 
     def check_own(self) -> None:
         """Load the user's own functions that the method uses.

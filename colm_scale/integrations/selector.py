@@ -113,7 +113,8 @@ class CoresetSelector:
         self.meter = memory_meter(self.group)
         self._spans, self._training = Spans(self.group.device, self.meter), ExitStack()
         rule = SelectionRule(selection, kept, train.seed, shares)
-        state = SourceState(kept, shares, selection, refresh_every)
+        fed_back = selection.feedback_columns(tap.size) if tap else 0
+        state = SourceState(kept, shares, selection, refresh_every, fed_back)
         self._select = SelectionStage(rule, self._sketch_stage(tap), state, self.group, self._spans)
         self.state = SelectionState(self._select.sketch.estimator, state, self.group)
         self._measure = Measurement(self.group, self._spans, train.seed, packed=packed, audits=config.audit)

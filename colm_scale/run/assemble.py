@@ -114,7 +114,8 @@ def build_step(
         estimator = reusing(estimator, config.selection, int(inputs.sizes.sum()))
         sketch = EstimatorStage(estimator, batching, held, refresh, group, spans)
     refresh_every = 0 if config.reclusters else config.sources.refresh_every
-    sources = SourceState(inputs.kept, shares, config.selection, refresh_every)
+    columns = config.selection.feedback_columns(tap.size) if tap else 0
+    sources = SourceState(inputs.kept, shares, config.selection, refresh_every, columns)
     return CoresetStep(
         sampler=inputs.sampler,
         refresh=refresh,

@@ -21,6 +21,7 @@ class SourceState:
         kept: ``[Q]`` bool, the sources kept at the beginning.
         shares: ``[Q]`` of the sources, see `source_shares`.
         refresh_every: Choose the kept sources again after this many steps; 0: never, or by re-clustering (`renew`).
+        columns: Of the error feedback (`SelectionConfig.feedback_columns`); 0: none.
 
     Attributes:
         recent: The kept sources, and the candidates of each source since they were chosen.
@@ -29,10 +30,17 @@ class SourceState:
         feedback: What the picks of each source have deviated from its candidates.
     """
 
-    def __init__(self, kept: Tensor, shares: Tensor | None, selection: SelectionConfig, refresh_every: int = 0):
+    def __init__(
+        self,
+        kept: Tensor,
+        shares: Tensor | None,
+        selection: SelectionConfig,
+        refresh_every: int = 0,
+        columns: int = 0,
+    ):
         self.recent = RecentSources.beginning(kept)
         self.coverage = Coverage.beginning(len(kept))
-        self.feedback = ErrorFeedback.beginning(len(kept), selection.feedback_columns)
+        self.feedback = ErrorFeedback.beginning(len(kept), columns)
         self.shares = shares
         self._selection, self._every = selection, refresh_every
 
@@ -72,4 +80,4 @@ class SourceState:
     def renew(self, kept: Tensor, shares: Tensor | None) -> None:
         """Use re-clustered sources from now on."""
         self.recent, self.shares = RecentSources.beginning(kept), shares
-        self.feedback = ErrorFeedback.beginning(len(kept), self._selection.feedback_columns)
+        self.feedback = ErrorFeedback.beginning(len(kept), self.feedback.deviations.shape[1])

@@ -158,7 +158,7 @@ def test_every_rank_has_the_same_matrix_and_would_select_the_same(ranks, data, c
         for own, of_first in zip(steps, first, strict=True):
             assert all(torch.equal(own["matrix"][field], of_first["matrix"][field]) for field in own["matrix"])
             assert torch.equal(own["positions"], of_first["positions"])
-    feedback = ErrorFeedback.beginning(len(data.source_names), config.feedback_columns)
+    feedback = ErrorFeedback.beginning(len(data.source_names), config.feedback_columns(D))
     for number, step in enumerate(first, 1):
         indices, matrix = step["indices"], CandidateMatrix(**step["matrix"])
         candidates = Candidates(number, indices, data.ids[indices], data.sources[indices], data.lengths[indices])

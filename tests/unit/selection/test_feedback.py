@@ -77,7 +77,9 @@ def test_without_columns_nothing_is_fed_back():
     ],
 )
 def test_errors_are_fed_back_where_a_column_stays_the_same(options, columns):
-    assert SelectionConfig(candidates=N, budget=9, **{"columns": H} | options).feedback_columns == columns
+    config = SelectionConfig(candidates=N, budget=9, **{"columns": H} | options)
+    assert config.feedback_columns(100) == columns
+    assert config.feedback_columns(H - 1) == min(columns, H - 1), "of a tiny model"
 
 
 def errors(feedback: ErrorFeedback, weights: str = "uniform", steps: int = 200) -> tuple[float, float]:

@@ -36,7 +36,7 @@ def test_kept_sources_are_chosen_again_when_due():
 
 def test_what_was_no_update_has_trained_on_nothing():
     config, n = RunConfig(selection=SelectionConfig(coverage_floor=0.5)), torch.arange(len(SOURCES))
-    state = SourceState(NONE, None, config.selection)
+    state = SourceState(NONE, None, config.selection, columns=512)
     rows = CandidateMatrix(n, torch.eye(len(n), 512), torch.ones(len(n), dtype=torch.bool), torch.zeros(len(n)))
     for applied in (False, True):
         state.after(Candidates(1, n, n, SOURCES, n), Selection(n[:4], torch.ones(4)), rows, applied=applied)
