@@ -103,7 +103,8 @@ GROUPS: MappingProxyType[str, dict[str, _Options | None]] = MappingProxyType(
         "free": {
             "words matching of 8b": _options(estimator=own("words", "words.py"), candidates=256, **_NOTHING_KEPT),
             "reused losses": _options(ranking=own("infobatch"), **_REUSED),
-            "reused matching": _options(**_REUSED),
+            "reused matching": REMOVED,
+            "reused colm": _options(**_REUSED),
         },
         "h": {f"h {h}": _facility(columns=h) for h in (32, 128, 2048)},
         "eps": {f"eps {eps:g}": REMOVED for eps in (1e-4, 1e-3, 1e-2, 1e-1)},

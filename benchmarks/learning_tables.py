@@ -181,7 +181,7 @@ TABLES = {
     "learning nothing kept": lambda: table(NOTHING_KEPT, "steps", METHODS),
     "memory": lambda: several(MEMORY, "steps", ("colm", *GROUPS["memory"])),
     "free": lambda: several(DATA[:2], "time", FREE),
-    "free in later epochs": lambda: several(EPOCHS, "steps", ("reused matching", "reused losses")),
+    "free in later epochs": lambda: several(EPOCHS, "steps", ("reused matching", "reused colm", "reused losses")),
     **{
         f"sensitivity {group}": lambda arms=(*others, *GROUPS[group]): table("built-in", "steps", arms)
         for group, others in SENSITIVITIES.items()

@@ -216,6 +216,18 @@ def test_words_are_of_length_one_and_forget_padding(modules):
     assert (rows[1, 1:] > 0).sum() == len((own * 7919 % 512).unique())
 
 
+def test_a_part_of_a_mixture_keeps_its_held_out_rows(modules, tmp_path):
+    lines = [f'{{"number": {number}}}' for number in range(50)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    files = f"{tmp_path / 'train.jsonl'},held_out.jsonl"
+    options = [modules["learning"].Setting.of(f"mine-20={files}", None, []).options for _ in range(2)]
+    first, again = (Path(of[of.index("--data.train") + 1]).read_text().splitlines() for of in options)
+    assert first == again
+    assert len(set(first)) == 20
+    assert set(first) < set(lines)
+    assert options[0][options[0].index("--data.eval") + 1] == "held_out.jsonl"
+
+
 def test_low_losses_are_drawn_half_as_often_and_count_twice(modules):
     losses = torch.tensor([0.1, 0.1, 0.1, 0.1, 3.0, 3.0])
     drawn, weighted, draws = torch.zeros(6), torch.zeros(6), 2000

@@ -291,7 +291,7 @@ def test_a_bank_says_what_of_an_error_cancels_over_steps(bank, modules):
         assert found[way]["length"] == pytest.approx(float((own @ lengths).mean() / lengths.mean()), rel=1e-6)
 
 
-def test_only_feedback_depends_on_the_draws_before(bank, modules):
+def test_feedback_changes_what_is_picked_and_not_how_many(bank, modules):
     ways = modules["bank_ways"]
     pool = ways.Pool(bank, 2)
     alone, fed_back = (pool.weights(ways.WAYS[of], "none kept", 8, 3, 12) for of in (ALONE, FED_BACK))

@@ -28,9 +28,9 @@ def matrix(rows: Tensor, invalid: int | None = None) -> CandidateMatrix:
     return CandidateMatrix(positions, rows[3:] * valid.unsqueeze(1), valid, torch.zeros(N - 3))
 
 
-def drawn(step: int, of: str = "rows") -> Tensor:
+def drawn(step: int) -> Tensor:
     """Rows as gradients are: most short, some long, of a common direction."""
-    rows = torch.randn(N, H, generator=generator(step, of))
+    rows = torch.randn(N, H, generator=generator(step, "rows"))
     return rows * torch.rand(N, 1, generator=generator(step, "lengths")) ** 3 * 9 + 1
 
 
