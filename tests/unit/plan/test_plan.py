@@ -243,8 +243,10 @@ def test_bytes_of_the_selection_are_those_of_the_estimators():
     plan = PlanConfig(world_size=2, tokens=20, sources=3)
     d, h, rows, rest = 4 * 64 // 2, 64, 16, 16 * 8 + 40
     ways = {
-        (("columns", h),): 4 * rows * (h + 2) + 4 * 3 * 2 * d // 2 + 8 * 3 * 2 * min(h, d // 2) + 16 * d,
-        (("columns", h), ("compression", "countsketch")): 4 * rows * (h + 2) + 16 * d,
+        (("columns", h),): 4 * rows * (h + 2) + 16 * d,
+        (("columns", h), ("compression", "columns")): (
+            4 * rows * (h + 2) + 4 * 3 * 2 * d // 2 + 8 * 3 * 2 * min(h, d // 2) + 16 * d
+        ),
         (("estimator", "zeroth_order"), ("num_probes", 3)): 4 * rows * 4,
         (("estimator", "length"),): 0,
         (("method", "stratified"),): 0,
