@@ -132,5 +132,10 @@ ARMS = MappingProxyType(
 
 def sized(arm: str, n: int, b: int) -> _Options:
     """Options of an arm that trains on b of n candidates; an arm whose name says its sizes keeps them."""
-    whole = {"full b": b, "full n": n, "full 2n": 2 * n}
-    return _full(whole[arm]) if arm in whole else (*_options(candidates=n, budget=b), *ARMS[arm])
+    of_sizes = {
+        "full b": _full(b),
+        "full n": _full(n),
+        "full 2n": _full(2 * n),
+        "stratified 2b": _stratified(candidates=2 * n, budget=2 * b),
+    }
+    return of_sizes.get(arm) or (*_options(candidates=n, budget=b), *ARMS[arm])

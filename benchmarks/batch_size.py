@@ -87,7 +87,7 @@ def run(setting: learning.Setting, base: float, seeds: int, reference_steps: int
             run_missing(b, best_rate(setting.data, b, base), seed)
 
 
-BASES = {"built-in": 1e-2, "maths 2.6M": 5e-3, "superglue 2.6M": 5e-3}
+BASES = {"built-in": 1e-2, "maths 2.6M": 5e-3, "superglue 2.6M": 5e-3, "maths superglue-2.6M": 5e-3}
 """Middle learning rate at b = 32."""
 
 

@@ -35,6 +35,7 @@ ARMS = {
     "full n": "`full`, n",
     "full b": "`full`, b",
     "full 2n": "`full`, 2n",
+    "stratified 2b": "`stratified`, 2b of 2n",
 }
 """Titles, the most informative first."""
 LIKE = {
@@ -48,6 +49,7 @@ LIKE = {
     "random": "stratified",
     "full b": "stratified",
     "full 2n": "full n",
+    "stratified 2b": "stratified",
 }
 """The arm whose rate an arm takes if it was not tuned itself."""
 DEFAULT_RATE = {"built-in": "1e-2"}

@@ -25,7 +25,7 @@ import rows
 from arms import ARMS
 from learning import QUIET
 
-STEPS = {"stratified": 120, "last_layer": 80, "last_layer matching": 80, "paper": 80, "full n": 90, "full 2n": 50}
+STEPS = {"stratified": 120, "colm": 80, "last_layer": 80, "paper": 80, "full n": 90, "full 2n": 50}
 TARGETS = (0.8, 0.5, 0.3)
 _ALL = 10_000
 """Score all held-out examples in every evaluation."""

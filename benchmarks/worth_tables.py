@@ -97,4 +97,48 @@ def whole(compared: str) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"worth": summary} | {f"worth, {name}": lambda name=name: whole(name) for name in COMPARED}
+def ranked(data: str) -> Callable[[str], Runs]:
+    """Runs of `default_ranking.py` on a real mixture, at the rate of each arm."""
+
+    def of(arm: str) -> Runs:
+        found = default_ranking.found(data, default_ranking.best_rate(data, arm), arm)
+        return {seed: run for seed, run in found.items() if seed != learning_tables.TUNING_SEED}
+
+    return of
+
+
+def plain(data: str) -> Callable[[str], Runs]:
+    """Runs at the same steps and the same learning rate."""
+    return lambda arm: learning_tables.of(data, "steps").get(arm, {})
+
+
+MEASURED = {
+    "built-in, 32 of 64": at_steps,
+    "maths 2.6M, 32 of 64": ranked("maths 2.6M"),
+    "superglue 2.6M, 32 of 64": ranked("superglue 2.6M"),
+    **{data: plain(data) for data in (learning_tables.NOTHING_KEPT, *learning_tables.PRETRAINED)},
+}
+"""Everything where rankings were compared at equal steps."""
+RANKINGS = ("colm", "last_layer matching", "last_layer", "paper", "stratified 2b", "full n")
+
+
+def gains() -> str:
+    """Differences to `stratified` at equal steps of every ranking, and of more examples, on all data."""
+    heads = [f"`{arm}`" for arm in RANKINGS]
+    lines = [f"| data | mean | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
+    for data, runs in MEASURED.items():
+        for score in ("loss", "loss_by_source"):
+            cells = [data, learning_tables.SCORES[score]]
+            for arm in RANKINGS:
+                both = runs(arm).keys() & runs(REFERENCE).keys()
+                seeds = f" ({len(both)})" if both else ""
+                cells.append(difference(runs(arm), runs(REFERENCE), score) + seeds)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "worth": summary,
+    **{f"worth, {name}": lambda name=name: whole(name) for name in COMPARED},
+    "ranking and draw": gains,
+}

@@ -3,7 +3,7 @@
 The noise scale B is the batch at which the variance of the step's gradient equals the squared length of the mean. To
 reach a loss with batches of b takes 1 + B / b times the fewest steps (of any larger batch) and 1 + b / B times the
 fewest examples (of any smaller one; McCandlish et al. 2018, arXiv 1812.06162). Where a step takes time in
-proportion to its examples, small steps are therefore fast, and a quarter of B is small enough.
+proportion to its examples, small steps are therefore fast, and an eighth of B is small enough.
 
 Averaged over steps is its inverse, signal over noise. The signal of a single step is uncertain and may be negative. Its
 noise is known better, and averaged over the last few steps where a step has too few examples of one source. Gradients
@@ -29,9 +29,10 @@ _FEWEST_STEPS = 6
 """Steps below which there is no verdict."""
 _RECENT = 20
 """Steps over which the figure of the progress line is averaged."""
-_SMALL = 0.25
-"""Batch, of the noise scale, that is advised where time is short: with 1.25 times the fewest examples, a smaller one
-could save a fifth of them at most."""
+_SMALL = 1 / 8
+"""Batch, of the noise scale, that is advised where time is short: with 1.125 times the fewest examples, a smaller one
+could save a ninth of them at most. On three mixtures it is within a factor of two of the best measured size; a quarter
+was too large on two of them (benchmarks/README.md)."""
 _FEW_STEPS, _FEW_EXAMPLES = 1 / 3, 0.1
 """Savings below which none are promised."""
 ENOUGH = 32.0
@@ -137,8 +138,12 @@ class NoiseScale:
             found["a step's examples are worth"] = f"at most {self.worth:.1f} random ones {trained}"
         return found
 
-    def sentences(self) -> list[str]:
-        """State whether a larger batch can still help; empty after too few steps."""
+    def sentences(self, ranks: int = 1) -> list[str]:
+        """State whether a larger batch can still help; empty after too few steps.
+
+        Args:
+            ranks: Of the run: no step has fewer examples.
+        """
         if len(self._inverse) < _FEWEST_STEPS:
             return []
         (low, high), size = self.interval(), self.worth
@@ -148,19 +153,19 @@ class NoiseScale:
         return [
             "Over the run, the gradient's noise equals its signal at a batch of "
             f"{_examples(self.scale)} examples (95 %: {_examples(low)} to {_examples(high)}). A step trains on "
-            f"{worth}. {_advice(size, self.scale)}"
+            f"{worth}. {_advice(size, self.scale, ranks)}"
         ]
 
 
-def _advice(size: float, scale: float) -> str:
+def _advice(size: float, scale: float, ranks: int) -> str:
     """What larger steps than of ``size`` random examples would save, and what smaller ones."""
+    small = max(1, ranks, round(min(_SMALL * scale, size)))
     examples_over_fewest = 1 + size / scale
-    steps, examples = 1 / examples_over_fewest, 1 - (1 + _SMALL) / examples_over_fewest
+    steps, examples = 1 / examples_over_fewest, 1 - (1 + small / scale) / examples_over_fewest
     larger = f"can save up to {steps:.0%} of the steps" if steps >= _FEW_STEPS else "can hardly save steps"
     smaller = "smaller steps can hardly save examples"
     if examples >= _FEW_EXAMPLES:
-        count = _examples(max(1, round(_SMALL * scale)))
-        smaller = f"steps of {count} can save about {examples:.0%} of the examples, and so of the time"
+        smaller = f"steps of {_examples(small)} can save about {examples:.0%} of the examples, and so of the time"
     return f"A larger batch, or a coreset of one, {larger}; {smaller}."
 
 

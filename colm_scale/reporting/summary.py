@@ -202,7 +202,8 @@ class RunSummary:
         Args:
             places: Paths of the run's files by title, e.g. ``{"adapter": ..., "metrics": ..., "log": ...}``.
         """
-        verdict = map(Text, [*self._nearness.sentences(), *self._noise.sentences()])
+        ranks = max((len(of) for phases in self._peaks.values() for of in phases.values()), default=1)
+        verdict = map(Text, [*self._nearness.sentences(), *self._noise.sentences(ranks=ranks)])
         return Group(self.source_table(), *map(self.rank_table, self._peaks), self.closing_table(places), *verdict)
 
     def source_table(self) -> Table:

@@ -17,8 +17,8 @@ from torch import Tensor
 from colm_scale.records import CandidateMatrix, Selection
 
 _MEMORY = 0.98
-"""Share of the deviations that remains after a step. With 0.9 less is gained on a pretrained model, and with 1 the
-picks of a step are farther from their own mean (benchmarks/README.md)."""
+"""Share of the deviations that remains after a step. With 0.9 a pretrained model ended at a higher loss (one seed), and
+with 1 the picks of a step are farther from their own mean (benchmarks/README.md)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from colm_scale.reporting.page.parts import Cell, Section, Table, by_run, colour
 from colm_scale.reporting.page.read import Run
 
 _POINTS = 20
+_UNKNOWN = "Too few steps, or the gradients were not read."
 
 
 def noise(runs: Sequence[Run]) -> Section:
@@ -21,7 +22,7 @@ def noise(runs: Sequence[Run]) -> Section:
     verdicts: list[list[Cell | str]] = [
         [Cell(text=run.name, run=place), sentence]
         for place, (run, total) in enumerate(zip(runs, totals), 1)
-        for sentence in total.sentences() or ["Too few steps, or the gradients were not read."]
+        for sentence in total.sentences(ranks=len(run.below("peak_bytes"))) or [_UNKNOWN]
     ]
     return Section(
         id="noise",

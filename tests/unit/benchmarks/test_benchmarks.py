@@ -74,8 +74,9 @@ def test_every_arm_that_can_be_run_has_options_that_exist(modules):
 
 def test_every_arm_has_the_sizes_that_are_asked_for(modules):
     arms = modules["arms"]
-    found = {arm: parse(list(arms.sized(arm, 32, 8))).selection for arm in ("paper", "full b", "full n", "full 2n")}
-    assert [(own.candidates, own.budget) for own in found.values()] == [(32, 8), (8, 8), (32, 32), (64, 64)]
+    named = ("paper", "full b", "full n", "full 2n", "stratified 2b")
+    found = [parse(list(arms.sized(arm, 32, 8))).selection for arm in named]
+    assert [(own.candidates, own.budget) for own in found] == [(32, 8), (8, 8), (32, 32), (64, 64), (64, 16)]
     assert parse(list(arms.sized("b 16 of n 64", 32, 8))).selection.budget == 16
     for arm, options in arms.ARMS.items():
         assert parse(list(arms.sized(arm, 64, 32))) == parse(list(options)), "the default's sizes change nothing"

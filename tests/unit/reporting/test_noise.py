@@ -44,19 +44,34 @@ def test_far_below_the_noise_scale_a_larger_batch_saves_steps():
 
 
 def test_far_above_it_smaller_steps_save_examples():
-    """1 + 37.2 / 8 = 5.65 times the fewest examples; steps of a quarter of the scale take 1.25 times as many."""
+    """1 + 37.2 / 8 = 5.65 times the fewest examples; steps of an eighth of the scale take 1.125 times as many."""
     (sentence,) = after(8, spread=0, worth=37.2).sentences()
     assert sentence.endswith(
         "A step trains on 32 chosen examples, by their sketches worth at most 37 random ones. A larger batch, or a "
-        "coreset of one, can hardly save steps; steps of 2 can save about 78% of the examples, and so of the time."
+        "coreset of one, can hardly save steps; steps of 1 can save about 80% of the examples, and so of the time."
     )
 
 
 def test_near_it_either_can_be_saved():
     (sentence,) = after(32, spread=0).sentences()
     assert sentence.endswith(
-        "can save up to 50% of the steps; steps of 8 can save about 38% of the examples, and so of the time."
+        "can save up to 50% of the steps; steps of 4 can save about 44% of the examples, and so of the time."
     )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "smaller"),
+    [
+        (2, "steps of 4 can save about 44% of the examples, and so of the time."),
+        (8, "steps of 8 can save about 38% of the examples, and so of the time."),
+        (24, "steps of 24 can save about 12% of the examples, and so of the time."),
+        (32, "smaller steps can hardly save examples."),
+    ],
+)
+def test_no_step_has_fewer_examples_than_there_are_ranks(ranks, smaller):
+    """Of a scale of 32, steps of 4, 8, 24 and 32 take 1.125, 1.25, 1.75 and 2 times the fewest examples."""
+    (sentence,) = after(32, spread=0).sentences(ranks=ranks)
+    assert sentence.endswith(smaller)
 
 
 def test_without_a_signal_a_larger_batch_saves_any_number_of_steps():

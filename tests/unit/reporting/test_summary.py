@@ -235,7 +235,7 @@ def test_the_noise_of_the_gradient_is_shown_for_each_source_and_the_run_and_goes
         assert ["gradient noise scale of the run", "4 examples (95 %: 3.9 to 4.1)"] in table
         assert ["a step's examples are worth", "at most 40.0 random ones (32.0 were trained on)"] in table
         told = " ".join(word for line in lines(one.render({}))[-3:] for word in line)
-        assert "A larger batch, or a coreset of one, can hardly save steps" in told
+        assert "A larger batch, or a coreset of one, can hardly save steps; steps of 2 can save" in told
 
 
 def test_ranks_may_become_more(summary):
