@@ -31,8 +31,8 @@ _RECENT = 20
 """Steps over which the figure of the progress line is averaged."""
 _SMALL = 1 / 8
 """Batch, of the noise scale, that is advised where time is short: with 1.125 times the fewest examples, a smaller one
-could save a ninth of them at most. On three mixtures it is within a factor of two of the best measured size; a quarter
-was too large on two of them (benchmarks/README.md)."""
+could save a ninth of them at most. On three mixtures no loss at a measured size next to it is off zero against the
+best, while next to a quarter of B some are on two (benchmarks/README.md)."""
 _FEW_STEPS, _FEW_EXAMPLES = 1 / 3, 0.1
 """Savings below which none are promised."""
 ENOUGH = 32.0
@@ -142,7 +142,7 @@ class NoiseScale:
         """State whether a larger batch can still help; empty after too few steps.
 
         Args:
-            ranks: Of the run: no step has fewer examples.
+            ranks: Number in the run, and the least examples that a step is advised to have.
         """
         if len(self._inverse) < _FEWEST_STEPS:
             return []
