@@ -32,11 +32,20 @@ _SAME = 0.03
 """Relative difference of numbers of steps that count as equal; a cost is not known better."""
 
 
-def at_steps(arm: str) -> Runs:
-    """Runs of 80 steps, by seed."""
-    rate = default_ranking.best_rate("built-in", arm) or default_ranking.DEFAULT_RATE["built-in"]
-    found = default_ranking.found("built-in", rate, arm)
-    return {seed: run for seed, run in found.items() if seed != learning_tables.TUNING_SEED}
+def ranked(data: str) -> Callable[[str], Runs]:
+    """Runs of `default_ranking.py` by arm, at the best rate of each, or the default where none was tuned."""
+
+    def of(arm: str) -> Runs:
+        rate = default_ranking.best_rate(data, arm) or default_ranking.DEFAULT_RATE.get(data)
+        found = default_ranking.found(data, rate, arm)
+        return {seed: run for seed, run in found.items() if seed != learning_tables.TUNING_SEED}
+
+    return of
+
+
+def plain(data: str) -> Callable[[str], Runs]:
+    """Runs by arm at the same steps and the same learning rate."""
+    return lambda arm: learning_tables.of(data, "steps").get(arm, {})
 
 
 def at_time(arm: str) -> Runs:
@@ -53,7 +62,7 @@ def checkpointed(arm: str) -> Runs:
 
 
 COMPARED: dict[str, Callable[[str], Runs]] = {
-    "same steps": at_steps,
+    "same steps": ranked("built-in"),
     "same time": at_time,
     "same time, checkpointed": checkpointed,
 }
@@ -97,23 +106,8 @@ def whole(compared: str) -> str:
     return "\n".join(lines)
 
 
-def ranked(data: str) -> Callable[[str], Runs]:
-    """Runs of `default_ranking.py` on a real mixture, at the rate of each arm."""
-
-    def of(arm: str) -> Runs:
-        found = default_ranking.found(data, default_ranking.best_rate(data, arm), arm)
-        return {seed: run for seed, run in found.items() if seed != learning_tables.TUNING_SEED}
-
-    return of
-
-
-def plain(data: str) -> Callable[[str], Runs]:
-    """Runs at the same steps and the same learning rate."""
-    return lambda arm: learning_tables.of(data, "steps").get(arm, {})
-
-
 MEASURED = {
-    "built-in, 32 of 64": at_steps,
+    "built-in, 32 of 64": ranked("built-in"),
     "maths 2.6M, 32 of 64": ranked("maths 2.6M"),
     "superglue 2.6M, 32 of 64": ranked("superglue 2.6M"),
     **{data: plain(data) for data in (learning_tables.NOTHING_KEPT, *learning_tables.PRETRAINED)},
